@@ -1,0 +1,122 @@
+"""Weights and training states on disk: safetensors first, pickles only without code, nothing half-written."""
+
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+# Classes that Stable Diffusion's own .ckpt files mention: read as empty shells, never run.
+_SHELLS = [
+    (type("Shell", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (type("Shell", (), {}), "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"),
+    (type("Shell", (), {}), "lightning_fabric.utilities.data.AttributeDict"),
+]
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+
+    Whatever goes wrong (full disk, kill), `path` holds either its old content or the new one.
+    Raises OSError that names the file.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+        raise OSError(f"cannot save {path} (what was there before is intact): {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: str | Path, content: dict) -> None:
+    """Save tensors, numbers, strings and containers of them with torch.save, atomically."""
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def load(path: str | Path, device: str = "cpu") -> dict:
+    """Load what `save` (or Lightning, or CompVis) wrote; pickled code is refused.
+
+    Raises FileNotFoundError, or ValueError for a damaged file, one that is no checkpoint or one that holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint not found: {path}")
+    shells = [*_SHELLS, np.dtype, np.ndarray, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+    try:
+        with torch.serialization.safe_globals(shells):
+            content = torch.load(path, map_location=device, weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error):
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{path} holds code, not only weights, and is not loaded: {reason}") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary")
+    return content
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def read_weights(path: str | Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """State dict of a .safetensors, .ckpt or .pth file, without its `state_dict` wrapper.
+
+    Raises FileNotFoundError, or ValueError if the file is damaged or holds no tensors.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            return load_file(path, device=device)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    content = load(path, device)
+    content = content.get("state_dict", content)
+    weights = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not weights:
+        raise ValueError(f"{path} is not a checkpoint: it holds no tensors")
+    return weights
+
+
+def write_weights(
+    path: str | Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a state dict as .safetensors, or with torch.save under `state_dict` for any other suffix."""
+    if Path(path).suffix != ".safetensors":
+        return save(path, {"state_dict": weights})
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
+
+
+def random_states() -> dict:
+    """States of Python's, numpy's and torch's random generators, in a form `save` can write."""
+    version, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (version, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def restore_random_states(states: dict) -> None:
+    """Undo of `random_states`."""
+    random.setstate(states["python"])
+    version, keys, *rest = states["numpy"]
+    np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"].cpu())
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

@@ -1,0 +1,96 @@
+"""Reading and writing pictures: the one place where files become arrays and arrays become files."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+# Photographs that come inside the scikit-image package, for demonstrations and tests.
+PHOTOGRAPHS = (
+    "astronaut.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "motorcycle_left.png",
+    "rocket.jpg",
+)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read any picture as uint8 RGB (h, w, 3), turned upright by its EXIF tag, transparency over white.
+
+    16-bit and 32-bit integer greys are scaled by 65535, float greys are taken to be in [0, 1].
+    Raises FileNotFoundError if there is no such file and ValueError if Pillow cannot decode it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"image not found: {path}")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {path}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image).astype(np.float64) * (255.0 if image.mode == "F" else 255.0 / 65535.0)
+        return np.repeat(np.rint(grey.clip(0, 255)).astype(np.uint8)[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def write_image(path: str | Path, image: np.ndarray, compress_level: int = 6) -> None:
+    """Write uint8 (h, w, 3) or (h, w) as PNG; the file appears under its name only once it is whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        Image.fromarray(image).save(temporary, format="PNG", compress_level=compress_level)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """uint8 (h, w, c) -> float32 (c, h, w) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float().div(127.5).sub(1)
+
+
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """Float (c, h, w) in [-1, 1] -> uint8 (h, w, c): clamped, then rounded."""
+    image = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
+    return image.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def natural_key(path: str | Path) -> list:
+    """Sort key that puts frame_2 before frame_10."""
+    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", str(path))]
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Pictures below `folder` (by extension) in natural order.
+
+    Raises FileNotFoundError if the folder does not exist or holds no picture.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder not found: {folder}")
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    paths = sorted((path for path in files if not path.name.startswith(".")), key=natural_key)
+    if not paths:
+        raise FileNotFoundError(f"no images ({', '.join(sorted(EXTENSIONS))}) in {folder}")
+    return paths
+
+
+def photographs(names: tuple[str, ...] = PHOTOGRAPHS) -> list[Path]:
+    """Paths of the photographs inside scikit-image: nothing to download."""
+    from skimage import data
+
+    return [Path(data.__file__).parent / name for name in names]

@@ -1,0 +1,56 @@
+"""The order in which training samples are seen, as a pure function of seed and position."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+class SampleStream(Sampler):
+    """Keys (epoch, index) of a whole training run: epoch after epoch, each a fresh permutation.
+
+    Position p of the stream is sample p % length of epoch p // length; rank r of `world_size` takes every
+    p = r (mod world_size). A run that resumes after n samples (over all ranks) passes `start=n` and sees
+    exactly what the uninterrupted run would have seen; more processes see the same joint batches.
+    `total` is where the stream ends (samples over all ranks); None never ends.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        start: int = 0,
+        total: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if length < 1:
+            raise ValueError("the training set is empty")
+        self.length, self.seed, self.start, self.total = length, seed, start, total
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position, epoch, order = self.start + self.rank, -1, []
+        while self.total is None or position < self.total:
+            if position // self.length != epoch:
+                epoch = position // self.length
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            yield epoch, int(order[position % self.length])
+            position += self.world_size
+
+    def __len__(self) -> int:
+        if self.total is None:
+            raise TypeError("an endless stream has no length")
+        return max(0, -(-(self.total - self.start - self.rank) // self.world_size))
+
+
+def item_seed(seed: int, key: int | tuple[int, int]) -> int:
+    """The seed in [0, 2^63) of everything random about one sample; a plain index means epoch 0."""
+    epoch, index = key if isinstance(key, tuple) else (0, key)
+    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def item_generator(seed: int) -> torch.Generator:
+    """A CPU generator for the noise of one sample, the same on every device."""
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,57 @@
+"""Exponential moving average of trained parameters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Average of the trainable parameters of `module`, kept in float32 on their device.
+
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the average is useful from the start.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.9999):
+        if not 0 < decay < 1:
+            raise ValueError(f"EMA decay must lie between 0 and 1, not {decay}")
+        self.decay, self.updates = decay, 0
+        self.average = {
+            name: parameter.detach().float().clone()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average towards the module's parameters."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        parameters = dict(module.named_parameters())
+        torch._foreach_lerp_(
+            list(self.average.values()), [parameters[name].float() for name in self.average], 1 - decay
+        )
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Within this context `module` has the averaged parameters; afterwards its own again."""
+        parameters = dict(module.named_parameters())
+        own = {name: parameters[name].detach().clone() for name in self.average}
+        with torch.no_grad():
+            for name, value in self.average.items():
+                parameters[name].copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in own.items():
+                    parameters[name].copy_(value)
+
+    def state_dict(self) -> dict:
+        return {"decay": self.decay, "updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.decay, self.updates = state["decay"], state["updates"]
+        for name, value in self.average.items():
+            value.copy_(state["average"][name])
