@@ -1,0 +1,63 @@
+"""The KL autoencoder that takes pixels to latents and back (Rombach et al. 2022, sec. 3.1)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+
+
+class DiagonalGaussianDistribution:
+    """Normal distribution given by moments (b, 2c, h, w): mean, then log variance (clamped to [-30, 20])."""
+
+    def __init__(self, moments: torch.Tensor):
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def sample(self, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """A draw (b, c, h, w); `noise` is the standard normal to use."""
+        noise = torch.randn_like(self.mean) if noise is None else noise
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def mode(self) -> torch.Tensor:
+        """The mean (b, c, h, w)."""
+        return self.mean
+
+    def kl(self) -> torch.Tensor:
+        """Divergence from the standard normal, summed over each item: (b,)."""
+        terms = self.mean**2 + self.logvar.exp() - 1.0 - self.logvar
+        return 0.5 * terms.sum(dim=(1, 2, 3))
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder and decoder with the 1x1 convolutions around the latent that Stable Diffusion has and FLUX lacks.
+
+    `lossconfig`, `monitor` and `image_key` appear in original yaml files and change nothing here.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Mapping,
+        embed_dim: int = 4,
+        use_quant_conv: bool = True,
+        lossconfig: Mapping | None = None,
+        monitor: str | None = None,
+        image_key: str = "image",
+    ):
+        super().__init__()
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        if use_quant_conv:
+            self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
+            self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        else:
+            self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
+
+    def encode(self, image: torch.Tensor) -> DiagonalGaussianDistribution:
+        """Image (b, 3, h, w) in [-1, 1] -> distribution of latents (b, embed_dim, h / 8, w / 8)."""
+        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(image)))
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Latent (b, embed_dim, h, w) -> image (b, 3, 8h, 8w) near [-1, 1]."""
+        return self.decoder(self.post_quant_conv(latent))

@@ -1,0 +1,102 @@
+"""Transformer blocks that let a UNet attend to itself and to a text embedding (Rombach et al. 2022, sec. 3.3)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ldm.modules.diffusionmodules.util import GroupNorm32, LayerNorm32, zero_module
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x (b, n, query_dim) to context (b, m, context_dim); to itself without context."""
+
+    def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64):
+        super().__init__()
+        inner_dim, context_dim = heads * dim_head, context_dim or query_dim
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
+        self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Identity())
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        context = x if context is None else context
+        projections = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)  # (b, heads, n, d)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (b, n, heads * d)
+        return self.to_out(h)
+
+
+class GEGLU(nn.Module):
+    """Linear layer gated by the GELU of a second one (Shazeer 2020)."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out * 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width, then back."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, dim * 4), nn.Identity(), nn.Linear(dim * 4, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Pre-norm self-attention, cross-attention and feed-forward, each with a residual."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, context_dim: int):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, heads, dim_head)
+        self.ff = FeedForward(dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads, dim_head)
+        self.norm1, self.norm2, self.norm3 = (LayerNorm32(dim) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer over the pixels of a feature map x (b, c, h, w), with context (b, m, context_dim)."""
+
+    def __init__(
+        self, channels: int, heads: int, dim_head: int, depth: int, context_dim: int, use_linear: bool = False
+    ):
+        super().__init__()
+        inner_dim, self.use_linear = heads * dim_head, use_linear
+        self.norm = GroupNorm32(channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, inner_dim) if use_linear else nn.Conv2d(channels, inner_dim, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(inner_dim, heads, dim_head, context_dim) for _ in range(depth)
+        )
+        self.proj_out = zero_module(
+            nn.Linear(inner_dim, channels) if use_linear else nn.Conv2d(inner_dim, channels, 1)
+        )
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        size, h = x.shape[-2:], self.norm(x)
+        h = self.proj_in(tokens(h)) if self.use_linear else tokens(self.proj_in(h))  # (b, h * w, inner_dim)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = self.proj_out(h if self.use_linear else feature_map(h, size))
+        return x + (feature_map(h, size) if self.use_linear else h)
+
+
+def tokens(x: torch.Tensor) -> torch.Tensor:
+    """(b, c, h, w) -> (b, h * w, c), a view of a channels_last map."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def feature_map(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(b, h * w, c) -> (b, c, h, w), channels_last."""
+    return x.transpose(1, 2).unflatten(2, size)

@@ -1,0 +1,184 @@
+"""Encoder and decoder of the KL autoencoder (Rombach et al. 2022, sec. 3.1), for Stable Diffusion and FLUX."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ldm.modules.attention import feature_map, tokens
+from ldm.modules.diffusionmodules.util import GroupNorm32, checkpoint
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3x3 convolutions with a residual."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = GroupNorm32(channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm32(out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the pixels of a feature map."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = GroupNorm32(channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        q, k, v = (tokens(project(h))[:, None] for project in (self.q, self.k, self.v))  # (b, 1, h * w, c)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.proj_out(feature_map(h, x.shape[-2:]))
+
+
+class Downsample(nn.Module):
+    """Half the size by a strided convolution that is padded below and to the right."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size by nearest neighbours and a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution; `downsample` or `upsample` follows where the network changes size."""
+
+    def __init__(self, channels: int, out_channels: int, num_blocks: int):
+        super().__init__()
+        widths = [channels] + [out_channels] * (num_blocks - 1)
+        self.block = nn.ModuleList(ResnetBlock(width, out_channels) for width in widths)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Image (b, in_channels, h, w) in [-1, 1] -> moments (b, 2 * z_channels, h / f, w / f), f = 2^(levels - 1).
+
+    Of the arguments in original yaml files `resolution`, `out_ch` and `dropout` change nothing here.
+    Raises ValueError for `attn_resolutions`, which neither Stable Diffusion nor FLUX uses.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        z_channels: int,
+        in_channels: int = 3,
+        double_z: bool = True,
+        attn_resolutions: Sequence[int] = (),
+        resolution: int | None = None,
+        out_ch: int = 3,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if attn_resolutions:
+            raise ValueError(f"attn_resolutions must be empty, not {list(attn_resolutions)}")
+        self.use_checkpoint = False
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        widths = [ch, *(ch * mult for mult in ch_mult)]
+        self.down = nn.ModuleList()
+        for index, out_channels in enumerate(widths[1:]):
+            level = Level(widths[index], out_channels, num_res_blocks)
+            if index < len(ch_mult) - 1:
+                level.downsample = Downsample(out_channels)
+            self.down.append(level)
+        self.mid = Middle(widths[-1])
+        self.norm_out = GroupNorm32(widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], z_channels * (2 if double_z else 1), 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            for block in level.block:
+                h = block(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Latent (b, z_channels, h, w) -> image (b, out_ch, f * h, f * w) near [-1, 1]; arguments as Encoder's.
+
+    With `use_checkpoint` the blocks' activations are recomputed in the backward pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        z_channels: int,
+        out_ch: int = 3,
+        attn_resolutions: Sequence[int] = (),
+        in_channels: int = 3,
+        double_z: bool = True,
+        resolution: int | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if attn_resolutions:
+            raise ValueError(f"attn_resolutions must be empty, not {list(attn_resolutions)}")
+        self.use_checkpoint = False
+        widths = [*(ch * mult for mult in ch_mult), ch * ch_mult[-1]]
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList()  # up[0] is the finest level, and runs last
+        for index in range(len(ch_mult)):
+            level = Level(widths[index + 1], widths[index], num_res_blocks + 1)
+            if index > 0:
+                level.upsample = Upsample(widths[index])
+            self.up.append(level)
+        self.norm_out = GroupNorm32(widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        h = self._run(self.mid, self.conv_in(z))
+        for level in reversed(self.up):
+            for block in level.block:
+                h = self._run(block, h)
+            if hasattr(level, "upsample"):
+                h = self._run(level.upsample, h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def _run(self, block: nn.Module, h: torch.Tensor) -> torch.Tensor:
+        return checkpoint(block, h, enabled=self.use_checkpoint)

@@ -1,0 +1,85 @@
+"""Small parts shared by the diffusion networks: schedules, embeddings, norms, activation checkpointing."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+
+def make_beta_schedule(n_timestep: int, linear_start: float, linear_end: float) -> np.ndarray:
+    """float64 betas (n_timestep,), linear in sqrt(beta): the schedule of Stable Diffusion."""
+    return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
+
+
+def make_ddim_timesteps(num_ddim_timesteps: int, num_ddpm_timesteps: int = 1000) -> np.ndarray:
+    """Ascending int64 timesteps, evenly spaced and exactly `num_ddim_timesteps` of them.
+
+    They are shifted up by one as in the original sampler (1, 51, ..., 951 for 20 of 1000), except when every
+    timestep is used. Raises ValueError for a number outside 1..num_ddpm_timesteps.
+    """
+    if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
+        raise ValueError(
+            f"sampling steps must lie between 1 and {num_ddpm_timesteps}, not {num_ddim_timesteps}"
+        )
+    steps = np.arange(num_ddim_timesteps) * num_ddpm_timesteps // num_ddim_timesteps
+    return steps + (num_ddim_timesteps < num_ddpm_timesteps)
+
+
+def make_ddim_sampling_parameters(
+    alphacums: np.ndarray, ddim_timesteps: np.ndarray, eta: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sigmas, alpha_bar and previous alpha_bar of each DDIM step (Song et al. 2021, eq. 16)."""
+    alphas = alphacums[ddim_timesteps]
+    alphas_prev = np.concatenate([alphacums[:1], alphacums[ddim_timesteps[:-1]]])
+    sigmas = eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev))
+    return sigmas, alphas, alphas_prev
+
+
+def extract_into_tensor(values: torch.Tensor, timesteps: torch.Tensor, ndim: int) -> torch.Tensor:
+    """values[timesteps] with trailing axes of size 1, to multiply an `ndim`-dimensional batch."""
+    return values[timesteps].reshape(-1, *(1,) * (ndim - 1))
+
+
+def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: int = 10000) -> torch.Tensor:
+    """Sinusoids of `timesteps` (b,), cosines first: float32 (b, dim)."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class GroupNorm32(nn.GroupNorm):
+    """GroupNorm with 32 groups that keeps the input's dtype under autocast; statistics are float32 inside."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__(32, channels, eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, 32, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class LayerNorm32(nn.LayerNorm):
+    """LayerNorm that keeps the input's dtype under autocast; statistics are float32 inside."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set all parameters of `module` to zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def checkpoint(module: nn.Module, *inputs: torch.Tensor | None, enabled: bool) -> torch.Tensor:
+    """module(*inputs), its activations recomputed in the backward pass if `enabled`."""
+    if enabled and torch.is_grad_enabled():
+        return torch_checkpoint(module, *inputs, use_reentrant=False)
+    return module(*inputs)
