@@ -30,4 +30,6 @@ def relative_error(actual: torch.Tensor, expected) -> float:
     expected = torch.as_tensor(expected)
     assert tuple(actual.shape) == tuple(expected.shape), (tuple(actual.shape), tuple(expected.shape))
     assert torch.isfinite(actual).all()
-    return ((actual.detach().cpu().double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+    return (
+        (actual.detach().cpu().double() - expected.double()).abs().max() / expected.double().abs().max()
+    ).item()

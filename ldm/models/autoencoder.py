@@ -31,7 +31,7 @@ class DiagonalGaussianDistribution:
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder with the 1x1 convolutions around the latent that Stable Diffusion has and FLUX lacks.
+    """Encoder and decoder, with the 1x1 convolutions around the latent that FLUX does without.
 
     `lossconfig`, `monitor` and `image_key` appear in original yaml files and change nothing here.
     """

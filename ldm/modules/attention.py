@@ -1,4 +1,4 @@
-"""Transformer blocks that let a UNet attend to itself and to a text embedding (Rombach et al. 2022, sec. 3.3)."""
+"""Transformer blocks: a UNet attends to itself and to a text (Rombach et al. 2022, sec. 3.3)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from ldm.modules.diffusionmodules.util import GroupNorm32, LayerNorm32, zero_mod
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of x (b, n, query_dim) to context (b, m, context_dim); to itself without context."""
+    """Multi-head attention of x (b, n, query_dim) to context (b, m, context_dim), or to itself."""
 
     def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64):
         super().__init__()
