@@ -46,7 +46,7 @@ def save(path: str | Path, content: dict) -> None:
 def load(path: str | Path, device: str = "cpu") -> dict:
     """Load what `save` (or Lightning, or CompVis) wrote; pickled code is refused.
 
-    Raises FileNotFoundError, or ValueError for a damaged file, one that is no checkpoint or one that holds code.
+    Raises FileNotFoundError, or ValueError for a damaged file, no checkpoint, or one that holds code.
     """
     path = Path(path)
     if not path.is_file():

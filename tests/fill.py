@@ -14,7 +14,7 @@ def draw(name: str, shape, salt: str = "") -> torch.Tensor:
 
 @torch.no_grad()
 def fill(module: torch.nn.Module, salt: str = "") -> torch.nn.Module:
-    """Give every parameter its drawn value, scaled by fan-in (2-D and up) or to 0.1 (biases) or near 1 (norms)."""
+    """Draw every parameter: scaled by fan-in (2-D and up), 0.1 (biases) or near 1 (norms)."""
     for name, parameter in module.named_parameters():
         values = draw(name, parameter.shape, salt)
         if parameter.ndim >= 2:

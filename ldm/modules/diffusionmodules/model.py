@@ -1,4 +1,4 @@
-"""Encoder and decoder of the KL autoencoder (Rombach et al. 2022, sec. 3.1), for Stable Diffusion and FLUX."""
+"""Encoder and decoder of the KL autoencoder of Stable Diffusion and FLUX (Rombach et al. 2022, sec. 3.1)."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.modules.attention import feature_map, tokens
-from ldm.modules.diffusionmodules.util import GroupNorm32, checkpoint
+from ldm.modules.diffusionmodules.util import GroupNorm32, Upsample, checkpoint
 
 
 class ResnetBlock(nn.Module):
@@ -55,19 +55,8 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
-    """Twice the size by nearest neighbours and a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
 class Level(nn.Module):
-    """The residual blocks of one resolution; `downsample` or `upsample` follows where the network changes size."""
+    """The residual blocks of one resolution; `downsample` or `upsample` follows where the size changes."""
 
     def __init__(self, channels: int, out_channels: int, num_blocks: int):
         super().__init__()
@@ -89,7 +78,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (b, in_channels, h, w) in [-1, 1] -> moments (b, 2 * z_channels, h / f, w / f), f = 2^(levels - 1).
+    """Image (b, in_channels, h, w) in [-1, 1] -> moments (b, 2 * z_channels, h / f, w / f), f = 2^(levels-1).
 
     Of the arguments in original yaml files `resolution`, `out_ch` and `dropout` change nothing here.
     Raises ValueError for `attn_resolutions`, which neither Stable Diffusion nor FLUX uses.
@@ -112,7 +101,6 @@ class Encoder(nn.Module):
         super().__init__()
         if attn_resolutions:
             raise ValueError(f"attn_resolutions must be empty, not {list(attn_resolutions)}")
-        self.use_checkpoint = False
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         widths = [ch, *(ch * mult for mult in ch_mult)]
         self.down = nn.ModuleList()

@@ -1,16 +1,21 @@
 """The UNet of Stable Diffusion 1 and 2 (Ho et al. 2020; Dhariwal & Nichol 2021; Rombach et al. 2022).
 
-`UNetEncoder` is the half that UNetModel and ControlNet share; parameter names are those of the original files.
+`UNetEncoder` is the half that UNetModel and ControlNet share; parameters are named as in the original files.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ldm.modules.attention import SpatialTransformer
-from ldm.modules.diffusionmodules.util import GroupNorm32, checkpoint, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import (
+    GroupNorm32,
+    Upsample,
+    checkpoint,
+    timestep_embedding,
+    zero_module,
+)
 
 
 class ResBlock(nn.Module):
@@ -45,17 +50,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Twice the size by nearest neighbours and a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class TimestepEmbedSequential(nn.Sequential):
@@ -160,17 +154,15 @@ class UNetEncoder(nn.Module):
         context: torch.Tensor,
         hint: torch.Tensor | float = 0.0,
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Outputs of all input blocks, of the middle block, and the timestep embedding (b, 4 * model_channels).
+        """Outputs of all input blocks, output of the middle block, timestep embedding (b, 4 * model_channels).
 
-        x (b, in_channels, h, w) noisy latents; timesteps (b,); context (b, m, context_dim); `hint` is added to
-        the first block's output. Raises ValueError if h or w cannot be halved as often as the network does.
+        x (b, in_channels, h, w) noisy latents; timesteps (b,); context (b, m, context_dim); `hint` is added
+        to the first block's output. Raises ValueError if h or w cannot be halved as often as needed.
         """
         multiple = self.skips[-1][1]
         if x.shape[-2] % multiple or x.shape[-1] % multiple:
             size = " x ".join(str(8 * side) for side in x.shape[-2:])
-            raise ValueError(
-                f"image sides must be multiples of {8 * multiple} pixels for this UNet, not {size}"
-            )
+            raise ValueError(f"image sides must be multiples of {8 * multiple} pixels, not {size}")
         dtype = self.time_embed[0].weight.dtype
         x, context = x.to(dtype), context.to(dtype)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
@@ -215,6 +207,6 @@ class UNetModel(UNetEncoder):
         return self.out(h)
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """x (b, in_channels, h, w), timesteps (b,), context (b, m, context_dim) -> (b, out_channels, h, w)."""
+        """x (b, in_channels, h, w), timesteps (b,), context (b, m, d) -> (b, out_channels, h, w)."""
         skips, h, emb = self.encode(x, timesteps, context)
         return self.decode(h, skips, emb, context)

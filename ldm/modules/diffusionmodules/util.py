@@ -21,9 +21,7 @@ def make_ddim_timesteps(num_ddim_timesteps: int, num_ddpm_timesteps: int = 1000)
     timestep is used. Raises ValueError for a number outside 1..num_ddpm_timesteps.
     """
     if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
-        raise ValueError(
-            f"sampling steps must lie between 1 and {num_ddpm_timesteps}, not {num_ddim_timesteps}"
-        )
+        raise ValueError(f"sampling steps must lie in 1..{num_ddpm_timesteps}, not {num_ddim_timesteps}")
     steps = np.arange(num_ddim_timesteps) * num_ddpm_timesteps // num_ddim_timesteps
     return steps + (num_ddim_timesteps < num_ddpm_timesteps)
 
@@ -69,6 +67,17 @@ class LayerNorm32(nn.LayerNorm):
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class Upsample(nn.Module):
+    """Twice the size by nearest neighbours and a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 def zero_module(module: nn.Module) -> nn.Module:
