@@ -1,0 +1,293 @@
+"""Camera blur for training pairs: motion, gaussian, defocus and lens blur, as a sensor would record them.
+
+Light adds up on the sensor, not in the file, so every blur undoes the sRGB curve, convolves linear light with
+a kernel that sums to 1 and has its centroid in the middle, adds the sensor's noise, and applies the curve.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import cv2
+import numpy as np
+from scipy.special import ndtri
+
+Parameters = dict[str, float | int]
+
+LEVELS = 65535  # steps of linear light in the look-up table back to sRGB
+DARK_SIGNAL = 0.002  # what the sensor counts without light, as a fraction of full scale
+DIRECT_KERNEL = 9  # kernels up to this size are convolved directly, larger ones by Fourier transform
+
+
+# ---- light -----------------------------------------------------------------------------------------------
+
+
+@cache
+def _srgb_tables() -> tuple[np.ndarray, np.ndarray]:
+    """The sRGB curve (IEC 61966-2-1) as tables: 256 levels to light, LEVELS + 1 steps of light to levels."""
+    encoded = np.arange(256) / 255
+    to_linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    light = np.arange(LEVELS + 1) / LEVELS
+    to_srgb = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+    return to_linear.astype(np.float32), np.rint(to_srgb * 255).astype(np.uint8)
+
+
+def srgb_to_linear(image: np.ndarray) -> np.ndarray:
+    """uint8 sRGB of any shape -> float32 linear light in [0, 1]."""
+    return cv2.LUT(image, _srgb_tables()[0])
+
+
+def linear_to_srgb(light: np.ndarray) -> np.ndarray:
+    """float32 linear light (clipped to [0, 1]) -> uint8 sRGB; exact inverse of `srgb_to_linear`."""
+    steps = np.clip(light, 0, 1)
+    steps *= np.float32(LEVELS)
+    steps += np.float32(0.5)
+    return cv2.LUT(steps.astype(np.uint16), _srgb_tables()[1])
+
+
+@cache
+def _gaussian_table() -> np.ndarray:
+    return ndtri((np.arange(65536) + 0.5) / 65536).astype(np.float32)
+
+
+def add_sensor_noise(light: np.ndarray, rng: np.random.Generator, gain: float) -> np.ndarray:
+    """Shot noise and dark noise: variance `gain * (light + DARK_SIGNAL)` in linear light."""
+    noise = cv2.LUT(rng.integers(0, 65536, light.shape, dtype=np.uint16), _gaussian_table())
+    deviation = np.maximum(light, 0)
+    deviation += np.float32(DARK_SIGNAL)
+    noise *= np.sqrt(deviation, out=deviation)
+    noise *= np.float32(math.sqrt(gain))
+    noise += light
+    return noise
+
+
+def compress_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """uint8 RGB (h, w, 3) as it comes back from a JPEG file of this quality (1..100)."""
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+# ---- kernels: float32 (k, k), k odd, sum 1, centroid in the middle ----------------------------------------
+
+
+def motion_path(rng: np.random.Generator, length: float, shake: float) -> np.ndarray:
+    """Way of the scene over the sensor during one exposure: (steps, 2) points x, y in pixels, mean (0, 0).
+
+    A random walk at constant speed (Boracchi & Foi, Modeling the Performance of Image Restoration from
+    Motion Blur, IEEE TIP 2012): the velocity keeps its direction (inertia) but for gaussian tremor, a pull
+    back to the start, and rare impulses that reverse it. `shake` 0 is a straight line, 1 a tangle; `length`
+    in pixels is that of the whole path.
+    """
+    steps = max(64, math.ceil(4 * length))
+    time = 1 / (steps - 1)  # the exposure lasts 1, the speed is 1 path length per exposure
+    position, velocity = 0j, np.exp(2j * math.pi * rng.random())
+    tremor = (rng.standard_normal((steps - 1, 2)) @ [1, 1j]) * 2.5 * shake * math.sqrt(time)
+    impulses = rng.random(steps - 1) < 3 * shake * time
+    path = [position]
+    for tremble, impulse in zip(tremor, impulses, strict=True):
+        velocity = velocity + tremble - 6 * shake * time * position
+        velocity = velocity / abs(velocity) * (-1 if impulse else 1)
+        position = position + velocity * time
+        path.append(position)
+    points = np.array(path) * length
+    return np.stack([points.real, points.imag], axis=1) - [points.real.mean(), points.imag.mean()]
+
+
+def motion_kernel(path: np.ndarray) -> np.ndarray:
+    """Kernel of equal exposure at each point (n, 2) of a path with mean 0, shared by four pixels each."""
+    radius = math.ceil(np.abs(path).max()) + 1
+    size = 2 * radius + 1
+    corner = np.floor(path).astype(int)
+    x, y = (path - corner).T
+    index = (corner[:, 1] + radius) * size + corner[:, 0] + radius
+    indices = np.concatenate([index, index + 1, index + size, index + size + 1])
+    weights = np.concatenate([(1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y]) / len(path)
+    return np.bincount(indices, weights, size * size).reshape(size, size).astype(np.float32)
+
+
+def gaussian_kernel(sigma: float) -> np.ndarray:
+    """One-dimensional gaussian (k,) that reaches 3.5 sigma; its outer product is the blur kernel."""
+    return cv2.getGaussianKernel(2 * math.ceil(3.5 * sigma) + 1, sigma, cv2.CV_32F)[:, 0]
+
+
+def aperture_kernel(radius: float, blades: int = 0, angle: float = 0.0) -> np.ndarray:
+    """Image of a point out of focus: a uniform disk, or a regular polygon of `blades` sides, antialiased.
+
+    `radius` in pixels is that of the disk or of the circle through the corners; `angle` in radians turns
+    the polygon. A pixel is the mean of 4 x 4 points, each counted by its distance to the rim.
+    """
+    reach = math.ceil(radius + 0.5)
+    fine = (np.arange(4 * (2 * reach + 1)) + 0.5) / 4 - reach - 0.5
+    x, y = fine[None, :], fine[:, None]
+    if blades:
+        normals = angle + 2 * math.pi * np.arange(blades) / blades
+        depth = np.max([x * math.cos(turn) + y * math.sin(turn) for turn in normals], axis=0)
+        inside = radius * math.cos(math.pi / blades) - depth
+    else:
+        inside = radius - np.hypot(x, y)
+    coverage = np.clip(0.5 + 4 * inside, 0, 1).reshape(2 * reach + 1, 4, 2 * reach + 1, 4).mean(axis=(1, 3))
+    return (coverage / coverage.sum()).astype(np.float32)
+
+
+def convolve(light: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Convolve float32 (h, w) or (h, w, c) with an odd square kernel, borders reflected; same shape out."""
+    if len(kernel) <= DIRECT_KERNEL:
+        return cv2.filter2D(light, -1, cv2.flip(kernel, -1), borderType=cv2.BORDER_REFLECT_101)
+    edge, (height, width) = len(kernel) // 2, light.shape[:2]
+    rows, columns = cv2.getOptimalDFTSize(height + 2 * edge), cv2.getOptimalDFTSize(width + 2 * edge)
+    spectrum = np.zeros((rows, columns), np.float32)
+    spectrum[: len(kernel), : len(kernel)] = kernel
+    cv2.dft(spectrum, dst=spectrum)
+    # reflect at least `edge` pixels on every side; what the good size adds at the bottom right is not used
+    borders = edge, rows - height - edge, edge, columns - width - edge
+    blurred = np.empty_like(light)
+    for channel in range(light[0, 0].size):
+        plane = light if light.ndim == 2 else cv2.extractChannel(light, channel)
+        plane = cv2.copyMakeBorder(plane, *borders, cv2.BORDER_REFLECT_101)
+        cv2.mulSpectrums(cv2.dft(plane, dst=plane), spectrum, 0, plane)
+        cv2.dft(plane, dst=plane, flags=cv2.DFT_INVERSE | cv2.DFT_SCALE)
+        plane = plane[2 * edge : 2 * edge + height, 2 * edge : 2 * edge + width]
+        blurred.reshape(height, width, -1)[..., channel] = plane
+    return blurred
+
+
+# ---- the four blurs: uint8 RGB (h, w, 3) in, uint8 RGB of the same size and what was drawn out -----------
+
+
+def motion_blur(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    length: tuple[float, float] = (8.0, 40.0),
+    shake: tuple[float, float] = (0.0, 0.7),
+    **camera: float,
+) -> tuple[np.ndarray, Parameters]:
+    """Camera shake along a random path of `length` pixels; `shake` 0 is a straight pan, 1 a tangle.
+
+    uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
+    """
+    length, shake = rng.uniform(*length), rng.uniform(*shake)
+    path = motion_path(rng, length, shake)
+    light = convolve(_light(image), motion_kernel(path))
+    turn = math.degrees(math.atan2(*np.linalg.eigh(np.cov(path.T))[1][::-1, 1])) % 180
+    return record(light, rng, {"length": length, "shake": shake, "angle": turn}, **camera)
+
+
+def gaussian_blur(
+    image: np.ndarray, rng: np.random.Generator, sigma: tuple[float, float] = (1.0, 5.0), **camera: float
+) -> tuple[np.ndarray, Parameters]:
+    """Isotropic gaussian of standard deviation `sigma` pixels: haze, a soft lens, a rescaled picture.
+
+    uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
+    """
+    sigma = rng.uniform(*sigma)
+    kernel = gaussian_kernel(sigma)
+    light = cv2.sepFilter2D(_light(image), -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+    return record(light, rng, {"sigma": sigma}, **camera)
+
+
+def defocus_blur(
+    image: np.ndarray, rng: np.random.Generator, radius: tuple[float, float] = (2.0, 8.0), **camera: float
+) -> tuple[np.ndarray, Parameters]:
+    """Out of focus with the aperture wide open: a disk of `radius` pixels, the circle of confusion.
+
+    uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
+    """
+    radius = rng.uniform(*radius)
+    return record(convolve(_light(image), aperture_kernel(radius)), rng, {"radius": radius}, **camera)
+
+
+def lens_blur(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    radius: tuple[float, float] = (3.0, 10.0),
+    blades: tuple[int, int] = (5, 8),
+    aberration: tuple[float, float] = (0.0, 0.06),
+    field: tuple[float, float] = (0.0, 15.0),
+    **camera: float,
+) -> tuple[np.ndarray, Parameters]:
+    """Out of focus with the aperture stopped down: a turned regular polygon of `blades` sides.
+
+    Red is spread by the factor 1 + `aberration` and blue by 1 - `aberration` (axial chromatic aberration),
+    and light falls off as cos^4 of the angle to the axis, which is `field` degrees in the corners.
+    uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
+    """
+    radius, aberration, field = (rng.uniform(*limits) for limits in (radius, aberration, field))
+    blades = int(rng.integers(blades[0], blades[1] + 1))
+    angle = rng.uniform(0, 2 * math.pi / blades)
+    scales = (1 + aberration, 1.0, 1 - aberration)  # red, green, blue
+    falloff = vignette(*image.shape[:2], field)
+    channels = [
+        convolve(channel, aperture_kernel(radius * scale, blades, angle)) * falloff
+        for channel, scale in zip(cv2.split(_light(image)), scales, strict=True)
+    ]
+    light = cv2.merge(channels)
+    drawn = {"radius": radius, "blades": blades, "angle": math.degrees(angle)}
+    return record(light, rng, {**drawn, "aberration": aberration, "field": field}, **camera)
+
+
+def vignette(height: int, width: int, field: float) -> np.ndarray:
+    """cos^4 fall-off of light (height, width): 1 in the middle, cos(`field` degrees)^4 in the corners."""
+    y, x = np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2
+    scale = math.tan(math.radians(field)) / max(math.hypot(x[0], y[0]), 1)
+    y, x = (y * scale).astype(np.float32), (x * scale).astype(np.float32)
+    return (1 + (y**2)[:, None] + x**2) ** -2  # cos^2 = 1 / (1 + tan^2)
+
+
+def record(
+    light: np.ndarray,
+    rng: np.random.Generator,
+    drawn: Parameters,
+    noise: float = 3e-4,
+    jpeg_probability: float = 0.0,
+) -> tuple[np.ndarray, Parameters]:
+    """What the camera makes of blurred light: sensor noise, sRGB curve, 8 bits and perhaps a JPEG file.
+
+    `noise` is the highest gain of `add_sensor_noise` (0 = none); with `jpeg_probability` the picture goes
+    through a JPEG of quality 60 to 95. Returns the uint8 picture and `drawn` with what was drawn here added.
+    """
+    gain = rng.uniform(0, noise)
+    quality = int(rng.integers(60, 96)) if rng.random() < jpeg_probability else None
+    image = linear_to_srgb(add_sensor_noise(light, rng, gain) if gain else light)
+    drawn = {**drawn, "noise": gain}
+    if quality:
+        image, drawn = compress_jpeg(image, quality), {**drawn, "jpeg_quality": quality}
+    return image, {name: round(value, 6) for name, value in drawn.items()}
+
+
+def _light(image: np.ndarray) -> np.ndarray:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"a blur needs a uint8 image (h, w, 3), got {image.dtype} {image.shape}")
+    return srgb_to_linear(image)
+
+
+BLUR_TYPES: dict[str, Callable[..., tuple[np.ndarray, Parameters]]] = {
+    "motion_blur": motion_blur,
+    "gaussian_blur": gaussian_blur,
+    "defocus_blur": defocus_blur,
+    "lens_blur": lens_blur,
+}
+
+
+def random_blur(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    blur_types: Sequence[str] = tuple(BLUR_TYPES),
+    **camera: float,
+) -> tuple[np.ndarray, str, Parameters]:
+    """Blur uint8 (h, w, 3) by one of `blur_types`, all equally likely: image, blur type, parameters.
+
+    Raises ValueError for a blur type that does not exist, or an empty choice.
+    """
+    check_blur_types(blur_types)
+    blur_type = blur_types[rng.integers(len(blur_types))]
+    blurred, parameters = BLUR_TYPES[blur_type](image, rng, **camera)
+    return blurred, blur_type, parameters
+
+
+def check_blur_types(blur_types: Sequence[str]) -> None:
+    """Raise ValueError if there is none, or one that does not exist."""
+    unknown = [name for name in blur_types if name not in BLUR_TYPES]
+    if unknown or not blur_types:
+        given = ", ".join(map(repr, unknown)) or "none given"
+        raise ValueError(f"unknown blur type ({given}): choose from {', '.join(BLUR_TYPES)}")
