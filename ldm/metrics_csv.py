@@ -1,0 +1,45 @@
+"""A table of metrics that survives a kill and a resume."""
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from ldm.checkpoint import write_atomically
+
+
+class MetricsCsv:
+    """A table with one column per metric that is on disk after every row.
+
+    Opening it keeps the whole rows up to `step` and drops the rest: a run resumed there writes those again.
+    """
+
+    def __init__(self, path: str | Path, step: int):
+        self.path, self.columns = Path(path), []
+        if self.path.is_file():
+            self._rewrite([row for row in self._rows() if int(row["step"]) <= step])
+
+    def _rows(self) -> list[dict]:
+        if not self.path.is_file():
+            return []
+        text = self.path.read_text()
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # without a line cut by a kill
+        self.columns = list(reader.fieldnames or [])
+        return list(reader)
+
+    def _rewrite(self, rows: list[Mapping]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text.getvalue()))
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add a row, which holds a step; a metric that is new becomes a new column."""
+        new = [name for name in row if name not in self.columns]
+        if new:
+            rows = self._rows()
+            self.columns += new
+            return self._rewrite([*rows, row])
+        with open(self.path, "a") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)

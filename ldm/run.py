@@ -1,0 +1,305 @@
+"""What the plain training loops share: the folder of a run, its logs, checkpoints, resume and error messages.
+
+fabric = start_fabric(settings.devices, settings.num_nodes, settings.precision, settings.seed)
+parts = {"state_dict": network, "optimizer": optimizer, "ema": ema}
+run = Run(fabric, settings.output_dir, settings, parts, may_change=("num_workers",))
+for batch in run.batches(run.loader(dataset, batch_size, steps, seed, num_workers), steps):
+    ...                                         # forward, backward, optimizer step
+    run.advance({"loss": loss}, batch["name"])  # counts the step, watches for NaN
+    if run.step % log_every == 0:
+        run.log(run.means() | evaluate(...))    # TensorBoard and logs/metrics.csv
+        run.save(score)                         # last.ckpt, and best.ckpt if none scored higher
+"""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from lightning_fabric import Fabric
+from lightning_fabric.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ldm import checkpoint
+from ldm.data.image import write_image
+from ldm.data.stream import SampleStream
+from ldm.metrics_csv import MetricsCsv
+
+PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+CHECK_EVERY = 10  # steps between two looks at the losses: each look waits for the device
+
+
+def run_main(main: Callable[[Any], None], settings: type) -> None:
+    """Read `settings` from the command line, call `main`; a user's mistake is one line and exit code 1.
+
+    With TRACEBACK=1 in the environment the whole traceback is shown instead.
+    """
+    try:
+        main(tyro.cli(settings, use_underscores=True))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        # a DataLoader hands on what its worker raised as a whole traceback
+        in_worker = any("Original Traceback" in line for line in lines)
+        print(f"error: {lines[-1] if in_worker else ' '.join(lines)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def start_fabric(devices: int = 1, num_nodes: int = 1, precision: str = "32", seed: int = 0) -> Fabric:
+    """A launched, seeded Fabric: CUDA if there is any, else the CPU; DDP if there are several processes.
+
+    Raises ValueError for a precision other than 32, 16 and bf16.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    fabric = Fabric(devices=devices, num_nodes=num_nodes, precision=PRECISIONS[precision])
+    fabric.launch()
+    fabric.seed_everything(seed, verbose=False)
+    return fabric
+
+
+class Run:
+    """A training run in `output_dir`, resumed at its last checkpoint if there is one.
+
+    `settings` is a dataclass or a dict; one that differs from the checkpoint's raises ValueError, unless it
+    is named in `may_change`. `parts` are what has state (`state_dict`, `load_state_dict`), the network under
+    "state_dict": unwrapped, so that the files carry its own names. Log before saving: a resumed run forgets
+    the rows of steps after its checkpoint and writes them again.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        output_dir: str | Path,
+        settings: Any,
+        parts: dict,
+        may_change: Iterable[str] = (),
+    ):
+        self.fabric, self.parts = fabric, {**parts, "precision": fabric.strategy.precision}
+        self.folder, self.settings = Path(output_dir), plain(settings)
+        self.last_checkpoint = self.folder / "checkpoints" / "last.ckpt"
+        self.best_checkpoint = self.folder / "checkpoints" / "best.ckpt"
+        self.step, self.best, self.samples_per_step = 0, -math.inf, 1
+        self._sums, self._count = {}, 0  # of the metrics since the last means()
+        self._seconds, self._steps, self._mark = 0.0, 0, None  # training time since the last means()
+        self._pending: list[tuple[int, dict, list]] = []  # steps whose losses nobody has looked at
+        self._bar = None
+        for name in ("logs", "images", "checkpoints"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._resume({"output_dir", *may_change})
+        if fabric.is_global_zero:
+            self.csv = MetricsCsv(self.folder / "logs" / "metrics.csv", self.step)
+            self.board = TensorBoardLogger(self.folder / "logs", "", "", purge_step=self.step + 1)
+
+    def loader(
+        self, dataset: Dataset, batch_size: int, steps: int, seed: int, num_workers: int = 0
+    ) -> DataLoader:
+        """Batches from where the run stands up to `steps` steps; `batch_size` is what one step sees in all,
+        over all processes, so that the run is the same on any number of them.
+
+        Raises ValueError if the processes cannot share a batch evenly.
+        """
+        world_size = self.fabric.world_size
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch_size {batch_size} cannot be shared by {world_size} process(es)")
+        self.samples_per_step = batch_size
+        start, total = self.step * batch_size, steps * batch_size
+        loader = DataLoader(
+            dataset,
+            batch_size // world_size,
+            sampler=SampleStream(len(dataset), seed, start, total, self.fabric.global_rank, world_size),
+            num_workers=num_workers,
+            pin_memory=self.fabric.device.type == "cuda",
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # its own: starting to iterate must not move the global random state
+        )
+        return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+
+    def batches(self, loader: Iterable, steps: int) -> Iterator:
+        """The loader's batches under a progress bar that `advance` moves."""
+        look = {"disable": not self.fabric.is_global_zero, "unit": "step", "dynamic_ncols": True}
+        with tqdm(total=steps, initial=self.step, **look) as self._bar:
+            self._mark = time.perf_counter()
+            for batch in loader:
+                step = self.step
+                yield batch
+                if self.step != step:  # what came after `advance` (evaluation, saving) is not training time
+                    self._mark = time.perf_counter()
+            self._check_losses()
+
+    def advance(self, metrics: Mapping[str, torch.Tensor], files: Iterable[str] = ()) -> None:
+        """One optimizer step is done: `metrics` are its losses and the like, scalars; `files` made its batch.
+
+        Raises ValueError (within CHECK_EVERY steps) if one of them is NaN or infinite.
+        """
+        self.step += 1
+        self._steps += 1
+        values = {name: torch.as_tensor(value).detach().float() for name, value in metrics.items()}
+        self._pending.append((self.step, values, list(files)))
+        if len(self._pending) >= CHECK_EVERY:
+            self._check_losses()
+        if self._bar is not None:
+            now = time.perf_counter()
+            self._seconds, self._mark = self._seconds + now - self._mark, now
+            self._bar.update()
+
+    def _check_losses(self) -> None:
+        problem, values = "", {}
+        for step, metrics, files in self._pending:
+            values = {name: value.item() for name, value in metrics.items()}
+            bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+            if bad and not problem:
+                problem = f"{', '.join(bad)} at step {step}; its batch: {', '.join(files) or 'unknown files'}"
+            for name, value in values.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+            self._count += 1
+        self._pending = []
+        if values and self._bar is not None:
+            shown = {**values, "images/s": self._rate()}
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+        if self._in_any_process(bool(problem)):
+            last = self.last_checkpoint
+            kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved yet"
+            raise ValueError(f"training stopped: {problem or 'NaN in another process'}; {kept}")
+
+    def _in_any_process(self, here: bool) -> bool:
+        if self.fabric.world_size == 1:
+            return here
+        flag = torch.tensor(float(here), device=self.fabric.device)
+        return self.fabric.all_reduce(flag, reduce_op="sum").item() > 0
+
+    def _rate(self) -> float:
+        return self._steps * self.samples_per_step / max(self._seconds, 1e-9)
+
+    def means(self) -> dict[str, float]:
+        """Means over steps and processes of what `advance` was given since the last call, and images/s."""
+        self._check_losses()
+        means = {name: value / self._count for name, value in self._sums.items()}
+        if self.fabric.world_size > 1:
+            device = self.fabric.device
+            sums = {name: torch.tensor(value, device=device) for name, value in means.items()}
+            means = {name: value.item() for name, value in self.fabric.all_reduce(sums).items()}
+        means["images/s"] = self._rate()
+        self._sums, self._count, self._seconds, self._steps = {}, 0, 0.0, 0
+        return means
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Write one row to logs/metrics.csv and to TensorBoard, at the present step."""
+        if self.fabric.is_global_zero:
+            self.csv.append({"step": self.step, **metrics})
+            self.board.log_metrics(metrics, self.step)
+
+    def picture(self, name: str, image: np.ndarray) -> None:
+        """Write uint8 (h, w, 3) to images/NAME_STEP.png and to TensorBoard."""
+        if self.fabric.is_global_zero:
+            write_image(self.folder / "images" / f"{name}_{self.step:07d}.png", image)
+            self.board.experiment.add_image(name, image, self.step, dataformats="HWC")
+
+    def say(self, text: str) -> None:
+        """Print a line once, above the progress bar."""
+        if self.fabric.is_global_zero:
+            tqdm.write(text)
+
+    def save(self, score: float | None = None) -> None:
+        """Write last.ckpt, and best.ckpt if `score` is higher than every one before.
+
+        Raises ValueError if a weight is not finite (nothing is written) and OSError if the disk is full;
+        either way the files that were there stay whole.
+        """
+        self._check_losses()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        _check_finite(state["state_dict"], self.step)
+        is_best = score is not None and score > self.best
+        self.best = score if is_best else self.best
+        own = {"random": checkpoint.random_states(), "sums": self._sums, "count": self._count}
+        state |= {"step": self.step, "best": self.best, "settings": self.settings}
+        state["processes"] = self._gather(own)
+        if self.fabric.is_global_zero:
+            for path in [self.last_checkpoint] + [self.best_checkpoint] * is_best:
+                checkpoint.save(path, state)
+        self.fabric.barrier()
+
+    def _gather(self, content: dict) -> list[dict]:
+        if self.fabric.world_size == 1:
+            return [content]
+        contents = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(contents, content)
+        return contents
+
+    def _resume(self, may_change: set[str]) -> None:
+        if not self.last_checkpoint.is_file():
+            return
+        state = checkpoint.load(self.last_checkpoint)
+        lacks = [name for name in (*self.parts, "step", "settings", "processes") if name not in state]
+        if lacks:
+            raise ValueError(f"{self.last_checkpoint} is from another script: it lacks {', '.join(lacks)}")
+        _check_settings(state["settings"], self.settings, may_change, self.last_checkpoint)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.best = state["step"], state["best"]
+        if len(state["processes"]) == self.fabric.world_size:
+            own = state["processes"][self.fabric.global_rank]
+            self._sums, self._count = own["sums"], own["count"]
+            checkpoint.restore_random_states(own["random"])
+        self.say(f"resuming {self.last_checkpoint} at step {self.step}")
+
+    def finish(self, what_next: str) -> None:
+        """Close the logs and say where everything is and what to run next."""
+        if self.fabric.is_global_zero:
+            self.board.finalize("success")
+        best = f" and {self.best_checkpoint.name} ({self.best:.3f})" if self.best_checkpoint.is_file() else ""
+        logs = self.folder / "logs"
+        self.say(
+            f"finished at step {self.step}\n"
+            f"  checkpoints  {self.last_checkpoint}{best}\n"
+            f"  pictures     {self.folder / 'images'}\n"
+            f"  curves       {logs / 'metrics.csv'}, or: tensorboard --logdir {logs}\n"
+            f"next: {what_next}"
+        )
+
+
+def plain(settings: Any) -> dict:
+    """A dataclass or dict of settings as a dict that a checkpoint can hold (paths become strings)."""
+    values = settings if isinstance(settings, Mapping) else asdict(settings)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> None:
+    names = sorted({*saved, *now} - may_change)
+    differ = [(name, saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)]
+    if differ:
+        changes = "; ".join(f"{name} was {before!r}, is {after!r}" for name, before, after in differ)
+        raise ValueError(
+            f"{path} was trained with other settings: {changes}. "
+            "Use the old ones to continue, or another --output_dir to start anew."
+        )
+
+
+def _check_finite(weights: Mapping[str, torch.Tensor], step: int) -> None:
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"weight {name} is not finite at step {step}: not saved, the old files stay")
+
+
+def read_trained(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights to use from a file (the EMA's where it holds one) and the settings they were trained with.
+
+    Any file that `ldm.checkpoint.read_weights` reads will do; without settings in it they are {}.
+    """
+    weights = checkpoint.read_weights(path)
+    if Path(path).suffix == ".safetensors":
+        return weights, {}
+    content = checkpoint.load(path)
+    averages = (content.get("ema") or {}).get("average", {})
+    return {**weights, **averages}, content.get("settings", {})

@@ -1,0 +1,229 @@
+import csv
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ldm import checkpoint
+from ldm.metrics_csv import MetricsCsv
+from ldm.modules.ema import EMA
+from ldm.run import Run, read_trained, run_main, start_fabric
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Settings:
+    output_dir: Path = Path("outputs/test")
+    learning_rate: float = 0.1
+    sizes: list[int] = field(default_factory=lambda: [3, 4])
+    num_workers: int = 0
+
+
+class Points(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, key):
+        epoch, index = key
+        return {"x": torch.full((2,), epoch + index / 10), "name": f"file_{index}.png"}
+
+
+def train(folder, steps=8, stop_at=None, save_every=4, poison=None, **changes):
+    """A run of `steps` steps that draws from the global generator, so that resuming must restore it."""
+    settings = Settings(output_dir=folder, **changes)
+    fabric = start_fabric(seed=3)
+    network = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+    ema = EMA(network, 0.9)
+    parts = {"state_dict": network, "optimizer": optimizer, "ema": ema}
+    run = Run(fabric, folder, settings, parts, may_change=("num_workers",))
+    for batch in run.batches(run.loader(Points(), 4, steps, 7, settings.num_workers), steps):
+        loss = (network(batch["x"] + torch.randn(2)) - 1).square().mean()
+        if run.step + 1 == poison:
+            loss = loss * float("nan")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(network)
+        run.advance({"loss": loss}, batch["name"])
+        if run.step == stop_at:
+            return run
+        if run.step % 3 == 0:
+            means = run.means()
+            run.log({"train/loss": means["loss"]})
+        if run.step % save_every == 0:
+            run.log({"score": -run.step})
+            run.save(score=-run.step)
+    run.finish("python infer.py")
+    return run
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("stop_at", [5, 7])
+def test_a_stopped_run_ends_like_an_uninterrupted_one(tmp_path, stop_at):
+    train(tmp_path / "whole")
+    train(tmp_path / "parts", stop_at=stop_at)
+    assert checkpoint.load(tmp_path / "parts/checkpoints/last.ckpt")["step"] == 4
+    run = train(tmp_path / "parts", num_workers=1)
+    assert run.step == 8
+    whole = checkpoint.load(tmp_path / "whole/checkpoints/last.ckpt")
+    parts = checkpoint.load(tmp_path / "parts/checkpoints/last.ckpt")
+    for state in (whole, parts):
+        del state["settings"]["output_dir"], state["settings"]["num_workers"]
+    assert same(whole, parts)
+    tables = [(tmp_path / name / "logs/metrics.csv").read_text() for name in ("whole", "parts")]
+    assert tables[0] == tables[1]
+    steps = [int(row["step"]) for row in csv.DictReader(tables[0].splitlines())]
+    assert steps == [3, 4, 6, 8]
+
+
+def test_best_is_kept_and_a_finished_run_trains_no_more(tmp_path, capsys):
+    train(tmp_path)
+    before = checkpoint.load(tmp_path / "checkpoints/last.ckpt")
+    assert checkpoint.load(tmp_path / "checkpoints/best.ckpt")["step"] == 4  # the scores fall: -4, -8
+    assert before["step"] == 8 and before["best"] == -4
+    train(tmp_path)
+    assert same(checkpoint.load(tmp_path / "checkpoints/last.ckpt"), before)
+    assert "next: python infer.py" in capsys.readouterr().out
+
+
+def test_nan_names_step_and_files_and_keeps_the_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"loss = nan at step 6; its batch: file_\d.png, .*last.ckpt"):
+        train(tmp_path, poison=6, steps=20, save_every=4)
+    state = checkpoint.load(tmp_path / "checkpoints/last.ckpt")
+    assert state["step"] == 4 and all(torch.isfinite(value).all() for value in state["state_dict"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    network = nn.Linear(1, 1)
+    run = Run(start_fabric(), tmp_path, {}, {"state_dict": network})
+    run.save()
+    nn.init.constant_(network.weight, float("inf"))
+    with pytest.raises(ValueError, match="weight weight is not finite"):
+        run.save()
+    assert torch.isfinite(checkpoint.load(run.last_checkpoint)["state_dict"]["weight"]).all()
+
+
+def test_other_settings_do_not_resume(tmp_path):
+    train(tmp_path, steps=4)
+    with pytest.raises(ValueError, match=r"learning_rate was 0.1, is 0.2"):
+        train(tmp_path, steps=4, learning_rate=0.2)
+    with pytest.raises(ValueError, match=r"it lacks optimizer"):
+        checkpoint.save(tmp_path / "checkpoints/last.ckpt", {"state_dict": {}})
+        train(tmp_path)
+
+
+def test_pictures_land_in_the_folder_of_the_run(tmp_path):
+    run = Run(start_fabric(), tmp_path, {}, {"state_dict": nn.Linear(1, 1)})
+    run.step = 12
+    run.picture("sample", np.zeros((4, 6, 3), np.uint8))
+    assert (tmp_path / "images/sample_0000012.png").is_file()
+
+
+def test_trained_weights_are_the_averaged_ones(tmp_path):
+    train(tmp_path, steps=4)
+    weights, settings = read_trained(tmp_path / "checkpoints/last.ckpt")
+    state = checkpoint.load(tmp_path / "checkpoints/last.ckpt")
+    assert torch.equal(weights["weight"], state["ema"]["average"]["weight"])
+    assert not torch.equal(weights["weight"], state["state_dict"]["weight"])
+    assert settings["learning_rate"] == 0.1 and settings["output_dir"] == str(tmp_path)
+    checkpoint.write_weights(tmp_path / "w.safetensors", weights)
+    assert read_trained(tmp_path / "w.safetensors")[1] == {}
+
+
+def train_plainly(devices, folder):
+    """Three steps without any noise, on one or two processes."""
+    fabric = start_fabric(devices, seed=3)
+    network = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    run = Run(fabric, folder, {}, {"state_dict": network, "optimizer": optimizer})
+    wrapped, optimizer = fabric.setup(network, optimizer)
+    for batch in run.batches(run.loader(Points(), 4, 3, 7), 3):
+        loss = (wrapped(batch["x"]) - 1).square().mean()
+        optimizer.zero_grad()
+        fabric.backward(loss)
+        optimizer.step()
+        run.advance({"loss": loss}, batch["name"])
+    run.log({"loss": run.means()["loss"]})
+    run.save()
+
+
+def test_two_processes_see_the_batches_of_one(tmp_path):
+    """The same joint batches, averaged gradients: the weights agree, and logs are written once."""
+    train_plainly(1, tmp_path / "1")
+    script = tmp_path / "two.py"
+    paths = [str(ROOT), str(ROOT / "tests")]
+    script.write_text(
+        f"import sys; sys.path[:0] = {paths}; import test_run; test_run.train_plainly(2, sys.argv[1])"
+    )
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, tmp_path / "2"]
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=120)
+    one, two = (checkpoint.load(tmp_path / name / "checkpoints/last.ckpt") for name in "12")
+    assert two["step"] == 3 and len(two["processes"]) == 2
+    for name, value in one["state_dict"].items():
+        assert torch.allclose(value, two["state_dict"][name], atol=1e-6)
+    rows = [list(csv.DictReader((tmp_path / name / "logs/metrics.csv").open())) for name in "12"]
+    assert len(rows[0]) == len(rows[1]) == 1
+    assert float(rows[0][0]["loss"]) == pytest.approx(float(rows[1][0]["loss"]), abs=1e-5)
+
+
+def test_uneven_batches_are_refused(tmp_path):
+    run = Run(start_fabric(), tmp_path, {}, {"state_dict": nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match="batch_size 0"):
+        run.loader(Points(), 0, 1, 0)
+    with pytest.raises(ValueError, match="precision must be one of 32, 16, bf16, not 'fp8'"):
+        start_fabric(precision="fp8")
+
+
+def test_csv_drops_later_rows_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.csv"
+    table = MetricsCsv(path, 0)
+    table.append({"step": 1, "a": 0.5})
+    table.append({"step": 2, "b": 1.5})
+    table.append({"step": 3, "a": 2.5})
+    assert path.read_text() == "step,a,b\n1,0.5,\n2,,1.5\n3,2.5,\n"
+    path.write_text(path.read_text() + "2,7")  # killed in the middle of a row
+    MetricsCsv(path, 2).append({"step": 3, "a": 4})
+    assert path.read_text() == "step,a,b\n1,0.5,\n2,,1.5\n3,4,\n"
+
+
+def test_a_mistake_is_one_line_and_exit_code_1(monkeypatch, capsys):
+    def main(settings):
+        raise FileNotFoundError(f"no\nsuch file: {settings.output_dir}")
+
+    monkeypatch.setattr(sys, "argv", ["script", "--output_dir", "here", "--sizes", "5", "6"])
+    with pytest.raises(SystemExit) as stop:
+        run_main(main, Settings)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: no such file: here\n"
+
+
+def test_an_error_in_a_loader_worker_is_one_line_too(monkeypatch, capsys, tmp_path):
+    class Broken(Points):
+        def __getitem__(self, key):
+            raise ValueError("cannot read image broken.png")
+
+    def main(settings):
+        run = Run(start_fabric(), tmp_path, {}, {"state_dict": nn.Linear(1, 1)})
+        list(run.batches(run.loader(Broken(), 2, 1, 0, num_workers=1), 1))
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit):
+        run_main(main, Settings)
+    assert capsys.readouterr().err.splitlines()[-1] == "error: ValueError: cannot read image broken.png"
