@@ -1,0 +1,54 @@
+"""Images of any size through networks that want multiples, in bounded memory: padding and blended tiles."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+
+def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
+    """(b, c, h, w) grown at the right and bottom, by repeating its edge, until `multiple` divides both sides."""
+    h, w = image.shape[-2:]
+    right, bottom = -w % multiple, -h % multiple
+    return F.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin along one side: `overlap` or more shared by neighbours, the last one flush with the end."""
+    if length <= tile:
+        return [0]
+    return [*range(0, length - tile, tile - overlap), length - tile]
+
+
+def gaussian_window(h: int, w: int, sigma: float = 0.3) -> torch.Tensor:
+    """Weights (h, w) of a tile in the blend: 1 in its middle, falling off as a gaussian of `sigma` half-sides."""
+    y, x = (torch.linspace(-1, 1, n + 2)[1:-1] for n in (h, w))
+    return torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2))
+
+
+def restore_tiled(
+    image: torch.Tensor,
+    restore: Callable[[torch.Tensor], torch.Tensor],
+    tile: int,
+    overlap: int,
+    progress: Callable = iter,
+) -> torch.Tensor:
+    """`restore` applied to overlapping square tiles of (b, c, h, w), blended with gaussian weights, (b, c, h, w).
+
+    The sum is kept where `image` lies (leave it on the CPU if it is large); `restore` moves each tile where it
+    likes and returns one of the same size. `progress` wraps the list of tile corners, as tqdm does.
+    Raises ValueError if a tile is not larger than its overlap.
+    """
+    if not 0 <= overlap < tile:
+        raise ValueError(f"tiles need a size above their overlap, not tile {tile} and overlap {overlap}")
+    h, w = image.shape[-2:]
+    total = torch.zeros_like(image, dtype=torch.float32)
+    weights = torch.zeros(h, w, device=image.device)
+    window = gaussian_window(min(tile, h), min(tile, w)).to(image.device)
+    corners = [(y, x) for y in tile_starts(h, tile, overlap) for x in tile_starts(w, tile, overlap)]
+    for y, x in progress(corners):
+        here = (..., slice(y, y + tile), slice(x, x + tile))
+        restored = restore(image[here])
+        total[here] += restored.to(total) * window
+        weights[here[1:]] += window
+    return total / weights

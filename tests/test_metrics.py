@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+from skimage import metrics as oracle
+
+from ldm.data.image import photographs, read_image
+from ldm.metrics import psnr, rgb_shift, ssim
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    random = np.random.default_rng(0)
+    pairs = []
+    for path in photographs(("coffee.png", "camera.png", "rocket.jpg")):
+        sharp = read_image(path)[:121, 40:157]
+        noise = random.normal(0, random.uniform(2, 30), sharp.shape)
+        pairs.append(((sharp + noise).clip(0, 255).round().astype(np.uint8), sharp))
+    flat = np.full((11, 40, 3), 128, np.uint8)
+    return [*pairs, (flat + np.uint8(3), flat)]
+
+
+def test_psnr_is_scikit_images(pairs):
+    for restored, sharp in pairs:
+        expected = oracle.peak_signal_noise_ratio(sharp, restored, data_range=255)
+        assert psnr(restored, sharp) == pytest.approx(expected, abs=1e-4)
+    assert psnr(sharp, sharp) == float("inf")
+
+
+def test_ssim_is_scikit_images(pairs):
+    for restored, sharp in pairs:
+        expected = oracle.structural_similarity(
+            sharp,
+            restored,
+            data_range=255,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        assert ssim(restored, sharp) == pytest.approx(expected, abs=1e-4)
+    assert ssim(sharp, sharp) == pytest.approx(1)
+
+
+def test_rgb_shift_has_a_sign_and_a_channel():
+    sharp = np.full((12, 12, 3), 100, np.uint8)
+    restored = sharp + np.array([0, 5, 0], np.uint8)
+    restored[..., 2] -= 2
+    assert rgb_shift(restored, sharp) == (0, 5, -2)
+
+
+def test_bad_input():
+    image = np.zeros((20, 20, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"different shapes: \(20, 20, 3\) and \(20, 10, 3\)"):
+        psnr(image, image[:, :10])
+    with pytest.raises(ValueError, match="uint8"):
+        ssim(image.astype(np.float32), image)
+    with pytest.raises(ValueError, match="at least 11 x 11 pixels, not 20 x 9"):
+        ssim(image[:9], image[:9])

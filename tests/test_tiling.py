@@ -1,0 +1,48 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ldm.tiling import pad_to_multiple, restore_tiled, tile_starts
+
+
+def test_padding_repeats_the_edge():
+    image = torch.arange(6.0).reshape(1, 1, 2, 3)
+    padded = pad_to_multiple(image, 4)
+    assert padded.shape == (1, 1, 4, 4)
+    assert torch.equal(padded[..., :2, :3], image)
+    assert padded[0, 0, 3].tolist() == [3, 4, 5, 5]
+    assert pad_to_multiple(torch.zeros(1, 3, 1, 1), 16).shape == (1, 3, 16, 16)
+    assert pad_to_multiple(padded, 4) is padded
+
+
+@pytest.mark.parametrize(("length", "tile", "overlap"), [(100, 32, 8), (33, 32, 8), (32, 32, 8), (7, 32, 8)])
+def test_tiles_cover_everything_and_overlap(length, tile, overlap):
+    starts = tile_starts(length, tile, overlap)
+    assert starts[0] == 0 and starts[-1] == max(0, length - tile)
+    assert all(0 < b - a <= tile - overlap for a, b in zip(starts, starts[1:], strict=False))
+
+
+def test_a_local_operation_is_the_same_in_tiles():
+    """Tiles that only copy give back the image; a blur of radius 2 differs at no pixel beyond rounding where the
+    weights of tile borders are small."""
+    image = torch.rand(2, 3, 70, 53)
+    assert torch.allclose(restore_tiled(image, lambda x: x, 32, 8), image, atol=1e-6)
+
+    def blur(x):
+        return F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+
+    difference = (restore_tiled(image, blur, 32, 16) - blur(image)).abs()
+    assert difference.max() < 0.02 and difference.mean() < 1e-3
+
+
+def test_seams_are_smooth():
+    """Tiles of different brightness: no step between neighbouring pixels is near the step between tiles."""
+    tiles = iter(range(100))
+    blended = restore_tiled(torch.zeros(1, 1, 32, 200), lambda x: x + next(tiles), 32, 16)
+    assert (blended[..., 1:] - blended[..., :-1]).abs().max() < 0.2
+
+
+def test_tiles_smaller_than_their_overlap_are_refused():
+    for tile, overlap in ((0, 0), (16, 16), (16, -1)):
+        with pytest.raises(ValueError, match=f"tile {tile} and overlap {overlap}"):
+            restore_tiled(torch.zeros(1, 1, 8, 8), lambda x: x, tile, overlap)
