@@ -71,7 +71,7 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
 
 def natural_key(path: str | Path) -> list:
     """Sort key that puts frame_2 before frame_10."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", str(path))]
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", str(path))]
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -94,3 +94,14 @@ def photographs(names: tuple[str, ...] = PHOTOGRAPHS) -> list[Path]:
     from skimage import data
 
     return [Path(data.__file__).parent / name for name in names]
+
+
+def side_by_side(images: list[np.ndarray], gap: int = 4) -> np.ndarray:
+    """uint8 pictures (h, w, 3) in one row, top-aligned on white, `gap` pixels apart."""
+    height = max(image.shape[0] for image in images)
+    row = np.full((height, sum(image.shape[1] + gap for image in images) - gap, 3), 255, np.uint8)
+    x = 0
+    for image in images:
+        row[: image.shape[0], x : x + image.shape[1]] = image
+        x += image.shape[1] + gap
+    return row
