@@ -160,13 +160,14 @@ def motion_blur(
     rng: np.random.Generator,
     length: tuple[float, float] = (8.0, 40.0),
     shake: tuple[float, float] = (0.0, 0.7),
+    scale: float = 1.0,
     **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
-    """Camera shake along a random path of `length` pixels; `shake` 0 is a straight pan, 1 a tangle.
+    """Camera shake along a path of `scale * length` pixels; `shake` 0 is a straight pan, 1 a tangle.
 
     uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
     """
-    length, shake = rng.uniform(*length), rng.uniform(*shake)
+    length, shake = scale * rng.uniform(*length), rng.uniform(*shake)
     path = motion_path(rng, length, shake)
     light = convolve(_light(image), motion_kernel(path))
     turn = math.degrees(math.atan2(*np.linalg.eigh(np.cov(path.T))[1][::-1, 1])) % 180
@@ -174,26 +175,34 @@ def motion_blur(
 
 
 def gaussian_blur(
-    image: np.ndarray, rng: np.random.Generator, sigma: tuple[float, float] = (1.0, 5.0), **camera: float
+    image: np.ndarray,
+    rng: np.random.Generator,
+    sigma: tuple[float, float] = (1.0, 5.0),
+    scale: float = 1.0,
+    **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
-    """Isotropic gaussian of standard deviation `sigma` pixels: haze, a soft lens, a rescaled picture.
+    """Isotropic gaussian of deviation `scale * sigma` pixels: haze, a soft lens, a rescaled picture.
 
     uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
     """
-    sigma = rng.uniform(*sigma)
+    sigma = scale * rng.uniform(*sigma)
     kernel = gaussian_kernel(sigma)
     light = cv2.sepFilter2D(_light(image), -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
     return record(light, rng, {"sigma": sigma}, **camera)
 
 
 def defocus_blur(
-    image: np.ndarray, rng: np.random.Generator, radius: tuple[float, float] = (2.0, 8.0), **camera: float
+    image: np.ndarray,
+    rng: np.random.Generator,
+    radius: tuple[float, float] = (2.0, 8.0),
+    scale: float = 1.0,
+    **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
-    """Out of focus with the aperture wide open: a disk of `radius` pixels, the circle of confusion.
+    """Out of focus with the aperture wide open: a disk of `scale * radius` pixels, the circle of confusion.
 
     uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
     """
-    radius = rng.uniform(*radius)
+    radius = scale * rng.uniform(*radius)
     return record(convolve(_light(image), aperture_kernel(radius)), rng, {"radius": radius}, **camera)
 
 
@@ -204,22 +213,24 @@ def lens_blur(
     blades: tuple[int, int] = (5, 8),
     aberration: tuple[float, float] = (0.0, 0.06),
     field: tuple[float, float] = (0.0, 15.0),
+    scale: float = 1.0,
     **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
-    """Out of focus with the aperture stopped down: a turned regular polygon of `blades` sides.
+    """Out of focus with the aperture stopped down: a turned polygon of `blades` sides and `scale * radius`.
 
     Red is spread by the factor 1 + `aberration` and blue by 1 - `aberration` (axial chromatic aberration),
     and light falls off as cos^4 of the angle to the axis, which is `field` degrees in the corners.
     uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
     """
     radius, aberration, field = (rng.uniform(*limits) for limits in (radius, aberration, field))
+    radius *= scale
     blades = int(rng.integers(blades[0], blades[1] + 1))
     angle = rng.uniform(0, 2 * math.pi / blades)
-    scales = (1 + aberration, 1.0, 1 - aberration)  # red, green, blue
+    spread = (1 + aberration, 1.0, 1 - aberration)  # red, green, blue
     falloff = vignette(*image.shape[:2], field)
     channels = [
-        convolve(channel, aperture_kernel(radius * scale, blades, angle)) * falloff
-        for channel, scale in zip(cv2.split(_light(image)), scales, strict=True)
+        convolve(channel, aperture_kernel(radius * factor, blades, angle)) * falloff
+        for channel, factor in zip(cv2.split(_light(image)), spread, strict=True)
     ]
     light = cv2.merge(channels)
     drawn = {"radius": radius, "blades": blades, "angle": math.degrees(angle)}
@@ -273,15 +284,17 @@ def random_blur(
     image: np.ndarray,
     rng: np.random.Generator,
     blur_types: Sequence[str] = tuple(BLUR_TYPES),
-    **camera: float,
+    **options: float,
 ) -> tuple[np.ndarray, str, Parameters]:
     """Blur uint8 (h, w, 3) by one of `blur_types`, all equally likely: image, blur type, parameters.
+
+    `options` are those that all blurs share: `scale` (of all sizes in pixels) and those of `record`.
 
     Raises ValueError for a blur type that does not exist, or an empty choice.
     """
     check_blur_types(blur_types)
     blur_type = blur_types[rng.integers(len(blur_types))]
-    blurred, parameters = BLUR_TYPES[blur_type](image, rng, **camera)
+    blurred, parameters = BLUR_TYPES[blur_type](image, rng, **options)
     return blurred, blur_type, parameters
 
 
