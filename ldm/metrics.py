@@ -1,4 +1,4 @@
-"""How close a restored image is to the sharp one: PSNR, SSIM and colour shift of uint8 RGB images, per image."""
+"""How close a restored image is to the sharp one: PSNR, SSIM, colour shift of uint8 RGB images."""
 
 import cv2
 import numpy as np
@@ -20,9 +20,9 @@ def psnr(restored: np.ndarray, sharp: np.ndarray) -> float:
 def ssim(restored: np.ndarray, sharp: np.ndarray) -> float:
     """Structural similarity of two uint8 (h, w, 3) images in [-1, 1]: the mean over channels and pixels.
 
-    Wang et al. 2004, equation 13, with a gaussian window of sigma 1.5 and population covariances: the numbers of
-    scikit-image's `structural_similarity(gaussian_weights=True, use_sample_covariance=False)`. The published
-    GoPro tables use a MATLAB script with a 3-D window over RGB and are about 0.03 higher.
+    Wang et al. 2004, equation 13, with a gaussian window of sigma 1.5 and population covariances: what
+    scikit-image computes with `gaussian_weights=True, use_sample_covariance=False`. The published GoPro
+    tables use a MATLAB script with a 3-D window over RGB and are about 0.03 higher.
     Raises ValueError if shapes differ, an image is not uint8, or a side is shorter than the window (11).
     """
     _check(restored, sharp)

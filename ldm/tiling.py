@@ -7,21 +7,21 @@ from torch.nn import functional as F
 
 
 def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
-    """(b, c, h, w) grown at the right and bottom, by repeating its edge, until `multiple` divides both sides."""
+    """(b, c, h, w) grown at right and bottom, by repeating its edge, until `multiple` divides h and w."""
     h, w = image.shape[-2:]
     right, bottom = -w % multiple, -h % multiple
     return F.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along one side: `overlap` or more shared by neighbours, the last one flush with the end."""
+    """Where tiles begin along one side: neighbours share `overlap` or more, the last ends with the image."""
     if length <= tile:
         return [0]
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
 def gaussian_window(h: int, w: int, sigma: float = 0.3) -> torch.Tensor:
-    """Weights (h, w) of a tile in the blend: 1 in its middle, falling off as a gaussian of `sigma` half-sides."""
+    """Weights (h, w) of a tile in the blend: 1 in its middle, a gaussian of deviation `sigma` half-sides."""
     y, x = (torch.linspace(-1, 1, n + 2)[1:-1] for n in (h, w))
     return torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2))
 
@@ -33,10 +33,10 @@ def restore_tiled(
     overlap: int,
     progress: Callable = iter,
 ) -> torch.Tensor:
-    """`restore` applied to overlapping square tiles of (b, c, h, w), blended with gaussian weights, (b, c, h, w).
+    """`restore` applied to overlapping square tiles of (b, c, h, w), blended with gaussian weights.
 
-    The sum is kept where `image` lies (leave it on the CPU if it is large); `restore` moves each tile where it
-    likes and returns one of the same size. `progress` wraps the list of tile corners, as tqdm does.
+    The sum is kept where `image` lies (leave it on the CPU if it is large); `restore` moves each tile where
+    it likes and returns one of the same size. `progress` wraps the list of tile corners, as tqdm does.
     Raises ValueError if a tile is not larger than its overlap.
     """
     if not 0 <= overlap < tile:
