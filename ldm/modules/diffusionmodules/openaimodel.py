@@ -154,7 +154,7 @@ class UNetEncoder(nn.Module):
         context: torch.Tensor,
         hint: torch.Tensor | float = 0.0,
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Outputs of all input blocks, output of the middle block, timestep embedding (b, 4 * model_channels).
+        """Outputs of the input blocks, output of the middle block, time embedding (b, 4 * model_channels).
 
         x (b, in_channels, h, w) noisy latents; timesteps (b,); context (b, m, context_dim); `hint` is added
         to the first block's output. Raises ValueError if h or w cannot be halved as often as needed.

@@ -21,7 +21,7 @@ def load_tokenizer() -> open_clip.SimpleTokenizer:
 
 
 def tokenize(prompts: Sequence[str], max_length: int = 77, padding: int = END) -> torch.Tensor:
-    """Prompts -> int64 tokens (b, max_length); one that is too long is cut, with a warning that shows what."""
+    """Prompts -> int64 tokens (b, max_length); one that is too long is cut, with a warning."""
     tokenizer = load_tokenizer()
     ids = torch.full((len(prompts), max_length), padding)
     for row, prompt in zip(ids, prompts, strict=True):

@@ -1,0 +1,289 @@
+"""Latent diffusion (Ho et al. 2020; Rombach et al. 2022): schedule, forward process, training losses."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ldm.data.stream import item_generator
+from ldm.models.autoencoder import DiagonalGaussianDistribution
+from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
+from ldm.util import instantiate_from_config
+
+# Arguments of original yaml files that change nothing here.
+UNUSED = {
+    "channels",
+    "cond_stage_trainable",
+    "conditioning_key",
+    "image_size",
+    "log_every_t",
+    "monitor",
+    "num_timesteps_cond",
+    "use_ema",
+}
+REMEMBERED_PROMPTS = 256
+
+
+class DiffusionWrapper(nn.Module):
+    """Holds the UNet under the name that the files use: `model.diffusion_model`."""
+
+    def __init__(self, unet_config: Mapping):
+        super().__init__()
+        self.diffusion_model = instantiate_from_config(unet_config)
+
+
+class LatentDiffusion(pl.LightningModule):
+    """A UNet that denoises the latents of a frozen autoencoder, guided by a frozen text tower.
+
+    Batches are dict(jpg, txt, ...): images (b, h, w, 3) float in [-1, 1] and a list of prompts; an optional
+    `seed` (b,) makes everything random about an item repeatable. `parameterization` is what the UNet
+    predicts, "eps" or "v" (Salimans & Ho 2022). Without `cond_stage_config` prompts must be embeddings.
+    Raises ValueError for another parameterization and TypeError for unknown arguments.
+    """
+
+    def __init__(
+        self,
+        unet_config: Mapping,
+        first_stage_config: Mapping,
+        cond_stage_config: Mapping | None,
+        timesteps: int = 1000,
+        linear_start: float = 0.00085,
+        linear_end: float = 0.0120,
+        parameterization: str = "eps",
+        scale_factor: float = 0.18215,
+        first_stage_key: str = "jpg",
+        cond_stage_key: str = "txt",
+        l_simple_weight: float = 1.0,
+        original_elbo_weight: float = 0.0,
+        **unused,
+    ):
+        super().__init__()
+        if set(unused) - UNUSED:
+            raise TypeError(f"unknown arguments: {', '.join(sorted(set(unused) - UNUSED))}")
+        if parameterization not in ("eps", "v"):
+            raise ValueError(f"parameterization must be 'eps' or 'v', not {parameterization!r}")
+        self.parameterization, self.scale_factor, self.num_timesteps = (
+            parameterization,
+            scale_factor,
+            timesteps,
+        )
+        self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
+        self.l_simple_weight, self.original_elbo_weight = l_simple_weight, original_elbo_weight
+        self.register_schedule(timesteps, linear_start, linear_end)
+        self.model = DiffusionWrapper(unet_config)
+        self.first_stage_model = instantiate_from_config(first_stage_config).requires_grad_(False).eval()
+        self.cond_stage_model = instantiate_from_config(cond_stage_config) if cond_stage_config else None
+        self._embeddings: dict[str, torch.Tensor] = {}
+
+    def register_schedule(self, timesteps: int, linear_start: float, linear_end: float) -> None:
+        """Compute the schedule's tables in float64 and keep them as float32 buffers (timesteps,)."""
+        betas = make_beta_schedule(timesteps, linear_start, linear_end)
+        alphas = 1.0 - betas
+        bar = np.cumprod(alphas)
+        bar_prev = np.append(1.0, bar[:-1])
+        posterior_variance = betas * (1 - bar_prev) / (1 - bar)  # Ho et al. 2020, eq. 7
+        tables = {
+            "betas": betas,
+            "alphas_cumprod": bar,
+            "alphas_cumprod_prev": bar_prev,
+            "sqrt_alphas_cumprod": np.sqrt(bar),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - bar),
+            "log_one_minus_alphas_cumprod": np.log(1 - bar),
+            "sqrt_recip_alphas_cumprod": np.sqrt(1 / bar),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / bar - 1),
+            "posterior_variance": posterior_variance,
+            "posterior_log_variance_clipped": np.log(np.maximum(posterior_variance, 1e-20)),
+            "posterior_mean_coef1": betas * np.sqrt(bar_prev) / (1 - bar),
+            "posterior_mean_coef2": (1 - bar_prev) * np.sqrt(alphas) / (1 - bar),
+            "logvar": np.zeros(timesteps),
+        }
+        for name, values in tables.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+        if self.parameterization == "v":
+            weights = np.ones(timesteps)
+        else:  # the variational bound's weight of each step's noise error, Ho et al. 2020, eq. 12
+            with np.errstate(divide="ignore"):
+                weights = betas**2 / (2 * posterior_variance * alphas * (1 - bar))
+            weights[0] = weights[1]
+        weights = torch.tensor(weights, dtype=torch.float32)
+        self.register_buffer("lvlb_weights", weights, persistent=False)
+
+    def train(self, mode: bool = True) -> "LatentDiffusion":
+        """Training mode for everything but the frozen autoencoder and text tower."""
+        super().train(mode)
+        for frozen in (self.first_stage_model, self.cond_stage_model):
+            if frozen is not None:
+                frozen.eval()
+        return self
+
+    # ---- pixels, latents, texts
+
+    def _autoencoder_precision(self) -> AbstractContextManager:
+        """float16 overflows in Stable Diffusion's autoencoder: it runs in float32 then."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            return torch.autocast(kind, enabled=False)
+        return nullcontext()
+
+    @torch.no_grad()
+    def encode_first_stage(self, image: torch.Tensor) -> DiagonalGaussianDistribution:
+        """Image (b, 3, h, w) in [-1, 1] -> distribution of unscaled latents (b, 4, h / 8, w / 8)."""
+        with self._autoencoder_precision():
+            return self.first_stage_model.encode(image)
+
+    def get_first_stage_encoding(
+        self, posterior: DiagonalGaussianDistribution, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A draw of the latent, scaled to unit variance; `noise` is the standard normal to use."""
+        return self.scale_factor * posterior.sample(noise).float()
+
+    def decode_first_stage(self, latent: torch.Tensor) -> torch.Tensor:
+        """Scaled latent (b, 4, h, w) -> image (b, 3, 8h, 8w) near [-1, 1], with gradients."""
+        with self._autoencoder_precision():
+            return self.first_stage_model.decode(latent.float() / self.scale_factor)
+
+    @torch.no_grad()
+    def get_learned_conditioning(self, prompts: Sequence[str] | torch.Tensor) -> torch.Tensor:
+        """Prompts -> embeddings (b, 77, d); embeddings pass through. Each distinct prompt is computed once.
+
+        Raises ValueError for prompts given to a model without a text tower.
+        """
+        if isinstance(prompts, torch.Tensor):
+            return prompts.to(self.device)
+        if self.cond_stage_model is None:
+            raise ValueError("this model has no text tower: pass embeddings instead of prompts")
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if new:
+            if len(self._embeddings) + len(new) > REMEMBERED_PROMPTS:
+                self._embeddings.clear()
+                new = list(dict.fromkeys(prompts))
+            with torch.autocast(self.device.type, enabled=False):
+                embeddings = self.cond_stage_model.encode(new)
+            self._embeddings.update(zip(new, embeddings, strict=True))
+        return torch.stack([self._embeddings[prompt] for prompt in prompts]).to(self.device)
+
+    # ---- forward process and predictions
+
+    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Noisy latents at timesteps t (b,) (Ho et al. 2020, eq. 4)."""
+        signal = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.ndim)
+        return (
+            signal * x_start
+            + extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.ndim) * noise
+        )
+
+    def get_v(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The velocity sqrt(abar) noise - sqrt(1 - abar) x (Salimans & Ho 2022, sec. 4)."""
+        return self.q_sample(noise, t, -x)
+
+    def predict_start_from_noise(
+        self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """The clean latents that noisy ones stand for, given their noise."""
+        recip = extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.ndim)
+        return recip * x_t - extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.ndim) * noise
+
+    def predict_start_from_v(self, x_t: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The clean latents that noisy ones stand for, given their velocity."""
+        return self.q_sample(x_t, t, -v)
+
+    def predict_eps_from_v(self, x_t: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The noise in noisy latents, given their velocity."""
+        return self.q_sample(v, t, x_t)
+
+    def predict_start(self, x_t: torch.Tensor, t: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The clean latents that the UNet's output stands for, whatever its parameterization."""
+        predict = self.predict_start_from_v if self.parameterization == "v" else self.predict_start_from_noise
+        return predict(x_t, t, output)
+
+    def q_posterior(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean, variance and log variance of the step before t, given both ends (Ho et al. 2020, eq. 6-7)."""
+        mean = extract_into_tensor(self.posterior_mean_coef1, t, x_t.ndim) * x_start
+        mean = mean + extract_into_tensor(self.posterior_mean_coef2, t, x_t.ndim) * x_t
+        variance = extract_into_tensor(self.posterior_variance, t, x_t.ndim)
+        return mean, variance, extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.ndim)
+
+    def p_mean_variance(
+        self, x_t: torch.Tensor, cond: Mapping, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean, variance and log variance of one reverse step, x0 not clipped."""
+        return self.q_posterior(self.predict_start(x_t, t, self.apply_model(x_t, t, cond)), x_t, t)
+
+    def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Mapping) -> torch.Tensor:
+        """The UNet's output for noisy latents (b, 4, h, w); cond["c_crossattn"] is a list of embeddings."""
+        return self.model.diffusion_model(x_noisy, t, torch.cat(cond["c_crossattn"], dim=1))
+
+    # ---- training
+
+    def get_input(self, batch: Mapping) -> tuple[torch.Tensor, dict]:
+        """Scaled latents (b, 4, h, w) and conditioning of a batch, which may hold `moments` for images."""
+        if "moments" in batch:
+            posterior = DiagonalGaussianDistribution(batch["moments"])
+        else:
+            posterior = self.encode_first_stage(image_of(batch, self.first_stage_key))
+        noise = self.noise_of(batch, posterior.mean, salt=0)
+        cond = {"c_crossattn": [self.get_learned_conditioning(batch[self.cond_stage_key])]}
+        return self.get_first_stage_encoding(posterior, noise), cond
+
+    def noise_of(self, batch: Mapping, like: torch.Tensor, salt: int) -> torch.Tensor:
+        """Standard normal noise shaped like `like`, from each item's `seed` where the batch has them."""
+        if "seed" not in batch:
+            return torch.randn_like(like, dtype=torch.float32)
+        draws = [torch.randn(like.shape[1:], generator=item_generator(int(s) + salt)) for s in batch["seed"]]
+        return torch.stack(draws).to(like.device)
+
+    def timesteps_of(self, batch: Mapping, count: int) -> torch.Tensor:
+        """Uniform timesteps (count,), from each item's `seed` where the batch has them."""
+        if "seed" not in batch:
+            return torch.randint(0, self.num_timesteps, (count,), device=self.device)
+        draws = [
+            torch.randint(0, self.num_timesteps, (), generator=item_generator(int(s) + 2))
+            for s in batch["seed"]
+        ]
+        return torch.stack(draws).to(self.device)
+
+    def diffusion_loss(
+        self, output: torch.Tensor, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weighted mean square error of the UNet's output, and its parts (Ho et al. 2020, eq. 12 and 14)."""
+        target = self.get_v(x_start, noise, t) if self.parameterization == "v" else noise
+        errors = F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (b,)
+        logvar = self.logvar[t]
+        loss_vlb = (self.lvlb_weights[t] * errors).mean()
+        loss = self.l_simple_weight * (errors / logvar.exp() + logvar).mean()
+        loss = loss + self.original_elbo_weight * loss_vlb
+        return loss, {"loss_simple": errors.mean(), "loss_vlb": loss_vlb, "loss": loss}
+
+    def p_losses(
+        self, x_start: torch.Tensor, cond: Mapping, t: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Training loss at timesteps t (b,), and a dict of what to log."""
+        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        return self.diffusion_loss(output, x_start, t, noise)
+
+    def shared_step(self, batch: Mapping) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and its parts for a batch."""
+        x_start, cond = self.get_input(batch)
+        t = self.timesteps_of(batch, len(x_start))
+        return self.p_losses(x_start, cond, t, self.noise_of(batch, x_start, salt=1))
+
+    def training_step(self, batch: Mapping, batch_idx: int) -> torch.Tensor:
+        loss, values = self.shared_step(batch)
+        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()})
+        return loss
+
+    @torch.no_grad()
+    def validation_step(self, batch: Mapping, batch_idx: int) -> None:
+        loss, _ = self.shared_step(batch)
+        self.log("val/loss", loss, batch_size=len(batch[self.cond_stage_key]), sync_dist=True)
+
+
+def image_of(batch: Mapping, key: str) -> torch.Tensor:
+    """batch[key] (b, h, w, c) -> (b, c, h, w), a view in channels_last."""
+    return batch[key].permute(0, 3, 1, 2)
