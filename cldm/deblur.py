@@ -1,0 +1,100 @@
+"""ControlNet that deblurs: the diffusion loss plus losses on the image that each prediction stands for."""
+
+from collections.abc import Mapping
+
+import torch
+
+from cldm.cldm import ControlLDM
+from ldm.data.stream import item_generator
+from ldm.models.diffusion.ddpm import image_of
+from ldm.modules.perceptual import PerceptualLoss
+
+GRADIENT_WEIGHT = 0.1
+
+
+class DeblurControlNet(ControlLDM):
+    """ControlLDM whose hint is the blurry image; its loss is
+
+    diffusion_loss + deblur_loss_weight * (l1 + mse + perceptual_loss_weight * perceptual + 0.1 * gradient).
+
+    The four pixel losses compare the sharp image with x0, which follows from the noise prediction, decoded by
+    the frozen autoencoder with gradients. Decoding is dear: only an aligned crop of `deblur_crop` latents a
+    side is decoded (0 = all), its activations recomputed in the backward pass. At high noise x0 means
+    little: each item's losses are weighted by its alpha_bar unless `weight_by_alpha_bar` is off.
+    A term of weight 0 is not computed. Perceptual is the distance in VGG-19 features, whose weights are no
+    part of the state dict; gradient is the L1 distance of horizontal and vertical differences.
+    """
+
+    def __init__(
+        self,
+        deblur_loss_weight: float = 1.0,
+        perceptual_loss_weight: float = 0.1,
+        deblur_crop: int = 32,
+        weight_by_alpha_bar: bool = True,
+        **arguments,
+    ):
+        super().__init__(**arguments)
+        self.deblur_loss_weight, self.perceptual_loss_weight = deblur_loss_weight, perceptual_loss_weight
+        self.deblur_crop, self.weight_by_alpha_bar = deblur_crop, weight_by_alpha_bar
+        self._perceptual: list[PerceptualLoss] = []  # in a list: no part of the state dict
+
+    def perceptual(self, restored: torch.Tensor, sharp: torch.Tensor) -> torch.Tensor:
+        """Perceptual distance of each item (b,); reads VGG-19's weights when first called."""
+        if not self._perceptual:
+            self._perceptual.append(PerceptualLoss())
+        return self._perceptual[0].to(restored.device)(restored, sharp)
+
+    def shared_step(self, batch: Mapping) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        x_start, cond = self.get_input(batch)
+        t, noise = self.timesteps_of(batch, len(x_start)), self.noise_of(batch, x_start, salt=1)
+        x_noisy = self.q_sample(x_start, t, noise)
+        output = self.apply_model(x_noisy, t, cond)
+        loss, values = self.diffusion_loss(output, x_start, t, noise)
+        if self.deblur_loss_weight == 0 or not self.training:
+            return loss, values
+        x0 = self.predict_start(x_noisy, t, output.float())
+        sharp = image_of(batch, self.first_stage_key)
+        x0, sharp = self._aligned_crop(batch, x0, sharp)
+        weights = self.alphas_cumprod[t] if self.weight_by_alpha_bar else torch.ones_like(t, dtype=x0.dtype)
+        pixel_loss, pixel_values = self.deblur_losses(self.decode_first_stage(x0).float(), sharp, weights)
+        loss = loss + self.deblur_loss_weight * pixel_loss
+        return loss, {**values, **pixel_values, "loss": loss}
+
+    def deblur_losses(
+        self, restored: torch.Tensor, sharp: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sum of the pixel losses of images (b, 3, h, w) in [-1, 1], items weighted by (b,), and its terms."""
+        difference = restored - sharp
+        terms = {
+            "l1": (1.0, difference.abs().mean(dim=(1, 2, 3))),
+            "mse": (1.0, difference.square().mean(dim=(1, 2, 3))),
+            "gradient": (GRADIENT_WEIGHT, gradient_l1(difference)),
+        }
+        if self.perceptual_loss_weight:
+            terms["perceptual"] = (self.perceptual_loss_weight, self.perceptual(restored, sharp))
+        means = {name: (weights * term).mean() for name, (_, term) in terms.items()}
+        total = sum(weight * means[name] for name, (weight, _) in terms.items())
+        return total, {**{f"deblur_{k}_loss": v for k, v in means.items()}, "total_deblur_loss": total}
+
+    def _aligned_crop(
+        self, batch: Mapping, x0: torch.Tensor, sharp: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same random window of each item's latents and pixels, from its `seed` where there is one."""
+        self.first_stage_model.decoder.use_checkpoint = True
+        height, width = x0.shape[-2:]
+        h, w = (min(self.deblur_crop or side, side) for side in (height, width))
+        seeds = batch["seed"] if "seed" in batch else torch.randint(2**62, (len(x0),))
+        latents, pixels = [], []
+        for index, seed in enumerate(seeds):
+            generator = item_generator(int(seed) + 3)
+            y = int(torch.randint(height - h + 1, (), generator=generator))
+            x = int(torch.randint(width - w + 1, (), generator=generator))
+            latents.append(x0[index, :, y : y + h, x : x + w])
+            pixels.append(sharp[index, :, 8 * y : 8 * (y + h), 8 * x : 8 * (x + w)])
+        return torch.stack(latents), torch.stack(pixels)
+
+
+def gradient_l1(difference: torch.Tensor) -> torch.Tensor:
+    """Mean size of horizontal plus vertical differences of neighbouring pixels, each item: (b,)."""
+    horizontal = difference.diff(dim=-1).abs().mean(dim=(1, 2, 3))
+    return horizontal + difference.diff(dim=-2).abs().mean(dim=(1, 2, 3))
