@@ -1,0 +1,106 @@
+"""Dead leaves: pictures of overlapping textured shapes, sharp sources without a single photograph.
+
+Lee, Mumford and Huang (Occlusion Models for Natural Images, IJCV 2001) showed that shapes with power-law
+sizes that occlude one another have the edges and scales of photographs; Achddou, Gousseau and Ladjal
+(Synthetic Images as a Regularity Prior for Image Restoration Neural Networks, SSVM 2021) trained restoration
+networks on them.
+"""
+
+import math
+
+import cv2
+import numpy as np
+
+from ldm.data.stream import item_seed
+
+FINE = 2  # drawn at this scale, then reduced, which antialiases the rims
+SHIFT = 4  # cv2 takes coordinates in 1/16 pixel
+COVER = 4  # mean number of leaves over a point: the ground shows at about e^-4 of them
+SMALLEST, LARGEST = 1 / 64, 1 / 3  # radii as fractions of the size
+CORNERS = np.array([3, 4, 4, 5, 6, 24, 24, 24])  # of the leaves; 24 is as good as a disk
+
+
+def dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
+    """One picture, uint8 RGB (size, size, 3): every leaf has its own colour, shade, stripes and grain."""
+    labels = _labels(size, rng).astype(np.intp)  # (fine, fine), 0 is the ground
+    count, (y, x) = labels.max() + 1, np.indices(labels.shape, np.float32) / FINE
+    grey, chroma = rng.uniform(20, 235, (count, 1)), rng.normal(0, 28, (count, 3))
+    color = np.clip(grey + chroma, 0, 255).astype(np.float32)
+
+    shade = _waves(rng, count, wavelength=(size / 2, 4 * size), amplitude=40)
+    stripes = _waves(rng, count, wavelength=(4, 40), amplitude=60 * (rng.random(count) < 0.3))
+    light = np.zeros_like(x)
+    for wave in (shade, stripes):
+        across, down, phase, amplitude = (values[labels] for values in wave)
+        light += amplitude * np.sin(across * x + down * y + phase)
+    light += rng.gamma(0.7, 12, count).astype(np.float32)[labels] * _grain(labels.shape, rng)
+
+    picture = color.take(labels, axis=0) + light[..., None]
+    picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
+    return np.rint(picture.clip(0, 255)).astype(np.uint8)
+
+
+def leaf_radii(count: int, smallest: float, largest: float, rng: np.random.Generator) -> np.ndarray:
+    """Radii (count,) with density ~ r^-3 between two limits, the only law under which scales look alike."""
+    low, high = smallest**-2, largest**-2
+    return (low - rng.random(count) * (low - high)) ** -0.5
+
+
+def _labels(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Number of the leaf in front at each point: int32 (FINE * size, FINE * size), 0 where there is none."""
+    mean_square = 2 * math.log(LARGEST / SMALLEST) / (SMALLEST**-2 - LARGEST**-2)  # of the radius
+    count = math.ceil(
+        COVER / (0.65 * math.pi * mean_square)
+    )  # stretched, with corners: 0.65 of a disk's area
+    radius = size * leaf_radii(count, SMALLEST, LARGEST, rng)
+    corners, turn = rng.choice(CORNERS, count), rng.uniform(0, 2 * math.pi, count)
+    stretch = rng.uniform(0.5, 1.0, count)  # short axis over long axis
+    angle = (
+        2 * math.pi * np.arange(CORNERS.max()) / corners[:, None]
+    )  # (count, 24), the first `corners` are used
+    along, across = np.cos(angle) * radius[:, None], np.sin(angle) * (radius * stretch)[:, None]
+    cos, sin = np.cos(turn)[:, None], np.sin(turn)[:, None]
+    points = np.stack([cos * along - sin * across, sin * along + cos * across], axis=-1)  # (count, 24, 2)
+    points += rng.uniform(0, size, (count, 1, 2))
+    points = np.rint(points * FINE * 2**SHIFT).astype(np.int32)
+    labels = np.zeros((FINE * size, FINE * size), np.int32)
+    for label, (outline, used) in enumerate(zip(points, corners.tolist(), strict=True), start=1):
+        cv2.fillConvexPoly(labels, outline[:used], label, shift=SHIFT)
+    return labels
+
+
+def _waves(
+    rng: np.random.Generator, count: int, wavelength: tuple[float, float], amplitude: float | np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """A wave for each leaf: angular frequency across and down, phase, amplitude; float32 (count,)."""
+    frequency = 2 * math.pi / np.exp(rng.uniform(*np.log(wavelength), count))
+    turn, phase = rng.uniform(0, 2 * math.pi, (2, count))
+    wave = frequency * np.cos(turn), frequency * np.sin(turn), phase, rng.random(count) * amplitude
+    return tuple(values.astype(np.float32) for values in wave)
+
+
+def _grain(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A random field of four octaves, standard deviation about 1."""
+    octaves = [
+        rng.standard_normal([side // 2**n + 1 for side in shape], dtype=np.float32) for n in range(1, 5)
+    ]
+    return sum(cv2.resize(octave, shape[::-1], interpolation=cv2.INTER_LINEAR) for octave in octaves) / 1.5
+
+
+class DeadLeaves:
+    """Endless dead leaves as the sharp source of ldm.data.paired.BlurDataset: `length` new ones an epoch."""
+
+    def __init__(self, size: int, length: int, seed: int):
+        if size < 8:
+            raise ValueError(f"dead leaves need at least 8 pixels, got {size}")
+        self.size, self.length, self.seed = size, length, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: int | tuple[int, int]) -> np.ndarray:
+        return dead_leaves(self.size, np.random.default_rng([item_seed(self.seed, key), self.size]))
+
+    def name(self, key: int | tuple[int, int]) -> str:
+        """What stands for a path."""
+        return f"dead leaves {key}"
