@@ -1,0 +1,330 @@
+"""FLUX.1 Kontext: a flow-matching transformer over text, target and control tokens.
+
+Parameters are named as in flux1-kontext-dev.safetensors (Black Forest Labs, 2025: "FLUX.1 Kontext: Flow
+Matching for In-Context Image Generation and Editing in Latent Space"). In reading order: embeddings,
+attention, blocks, the network, and the functions that train and sample it. Autoencoder, text encoders and
+files are in ldm/models/kontext.py.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class FluxParams:
+    """Sizes of the transformer; the defaults are FLUX.1 Kontext [dev], 11.9 billion parameters."""
+
+    in_channels: int = 64
+    out_channels: int = 64
+    vec_in_dim: int = 768  # CLIP-L pooled
+    context_in_dim: int = 4096  # T5 XXL
+    hidden_size: int = 3072
+    mlp_ratio: float = 4.0
+    num_heads: int = 24
+    depth: int = 19
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, ...] = (16, 56, 56)  # of each head: image number, y, x
+    theta: int = 10_000
+    qkv_bias: bool = True
+    guidance_embed: bool = True
+
+    def __post_init__(self):
+        if sum(self.axes_dim) * self.num_heads != self.hidden_size:
+            raise ValueError(f"axes_dim {self.axes_dim} x {self.num_heads} heads is not {self.hidden_size}")
+
+
+def timestep_embedding(values: Tensor, dim: int = 256) -> Tensor:
+    """Sinusoids of 1000 x values, cosines first: (b,) -> (b, dim), float32."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=values.device) / (dim // 2))
+    angles = 1000 * values.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary_embedding(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
+    """Unit complex numbers that rotate the pairs of a head (RoPE): ids (b, n, axes) -> (b, 1, n, d / 2)."""
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        powers = torch.arange(0, dim, 2, dtype=torch.float32, device=ids.device) / dim
+        angles.append(ids[..., axis, None].float() * theta**-powers)
+    angles = torch.cat(angles, dim=-1)[:, None]
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
+    """Self-attention over all tokens, each q, k, v (b, heads, n, d) -> (b, n, heads * d)."""
+    q, k = rotate(q, rotation), rotate(k, rotation)
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(rearrange(x.float(), "b h n (d pair) -> b h n d pair", pair=2))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
+class MLPEmbedder(nn.Module):
+    def __init__(self, in_dim: int, hidden_dim: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.scale  # the norm itself is taken in float32
+
+
+class QKNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+    def forward(self, qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=num_heads)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class SelfAttention(nn.Module):
+    """The parameters of one stream's attention; the attention itself spans both streams."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.norm(self.qkv(x), self.num_heads)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate (`count` of them in all) from the conditioning vector, each (b, 1, dim)."""
+
+    def __init__(self, dim: int, count: int):
+        super().__init__()
+        self.count = count
+        self.lin = nn.Linear(dim, count * dim)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(vec))[:, None].chunk(self.count, dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without its own parameters, then the given scale and shift."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+class DoubleStreamBlock(nn.Module):
+    """Text and image tokens have their own weights and meet in the attention."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool):
+        super().__init__()
+        mlp_dim = int(dim * mlp_ratio)
+        for stream in ("img", "txt"):
+            mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU("tanh"), nn.Linear(mlp_dim, dim))
+            self.add_module(f"{stream}_mod", Modulation(dim, 6))
+            self.add_module(f"{stream}_attn", SelfAttention(dim, num_heads, qkv_bias))
+            self.add_module(f"{stream}_mlp", mlp)
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        img_shift, img_scale, img_gate, *img_mlp = self.img_mod(vec)
+        txt_shift, txt_scale, txt_gate, *txt_mlp = self.txt_mod(vec)
+        img_qkv = self.img_attn(modulate(img, img_shift, img_scale))
+        txt_qkv = self.txt_attn(modulate(txt, txt_shift, txt_scale))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
+        txt_mixed, img_mixed = attention(q, k, v, rotation).split([txt.shape[1], img.shape[1]], dim=1)
+
+        img = torch.addcmul(img, img_gate, self.img_attn.proj(img_mixed))
+        txt = torch.addcmul(txt, txt_gate, self.txt_attn.proj(txt_mixed))
+        img = torch.addcmul(img, img_mlp[2], self.img_mlp(modulate(img, *img_mlp[:2])))
+        txt = torch.addcmul(txt, txt_mlp[2], self.txt_mlp(modulate(txt, *txt_mlp[:2])))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """All tokens share weights; attention and MLP run side by side from one fused linear into another."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.num_heads, self.split = num_heads, [3 * dim, int(dim * mlp_ratio)]
+        self.linear1 = nn.Linear(dim, sum(self.split))
+        self.linear2 = nn.Linear(dim + self.split[1], dim)
+        self.norm = QKNorm(dim // num_heads)
+        self.modulation = Modulation(dim, 3)
+
+    def forward(self, x: Tensor, vec: Tensor, rotation: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(vec)
+        qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
+        mixed = attention(*self.norm(qkv, self.num_heads), rotation)
+        return torch.addcmul(
+            x, gate, self.linear2(torch.cat([mixed, F.gelu(mlp, approximate="tanh")], dim=-1))
+        )
+
+
+class LastLayer(nn.Module):
+    def __init__(self, dim: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class Flux(nn.Module):
+    """The transformer. `checkpointing` recomputes each block in the backward pass instead of keeping it."""
+
+    def __init__(self, params: FluxParams):
+        super().__init__()
+        self.params, self.checkpointing = params, False
+        dim, heads, ratio = params.hidden_size, params.num_heads, params.mlp_ratio
+        self.img_in = nn.Linear(params.in_channels, dim)
+        self.time_in = MLPEmbedder(256, dim)
+        self.vector_in = MLPEmbedder(params.vec_in_dim, dim)
+        self.guidance_in = MLPEmbedder(256, dim) if params.guidance_embed else None
+        self.txt_in = nn.Linear(params.context_in_dim, dim)
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(dim, heads, ratio, params.qkv_bias) for _ in range(params.depth)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(dim, heads, ratio) for _ in range(params.depth_single_blocks)
+        )
+        self.final_layer = LastLayer(dim, params.out_channels)
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor,
+    ) -> Tensor:
+        """Velocity of every image token, (b, n, out_channels) in the dtype of the weights.
+
+        img (b, n, in_channels), txt (b, m, context_in_dim), ids (b, n | m, 3), timesteps (b,) in [0, 1],
+        y (b, vec_in_dim) the pooled CLIP embedding, guidance (b,).
+        """
+        dtype = self.img_in.weight.dtype
+        vec = self.time_in(timestep_embedding(timesteps).to(dtype)) + self.vector_in(y.to(dtype))
+        if self.guidance_in is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
+        ids = torch.cat([txt_ids, img_ids], dim=1)
+        rotation = rotary_embedding(ids, self.params.axes_dim, self.params.theta)
+        img, txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))  # (b, n, dim), (b, m, dim)
+        for block in self.double_blocks:
+            img, txt = self._run(block, img, txt, vec, rotation)
+        x = torch.cat([txt, img], dim=1)  # (b, m + n, dim)
+        for block in self.single_blocks:
+            x = self._run(block, x, vec, rotation)
+        return self.final_layer(x[:, txt.shape[1] :], vec)
+
+    def _run(self, block: nn.Module, *inputs: Tensor):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def pack(latent: Tensor) -> Tensor:
+    """Each 2x2 square of latent pixels becomes one token."""
+    return rearrange(latent, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Undo of `pack` for a latent of height x width."""
+    return rearrange(
+        tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 2, w=width // 2, ph=2, pw=2
+    )
+
+
+def token_ids(latent: Tensor, image_number: int) -> Tensor:
+    """(image number, y, x) of each token of a latent (b, c, h, w), float32 (b, n, 3); targets are image 0."""
+    b, _, h, w = latent.shape
+    y, x = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+    ids = torch.stack([torch.full_like(y, image_number), y, x], dim=-1).float()
+    return repeat(ids, "h w axes -> b (h w) axes", b=b).to(latent.device)
+
+
+def predict_velocity(
+    model: Callable,
+    latent: Tensor,
+    control: Tensor,
+    t5: Tensor,
+    pooled: Tensor,
+    timesteps: Tensor,
+    guidance: float | Tensor,
+) -> Tensor:
+    """Estimate of noise - clean for latents (b, 16, h, w) at `timesteps` (b,), given the control latents.
+
+    The control tokens follow the target tokens and their part of the output is cut off. t5 (1 or b, m, dim)
+    and pooled (1 or b, dim) are the prompt. Float32, the shape of `latent`.
+    """
+    b, _, h, w = latent.shape
+    tokens = pack(latent)
+    txt = t5.expand(b, -1, -1)
+    output = model(
+        img=torch.cat([tokens, pack(control)], dim=1),
+        img_ids=torch.cat([token_ids(latent, 0), token_ids(control, 1)], dim=1),
+        txt=txt,
+        txt_ids=torch.zeros(*txt.shape[:2], 3, device=latent.device),
+        timesteps=timesteps,
+        y=pooled.expand(b, -1),
+        guidance=torch.as_tensor(guidance, dtype=torch.float32, device=latent.device).expand(b),
+    )
+    return unpack(output[:, : tokens.shape[1]].float(), h, w)
+
+
+def shift_timesteps(timesteps: Tensor, num_tokens: int) -> Tensor:
+    """Move timesteps towards noise, further for larger pictures; `num_tokens` counts target tokens alone.
+
+    t' = e^mu / (e^mu + 1/t - 1) with mu on the line through (256 tokens, 0.5) and (4096 tokens, 1.15).
+    """
+    mu = 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
+    return math.exp(mu) * timesteps / (math.exp(mu) * timesteps + (1 - timesteps))
+
+
+def schedule(steps: int, num_tokens: int) -> Tensor:
+    """The steps + 1 timesteps of a sampling run, from 1 to 0, float64."""
+    return shift_timesteps(torch.linspace(1, 0, steps + 1, dtype=torch.float64), num_tokens)
+
+
+@torch.no_grad()
+def sample(
+    model: Callable,
+    noise: Tensor,
+    control: Tensor,
+    t5: Tensor,
+    pooled: Tensor,
+    timesteps: Iterable[float],
+    guidance: float = 2.5,
+    progress: Callable[[list], Iterable] = iter,
+) -> Tensor:
+    """Euler's method along `timesteps` (1 ... 0) from noise (b, 16, h, w) to a clean latent.
+
+    `progress` may wrap the list of steps in a progress bar.
+    """
+    latent = noise.float()
+    for now, following in progress(list(pairwise(map(float, timesteps)))):
+        t = torch.full((len(latent),), now, device=latent.device)
+        latent = latent + (following - now) * predict_velocity(
+            model, latent, control, t5, pooled, t, guidance
+        )
+    return latent

@@ -1,0 +1,243 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.modules.flux import (
+    Flux,
+    FluxParams,
+    pack,
+    predict_velocity,
+    rotary_embedding,
+    sample,
+    schedule,
+    shift_timesteps,
+    token_ids,
+    unpack,
+)
+from tests.fill import draw, fill, relative_error
+
+REFERENCE = Path(__file__).parent / "reference"
+CONFIG = json.loads((REFERENCE / "flux_tiny.json").read_text())
+ARRAYS = np.load(REFERENCE / "flux_tiny.npz")
+
+
+def tiny_params() -> FluxParams:
+    return FluxParams(**{**CONFIG["flux"], "axes_dim": tuple(CONFIG["flux"]["axes_dim"])})
+
+
+def tiny_flux() -> Flux:
+    return fill(Flux(tiny_params())).requires_grad_(False)
+
+
+def tiny_inputs() -> dict[str, torch.Tensor]:
+    b, (h, w) = CONFIG["batch"], CONFIG["latent_hw"]
+    shapes = {
+        "flux_latent": (b, 16, h, w),
+        "flux_control_latent": (b, 16, h, w),
+        "t5": (b, CONFIG["txt_len"], CONFIG["flux"]["context_in_dim"]),
+        "clip_pooled": (b, CONFIG["flux"]["vec_in_dim"]),
+    }
+    return {name: draw(f"input:{name}", shape) for name, shape in shapes.items()}
+
+
+def shapes_of(module: torch.nn.Module) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in module.state_dict().items()}
+
+
+def test_keys_of_the_full_model():
+    with torch.device("meta"):
+        model = Flux(FluxParams())
+    assert shapes_of(model) == json.loads((REFERENCE / "keys_flux_kontext_dev.json").read_text())
+
+
+def test_keys_of_the_tiny_model():
+    keys = json.loads((REFERENCE / "flux_tiny_keys.json").read_text())
+    assert shapes_of(tiny_flux()) == {
+        name: shape for name, shape in keys.items() if not name.startswith("ae.")
+    }
+
+
+def full_output(model, inputs, timesteps, guidance):
+    latent, control = inputs["flux_latent"], inputs["flux_control_latent"]
+    return model(
+        img=torch.cat([pack(latent), pack(control)], dim=1),
+        img_ids=torch.cat([token_ids(latent, 0), token_ids(control, 1)], dim=1),
+        txt=inputs["t5"],
+        txt_ids=torch.zeros(*inputs["t5"].shape[:2], 3),
+        timesteps=timesteps,
+        y=inputs["clip_pooled"],
+        guidance=guidance,
+    )
+
+
+def test_output_equals_the_reference():
+    output = full_output(tiny_flux(), tiny_inputs(), torch.tensor([0.25, 0.9]), torch.tensor([1.0, 3.5]))
+    assert relative_error(output, ARRAYS["flux.out_full"]) < 1e-4
+    assert relative_error(output[:, :6], ARRAYS["flux.out_target"]) < 1e-4
+
+
+def test_velocity_is_the_target_part():
+    inputs = tiny_inputs()
+    velocity = predict_velocity(
+        tiny_flux(), *inputs.values(), timesteps=torch.tensor([0.25, 0.9]), guidance=torch.tensor([1.0, 3.5])
+    )
+    assert velocity.dtype == torch.float32
+    assert relative_error(pack(velocity), ARRAYS["flux.out_target"]) < 1e-4
+
+
+def test_schedules_equal_the_reference():
+    assert relative_error(schedule(28, 4096), ARRAYS["flux.schedule28_1024px"]) < 1e-6
+    assert relative_error(schedule(4, 6), ARRAYS["flux.schedule4_tiny"]) < 1e-6
+
+
+def test_sampler_equals_the_reference():
+    inputs = tiny_inputs()
+    latent, control, t5, pooled = inputs.values()
+    result = sample(tiny_flux(), latent, control, t5, pooled, schedule(4, 6), guidance=2.5)
+    assert relative_error(pack(result), ARRAYS["flux.denoise4"]) < 1e-3
+
+
+def test_pack_is_undone_by_unpack_and_orders_as_documented():
+    latent = torch.arange(2 * 16 * 6 * 4.0).reshape(2, 16, 6, 4)
+    tokens = pack(latent)
+    assert torch.equal(unpack(tokens, 6, 4), latent)
+    assert torch.equal(
+        tokens[0, 1, :4], latent[0, 0, :2, 2:].flatten()
+    )  # second token: same rows, next columns
+    assert token_ids(latent, 1)[1].tolist() == [[1, y, x] for y in range(3) for x in range(2)]
+
+
+def test_shift_leaves_the_ends_and_moves_the_middle():
+    t = torch.tensor([0.0, 0.5, 1.0])
+    few, many = shift_timesteps(t, 256), shift_timesteps(t, 4096)
+    assert few[[0, 2]].tolist() == many[[0, 2]].tolist() == [0.0, 1.0]
+    assert few[1].item() == pytest.approx(np.exp(0.5) / (np.exp(0.5) + 1))
+    assert many[1].item() == pytest.approx(np.exp(1.15) / (np.exp(1.15) + 1))
+
+
+def test_rotation_is_exact_at_the_largest_picture():
+    ids = torch.tensor([[[1.0, 97.0, 42.0]]])
+    rotation = rotary_embedding(ids, (16, 56, 56), 10_000)[0, 0, 0]
+    exact = []
+    for position, dim in zip((1, 97, 42), (16, 56, 56), strict=True):
+        exact.append(np.exp(1j * position * 10_000.0 ** (-np.arange(0, dim, 2) / dim)))
+    assert np.abs(rotation.numpy() - np.concatenate(exact)).max() < 1e-5
+
+
+def test_checkpointing_changes_memory_not_gradients():
+    model, inputs = tiny_flux(), tiny_inputs()
+    gradients = []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        model.double_blocks[0].img_attn.qkv.requires_grad_(True)
+        full_output(model, inputs, torch.tensor([0.2, 0.6]), torch.ones(2)).square().mean().backward()
+        gradients.append(model.double_blocks[0].img_attn.qkv.weight.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+
+
+def diffusers_state_dict(model: Flux) -> dict[str, torch.Tensor]:
+    """Our names -> those of diffusers, so that its own network can serve as the oracle."""
+    names = {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "final_layer.linear": "proj_out",
+        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    }
+    block_names = {
+        "img_mod.lin": "norm1.linear",
+        "txt_mod.lin": "norm1_context.linear",
+        "img_attn.proj": "attn.to_out.0",
+        "txt_attn.proj": "attn.to_add_out",
+        "img_mlp.0": "ff.net.0.proj",
+        "img_mlp.2": "ff.net.2",
+        "txt_mlp.0": "ff_context.net.0.proj",
+        "txt_mlp.2": "ff_context.net.2",
+        "img_attn.norm.query_norm": "attn.norm_q",
+        "img_attn.norm.key_norm": "attn.norm_k",
+        "txt_attn.norm.query_norm": "attn.norm_added_q",
+        "txt_attn.norm.key_norm": "attn.norm_added_k",
+        "norm.query_norm": "attn.norm_q",
+        "norm.key_norm": "attn.norm_k",
+        "modulation.lin": "norm.linear",
+        "linear2": "proj_out",
+    }
+    fused = {
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    }
+    dim, state = model.params.hidden_size, {}
+    for name, value in model.state_dict().items():
+        stem, kind = name.rsplit(".", 1)
+        kind = "weight" if kind == "scale" else kind
+        if stem == "final_layer.adaLN_modulation.1":  # ours: shift, scale; theirs: scale, shift
+            state[f"norm_out.linear.{kind}"] = torch.cat(value.chunk(2)[::-1])
+        elif "_blocks." in stem:
+            block, index, stem = stem.split(".", 2)
+            prefix = (
+                "transformer_blocks." if block == "double_blocks" else "single_transformer_blocks."
+            ) + index
+            parts = fused.get(stem)
+            sizes = [dim] * 3 + [value.shape[0] - 3 * dim] if parts else None
+            pieces = value.split(sizes[: len(parts)]) if parts else [value]
+            for part, piece in zip(parts or [block_names[stem]], pieces, strict=True):
+                state[f"{prefix}.{part}.{kind}"] = piece
+        else:
+            state[f"{names[stem]}.{kind}"] = value
+    return state
+
+
+def diffusers_flux(model: Flux):
+    from diffusers import FluxTransformer2DModel
+
+    p = model.params
+    oracle = FluxTransformer2DModel(
+        in_channels=p.in_channels,
+        num_layers=p.depth,
+        num_single_layers=p.depth_single_blocks,
+        attention_head_dim=p.hidden_size // p.num_heads,
+        num_attention_heads=p.num_heads,
+        joint_attention_dim=p.context_in_dim,
+        pooled_projection_dim=p.vec_in_dim,
+        guidance_embeds=True,
+        axes_dims_rope=p.axes_dim,
+    )
+    oracle.load_state_dict(diffusers_state_dict(model), strict=True)
+    return oracle.eval().requires_grad_(False)
+
+
+def diffusers_output(oracle, inputs, timesteps, guidance):
+    latent, control = inputs["flux_latent"], inputs["flux_control_latent"]
+    return oracle(
+        hidden_states=torch.cat([pack(latent), pack(control)], dim=1),
+        encoder_hidden_states=inputs["t5"],
+        pooled_projections=inputs["clip_pooled"],
+        timestep=timesteps,
+        guidance=guidance,
+        img_ids=torch.cat([token_ids(latent, 0), token_ids(control, 1)], dim=1)[0],
+        txt_ids=torch.zeros(inputs["t5"].shape[1], 3),
+        return_dict=False,
+    )[0]
+
+
+def test_output_equals_diffusers():
+    model, inputs = fill(Flux(tiny_params()), salt="oracle:"), tiny_inputs()
+    inputs["flux_control_latent"] = draw("input:larger", (2, 16, 8, 10))  # a control of another size
+    conditions = torch.tensor([0.1, 0.7]), torch.tensor([2.5, 1.0])
+    output = full_output(model, inputs, *conditions)
+    assert output.shape == (2, 6 + 20, 64)
+    assert relative_error(output, diffusers_output(diffusers_flux(model), inputs, *conditions)) < 1e-4
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match="axes_dim"):
+        FluxParams(hidden_size=64, num_heads=2, axes_dim=(8, 12, 16))

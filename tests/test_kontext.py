@@ -1,0 +1,242 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm.models.kontext import (
+    FluxAutoencoder,
+    Fp8Linear,
+    cached_prompt,
+    check_folder,
+    encode_prompt,
+    load_autoencoder,
+    load_flux,
+    quantize,
+    save_flux,
+)
+from tests.fill import draw, fill, relative_error
+from tests.test_flux import ARRAYS, CONFIG, REFERENCE, full_output, shapes_of, tiny_flux, tiny_inputs
+
+TINY_AE = {name: CONFIG["ae"][name] for name in ("ch", "ch_mult", "num_res_blocks", "z_channels")}
+
+
+def test_keys_of_the_autoencoder():
+    with torch.device("meta"):
+        model = FluxAutoencoder()
+    assert shapes_of(model) == json.loads((REFERENCE / "keys_flux_ae.json").read_text())
+    keys = json.loads((REFERENCE / "flux_tiny_keys.json").read_text())
+    expected = {name[3:]: shape for name, shape in keys.items() if name.startswith("ae.")}
+    assert shapes_of(FluxAutoencoder(TINY_AE)) == expected
+
+
+@torch.no_grad()
+def test_autoencoder_equals_the_reference():
+    model = fill(FluxAutoencoder(TINY_AE))
+    b, (h, w) = CONFIG["batch"], CONFIG["latent_hw"]
+    image = draw("input:flux_image", (b, 3, 8 * h, 8 * w)).tanh()
+    assert relative_error(model.encode(image), ARRAYS["ae.encode"]) < 1e-4
+    assert relative_error(model.decode(tiny_inputs()["flux_latent"]), ARRAYS["ae.decode"]) < 1e-4
+
+
+def tiny_output(model):
+    return full_output(model, tiny_inputs(), torch.tensor([0.25, 0.9]), torch.tensor([1.0, 3.5]))
+
+
+@torch.no_grad()
+def test_loading_gives_the_saved_network(tmp_path):
+    save_flux(tmp_path / "flux.safetensors", tiny_flux())
+    model = load_flux(tmp_path / "flux.safetensors", dtype=torch.float32)
+    assert torch.equal(tiny_output(model), tiny_output(tiny_flux()))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    half = load_flux(tmp_path / "flux.safetensors")
+    assert {value.dtype for value in half.state_dict().values()} == {torch.bfloat16}
+    assert relative_error(tiny_output(half).float(), ARRAYS["flux.out_full"]) < 0.03
+
+
+def test_quantised_rows_are_within_half_a_step_of_float8():
+    weight = torch.randn(8, 256) * torch.logspace(-4, 4, 8)[:, None]
+    eight, scale = quantize(weight)
+    widened = eight.float() * scale[:, None]
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    step = torch.maximum(
+        weight.abs() / 16, largest * 2.0**-17
+    )  # 3 bits of mantissa; subnormals at the bottom
+    assert ((widened - weight).abs() <= step).all()
+    assert torch.equal(widened.bfloat16().float(), widened)  # widening is exact
+    assert torch.equal(quantize(torch.zeros(2, 4))[0].float(), torch.zeros(2, 4))
+
+
+def test_fp8_linear_and_its_gradient():
+    linear, eight = torch.nn.Linear(32, 16), Fp8Linear(32, 16)
+    weight, scale = quantize(linear.weight.detach())
+    eight.load_state_dict({"weight": weight, "weight_scale": scale, "bias": linear.bias.detach()})
+    linear.weight.data = weight.float() * scale[:, None]
+    gradients = []
+    for layer in (linear, eight):
+        x = draw("x", (3, 5, 32)).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        gradients.append((y.detach(), x.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@torch.no_grad()
+def test_fp8_storage_halves_the_blocks_and_stays_close(tmp_path):
+    save_flux(tmp_path / "flux.safetensors", tiny_flux())
+    model = load_flux(tmp_path / "flux.safetensors", dtype=torch.float32, fp8=True)
+    eight_bit = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+    assert len(eight_bit) == 2 * 10 + 2 * 3
+    assert all(m.weight.dtype == torch.float8_e4m3fn for m in eight_bit)
+    error = (tiny_output(model) - torch.from_numpy(ARRAYS["flux.out_full"])).norm()
+    assert error / np.linalg.norm(ARRAYS["flux.out_full"]) < 0.1
+
+
+def test_fp8_gradients_reach_the_input_through_checkpoints(tmp_path):
+    save_flux(tmp_path / "flux.safetensors", tiny_flux())
+    model = load_flux(tmp_path / "flux.safetensors", dtype=torch.float32, fp8=True)
+    model.img_in.weight.requires_grad_(True)
+    gradients = []
+    for model.checkpointing in (False, True):
+        model.img_in.weight.grad = None
+        tiny_output(model).square().mean().backward()
+        gradients.append(model.img_in.weight.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
+PEAK = """
+import resource, sys, torch
+from ldm.models.kontext import load_flux
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = load_flux(sys.argv[1], fp8=True)
+print(peak() - before)
+"""
+
+
+def test_host_memory_stays_below_twice_the_file(tmp_path):
+    from ldm.modules.flux import Flux, FluxParams
+
+    sizes = FluxParams(hidden_size=1024, num_heads=8, depth=1, depth_single_blocks=4)
+    with torch.device("meta"):
+        model = Flux(sizes)
+    state = {
+        name: torch.zeros(value.shape, dtype=torch.bfloat16) for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(state, assign=True)
+    path = tmp_path / "flux.safetensors"
+    save_flux(path, model)
+    run = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 2 * path.stat().st_size
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path):
+    whole = tmp_path / "flux.safetensors"
+    save_flux(whole, tiny_flux())
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut.safetensors is damaged"):
+        load_flux(cut)
+    with pytest.raises(FileNotFoundError, match="absent.safetensors"):
+        load_flux(tmp_path / "absent.safetensors")
+    save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors does not fit Flux: img_in.weight is missing"):
+        load_flux(tmp_path / "other.safetensors")
+    weights = load_file(whole)
+    weights["img_in.bias"] = torch.zeros(3)
+    save_file(weights, tmp_path / "shape.safetensors", {"flux_params": json.dumps(vars(tiny_flux().params))})
+    with pytest.raises(ValueError, match=r"img_in.bias is \(3,\), expected \(64,\)"):
+        load_flux(tmp_path / "shape.safetensors")
+
+
+def test_autoencoder_file(tmp_path):
+    model = fill(FluxAutoencoder(TINY_AE))
+    save_file(model.state_dict(), tmp_path / "ae.safetensors", {"ddconfig": json.dumps(TINY_AE)})
+    latent = tiny_inputs()["flux_latent"]
+    with torch.no_grad():
+        assert torch.equal(load_autoencoder(tmp_path / "ae.safetensors").decode(latent), model.decode(latent))
+
+
+def test_missing_files_are_listed(tmp_path):
+    for name in ("transformer/diffusion_pytorch_model.safetensors", "ae.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError) as error:
+        check_folder(tmp_path, ["flux1-kontext-dev.safetensors", "ae.safetensors"])
+    assert "flux1-kontext-dev.safetensors MISSING; ae.safetensors found" in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory) -> Path:
+    """The text side of a model folder, as transformers writes it, with tiny random encoders."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("kontext")
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    T5EncoderModel(config).bfloat16().save_pretrained(folder / "text_encoder_2", max_shard_size="4KB")
+    words = ["<pad>", "</s>", "<unk>", *(f"▁{word}" for word in "restore this old photograph".split())]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder / "tokenizer_2")
+    config = CLIPTextConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=3, projection_dim=24
+    )
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = {
+        f"text_model.{name.removeprefix('text_model.')}": w.clone() for name, w in load_file(path).items()
+    }
+    save_file(
+        weights, path, {"format": "pt"}
+    )  # the released file has the prefix, transformers 5 writes it no more
+    return folder
+
+
+@torch.no_grad()
+def test_prompt_embeddings_equal_transformers(text_folder):
+    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+    from ldm.modules.encoders.modules import tokenize
+
+    prompt = "restore this old photograph"
+    ours = encode_prompt(text_folder, prompt)
+    ids = AutoTokenizer.from_pretrained(text_folder / "tokenizer_2")(
+        prompt, padding="max_length", max_length=512, return_tensors="pt"
+    ).input_ids
+    assert ids[0, :6].tolist() == [3, 4, 5, 6, 1, 0]
+    t5 = T5EncoderModel.from_pretrained(text_folder / "text_encoder_2", dtype=torch.float32)(ids)[0]
+    assert ours["t5"].shape == (1, 512, 32)
+    assert relative_error(ours["t5"].float(), t5) < 0.05  # bfloat16 against float32
+    clip = CLIPTextModel.from_pretrained(text_folder / "text_encoder")(tokenize([prompt])).pooler_output
+    assert ours["pooled"].shape == (1, 24)
+    assert relative_error(ours["pooled"].float(), clip) < 0.01
+
+
+def test_prompt_is_encoded_once(text_folder, tmp_path):
+    cache = tmp_path / "prompt.safetensors"
+    first = cached_prompt(cache, text_folder, "old photograph")
+    again = cached_prompt(cache, tmp_path / "no folder is needed", "old photograph")
+    assert torch.equal(first["t5"], again["t5"]) and torch.equal(first["pooled"], again["pooled"])
+    other = cached_prompt(cache, text_folder, "restore this")
+    assert not torch.equal(first["t5"], other["t5"])
+    with pytest.raises(FileNotFoundError, match="text_encoder/config.json MISSING"):
+        cached_prompt(cache, tmp_path, "a prompt that is not in the cache")
+
+
+def test_damaged_text_encoder_is_named(text_folder, tmp_path):
+    shutil.copytree(text_folder, tmp_path / "folder")
+    shard = max((tmp_path / "folder" / "text_encoder_2").glob("model*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="text_encoder_2 is damaged"):
+        encode_prompt(tmp_path / "folder", "restore this")
