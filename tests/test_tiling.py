@@ -23,7 +23,7 @@ def test_tiles_cover_everything_and_overlap(length, tile, overlap):
 
 
 def test_a_local_operation_is_the_same_in_tiles():
-    """Copies of tiles give back the image; a blur of radius 2 hardly differs, though tile borders are wrong."""
+    """Copies of tiles give back the image; a blur of radius 2 hardly differs, though tile edges are wrong."""
     image = torch.rand(2, 3, 70, 53)
     assert torch.allclose(restore_tiled(image, lambda x: x, 32, 8), image, atol=1e-6)
 
