@@ -48,12 +48,17 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def write_image(path: str | Path, image: np.ndarray, compress_level: int = 6) -> None:
-    """Write uint8 (h, w, 3) or (h, w) as PNG; the file appears under its name only once it is whole."""
+    """Write uint8 (h, w, 3) or (h, w) as PNG; the file appears under its name only once it is whole.
+
+    Raises OSError that names the file.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         Image.fromarray(image).save(temporary, format="PNG", compress_level=compress_level)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

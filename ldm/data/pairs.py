@@ -104,17 +104,25 @@ def _gopro_pairs(root: Path) -> list[Pair]:
 
 def _jsonl_pairs(file: Path, data_root: str | Path | None) -> list[Pair]:
     pairs = []
+    for where, record in json_lines(file):
+        blurry, sharp = _existing(
+            where, data_root or file.parent, record["blur_image"], record["clear_image"]
+        )
+        pairs.append(Pair(blurry, sharp, record.get("blur_type", ""), record.get("source", str(sharp))))
+    return pairs
+
+
+def json_lines(file: Path) -> Iterator[tuple[str, dict]]:
+    """Records of a data set, each with "file:number" for messages; ValueError for a line that is none."""
     for where, line in _lines(file):
         try:
             record = json.loads(line)
-            blurry, sharp = record["blur_image"], record["clear_image"]
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not a line of JSON ({error})") from error
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{where}: expected an object with blur_image and clear_image") from error
-        blurry, sharp = _existing(where, data_root or file.parent, blurry, sharp)
-        pairs.append(Pair(blurry, sharp, record.get("blur_type", ""), record.get("source", str(sharp))))
-    return pairs
+        names = [record.get(key) for key in ("blur_image", "clear_image")] if isinstance(record, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{where}: expected an object with the paths blur_image and clear_image")
+        yield where, record
 
 
 def _list_pairs(file: Path, data_root: str | Path | None) -> list[Pair]:

@@ -1,0 +1,289 @@
+"""Make pairs of sharp and blurry pictures from photographs, for training a deblurring network.
+
+    python tool_make_deblur_dataset.py --source_dir PHOTOS --output_dir ./training/deblur --num_samples 10000
+
+writes, in the output folder,
+
+    clear_images/clear_000000.png, blur_images/blur_000000.png, ...
+    blur_types.json    one JSON object a line: clear_image, blur_image, blur_type, source, parameters
+    preview.png        some pairs to look at, blurry on the left
+
+Without --source_dir the photographs inside scikit-image serve. Sample number i is the same, byte for byte,
+for the same seed and sources, whatever the number of workers or samples: the same command continues where it
+stopped, and a larger --num_samples adds to what is there.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from ldm.checkpoint import write_atomically
+from ldm.data.image import list_images, photographs, read_image, write_image
+from ldm.data.paired import at_least, blur_crop
+from ldm.data.pairs import JSONL, json_lines
+from ldm.data.stream import SampleStream
+from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types
+from ldm.run import run_main
+
+
+@dataclass
+class Settings:
+    # Photographs, in this folder and below it; None takes those inside scikit-image.
+    source_dir: str | None = None
+    output_dir: str = "./training/deblur"
+    num_samples: int = 1000
+    # Width and height of the pictures; each is a random square of a photograph, scaled down to this.
+    image_size: int = 512
+    # Photographs smaller than image_size: scaled up, or not used.
+    small_images: Literal["upscale", "skip"] = "upscale"
+    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)
+    # Multiplies all blur sizes; 1 suits pictures of 256 to 1024 pixels.
+    blur_scale: float = 1.0
+    # Share of the blurry pictures that went through a JPEG of quality 60 to 95.
+    jpeg_probability: float = 0.0
+    seed: int = 0
+    # Processes; 0 takes one for each processor core.
+    workers: int = 0
+
+
+@dataclass
+class Summary:
+    """Samples made now, samples that were there, and the sources not used with the reason."""
+
+    made: int = 0
+    kept: int = 0
+    not_used: dict[str, str] = field(default_factory=dict)
+
+
+def make_dataset(settings: Settings) -> Summary:
+    """Write the data set, or what is missing of it.
+
+    Raises ValueError for settings that cannot be or that differ from those the folder was begun with, and
+    FileNotFoundError if there are no sources.
+    """
+    check(settings)
+    paths = list_images(settings.source_dir) if settings.source_dir else photographs()
+    folder = Path(settings.output_dir)
+    for name in ("clear_images", "blur_images"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    claim(folder, settings, paths)
+
+    records = finished(folder)
+    todo = [index for index in range(settings.num_samples) if index not in records]
+    summary = Summary(kept=settings.num_samples - len(todo))
+    saved, cost = time.monotonic(), 0.0
+    try:
+        for index, record, not_used in tqdm(
+            run(todo, Maker(settings, paths)),
+            "pairs",
+            settings.num_samples,
+            initial=summary.kept,
+            unit="pair",
+        ):
+            records[index] = record
+            summary.made += 1
+            summary.not_used |= not_used
+            if time.monotonic() - saved > 5 + 20 * cost:  # a killed run loses seconds
+                start = time.monotonic()
+                write_records(folder, records)
+                saved, cost = time.monotonic(), time.monotonic() - start
+    finally:
+        write_records(folder, records)
+    write_preview(folder, records)
+    return summary
+
+
+def check(settings: Settings) -> None:
+    """Raise ValueError for numbers out of range or unknown blur types."""
+    check_blur_types(settings.blur_types)
+    for name, least in (("num_samples", 1), ("image_size", 16), ("workers", 0), ("seed", 0)):
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(settings, name)}")
+    if not 0 <= settings.jpeg_probability <= 1:
+        raise ValueError(f"jpeg_probability must be in [0, 1], got {settings.jpeg_probability}")
+    if settings.blur_scale <= 0:
+        raise ValueError(f"blur_scale must be positive, got {settings.blur_scale}")
+
+
+def claim(folder: Path, settings: Settings, paths: list[Path]) -> None:
+    """Note in the folder what its pictures depend on; ValueError if it was begun with something else."""
+    wanted = {key: value for key, value in asdict(settings).items() if key not in NOT_IN_PICTURES}
+    names = "\n".join(source_name(path, settings) for path in paths)
+    wanted |= {"blur_types": list(settings.blur_types), "sources": sha256(names.encode()).hexdigest()[:16]}
+    file = folder / "settings.json"
+    if not file.exists():
+        return write_atomically(file, lambda temporary: temporary.write_text(json.dumps(wanted, indent=1)))
+    given = json.loads(file.read_text())
+    changed = [
+        f"{key} {given.get(key)} -> {value}" for key, value in wanted.items() if given.get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was begun with other settings ({', '.join(changed)}): take a new --output_dir"
+        )
+
+
+NOT_IN_PICTURES = ("source_dir", "output_dir", "num_samples", "workers")
+
+
+def source_name(path: Path, settings: Settings) -> str:
+    return path.relative_to(settings.source_dir).as_posix() if settings.source_dir else path.name
+
+
+# ---- one sample --------------------------------------------------------------------------------------------
+
+
+class Maker:
+    """Makes sample `index`, in whatever process, from nothing but the settings and the list of sources."""
+
+    def __init__(self, settings: Settings, paths: list[Path]):
+        self.settings, self.paths = settings, paths
+
+    def __call__(self, index: int) -> tuple[int, dict, dict[str, str]]:
+        """Write both pictures; index, record, and the sources that had to be passed over with the reason."""
+        settings, folder = self.settings, Path(self.settings.output_dir)
+        rng = np.random.default_rng([settings.seed, index])
+        image, path, not_used = self.source(index)
+        sharp, blurry, blur_type, parameters = make_pair(image, rng, settings)
+        names = {"clear_image": f"clear_images/clear_{index:06d}.png"}
+        names["blur_image"] = f"blur_images/blur_{index:06d}.png"
+        write_image(folder / names["clear_image"], sharp)
+        write_image(folder / names["blur_image"], blurry)
+        source = source_name(path, settings)
+        return index, {**names, "blur_type": blur_type, "source": source, "parameters": parameters}, not_used
+
+    def source(self, index: int) -> tuple[np.ndarray, Path, dict[str, str]]:
+        """The photograph of sample `index`: every one once, in random order, then again in another order.
+
+        Where one cannot be used the next in that order stands in.
+        """
+        not_used = {}
+        order = SampleStream(len(self.paths), self.settings.seed, start=index, total=index + len(self.paths))
+        for _, candidate in order:
+            path = self.paths[candidate]
+            try:
+                image = read_cached(path)
+            except (ValueError, OSError) as error:
+                not_used[str(path)] = str(error)
+                continue
+            if self.settings.small_images == "upscale" or min(image.shape[:2]) >= self.settings.image_size:
+                return image, path, not_used
+            not_used[str(path)] = f"smaller than {self.settings.image_size} pixels: {path}"
+        raise ValueError(f"no source can be used; the first: {next(iter(not_used.values()))}")
+
+
+@lru_cache(maxsize=16)
+def read_cached(path: Path) -> np.ndarray:
+    return read_image(path)
+
+
+def make_pair(
+    image: np.ndarray, rng: np.random.Generator, settings: Settings
+) -> tuple[np.ndarray, np.ndarray, str, dict]:
+    """A random square of uint8 (h, w, 3), scaled to image_size: sharp, blurry, blur type, blur parameters."""
+    size = settings.image_size
+    image = at_least(image, size)
+    height, width = image.shape[:2]
+    side = math.exp(rng.uniform(math.log(size), math.log(min(height, width))))
+    target = max(size, round(width * size / side)), max(size, round(height * size / side))
+    if target != (width, height):
+        image = cv2.resize(image, target, interpolation=cv2.INTER_AREA)
+    y, x = (int(rng.integers(length - size + 1)) for length in image.shape[:2])
+    options = {"scale": settings.blur_scale, "jpeg_probability": settings.jpeg_probability}
+    blurry, sharp, blur_type, parameters = blur_crop(image, y, x, size, rng, settings.blur_types, **options)
+    return sharp, blurry, blur_type, parameters
+
+
+# ---- many samples ------------------------------------------------------------------------------------------
+
+
+def run(todo: list[int], maker: Maker) -> Iterator[tuple[int, dict, dict[str, str]]]:
+    """The samples of `todo`, in this order, from as many processes as the settings say."""
+    workers = min(maker.settings.workers or os.cpu_count() or 1, max(1, len(todo)))
+    if workers == 1:
+        yield from map(maker, todo)
+        return
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(maker,)) as pool:
+        try:
+            yield from pool.map(work, todo, chunksize=4)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def start_worker(maker: Maker) -> None:
+    global work_of_process
+    work_of_process = maker
+    cv2.setNumThreads(1)  # the processes are the parallelism
+
+
+def work(index: int) -> tuple[int, dict, dict[str, str]]:
+    return work_of_process(index)
+
+
+# ---- the list of samples -----------------------------------------------------------------------------------
+
+
+def finished(folder: Path) -> dict[int, dict]:
+    """Records of the samples that are on disk, by index."""
+    if not (folder / JSONL).exists():
+        return {}
+    records = [record for _, record in json_lines(folder / JSONL)]
+    whole = [r for r in records if all((folder / r[key]).is_file() for key in ("clear_image", "blur_image"))]
+    return {int(Path(record["clear_image"]).stem.rpartition("_")[2]): record for record in whole}
+
+
+def write_records(folder: Path, records: dict[int, dict]) -> None:
+    lines = "".join(json.dumps(records[index], ensure_ascii=False) + "\n" for index in sorted(records))
+    write_atomically(folder / JSONL, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+
+
+def write_preview(folder: Path, records: dict[int, dict], rows: int = 4, side: int = 256) -> None:
+    """Pairs of each blur type side by side, blurry first: one column of pairs a type."""
+    by_type: dict[str, list[dict]] = {}
+    for index in sorted(records):
+        by_type.setdefault(records[index]["blur_type"], []).append(records[index])
+    columns = []
+    for name in sorted(by_type):
+        pairs = [
+            [read_image(folder / r[key]) for key in ("blur_image", "clear_image")]
+            for r in by_type[name][:rows]
+        ]
+        pairs += [[np.full_like(pairs[0][0], 255)] * 2] * (rows - len(pairs))
+        small = [
+            [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in pair]
+            for pair in pairs
+        ]
+        columns.append(np.vstack([np.hstack(pair) for pair in small]))
+    write_image(folder / "preview.png", np.hstack(columns))
+
+
+def main(settings: Settings) -> None:
+    summary = make_dataset(settings)
+    folder = Path(settings.output_dir)
+    print(f"{summary.made} pairs made, {summary.kept} were there: {folder / JSONL}")
+    print(f"look at: {folder / 'preview.png'}")
+    if summary.not_used:
+        print(f"{len(summary.not_used)} sources were not used:")
+        for reason in islice(summary.not_used.values(), 20):
+            print(f"  {reason}")
+        if len(summary.not_used) > 20:
+            print(f"  and {len(summary.not_used) - 20} more")
+    print(f"next: python tutorial_train_deblur.py --data_root {settings.output_dir}")
+
+
+if __name__ == "__main__":
+    run_main(main, Settings)
