@@ -11,6 +11,7 @@ for batch in run.batches(run.loader(dataset, batch_size, steps, seed, num_worker
         run.save(score)                         # last.ckpt, and best.ckpt if none scored higher
 """
 
+import json
 import math
 import os
 import sys
@@ -25,6 +26,7 @@ import torch
 import tyro
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import TensorBoardLogger
+from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -224,13 +226,14 @@ class Run:
         self.best = score if is_best else self.best
         own = {"random": checkpoint.random_states(), "sums": self._sums, "count": self._count}
         state |= {"step": self.step, "best": self.best, "settings": self.settings}
-        state["processes"] = self._gather(own)
+        state["processes"] = self.gather(own)
         if self.fabric.is_global_zero:
             for path in [self.last_checkpoint] + [self.best_checkpoint] * is_best:
                 checkpoint.save(path, state)
         self.fabric.barrier()
 
-    def _gather(self, content: dict) -> list[dict]:
+    def gather(self, content: Any) -> list:
+        """What every process gave, in the order of their ranks."""
         if self.fabric.world_size == 1:
             return [content]
         contents = [None] * self.fabric.world_size
@@ -295,11 +298,13 @@ def _check_finite(weights: Mapping[str, torch.Tensor], step: int) -> None:
 def read_trained(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Weights to use from a file (the EMA's where it holds one) and the settings they were trained with.
 
-    Any file that `ldm.checkpoint.read_weights` reads will do; without settings in it they are {}.
+    Any file that `ldm.checkpoint.read_weights` reads will do; without settings in it they are {}. In a
+    safetensors file they are json, under "settings" in the metadata.
     """
     weights = checkpoint.read_weights(path)
     if Path(path).suffix == ".safetensors":
-        return weights, {}
+        with safe_open(path, "pt") as file:
+            return weights, json.loads((file.metadata() or {}).get("settings", "{}"))
     content = checkpoint.load(path)
     averages = (content.get("ema") or {}).get("average", {})
     return {**weights, **averages}, content.get("settings", {})

@@ -1,0 +1,114 @@
+"""Evaluation on held-out pictures while a network trains: the same pictures and the same blur every time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm.data.image import list_images, read_image, side_by_side
+from ldm.data.pairs import Pair
+from ldm.metrics import psnr, ssim
+from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
+from ldm.run import Run
+
+
+def sharp_pairs(folder: str | Path | None) -> list[Pair]:
+    """Each picture below a folder, paired with itself: that is how one that is to be blurred is written."""
+    return [Pair(path, path, group=str(path)) for path in list_images(folder)] if folder else []
+
+
+class HeldOut:
+    """At most `limit` of the pairs, the same in every run of this seed, whole or `crop` pixels in the middle.
+
+    A picture paired with itself is blurred once with each of `blur_types`, `blur_options` as in `random_blur`.
+    Raises ValueError if nothing is left.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        limit: int,
+        seed: int,
+        crop: int = 0,
+        blur_types: Sequence[str] = tuple(BLUR_TYPES),
+        **blur_options: float,
+    ):
+        self.seed, self.crop, self.blur_options = seed, crop, blur_options
+        pairs = [
+            replace(pair, blur_type=blur_type)
+            for pair in pairs
+            for blur_type in (blur_types if pair.blurry == pair.sharp else [pair.blur_type])
+        ]
+        if not pairs or limit < 1:
+            raise ValueError("nothing to evaluate on: no held-out pictures, or a limit of none")
+        order = np.random.default_rng(seed).permutation(len(pairs))
+        self.pairs = [pairs[index] for index in sorted(order[:limit])]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Blurry and sharp, uint8 (h, w, 3). Raises ValueError if their sizes differ."""
+        pair = self.pairs[number]
+        sharp = read_image(pair.sharp)
+        if pair.blurry == pair.sharp:
+            rng = np.random.default_rng([self.seed, number])
+            blurry = random_blur(sharp, rng, [pair.blur_type], **self.blur_options)[0]
+        else:
+            blurry = read_image(pair.blurry)
+        if blurry.shape != sharp.shape:
+            (h, w, _), (sharp_h, sharp_w, _) = blurry.shape, sharp.shape
+            raise ValueError(f"{pair.blurry} is {w}x{h}, its partner {pair.sharp} {sharp_w}x{sharp_h} pixels")
+        return middle(blurry, self.crop), middle(sharp, self.crop)
+
+    def evaluate(
+        self, restore: Callable[[np.ndarray], np.ndarray], run: Run
+    ) -> tuple[dict[str, float], np.ndarray]:
+        """`psnr`, `ssim` and `psnr_BLUR_TYPE`, means of per-image values, and a picture: blurry, restored, sharp.
+
+        `restore` maps a uint8 picture to one of the same size. The processes of `run` share the work.
+        """
+        rows, shown = [], {k * (len(self) // 4) + k for k in range(4)}  # the shift by k varies the blur type
+        mine = range(run.fabric.global_rank, len(self), run.fabric.world_size)
+        for number in tqdm(mine, "evaluating", leave=False, disable=not run.fabric.is_global_zero):
+            blurry, sharp = self[number]
+            restored = restore(blurry)
+            row = {"number": number, "blur_type": self.pairs[number].blur_type}
+            row |= {"psnr": psnr(restored, sharp), "ssim": ssim(restored, sharp)}
+            if number in shown:
+                row["picture"] = side_by_side([middle(image, 320) for image in (blurry, restored, sharp)])
+            rows.append(row)
+        rows = [row for part in run.gather(rows) for row in part]
+        rows.sort(key=lambda row: row["number"])
+        return _means(rows), _stack([row["picture"] for row in rows if "picture" in row])
+
+
+def _means(rows: list[dict]) -> dict[str, float]:
+    means = {name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "ssim")}
+    for blur_type in sorted({row["blur_type"] for row in rows} - {""}):
+        values = [row["psnr"] for row in rows if row["blur_type"] == blur_type]
+        means[f"psnr_{blur_type}"] = float(np.mean(values))
+    return means
+
+
+def _stack(pictures: list[np.ndarray]) -> np.ndarray:
+    return np.ascontiguousarray(side_by_side([p.transpose(1, 0, 2) for p in pictures]).transpose(1, 0, 2))
+
+
+def middle(image: np.ndarray, size: int) -> np.ndarray:
+    """The middle `size` x `size` pixels, or all if the picture is smaller or `size` is 0."""
+    h, w = image.shape[:2]
+    size = size or max(h, w)
+    y, x = max(0, h - size) // 2, max(0, w - size) // 2
+    return image[y : y + size, x : x + size]
+
+
+def report(scores: dict[str, float], blurry: dict[str, float]) -> dict[str, float]:
+    """For the log: the scores, those of the blurry pictures, and the gains in PSNR."""
+    values = {f"eval/{name}": value for name, value in scores.items()}
+    values |= {f"blurry/{name}": value for name, value in blurry.items()}
+    return values | {
+        f"gain/{name}": scores[name] - blurry[name] for name in scores if name.startswith("psnr")
+    }

@@ -1,0 +1,476 @@
+"""SRN-DeblurNet: the scale-recurrent network, trained from scratch and explained in one file.
+
+Tao, Gao, Shen, Wang, Jia: Scale-recurrent Network for Deep Image Deblurring, CVPR 2018.
+
+    python train_srn.py --data training/GoPro/train --val_data training/GoPro/test --precision bf16
+    python train_srn.py --sharp_dir my_photos       # no pairs: the blur is made on the fly
+    python train_srn.py --demo                      # 5 minutes on two CPU cores, needs no data at all
+
+The same command again resumes a stopped run. Published for GoPro: 30.26 dB. More in docs/srn.md.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from ldm.checkpoint import write_weights
+from ldm.data.dead_leaves import DeadLeaves
+from ldm.data.image import photographs, to_tensor, to_uint8
+from ldm.data.paired import BlurDataset, ImageFiles, Pair, PairedDataset, find_pairs, split_pairs
+from ldm.modules.ema import EMA
+from ldm.modules.image_degradation.blur import BLUR_TYPES
+from ldm.run import Run, plain, read_trained, run_main, start_fabric
+from ldm.tiling import pad_to_multiple, restore_tiled
+from ldm.validation import HeldOut, report, sharp_pairs
+
+# ---- settings: edit here, or override on the command line -------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """Train SRN-DeblurNet on pairs of images, or on sharp images alone."""
+
+    demo: bool = (
+        False  # a small network on generated pictures, 5 minutes on a CPU; flags you give still count
+    )
+    output_dir: Path = Path("outputs/srn")  # logs, pictures and checkpoints; an old run in it is resumed
+
+    data: Path | None = (
+        None  # GoPro tree, list file of `blurry sharp` lines, .jsonl, or folder of blurry images
+    )
+    sharp_dir: Path | None = None  # sharp images: the partners of --data, or alone, to be blurred on the fly
+    dead_leaves: int = 0  # generated pictures in every epoch, blurred on the fly, beside --sharp_dir or alone
+    val_data: Path | None = None  # pairs to evaluate on, in any form of --data
+    val_sharp_dir: Path | None = None  # their sharp images, or sharp images alone
+    val_fraction: float = 0.05  # without the two: the part of the data that is held out (whole sequences)
+    val_images: int = 100  # evaluate on at most that many, evenly spread
+    val_crop: int = 0  # evaluate on that many pixels in the middle; 0 = whole images
+    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # the blurs made on the fly
+    blur_scale: float = 1.0  # and their size
+    crop_size: int = 256  # of training images, a multiple of 16
+    cache: bool = False  # keep all training images decoded in memory
+
+    width: int = 32  # channels at full resolution
+    coarsest: Literal["zeros", "blurry"] = "zeros"  # estimate at the first scale; the authors' code: blurry
+    detach: bool = False  # no gradient through the upsampled estimate, as in the authors' code
+    residual: bool = False  # predict the difference to the blurry image
+
+    epochs: int = 2000
+    batch_size: int = 16  # of all devices together
+    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum 0.9, nesterov
+    learning_rate: float = 1e-4
+    schedule: Literal["step", "power"] = "step"  # 0.3^(epoch // 500), or the authors' (1 - t/T)^0.3
+    lstm_clip: float = 3.0  # highest global norm of the ConvLSTM's gradients
+    ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used
+    seed: int = 0
+
+    precision: Literal["32", "16", "bf16"] = "32"
+    channels_last: bool = False
+    compile: bool = False  # torch.compile: minutes at the start, faster steps
+    devices: int = 1  # GPUs (CPU processes) per machine
+    num_nodes: int = 1  # machines
+    num_workers: int = 8  # processes that prepare images
+    log_epoch: int = 10  # evaluate and save every so many epochs
+
+
+DEMO = {
+    "output_dir": Path("outputs/srn_demo"),
+    "dead_leaves": 800,
+    "val_crop": 256,
+    "blur_scale": 0.4,
+    "crop_size": 96,
+    "width": 16,
+    "residual": True,
+    "epochs": 3,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "schedule": "power",
+    "ema_decay": 0.98,
+    "num_workers": 1,
+    "log_epoch": 3,
+}
+# What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
+MAY_CHANGE = {
+    "devices",
+    "num_nodes",
+    "num_workers",
+    "log_epoch",
+    "cache",
+    "channels_last",
+    "compile",
+    "val_images",
+}
+
+
+# ---- network -------------------------------------------------------------------------------------------
+
+
+class ResBlock(nn.Module):
+    """x + conv(relu(conv(x))), no normalisation and no ReLU after the sum (paper, section 3.2)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(width, width, 5, padding=2), nn.ReLU())
+        self.conv2 = nn.Sequential(nn.Conv2d(width, width, 5, padding=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.conv1(x))
+
+
+def resblocks(width: int) -> nn.Sequential:
+    return nn.Sequential(*(ResBlock(width) for _ in range(3)))
+
+
+class EBlock(nn.Module):
+    """Encoder block: a convolution that may halve the resolution, then three residual blocks."""
+
+    def __init__(self, in_width: int, out_width: int, stride: int):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(in_width, out_width, 5, stride, padding=2), nn.ReLU())
+        self.resblock_stack = resblocks(out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resblock_stack(self.conv(x))  # (b, in, h, w) -> (b, out, h / stride, w / stride)
+
+
+class DBlock(nn.Module):
+    """Decoder block: three residual blocks, then a transposed convolution that doubles the resolution."""
+
+    def __init__(self, in_width: int, out_width: int):
+        super().__init__()
+        self.resblock_stack = resblocks(in_width)
+        deconv = nn.ConvTranspose2d(in_width, out_width, 5, stride=2, padding=2, output_padding=1)
+        self.deconv = nn.Sequential(deconv, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.deconv(self.resblock_stack(x))  # (b, in, h, w) -> (b, out, 2h, 2w)
+
+
+class OutBlock(nn.Module):
+    """Three residual blocks, then a convolution to RGB."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.resblock_stack = resblocks(width)
+        self.conv = nn.Sequential(nn.Conv2d(width, 3, 5, padding=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.resblock_stack(x))
+
+
+class ConvLSTMCell(nn.Module):
+    """LSTM whose products are 5x5 convolutions (Shi et al. 2015), without peepholes and forget bias."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(2 * width, 4 * width, 5, padding=2)
+
+    def forward(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        gates = self.conv(torch.cat([x, hidden], dim=1))  # (b, 4 width, h, w)
+        enter, forget, leave, new = gates.chunk(4, dim=1)
+        cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
+        return torch.sigmoid(leave) * torch.tanh(cell), cell
+
+
+class SRNDeblurNet(nn.Module):
+    """One encoder-decoder applied at quarter, half and full size, each time starting from the last estimate.
+
+    `forward(b1, b2, b3) -> i1, i2, i3`: blurry (b, 3, h, w) at full, half and quarter size, in [-1, 1],
+    h and w multiples of 16, to restored images of the same sizes, not clamped. `restore` takes any size.
+    """
+
+    def __init__(
+        self, width: int = 32, coarsest: str = "zeros", detach: bool = False, residual: bool = False
+    ):
+        super().__init__()
+        self.coarsest, self.detach, self.residual = coarsest, detach, residual
+        self.inblock = EBlock(6, width, stride=1)
+        self.eblock1 = EBlock(width, 2 * width, stride=2)
+        self.eblock2 = EBlock(2 * width, 4 * width, stride=2)
+        self.convlstm = ConvLSTMCell(4 * width)
+        self.dblock1 = DBlock(4 * width, 2 * width)
+        self.dblock2 = DBlock(2 * width, width)
+        self.outblock = OutBlock(width)
+        if residual:  # training starts from the blurry image instead of noise
+            nn.init.zeros_(self.outblock.conv[0].weight)
+            nn.init.zeros_(self.outblock.conv[0].bias)
+
+    def forward(self, b1: Tensor, b2: Tensor, b3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if b1.shape[-2] % 16 or b1.shape[-1] % 16:
+            raise ValueError(
+                f"height and width must be multiples of 16, not {tuple(b1.shape[-2:])}; see restore"
+            )
+        estimate = b3 if self.coarsest == "blurry" else torch.zeros_like(b3)
+        b, _, h, w = b3.shape
+        hidden = cell = b3.new_zeros(b, self.convlstm.conv.weight.shape[0] // 4, h // 4, w // 4)
+        i3, hidden, cell = self.step(b3, estimate, hidden, cell)
+        i2, hidden, cell = self.step(b2, self.upsampled(i3), double(hidden), double(cell))
+        i1, _, _ = self.step(b1, self.upsampled(i2), double(hidden), double(cell))
+        return i1, i2, i3
+
+    def step(
+        self, blurry: Tensor, estimate: Tensor, hidden: Tensor, cell: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Restore one scale: (b, 3, h, w) from itself and the estimate of the scale before."""
+        e1 = self.inblock(torch.cat([blurry, estimate], dim=1))  # (b, 6, h, w) -> (b, width, h, w)
+        e2 = self.eblock1(e1)  # (b, 2 width, h/2, w/2)
+        e3 = self.eblock2(e2)  # (b, 4 width, h/4, w/4)
+        hidden, cell = self.convlstm(e3, hidden, cell)
+        d2 = self.dblock1(hidden) + e2  # (b, 2 width, h/2, w/2)
+        d1 = self.dblock2(d2) + e1  # (b, width, h, w)
+        restored = self.outblock(d1)  # (b, 3, h, w)
+        return (blurry + restored if self.residual else restored), hidden, cell
+
+    def upsampled(self, estimate: Tensor) -> Tensor:
+        return double(estimate.detach() if self.detach else estimate)
+
+
+def double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)  # (b, c, 2h, 2w)
+
+
+def pyramid(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(b, 3, h, w) at full, half and quarter size: the one rule by which all scales are made, everywhere."""
+    h, w = image.shape[-2:]
+    half, quarter = (F.interpolate(image, (h // n, w // n), mode="bilinear", antialias=True) for n in (2, 4))
+    return image, half, quarter
+
+
+@torch.no_grad()
+def restore(network: nn.Module, blurry: Tensor) -> Tensor:
+    """Restore (b, 3, h, w) in [-1, 1] of any size; the result has the same size and is not clamped."""
+    h, w = blurry.shape[-2:]
+    scales = pyramid(pad_to_multiple(blurry, 16))
+    return network.forward(*scales)[0][..., :h, :w]  # not compiled: sizes vary
+
+
+@torch.no_grad()
+def restore_image(
+    network: SRNDeblurNet,
+    blurry: np.ndarray,
+    precision: str = "32",
+    tile: int = 0,
+    overlap: int = 64,
+    self_ensemble: bool = False,
+) -> np.ndarray:
+    """Restore a uint8 picture (h, w, 3) of any size on the network's device.
+
+    With `tile` above 0 the picture goes through in squares of that size, blended over `overlap` pixels, in
+    memory that its size no longer counts for. `self_ensemble` averages over the 8 flips and turns.
+    """
+    device = next(network.parameters()).device
+    dtype = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+    def run(image: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            return restore(network, image.to(device)).float()
+
+    def run_all(image: Tensor) -> Tensor:
+        if not self_ensemble:
+            return run(image)
+        turned = [torch.rot90(x, k, (2, 3)) for x in (image, image.flip(3)) for k in range(4)]
+        back = [torch.rot90(run(x), -k % 4, (2, 3)) for x, k in zip(turned, [*range(4)] * 2, strict=True)]
+        return (sum(back[:4]) + sum(back[4:]).flip(3)) / 8
+
+    image = to_tensor(blurry)[None]  # (1, 3, h, w)
+    return to_uint8((restore_tiled(image, run_all, tile, overlap) if tile else run_all(image))[0])
+
+
+def load_network(path: str | Path) -> SRNDeblurNet:
+    """The network in a file of this script, or one with the reproduction's key names (`module.` or not).
+
+    Raises FileNotFoundError, or ValueError if it holds another network.
+    """
+    weights, settings = read_trained(path)
+    weights = {name.removeprefix("module."): value.float() for name, value in weights.items()}
+    if "inblock.conv.0.weight" not in weights:
+        raise ValueError(f"{path} holds no SRN-DeblurNet: its first key is {next(iter(weights))}")
+    form = {name: settings[name] for name in ("coarsest", "detach", "residual") if name in settings}
+    network = SRNDeblurNet(len(weights["inblock.conv.0.weight"]), **form)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit SRN-DeblurNet: {error}") from error
+    return network.eval()
+
+
+def export(checkpoint: Path, path: Path) -> None:
+    """Write the network of a checkpoint in half precision with what `load_network` must know."""
+    weights, settings = read_trained(checkpoint)
+    form = {name: settings[name] for name in ("width", "coarsest", "detach", "residual")}
+    half = {name: value.half() for name, value in weights.items()}
+    write_weights(path, half, {"settings": json.dumps(form)})
+
+
+# ---- loss and training step ----------------------------------------------------------------------------
+
+
+def scale_losses(restored: Sequence[Tensor], sharp: Sequence[Tensor]) -> list[Tensor]:
+    """Mean squared error at each scale (paper, equation 5, with the constant kappa = 1)."""
+    return [F.mse_loss(i.float(), s) for i, s in zip(restored, sharp, strict=True)]
+
+
+def train_step(
+    fabric: Fabric, network: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, lstm_clip: float
+) -> dict[str, Tensor]:
+    """One step on `blurry` and `sharp` (b, 3, h, w) in [-1, 1]; loss, mse and PSNR (range 2) at full size."""
+    losses = scale_losses(network(*pyramid(batch["blurry"])), pyramid(batch["sharp"]))
+    loss = sum(losses)
+    optimizer.zero_grad()
+    fabric.backward(loss)
+    fabric.clip_gradients(network.convlstm, optimizer, max_norm=lstm_clip, error_if_nonfinite=False)
+    optimizer.step()
+    mse = losses[0].detach()
+    return {"loss": loss, "mse": mse, "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}
+
+
+def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), settings.learning_rate, momentum=0.9, nesterov=True)
+    fused = next(network.parameters()).is_cuda
+    return torch.optim.Adam(network.parameters(), settings.learning_rate, fused=fused)
+
+
+def learning_rate_factor(step: int, steps_per_epoch: int, settings: Settings) -> float:
+    """What the learning rate is multiplied by after `step` steps."""
+    if settings.schedule == "power":
+        return max(0.0, 1 - step / (settings.epochs * steps_per_epoch)) ** 0.3
+    return 0.3 ** (step // steps_per_epoch // 500)
+
+
+# ---- data ----------------------------------------------------------------------------------------------
+
+
+class Together:
+    """Photographs and dead leaves as one source of sharp images."""
+
+    def __init__(self, *sources: ImageFiles | DeadLeaves):
+        self.places = [(source, index) for source in sources for index in range(len(source))]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, key: tuple[int, int]) -> np.ndarray:
+        source, index = self.places[key[1]]
+        return source[key[0], index]
+
+    def name(self, key: tuple[int, int]) -> str:
+        source, index = self.places[key[1]]
+        return source.name((key[0], index))
+
+
+def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:
+    """The training set and what is held out: given, or a part of the data, or scikit-image's photographs."""
+    crop, seed, data = settings.crop_size, settings.seed, settings.data
+    if crop < 16 or crop % 16:
+        raise ValueError(f"crop_size must be a multiple of 16, not {crop}")
+    if not (data or settings.sharp_dir or settings.dead_leaves):
+        raise ValueError("nothing to train on: give --data, --sharp_dir or --dead_leaves (or try --demo)")
+    if data and settings.dead_leaves:
+        raise ValueError("--dead_leaves goes with --sharp_dir or alone, not with the pairs of --data")
+
+    pairs = find_pairs(data, settings.sharp_dir) if data else sharp_pairs(settings.sharp_dir)
+    if settings.val_data:
+        held_out = find_pairs(settings.val_data, settings.val_sharp_dir)
+    elif settings.val_sharp_dir:
+        held_out = sharp_pairs(settings.val_sharp_dir)
+    elif pairs:
+        pairs, held_out = split_pairs(pairs, settings.val_fraction, seed)
+    else:
+        held_out = [Pair(path, path) for path in photographs()]
+
+    blur = {"blur_types": settings.blur_types, "scale": settings.blur_scale}
+    validation = HeldOut(held_out, settings.val_images, seed, settings.val_crop, **blur)
+    if data:
+        return PairedDataset(pairs, crop, seed, augment=True, cache=settings.cache), validation
+    files = ImageFiles([pair.sharp for pair in pairs], settings.cache)
+    sources = Together(files, DeadLeaves(crop + 64, settings.dead_leaves, seed))
+    return BlurDataset(sources, crop, seed, augment=True, **blur), validation
+
+
+# ---- the whole run -------------------------------------------------------------------------------------
+
+
+def main(settings: Settings) -> None:
+    if settings.demo:
+        settings = demo_settings(settings)
+
+    # Seed and devices
+    fabric = start_fabric(settings.devices, settings.num_nodes, settings.precision, settings.seed)
+
+    # Data
+    dataset, held_out = make_data(settings)
+    steps_per_epoch = max(1, round(len(dataset) / settings.batch_size))
+    steps = settings.epochs * steps_per_epoch
+
+    # Network, optimizer, average
+    network = SRNDeblurNet(settings.width, settings.coarsest, settings.detach, settings.residual)
+    if settings.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if settings.compile:
+        network.compile()
+    optimizer = make_optimizer(network.to(fabric.device), settings)
+    trained, fabric_optimizer = fabric.setup(network, optimizer)
+    schedule = partial(learning_rate_factor, steps_per_epoch=steps_per_epoch, settings=settings)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    ema = EMA(network, settings.ema_decay)
+
+    # Resume
+    parts = {"state_dict": network, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
+    known = {**plain(settings), "samples": len(dataset)}
+    run = Run(fabric, settings.output_dir, known, parts, MAY_CHANGE)
+    baseline, _ = held_out.evaluate(lambda blurry: blurry, run)
+    run.say(f"{len(dataset)} training images, {steps} steps; {len(held_out)} held out")
+    restorer = partial(restore_image, network, precision=settings.precision)
+
+    # Loop
+    loader = run.loader(dataset, settings.batch_size, steps, settings.seed, settings.num_workers)
+    for batch in run.batches(loader, steps):
+        metrics = train_step(fabric, trained, fabric_optimizer, batch, settings.lstm_clip)
+        scheduler.step()
+        ema.update(network)
+        run.advance(metrics, batch["path"])
+        if run.step % (settings.log_epoch * steps_per_epoch) and run.step != steps:
+            continue
+
+        # Evaluate the averaged weights, log, save
+        train = run.means()
+        with ema.applied(network):
+            scores, picture = held_out.evaluate(restorer, run)
+        run.picture("sample", picture)
+        run.log({f"train/{name}": value for name, value in train.items()} | report(scores, baseline))
+        run.save(score=scores["psnr"])
+        run.say(
+            f"epoch {run.step // steps_per_epoch}: {train['images/s']:.1f} images/s, "
+            f"train mse {train['mse']:.5f} psnr {train['psnr']:.2f}, eval psnr {scores['psnr']:.2f} "
+            f"(blurry {baseline['psnr']:.2f}) ssim {scores['ssim']:.4f} (blurry {baseline['ssim']:.4f})"
+        )
+
+    # The best weights in half precision, for infer.py and for sharing
+    weights = settings.output_dir / "srn_deblur.safetensors"
+    if fabric.is_global_zero:
+        export(run.best_checkpoint, weights)
+    run.finish(
+        f"python infer.py srn --checkpoint_path {weights} --input FILE_OR_FOLDER --output_dir restored"
+    )
+
+
+def demo_settings(settings: Settings) -> Settings:
+    """The demonstration's settings, except where the user gave others."""
+    untouched = [name for name in DEMO if getattr(settings, name) == getattr(Settings(), name)]
+    return replace(settings, **{name: DEMO[name] for name in untouched})
+
+
+if __name__ == "__main__":
+    run_main(main, Settings)
