@@ -19,11 +19,11 @@ class DegDataset(Dataset):
     """Photographs and their degraded versions, cut alike.
 
     `dataset[(epoch, index)]`, or `dataset[index]` for epoch 0, holds `control` (degraded) and `target`
-    (clean), each float32 (3, resolution, resolution) in [-1, 1], `prompts`, `name` (the clean file), `index` (which
-    picture) and `seed`, on which everything random about the sample depends. Each picture comes `repeats` times
-    an epoch. The shorter side is scaled to `resolution` unless `native_crop` cuts at full scale; without
-    `random_crop` the cut is in the middle. With `lr_data_root` the controls are real damaged pictures, those
-    that `find_pairs(lr_data_root, hr_data_root)` finds, instead of synthetic ones.
+    (clean), each float32 (3, resolution, resolution) in [-1, 1], `prompts`, `name` (the clean file),
+    `index` (which picture) and `seed`, on which everything random about the sample depends. Each picture
+    comes `repeats` times an epoch. The shorter side is scaled to `resolution` unless `native_crop` cuts at
+    full scale; without `random_crop` the cut is in the middle. With `lr_data_root` the controls are real
+    damaged pictures, those that `find_pairs(lr_data_root, hr_data_root)` finds, instead of synthetic ones.
 
     `lr_scale` is the factor lost to downsampling, `noise_level` the standard deviation in [0, 1] units,
     `blur_radius` the standard deviation of the Gaussian in pixels, `jpeg_quality` 1 to 100.
