@@ -22,7 +22,7 @@ def sharp_pairs(folder: str | Path | None) -> list[Pair]:
 class HeldOut:
     """At most `limit` of the pairs, the same in every run of this seed, whole or `crop` pixels in the middle.
 
-    A picture paired with itself is blurred once with each of `blur_types`, `blur_options` as in `random_blur`.
+    A picture paired with itself is blurred with each of `blur_types`; `blur_options` as in `random_blur`.
     Raises ValueError if nothing is left.
     """
 
@@ -66,7 +66,7 @@ class HeldOut:
     def evaluate(
         self, restore: Callable[[np.ndarray], np.ndarray], run: Run
     ) -> tuple[dict[str, float], np.ndarray]:
-        """`psnr`, `ssim` and `psnr_BLUR_TYPE`, means of per-image values, and a picture: blurry, restored, sharp.
+        """`psnr`, `ssim`, `psnr_BLUR_TYPE` (means of per-image values); a picture: blurry, restored, sharp.
 
         `restore` maps a uint8 picture to one of the same size. The processes of `run` share the work.
         """
