@@ -39,13 +39,15 @@ PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 CHECK_EVERY = 10  # steps between two looks at the losses: each look waits for the device
 
 
-def run_main(main: Callable[[Any], None], settings: type) -> None:
+def run_main(main: Callable[[Any], None], settings: type | dict[str, type]) -> None:
     """Read `settings` from the command line, call `main`; a user's mistake is one line and exit code 1.
 
-    With TRACEBACK=1 in the environment the whole traceback is shown instead.
+    A dictionary of settings makes its names subcommands. With TRACEBACK=1 in the environment the whole
+    traceback is shown instead of the line.
     """
+    read = tyro.extras.subcommand_cli_from_dict if isinstance(settings, dict) else tyro.cli
     try:
-        main(tyro.cli(settings, use_underscores=True))
+        main(read(settings, use_underscores=True))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
@@ -247,7 +249,7 @@ class Run:
         lacks = [name for name in (*self.parts, "step", "settings", "processes") if name not in state]
         if lacks:
             raise ValueError(f"{self.last_checkpoint} is from another script: it lacks {', '.join(lacks)}")
-        _check_settings(state["settings"], self.settings, may_change, self.last_checkpoint)
+        check_settings(state["settings"], self.settings, may_change, self.last_checkpoint)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step, self.best = state["step"], state["best"]
@@ -278,7 +280,7 @@ def plain(settings: Any) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> None:
+def check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> None:
     names = sorted({*saved, *now} - may_change)
     differ = [(name, saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)]
     if differ:

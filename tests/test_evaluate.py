@@ -1,0 +1,126 @@
+import csv
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from ldm import checkpoint
+from ldm.data.image import photographs, read_image, write_image
+from ldm.metrics import psnr
+
+STEMS = ("astronaut", "chelsea", "coffee", "rocket")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Blurry, half restored and sharp crops of photographs."""
+    for name in ("blurry", "restored", "sharp"):
+        (tmp_path / name).mkdir()
+    for sigma, path in enumerate(photographs(), start=1):
+        if path.stem in STEMS:
+            sharp = read_image(path)[100:180, 100:200]
+            write_image(tmp_path / "sharp" / f"{path.stem}.png", sharp)
+            write_image(tmp_path / "blurry" / f"{path.stem}.png", cv2.GaussianBlur(sharp, (0, 0), sigma))
+            restored = cv2.GaussianBlur(sharp, (0, 0), sigma / 2)
+            write_image(tmp_path / "restored" / f"deblurred_{path.stem}_x.png", restored)
+    return tmp_path
+
+
+def settings(folder, **changes):
+    names = {"restored": folder / "restored", "sharp": folder / "sharp", "blurry": folder / "blurry"}
+    return evaluate.Settings(**{**names, "prefix": "deblurred_", "suffix": "_x", **changes})
+
+
+def test_report_csv_and_page(folders, capsys):
+    chosen = settings(folders, output=folders / "report.json", html=folders / "report.html")
+    evaluate.main(chosen)
+    report = json.loads(chosen.output.read_text())
+    assert report["pairs"] == {
+        "found": 4,
+        "used": 4,
+        "skipped": {},
+        "without_partner": {"restored": 0, "sharp": 0, "blurry": 0},
+    }
+    with open(folders / "report.csv") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert list(rows) == list(STEMS)
+    for stem in STEMS:
+        pair = folders / f"restored/deblurred_{stem}_x.png", folders / f"sharp/{stem}.png"
+        assert float(rows[stem]["psnr"]) == psnr(*map(read_image, pair))
+    for name in ("psnr", "ssim", "psnr_blurry", "ssim_blurry"):
+        assert report[name] == pytest.approx(np.mean([float(row[name]) for row in rows.values()]))
+    assert (
+        report["psnr_gain"] == pytest.approx(report["psnr"] - report["psnr_blurry"])
+        and report["psnr_gain"] > 1
+    )
+    assert report["worst"][0] == min(rows, key=lambda name: float(rows[name]["psnr"]))
+    page = chosen.html.read_text()
+    assert page.count("data:image/jpeg;base64,") == 4 and report["worst"][0] in page
+    printed = capsys.readouterr().out
+    assert "4 found, 4 used, 0 skipped" in printed and f"gain {report['psnr_gain']:+.3f} dB" in printed
+
+
+def test_what_cannot_be_scored_is_named(folders, capsys):
+    write_image(folders / "sharp" / "coffee.png", np.zeros((20, 20, 3), np.uint8))
+    (folders / "restored" / "deblurred_rocket_x.png").write_bytes(b"not a picture")
+    (folders / "restored" / "deblurred_chelsea_x.png").unlink()
+    evaluate.main(settings(folders, blurry=None))
+    printed = capsys.readouterr().out
+    assert "3 found, 1 used, 2 skipped; without partner: 1 sharp" in printed
+    assert "skipped coffee: images of different shapes" in printed
+    assert "skipped rocket: cannot read image" in printed
+    (folders / "restored" / "deblurred_astronaut_x.png").unlink()
+    with pytest.raises(ValueError, match="none of 2 pairs can be scored: .*different shapes"):
+        evaluate.main(settings(folders, blurry=None))
+
+
+def test_a_gopro_tree_is_matched_by_sequence_and_frame(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    for place in ("a/sharp/1", "b/sharp/1", "a/blur/1", "b/blur/1", "a/blur_gamma/1"):
+        path = tmp_path / "test" / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_image(path, image)
+    for place in ("a/blur/deblurred_1.png", "b/blur/deblurred_1.png"):
+        path = tmp_path / "restored" / place
+        path.parent.mkdir(parents=True)
+        write_image(path, image // 2)
+    tree = tmp_path / "test"
+    chosen = evaluate.Settings(tmp_path / "restored", tree, tree, prefix="deblurred_")
+    report, rows, files = evaluate.evaluate(chosen)
+    assert report["pairs"]["used"] == 2 and set(files) == {"a/1", "b/1"}
+    assert files["a/1"]["blurry"] == tree / "a/blur/1.png" and files["a/1"]["sharp"] == tree / "a/sharp/1.png"
+    assert report["psnr_blurry"] == float("inf")
+
+
+def test_equal_pictures_are_written_as_json(folders):
+    chosen = settings(folders, restored=folders / "sharp", prefix="", suffix="", output=folders / "r.json")
+    evaluate.main(chosen)
+    assert json.loads(chosen.output.read_text())["psnr"] == "inf"
+
+
+def test_the_checkpoint_is_described(folders):
+    path = folders / "last.ckpt"
+    checkpoint.save(path, {"state_dict": {"a": torch.zeros(2, 3)}, "step": 7})
+    about = evaluate.describe_checkpoint(path)
+    assert (about["step"], about["parameters"], len(about["sha256"])) == (7, 6, 64)
+
+
+def test_bad_input(folders):
+    with pytest.raises(
+        ValueError, match="no names in common; the first ones are: restored deblurred_astronaut_x"
+    ):
+        evaluate.main(settings(folders, prefix="", suffix=""))
+    with pytest.raises(ValueError, match="has the prefix 'other_'"):
+        evaluate.main(settings(folders, prefix="other_"))
+    with pytest.raises(FileNotFoundError, match="folder not found: .*missing"):
+        evaluate.main(settings(folders, sharp=folders / "missing"))
+    with pytest.raises(FileNotFoundError, match="folder not found: .*nowhere"):
+        evaluate.main(settings(folders, html=folders / "nowhere" / "report.html"))
+    with pytest.raises(ValueError, match="--output is a .json file"):
+        evaluate.main(settings(folders, output=folders / "report.csv"))
+    write_image(folders / "sharp" / "coffee.jpg", np.zeros((20, 20, 3), np.uint8))
+    with pytest.raises(ValueError, match="have the same name, coffee"):
+        evaluate.main(settings(folders))
