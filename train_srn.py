@@ -301,7 +301,7 @@ def load_network(path: str | Path) -> SRNDeblurNet:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit SRN-DeblurNet: {error}") from error
+        raise ValueError(f"{path} does not fit SRN-DeblurNet: {' '.join(str(error).split())}") from error
     return network.eval()
 
 
@@ -372,6 +372,9 @@ class Together:
 
 def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:
     """The training set and what is held out: given, or a part of the data, or scikit-image's photographs."""
+    for name in ("epochs", "batch_size", "log_epoch", "width"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
     crop, seed, data = settings.crop_size, settings.seed, settings.data
     if crop < 16 or crop % 16:
         raise ValueError(f"crop_size must be a multiple of 16, not {crop}")
