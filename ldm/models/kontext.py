@@ -4,18 +4,22 @@ Weights are memory-mapped and go straight into place: nothing is initialised fir
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldm.checkpoint import read_weights, write_weights
+from ldm.data.image import to_tensor, to_uint8
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.encoders.modules import CLIPTextModel, tokenize
-from ldm.modules.flux import Flux, FluxParams
+from ldm.modules.flux import Flux, FluxParams, sample, schedule
 
 TRANSFORMER = "flux1-kontext-dev.safetensors"
 AUTOENCODER = "ae.safetensors"
@@ -232,3 +236,36 @@ def cached_prompt(
     embeddings = encode_prompt(folder, prompt, device)
     write_weights(cache, embeddings, {"prompt": prompt})
     return embeddings
+
+
+@torch.no_grad()
+def restore_image(
+    model: Callable,
+    autoencoder: FluxAutoencoder,
+    prompt: dict[str, Tensor],
+    image: np.ndarray,
+    steps: int = 30,
+    guidance: float = 2.5,
+    resolution: int = 1024,
+    seed: int = 0,
+    progress: Callable[[list], Iterable] = iter,
+) -> np.ndarray:
+    """Restore a uint8 picture (h, w, 3) of any size: the same size comes back, aligned to the pixel.
+
+    Pictures of more than resolution^2 pixels are restored at that many and scaled back. The sides are made
+    multiples of 16 by reflection, which is cut off again: nothing is stretched and nothing is lost.
+    """
+    height, width = image.shape[:2]
+    scale = min(1.0, resolution / math.sqrt(height * width))
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
+    small = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA) if (h, w) != (height, width) else image
+    padded = cv2.copyMakeBorder(small, 0, -h % 16, 0, -w % 16, cv2.BORDER_REFLECT)
+    device = prompt["t5"].device
+    control = autoencoder.encode(to_tensor(padded)[None].to(device))  # (1, 16, h / 8, w / 8)
+    noise = torch.randn(control.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    timesteps = schedule(steps, control.shape[-2] * control.shape[-1] // 4)
+    latent = sample(model, noise, control, prompt["t5"], prompt["pooled"], timesteps, guidance, progress)
+    restored = to_uint8(autoencoder.decode(latent)[0])[:h, :w]
+    if (h, w) == (height, width):
+        return restored
+    return cv2.resize(restored, (width, height), interpolation=cv2.INTER_CUBIC)

@@ -1,0 +1,171 @@
+"""LoRA: small trained additions to frozen linear layers (Hu et al. 2021), and their files.
+
+A file has the names of the kohya scripts, lora_unet_double_blocks_0_img_attn_qkv.{lora_down.weight,
+lora_up.weight, alpha}, which diffusers, ComfyUI and Forge read for FLUX.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ldm.checkpoint import read_weights, write_weights
+
+# Fused linears by name. A single block's linear1 holds q, k, v and half of its MLP, linear2 the other halves.
+ATTENTION, MLP, MODULATION = (
+    r"_attn\.(qkv|proj)$|\.linear[12]$",
+    r"_mlp\.[02]$",
+    r"\.(\w+_mod|modulation)\.lin$",
+)
+TARGETS = {
+    "attn": ATTENTION,
+    "attn_mlp": f"{ATTENTION}|{MLP}",
+    "all": f"{ATTENTION}|{MLP}|{MODULATION}",
+}
+
+
+class LoRA(nn.Module):
+    """The low-rank part of one linear layer; named and stored as in kohya's files, float32."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f"rank must lie in 1 ... {min(in_features, out_features)}, not {rank}")
+        self.lora_down = nn.Linear(in_features, rank, bias=False)
+        self.lora_up = nn.Linear(rank, out_features, bias=False)
+        nn.init.zeros_(self.lora_up.weight)  # at the start nothing changes
+        self.register_buffer("alpha", torch.tensor(float(alpha)))
+        self.dropout, self.rank, self.scale, self.strength = dropout, rank, alpha / rank, 1.0
+
+    def delta(self) -> Tensor:
+        """What it adds to the weight: (out, in), float32 (Hu et al. 2021, section 4.1)."""
+        return self.strength * self.scale * self.lora_up.weight @ self.lora_down.weight
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + scale * up(down(x)) in the dtype of x, the sum fused into the last product."""
+        x = F.dropout(x, self.dropout, self.training)
+        h = F.linear(x, self.lora_down.weight.to(x.dtype)).flatten(0, -2)  # (tokens, rank)
+        up = self.lora_up.weight.to(x.dtype).T
+        return torch.addmm(y.flatten(0, -2), h, up, alpha=self.strength * self.scale).view_as(y)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its LoRA, which can be merged into the weight and taken out again."""
+
+    def __init__(self, base: nn.Module, lora: LoRA):
+        super().__init__()
+        self.base, self.lora, self.merged = base, lora, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y if self.merged else self.lora(x, y)
+
+    @torch.no_grad()
+    def merge(self, merged: bool = True) -> None:
+        """Put the LoRA into the weight (exact to the rounding of its dtype), or take it out."""
+        weight = self.base.weight
+        if weight.dtype == torch.float8_e4m3fn:
+            raise ValueError("a LoRA cannot be merged into weights stored in fp8: use bf16")
+        if merged != self.merged:
+            weight.copy_(weight.float() + (1 if merged else -1) * self.lora.delta())
+        self.merged = merged
+
+
+def merge(model: nn.Module, merged: bool = True) -> None:
+    """Merge every LoRA of a model into its weights, or unmerge it."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.merge(merged)
+
+
+def kohya_name(name: str) -> str:
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of the blocks by name."""
+    return {n: m for n, m in model.named_modules() if "_blocks." in n and hasattr(m, "in_features")}
+
+
+def add_lora(model: nn.Module, ranks: dict[str, tuple[int, float]], dropout: float = 0.0) -> nn.ModuleDict:
+    """Wrap the linears that `ranks` names (rank, alpha); the LoRAs, whose state dict is that of a file."""
+    adapter, linears = nn.ModuleDict(), block_linears(model)
+    for name, (rank, alpha) in ranks.items():
+        base = linears[name]
+        lora = LoRA(base.in_features, base.out_features, rank, alpha, dropout).to(base.weight.device)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoRALinear(base, lora))
+        adapter[kohya_name(name)] = lora
+    return adapter
+
+
+def make_lora(model: nn.Module, targets: str, rank: int, alpha: float, dropout: float = 0.0) -> nn.ModuleDict:
+    """A new LoRA on the linears that TARGETS[targets] matches."""
+    names = [name for name in block_linears(model) if re.search(TARGETS[targets], name)]
+    return add_lora(model, dict.fromkeys(names, (rank, alpha)), dropout)
+
+
+def save_lora(
+    path: Path, adapter: nn.ModuleDict, metadata: dict, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write a kohya file: `lora_unet_*.{lora_down.weight, lora_up.weight, alpha}` and text metadata."""
+    weights = {name: value.detach().cpu() for name, value in adapter.state_dict().items()}
+    weights = {name: value if name.endswith("alpha") else value.to(dtype) for name, value in weights.items()}
+    write_weights(path, weights, {name: str(value) for name, value in metadata.items()})
+
+
+def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights and metadata of a LoRA file. Raises ValueError if it is not a kohya file of FLUX."""
+    weights = read_weights(path)
+    form = re.compile(r"lora_unet_(double|single)_blocks_\d+_\w+\.(lora_down\.weight|lora_up\.weight|alpha)")
+    foreign = [name for name in weights if not form.fullmatch(name)]
+    if foreign:
+        raise ValueError(f"{path} is not a LoRA of FLUX with kohya's names: it holds {foreign[0]}")
+    with safe_open(path, framework="pt") as file:
+        return weights, file.metadata() or {}
+
+
+def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> tuple[nn.ModuleDict, dict[str, str]]:
+    """Add the LoRA of a file, whatever its targets, ranks and alphas; also its metadata.
+
+    Raises ValueError if it belongs to a network of other sizes.
+    """
+    weights, metadata = read_lora(path)
+    names = {kohya_name(name): name for name in block_linears(model)}
+    ranks = {}
+    for stem in dict.fromkeys(key.partition(".")[0] for key in weights):
+        down, up = weights.get(f"{stem}.lora_down.weight"), weights.get(f"{stem}.lora_up.weight")
+        linear = block_linears(model).get(names.get(stem))
+        if linear is None or down is None or up is None:
+            raise ValueError(f"{path} is a LoRA of another base, or not complete: {stem}")
+        if (down.shape[1], up.shape[0]) != (linear.in_features, linear.out_features):
+            sizes = (
+                f"{down.shape[1]} -> {up.shape[0]}, here it is {linear.in_features} -> {linear.out_features}"
+            )
+            raise ValueError(f"{path} is a LoRA of another base: {stem} is {sizes}")
+        alpha = weights.setdefault(f"{stem}.alpha", torch.tensor(float(len(down))))
+        ranks[names[stem]] = (len(down), alpha.item())
+    adapter = add_lora(model, ranks)
+    adapter.load_state_dict(weights)
+    for lora in adapter.values():
+        lora.strength = strength
+    return adapter.requires_grad_(False).eval(), metadata
+
+
+def start_from(adapter: nn.ModuleDict, path: Path) -> None:
+    """Copy the LoRA of a file into a new one. Raises ValueError if targets, rank or alpha differ."""
+    weights, expected = read_lora(path)[0], adapter.state_dict()
+    name = next((name for name in expected if name not in weights), None)
+    name = name or next((name for name in weights if name not in expected), None)
+    if name:
+        raise ValueError(f"{path} has other targets than --lora_targets, or another base: {name}")
+    for name, value in expected.items():
+        if value.shape != weights[name].shape:
+            rank = len(weights[name]) if "down" in name else weights[name].shape[-1]
+            raise ValueError(f"{path} has another rank or base: {name} is of rank {rank}, not as --rank asks")
+        if name.endswith("alpha") and not torch.isclose(value.cpu(), weights[name].float()):
+            raise ValueError(f"{path} has alpha {weights[name].item():g}, --alpha is {value.item():g}")
+    adapter.load_state_dict(weights)

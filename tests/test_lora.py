@@ -1,0 +1,215 @@
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm.models.kontext import load_flux, save_flux
+from ldm.modules.flux import Flux, FluxParams
+from ldm.modules.lora import (
+    LoRA,
+    LoRALinear,
+    kohya_name,
+    load_lora,
+    make_lora,
+    merge,
+    read_lora,
+    save_lora,
+    start_from,
+)
+from tests.fill import draw, relative_error
+from tests.test_flux import diffusers_flux, diffusers_output, full_output, tiny_flux, tiny_inputs
+
+CONDITIONS = torch.tensor([0.25, 0.9]), torch.tensor([1.0, 3.5])
+
+
+def random_lora(model: Flux, targets: str = "all", rank: int = 4, alpha: float = 7.0, **options):
+    """A LoRA large enough to matter; its up matrices are random too."""
+    adapter = make_lora(model, targets, rank, alpha, **options)
+    for name, parameter in adapter.named_parameters():
+        parameter.data = draw(f"lora:{name}", parameter.shape) / parameter.shape[1] ** 0.5
+    return adapter.eval()
+
+
+def output(model: Flux) -> torch.Tensor:
+    with torch.no_grad():
+        return full_output(model, tiny_inputs(), *CONDITIONS)
+
+
+def test_targets():
+    with torch.device("meta"):
+        counts = {}
+        for targets in ("attn", "attn_mlp", "all"):
+            adapter = make_lora(Flux(FluxParams()), targets, 16, 16)
+            counts[targets] = len(adapter), sum(p.numel() for p in adapter.parameters())
+    assert {name: layers for name, (layers, _) in counts.items()} == {
+        "attn": 19 * 4 + 38 * 2,
+        "attn_mlp": 19 * 8 + 38 * 2,
+        "all": 19 * 10 + 38 * 3,
+    }
+    attention = 2 * (3072 + 9216 + 3072 + 3072)  # qkv and proj of two streams, features in and out
+    assert counts["attn"][1] == 16 * (19 * attention + 38 * (3072 + 21504 + 15360 + 3072))
+    assert 57e6 < counts["all"][1] < 77e6
+
+
+def test_at_the_start_nothing_changes_and_only_the_lora_trains():
+    model = tiny_flux()
+    before = output(model)
+    adapter = make_lora(model, "all", 4, 4)
+    assert torch.equal(output(model), before)
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in adapter.parameters()}
+    full_output(model, tiny_inputs(), *CONDITIONS).square().mean().backward()
+    assert all(lora.lora_up.weight.grad.abs().max() > 0 for lora in adapter.values())
+
+
+def test_delta_is_what_forward_adds():
+    lora = LoRA(24, 40, rank=3, alpha=6)
+    torch.nn.init.normal_(lora.lora_up.weight)
+    x, y = draw("x", (2, 5, 24)), draw("y", (2, 5, 40))
+    torch.testing.assert_close(lora(x, y), y + x @ lora.delta().T)
+    torch.testing.assert_close(lora.delta(), 2.0 * lora.lora_up.weight @ lora.lora_down.weight)
+
+
+def test_dropout_acts_in_training_alone():
+    lora = LoRA(24, 40, rank=3, alpha=6, dropout=0.5)
+    torch.nn.init.normal_(lora.lora_up.weight)
+    x, y = torch.ones(1, 1, 24), torch.zeros(1, 1, 40)
+    assert not torch.equal(lora(x, y), lora(x, y))
+    lora.eval()
+    torch.testing.assert_close(lora(x, y)[0, 0], lora.delta() @ x[0, 0])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_merge_and_unmerge(dtype, tolerance):
+    model = tiny_flux().to(dtype)
+    weights = copy.deepcopy(model.state_dict())
+    random_lora(model)
+    separate = output(model).float()
+    merge(model)
+    merge(model)  # twice is once
+    assert any(module.merged for module in model.modules() if isinstance(module, LoRALinear))
+    assert relative_error(output(model).float(), separate) < 10 * tolerance
+    merge(model, merged=False)
+    for name, value in model.state_dict().items():
+        if ".lora." not in name:
+            assert (value - weights[name.replace(".base.", ".")]).abs().max() <= 4 * tolerance
+    assert relative_error(output(model).float(), separate) < 10 * tolerance
+
+
+def test_a_lora_works_on_8_bit_weights_but_cannot_be_merged(tmp_path):
+    save_flux(tmp_path / "flux.safetensors", tiny_flux())
+    model = load_flux(tmp_path / "flux.safetensors", dtype=torch.float32, fp8=True)
+    plain = output(model)
+    random_lora(model)
+    assert relative_error(output(model), plain) > 0.1
+    with pytest.raises(ValueError, match="fp8"):
+        merge(model)
+
+
+@pytest.mark.parametrize("targets", ["attn", "attn_mlp", "all"])
+def test_saved_and_loaded(tmp_path, targets):
+    model, path = tiny_flux(), tmp_path / "lora.safetensors"
+    adapter = random_lora(model, targets)
+    save_lora(path, adapter, {"rank": 4, "prompt": "restore"}, torch.float32)
+    other = tiny_flux()
+    loaded, metadata = load_lora(other, path)
+    assert metadata == {"rank": "4", "prompt": "restore"}
+    assert torch.equal(output(other), output(model))
+    assert loaded.keys() == adapter.keys()
+    assert all(value.dtype == torch.float32 for value in load_file(path).values())
+    half = tiny_flux()
+    load_lora(half, path, strength=0.0)
+    assert torch.equal(output(half), output(tiny_flux()))
+
+
+def test_halved_files_keep_alpha(tmp_path):
+    adapter = random_lora(tiny_flux(), alpha=7.0)
+    save_lora(tmp_path / "lora.safetensors", adapter, {})
+    weights = load_file(tmp_path / "lora.safetensors")
+    stem = kohya_name("double_blocks.0.img_attn.qkv")
+    assert weights[f"{stem}.lora_up.weight"].dtype == torch.bfloat16
+    assert weights[f"{stem}.lora_up.weight"].shape == (192, 4) and weights[f"{stem}.alpha"].item() == 7
+
+
+def test_diffusers_pipeline_gives_the_same_output(tmp_path):
+    """All targets but linear1, for which the converter fixes the full model's sizes: see the next test."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
+
+    model = tiny_flux()
+    oracle = diffusers_flux(model)
+    adapter = random_lora(model, rank=6, alpha=9.0)
+    for name, lora in adapter.items():
+        if name.endswith("linear1"):
+            lora.lora_up.weight.data.zero_()
+    weights = {name: lora for name, lora in adapter.items() if not name.endswith("linear1")}
+    save_lora(tmp_path / "lora.safetensors", torch.nn.ModuleDict(weights), {"rank": 6}, torch.float32)
+    pipeline = FluxKontextPipeline(
+        FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, transformer=oracle
+    )
+    pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
+    theirs = diffusers_output(pipeline.transformer, tiny_inputs(), *CONDITIONS)
+    assert relative_error(output(tiny_flux()), theirs) > 0.1  # it has an effect
+    assert relative_error(output(model), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("rank, alpha", [(4, 4.0), (5, 8.0), (16, 1.0)])
+def test_diffusers_splits_the_single_blocks_without_loss(tmp_path, rank, alpha):
+    from diffusers import FluxKontextPipeline
+
+    stem, x = "lora_unet_single_blocks_3_linear1", draw("x", (1, 3072))
+    lora = LoRA(3072, 21504, rank, alpha)
+    torch.nn.init.normal_(lora.lora_up.weight)
+    expected = lora(x, torch.zeros(1, 21504)).split((3072, 3072, 3072, 12288), dim=1)
+    save_lora(tmp_path / "lora.safetensors", torch.nn.ModuleDict({stem: lora}), {}, torch.float32)
+    converted = FluxKontextPipeline.lora_state_dict(str(tmp_path / "lora.safetensors"))
+    names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    assert len(converted) == 2 * len(names)
+    for name, y in zip(names, expected, strict=True):
+        prefix = f"transformer.single_transformer_blocks.3.{name}"
+        theirs = x @ converted[f"{prefix}.lora_A.weight"].T @ converted[f"{prefix}.lora_B.weight"].T
+        torch.testing.assert_close(theirs, y, rtol=1e-4, atol=1e-4)
+
+
+def test_training_starts_from_a_file(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    model, again = tiny_flux(), tiny_flux()
+    save_lora(path, random_lora(model), {}, torch.float32)
+    start_from(make_lora(again, "all", 4, 7.0), path)
+    assert torch.equal(output(again), output(model))
+    with pytest.raises(ValueError, match="is of rank 4, not as --rank asks"):
+        start_from(make_lora(tiny_flux(), "all", 8, 7.0), path)
+    with pytest.raises(ValueError, match="alpha 7, --alpha is 4"):
+        start_from(make_lora(tiny_flux(), "all", 4, 4.0), path)
+    for targets in ("attn", "attn_mlp"):
+        with pytest.raises(ValueError, match="other targets"):
+            start_from(make_lora(tiny_flux(), targets, 4, 7.0), path)
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    with pytest.raises(ValueError, match="rank must lie in 1 ... 64, not 0"):
+        make_lora(tiny_flux(), "attn", 0, 1.0)
+    save_file({"lora_unet_down_blocks_0_attentions_0.lora_down.weight": torch.zeros(4, 8)}, path)
+    with pytest.raises(ValueError, match="not a LoRA of FLUX with kohya's names: it holds lora_unet_down"):
+        read_lora(path)
+    save_file({"transformer.single_transformer_blocks.0.proj_out.lora_A.weight": torch.zeros(4, 8)}, path)
+    with pytest.raises(ValueError, match="not a LoRA of FLUX"):
+        load_lora(tiny_flux(), path)
+    sizes = FluxParams(64, 64, 24, 40, 128, 4.0, 4, depth=1, depth_single_blocks=3, axes_dim=(8, 12, 12))
+    save_lora(path, random_lora(Flux(sizes)), {})
+    with pytest.raises(ValueError, match="LoRA of another base: .* 128 -> "):
+        load_lora(tiny_flux(), path)
+    deeper = FluxParams(64, 64, 24, 40, 64, 4.0, 2, depth=2, depth_single_blocks=3, axes_dim=(8, 12, 12))
+    save_lora(path, random_lora(Flux(deeper)), {})
+    with pytest.raises(ValueError, match="another base, or not complete: lora_unet_single_blocks_2"):
+        load_lora(tiny_flux(), path)
+    weights = {
+        name: value for name, value in load_file(path).items() if not name.endswith("qkv.lora_up.weight")
+    }
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="not complete: lora_unet_double_blocks_0_img_attn_qkv"):
+        load_lora(tiny_flux(), path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="damaged"):
+        read_lora(path)

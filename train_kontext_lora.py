@@ -1,0 +1,493 @@
+"""FLUX.1 Kontext [dev] taught to undo your own kind of damage: a LoRA, trained and explained in one file.
+
+Black Forest Labs: FLUX.1 Kontext, 2025; Hu et al.: LoRA, 2021; Lipman et al.: Flow Matching, 2022.
+
+    python train_kontext_lora.py --hr_root my_photos                        # damage is made on the fly
+    python train_kontext_lora.py --hr_root clean --lr_root damaged          # real pairs
+    python train_kontext_lora.py --demo                                     # 2 minutes on two CPU cores
+
+The same command again resumes a stopped run. The result, lora.safetensors, loads in diffusers, ComfyUI and
+Forge. The files that the model folder needs, memory and time are in docs/kontext.md.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from tqdm import tqdm
+
+from ldm.checkpoint import write_weights
+from ldm.data.degraded import DegDataset, example_sheet
+from ldm.data.image import photographs, read_image, to_uint8, write_image
+from ldm.data.stream import item_generator
+from ldm.metrics import psnr
+from ldm.models.kontext import (
+    AUTOENCODER,
+    TRANSFORMER,
+    FluxAutoencoder,
+    cached_prompt,
+    check_folder,
+    load_autoencoder,
+    load_flux,
+    restore_image,
+    save_flux,
+)
+from ldm.modules.ema import EMA
+from ldm.modules.flux import Flux, FluxParams, predict_velocity, shift_timesteps
+from ldm.modules.lora import make_lora, save_lora, start_from
+from ldm.modules.perceptual import PerceptualLoss
+from ldm.run import Run, run_main, start_fabric
+
+# ---- settings: edit here, or override on the command line -------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """Train a LoRA of FLUX.1 Kontext on photographs."""
+
+    demo: bool = False  # a tiny network with random weights, on photographs inside scikit-image
+    pretrained_model_name_or_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
+    hr_root: Path = Path("training/photos")  # clean photographs
+    lr_root: Path | None = None  # their damaged versions; without it damage is made on the fly
+    validation_root: Path | None = None  # clean photographs for previews; without it, those of hr_root
+    output_dir: Path = Path("outputs/kontext_lora")  # an old run in it is resumed
+    instance_prompt: str = "restore this degraded photograph"  # used in training and in restoring
+
+    resolution: int = 512  # of the square training pictures, a multiple of 16
+    random_crop: bool = True  # without it the middle is cut
+    random_flip: bool = True
+    native_crop: bool = False  # cut at full scale instead of shrinking to `resolution` first
+    repeats: int = 1  # how often each picture comes in an epoch
+    degradation_types: str = "downsample,noise,blur"  # of downsample, noise, blur, jpeg
+    lr_scale: int = 8  # factor of the downsampling
+    noise_level: float = 0.05  # standard deviation, 1 = white
+    blur_radius: float = 1.0  # standard deviation in pixels
+    jpeg_quality: int = 75
+    examples_only: bool = False  # write images/examples.png (damaged | clean) and stop
+
+    rank: int = 16
+    alpha: float = 16.0  # the LoRA is scaled by alpha / rank
+    dropout: float = 0.0
+    lora_targets: Literal["attn", "attn_mlp", "all"] = (
+        "attn_mlp"  # linears of the blocks, see ldm/modules/lora.py
+    )
+    resume_lora: Path | None = None  # start from this LoRA file
+
+    train_batch_size: int = 4  # pictures at once on each device
+    gradient_accumulation_steps: int = 4
+    max_train_steps: int = 3000
+    learning_rate: float = 1e-4
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = 0
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.99  # of the averaged LoRA, which is what previews use and files hold
+    timestep_sampling: Literal["logit_normal", "uniform", "shifted"] = "logit_normal"
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    guidance: float = 1.0  # the value the network is told in training
+    perceptual_loss: bool = False  # VGG-19 distance of the decoded estimate, at little noise
+    perceptual_weight: float = 0.1
+    perceptual_every: int = 4  # steps from one to the next
+    perceptual_crop: int = 256  # pixels, a multiple of 8
+    seed: int = 0
+
+    base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the frozen network; fp8 halves it
+    gradient_checkpointing: bool = True
+    compile: bool = False  # torch.compile of the blocks: minutes at the start, faster steps
+    shard_base: bool = False  # split the frozen network over the devices (FSDP) instead of copying it
+    devices: int = 1  # GPUs (CPU processes)
+    num_workers: int = 4  # processes that prepare pictures
+
+    save_every: int = 500  # steps to a preview, a checkpoint and a lora_STEP.safetensors
+    lora_dtype: Literal["fp32", "bf16"] = "bf16"  # of these files
+    preview_images: int = 4
+    preview_steps: int = 20
+    preview_guidance: float = 2.5
+
+
+DEMO = {
+    "output_dir": Path("outputs/kontext_demo"),
+    "resolution": 64,
+    "lora_targets": "all",
+    "train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_train_steps": 300,
+    "learning_rate": 3e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 10,
+    "num_workers": 1,
+    "save_every": 150,
+    "preview_steps": 4,
+}
+# What may differ when a run is resumed: it changes speed or reports, not the weights (beyond rounding).
+MAY_CHANGE = {
+    "num_workers",
+    "compile",
+    "gradient_checkpointing",
+    "shard_base",
+    "save_every",
+    "lora_dtype",
+    "examples_only",
+    "validation_root",
+    *(name for name in Settings.__dataclass_fields__ if name.startswith("preview_")),
+}
+# ---- loss ----------------------------------------------------------------------------------------------
+
+
+def draw_noise(seeds: Iterable[int], shape: tuple, sampling: str) -> tuple[Tensor, Tensor]:
+    """Sigma (b,) in [0.001, 1] and noise (b, *shape) of samples, from their own seeds, on the CPU."""
+    sigmas, noises = [], []
+    for seed in seeds:
+        generator = item_generator(int(seed))
+        if sampling == "uniform":
+            sigma = torch.rand((), generator=generator)
+        else:
+            sigma = torch.randn((), generator=generator).sigmoid()
+        if sampling == "shifted":
+            sigma = shift_timesteps(sigma, shape[-2] * shape[-1] // 4)
+        sigmas.append(sigma.clamp(min=1e-3))
+        noises.append(torch.randn(shape, generator=generator))
+    return torch.stack(sigmas), torch.stack(noises)
+
+
+def loss_weight(sigma: Tensor, weighting: str) -> Tensor:
+    """(b,) weights of the noise levels (Esser et al. 2024, section 3.1)."""
+    if weighting == "sigma_sqrt":
+        return sigma**-2.0
+    if weighting == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return torch.ones_like(sigma)
+
+
+def flow_loss(
+    model: Callable, target: Tensor, control: Tensor, prompt: dict, sigma: Tensor, noise: Tensor, s: Settings
+) -> tuple[Tensor, Tensor]:
+    """Weighted flow-matching loss, averaged per item, and the estimate of the clean latents (b, 16, h, w).
+
+    On the straight line x = (1 - sigma) target + sigma noise the velocity is noise - target.
+    """
+    level = sigma[:, None, None, None]
+    x = (1 - level) * target + level * noise
+    velocity = predict_velocity(model, x, control, prompt["t5"], prompt["pooled"], sigma, s.guidance)
+    error = (velocity - (noise - target)).square().mean(dim=(1, 2, 3))  # (b,)
+    return (loss_weight(sigma, s.weighting) * error).mean(), x - level * velocity
+
+
+def perceptual_term(
+    autoencoder: FluxAutoencoder,
+    distance: PerceptualLoss,
+    estimate: Tensor,
+    batch: dict,
+    sigma: Tensor,
+    crop: int,
+) -> Tensor:
+    """(1 - sigma) * VGG distance of a crop of the decoded estimate, of the items with sigma < 0.5 alone."""
+    keep = sigma < 0.5
+    if not keep.any():
+        return estimate.new_zeros(())
+    n = min(crop // 8, *estimate.shape[-2:])
+    generator = item_generator(int(batch["seed"][0]))
+    y, x = (int(torch.randint(size - n + 1, (), generator=generator)) for size in estimate.shape[-2:])
+    restored = autoencoder.decode(estimate[keep, :, y : y + n, x : x + n])
+    clean = batch["target"][keep, :, 8 * y : 8 * (y + n), 8 * x : 8 * (x + n)]
+    return ((1 - sigma[keep]) * distance(restored, clean)).sum() / len(sigma)
+
+
+@torch.no_grad()
+def encode(autoencoder: FluxAutoencoder, images: Tensor, indices: Tensor, cache: dict | None) -> Tensor:
+    """Latents (b, 16, h, w) of images; with a cache each picture index is encoded once and kept."""
+    if cache is None:
+        return autoencoder.encode(images)
+    new = [row for row, index in enumerate(indices.tolist()) if index not in cache]
+    if new:
+        cache |= zip(indices[new].tolist(), autoencoder.encode(images[new]).cpu(), strict=True)
+    return torch.stack([cache[index] for index in indices.tolist()]).to(images.device)
+
+
+def learning_rate_factor(step: int, settings: Settings) -> float:
+    """What the learning rate is multiplied by in step 0, 1, 2, ..."""
+    warmup, steps = settings.lr_warmup_steps, settings.max_train_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
+        settings.lr_scheduler
+    ]
+
+
+def make_optimizer(adapter: nn.ModuleDict, settings: Settings) -> torch.optim.Optimizer:
+    values = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(adapter.parameters(), **values)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("--optimizer adamw8bit needs a package: pip install bitsandbytes") from error
+    return AdamW8bit(adapter.parameters(), **values)
+
+
+# ---- the whole run ---------------------------------------------------------------------------------------
+
+
+def preview(
+    restore: Callable, dataset: DegDataset, settings: Settings
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Rows of damaged, restored and clean pictures, and the mean PSNR of the first two against the third."""
+    options = {"steps": settings.preview_steps, "guidance": settings.preview_guidance}
+    rows, scores = [], {"preview/psnr": [], "preview/psnr_damaged": []}
+    for index in range(min(settings.preview_images, len(dataset))):
+        control, target = (to_uint8(dataset[index][name]) for name in ("control", "target"))
+        restored = restore(control, resolution=settings.resolution, **options)
+        rows.append(np.hstack([control, restored, target]))
+        scores["preview/psnr"].append(psnr(restored, target))
+        scores["preview/psnr_damaged"].append(psnr(control, target))
+    return np.vstack(rows), {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def make_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
+    """The training set, and a set for previews that is the same at every preview."""
+    common = {
+        "instance_prompt": settings.instance_prompt,
+        "degradation_types": [t.strip() for t in settings.degradation_types.split(",") if t.strip()],
+        **{n: getattr(settings, n) for n in ("lr_scale", "noise_level", "blur_radius", "jpeg_quality")},
+        **{n: getattr(settings, n) for n in ("resolution", "native_crop", "seed")},
+    }
+    cuts = {n: getattr(settings, n) for n in ("repeats", "random_crop", "random_flip")}
+    train = DegDataset(settings.hr_root, lr_data_root=settings.lr_root, **cuts, **common)
+    fixed = {"random_crop": False, "random_flip": False}
+    if settings.validation_root:
+        return train, DegDataset(settings.validation_root, **fixed, **common)
+    return train, DegDataset(settings.hr_root, lr_data_root=settings.lr_root, **fixed, **common)
+
+
+def check(settings: Settings) -> None:
+    """Raise ValueError for a value that would fail only later."""
+    for name in (
+        "rank",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "max_train_steps",
+        "save_every",
+        "preview_images",
+    ):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+    if not 0 <= settings.dropout < 1:
+        raise ValueError(f"dropout must lie in 0 ... 1, not {settings.dropout}")
+    if settings.shard_base and (settings.devices < 2 or settings.base_precision == "fp8"):
+        raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
+    if settings.perceptual_crop < 16 or settings.perceptual_crop % 8:
+        raise ValueError(
+            f"perceptual_crop must be a multiple of 8 from 16 on, not {settings.perceptual_crop}"
+        )
+
+
+def load_models(folder: Path, settings: Settings, device: torch.device) -> tuple[FluxAutoencoder, Flux]:
+    """The frozen autoencoder (float32) and transformer (bfloat16 on CUDA, float32 on a CPU)."""
+    autoencoder = load_autoencoder(folder / AUTOENCODER, device)
+    autoencoder.decoder.use_checkpoint = True
+    model = load_flux(
+        folder / TRANSFORMER,
+        "cpu" if settings.shard_base else device,
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+        fp8=settings.base_precision == "fp8",
+        progress=partial(tqdm, desc="loading the transformer", unit="tensors"),
+    )
+    model.checkpointing = settings.gradient_checkpointing
+    return autoencoder, model
+
+
+def train_step(
+    model: Callable,
+    autoencoder: FluxAutoencoder,
+    distance: PerceptualLoss | None,
+    prompt: dict[str, Tensor],
+    batch: dict,
+    caches: tuple[dict | None, dict | None],
+    settings: Settings,
+) -> dict[str, Tensor]:
+    """Gradients of one step's pictures, `train_batch_size` at a time; the mean losses."""
+    losses = []
+    for rows in torch.arange(len(batch["seed"])).split(settings.train_batch_size):
+        part = {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
+        share = len(rows) / len(batch["seed"])
+        target = encode(autoencoder, part["target"], part["index"], caches[0])
+        control = encode(autoencoder, part["control"], part["index"], caches[1])
+        drawn = draw_noise(part["seed"], target.shape[1:], settings.timestep_sampling)
+        sigma, noise = (values.to(target.device) for values in drawn)
+        loss, estimate = flow_loss(model, target, control, prompt, sigma, noise, settings)
+        terms = {"loss": loss}
+        if distance is not None:
+            crop = settings.perceptual_crop
+            terms["perceptual"] = perceptual_term(autoencoder, distance, estimate, part, sigma, crop)
+            loss = loss + settings.perceptual_weight * terms["perceptual"]
+        (share * loss).backward()
+        losses.append({name: share * value.detach() for name, value in terms.items()})
+    return {name: sum(terms[name] for terms in losses) for name in losses[0]}
+
+
+def add_trained_lora(model: Flux, settings: Settings, device: torch.device) -> nn.ModuleDict:
+    """A LoRA on the model, new or from --resume_lora; then the model is sharded and compiled if asked for."""
+    adapter = make_lora(model, settings.lora_targets, settings.rank, settings.alpha, settings.dropout).to(
+        device
+    )
+    if settings.resume_lora:
+        start_from(adapter, settings.resume_lora)
+    blocks = (*model.double_blocks, *model.single_blocks)
+    if settings.shard_base:
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        for block in blocks:  # each process keeps a part of the frozen weights; the LoRA stays whole
+            fully_shard(block, mesh=mesh, ignored_params=set(adapter.parameters()))
+        model.to(device)
+    if settings.compile:
+        for block in blocks:
+            block.compile()
+    return adapter
+
+
+def update(
+    fabric: Fabric, adapter: nn.ModuleDict, optimizer: torch.optim.Optimizer, rate: float, s: Settings
+):
+    """One optimizer step. The base is frozen, so that only the LoRA's gradients pass between processes."""
+    for parameter in adapter.parameters():
+        parameter.grad = fabric.all_reduce(parameter.grad, reduce_op="mean")
+    nn.utils.clip_grad_norm_(adapter.parameters(), s.max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def main(settings: Settings) -> None:
+    if settings.demo:
+        settings = make_demo(settings)
+    check(settings)
+
+    # Seed and devices
+    fabric = start_fabric(settings.devices, seed=settings.seed)
+    (settings.output_dir / "images").mkdir(parents=True, exist_ok=True)
+
+    # Data
+    dataset, previews = make_data(settings)
+    examples = settings.output_dir / "images" / "examples.png"
+    write_image(examples, example_sheet(dataset))
+    if settings.examples_only:
+        return print(f"damaged | clean examples: {examples}")
+
+    # The prompt, and the network with everything frozen but the LoRA
+    folder = check_folder(settings.pretrained_model_name_or_path, (TRANSFORMER, AUTOENCODER))
+    with fabric.rank_zero_first():
+        cache = settings.output_dir / "prompt.safetensors"
+        prompt = cached_prompt(cache, folder, settings.instance_prompt, fabric.device)
+    prompt = {name: value.to(fabric.device) for name, value in prompt.items()}
+    autoencoder, model = load_models(folder, settings, fabric.device)
+    adapter = add_trained_lora(model, settings, fabric.device)
+    distance = PerceptualLoss().to(fabric.device) if settings.perceptual_loss else None
+
+    # Optimizer, average, resume
+    optimizer = make_optimizer(adapter, settings)
+    ema = EMA(adapter, settings.ema_decay)
+    parts = {"state_dict": adapter, "optimizer": optimizer, "ema": ema}
+    run = Run(fabric, settings.output_dir, settings, parts, MAY_CHANGE)
+    count = sum(parameter.numel() for parameter in adapter.parameters())
+    run.say(f"{len(dataset)} pictures an epoch; {count / 1e6:.2f} M LoRA parameters on {len(adapter)} layers")
+
+    # Loop
+    steps = settings.max_train_steps
+    batch_size = settings.train_batch_size * settings.gradient_accumulation_steps * fabric.world_size
+    loader = run.loader(dataset, batch_size, steps, settings.seed, settings.num_workers)
+    tokens = batch_size * (prompt["t5"].shape[1] + 2 * (settings.resolution // 16) ** 2)  # of one step
+    caches = tuple({} if fixed else None for fixed in (dataset.fixed_targets, dataset.fixed_controls))
+    start = time.perf_counter()
+    for batch in run.batches(loader, steps):
+        adapter.train()
+        use = distance if run.step % settings.perceptual_every == 0 else None
+        metrics = train_step(model, autoencoder, use, prompt, batch, caches, settings)
+        rate = settings.learning_rate * learning_rate_factor(run.step, settings)
+        update(fabric, adapter, optimizer, rate, settings)
+        ema.update(adapter)
+        seconds, start = time.perf_counter() - start, time.perf_counter()
+        memory = torch.cuda.max_memory_allocated() if fabric.device.type == "cuda" else 0
+        run.advance({**metrics, "tokens/s": tokens / seconds, "memory_gb": memory / 2**30}, batch["name"])
+        if run.step % settings.save_every and run.step != steps:
+            continue
+
+        # Preview, log and save the averaged LoRA
+        report = run.means()
+        with ema.applied(adapter):
+            adapter.eval()
+            if fabric.is_global_zero or settings.shard_base:
+                picture, scores = preview(
+                    partial(restore_image, model, autoencoder, prompt), previews, settings
+                )
+                run.picture("preview", picture)
+                report |= scores
+            if fabric.is_global_zero:
+                save_outputs(adapter, settings, run.step)
+        run.log(report | {"learning_rate": rate})
+        run.save()
+        start = time.perf_counter()
+
+    run.finish(
+        f"python infer.py kontext --pretrained_model_name_or_path {settings.pretrained_model_name_or_path} "
+        f"--lora_path {settings.output_dir / 'lora.safetensors'} --input FILE_OR_FOLDER --output_dir restored"
+    )
+
+
+def save_outputs(adapter: nn.ModuleDict, settings: Settings, step: int) -> None:
+    """The (averaged) LoRA as lora_STEP.safetensors, and as lora.safetensors, which is always the latest."""
+    metadata = {"base": "FLUX.1-Kontext-dev", "prompt": settings.instance_prompt, "steps": step}
+    metadata |= {n: getattr(settings, n) for n in ("rank", "alpha", "lora_targets", "resolution")}
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.lora_dtype]
+    for name in (f"lora_{step:07d}.safetensors", "lora.safetensors"):
+        save_lora(settings.output_dir / name, adapter, metadata, dtype)
+
+
+# ---- demonstration -------------------------------------------------------------------------------------
+
+
+def make_demo(settings: Settings) -> Settings:
+    """A tiny model folder with random weights and photographs, below the output folder; the settings."""
+    untouched = [name for name in DEMO if getattr(settings, name) == getattr(Settings(), name)]
+    settings = replace(settings, **{name: DEMO[name] for name in untouched})
+    folder, photos = settings.output_dir / "tiny_model", settings.output_dir / "photos"
+    settings = replace(settings, pretrained_model_name_or_path=folder, hr_root=photos)
+    if (settings.output_dir / "prompt.safetensors").is_file():
+        return settings
+    folder.mkdir(parents=True, exist_ok=True)
+    photos.mkdir(exist_ok=True)
+    for path in photographs():
+        image = read_image(path)
+        write_image(photos / f"{path.stem}.png", cv2.resize(image, None, fx=0.5, fy=0.5))
+    generator = torch.Generator().manual_seed(0)
+    sizes = FluxParams(64, 64, 32, 48, 128, 4.0, 4, depth=2, depth_single_blocks=4, axes_dim=(8, 12, 12))
+    config = {"ch": 32, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_channels": 16}
+    models = Flux(sizes), FluxAutoencoder(config)
+    for parameter in (p for model in models for p in model.parameters() if p.ndim > 1):
+        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+    save_flux(folder / TRANSFORMER, models[0])
+    write_weights(folder / AUTOENCODER, models[1].state_dict(), {"ddconfig": json.dumps(config)})
+    prompt = {
+        "t5": torch.randn(1, 16, 48, generator=generator),
+        "pooled": torch.randn(1, 32, generator=generator),
+    }
+    cache = settings.output_dir / "prompt.safetensors"  # in the place of what the text encoders would make
+    write_weights(cache, prompt, {"prompt": settings.instance_prompt})
+    return settings
+
+
+if __name__ == "__main__":
+    run_main(main, Settings)
