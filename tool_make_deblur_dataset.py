@@ -38,6 +38,9 @@ from ldm.data.stream import SampleStream
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types
 from ldm.run import run_main
 
+# Settings that may differ from those a folder was begun with.
+NOT_IN_PICTURES = ("source_dir", "output_dir", "num_samples", "workers")
+
 
 @dataclass
 class Settings:
@@ -136,9 +139,6 @@ def claim(folder: Path, settings: Settings, paths: list[Path]) -> None:
         )
 
 
-NOT_IN_PICTURES = ("source_dir", "output_dir", "num_samples", "workers")
-
-
 def source_name(path: Path, settings: Settings) -> str:
     return path.relative_to(settings.source_dir).as_posix() if settings.source_dir else path.name
 
@@ -151,6 +151,7 @@ class Maker:
 
     def __init__(self, settings: Settings, paths: list[Path]):
         self.settings, self.paths = settings, paths
+        self.read = lru_cache(maxsize=16)(read_image)
 
     def __call__(self, index: int) -> tuple[int, dict, dict[str, str]]:
         """Write both pictures; index, record, and the sources that had to be passed over with the reason."""
@@ -171,11 +172,11 @@ class Maker:
         Where one cannot be used the next in that order stands in.
         """
         not_used = {}
-        order = SampleStream(len(self.paths), self.settings.seed, start=index, total=index + len(self.paths))
-        for _, candidate in order:
+        end = index + 2 * len(self.paths)  # every source comes at least once
+        for _, candidate in SampleStream(len(self.paths), self.settings.seed, start=index, total=end):
             path = self.paths[candidate]
             try:
-                image = read_cached(path)
+                image = self.read(path)
             except (ValueError, OSError) as error:
                 not_used[str(path)] = str(error)
                 continue
@@ -183,11 +184,6 @@ class Maker:
                 return image, path, not_used
             not_used[str(path)] = f"smaller than {self.settings.image_size} pixels: {path}"
         raise ValueError(f"no source can be used; the first: {next(iter(not_used.values()))}")
-
-
-@lru_cache(maxsize=16)
-def read_cached(path: Path) -> np.ndarray:
-    return read_image(path)
 
 
 def make_pair(
@@ -216,7 +212,9 @@ def run(todo: list[int], maker: Maker) -> Iterator[tuple[int, dict, dict[str, st
     if workers == 1:
         yield from map(maker, todo)
         return
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(maker,)) as pool:
+    with ProcessPoolExecutor(
+        workers, initializer=start_worker, initargs=(maker.settings, maker.paths)
+    ) as pool:
         try:
             yield from pool.map(work, todo, chunksize=4)
         except BaseException:
@@ -224,14 +222,14 @@ def run(todo: list[int], maker: Maker) -> Iterator[tuple[int, dict, dict[str, st
             raise
 
 
-def start_worker(maker: Maker) -> None:
-    global work_of_process
-    work_of_process = maker
-    cv2.setNumThreads(1)  # the processes are the parallelism
+def start_worker(settings: Settings, paths: list[Path]) -> None:
+    global maker_of_process
+    maker_of_process = Maker(settings, paths)
+    cv2.setNumThreads(0)  # the processes are the parallelism (1 would wait for threads the fork left behind)
 
 
 def work(index: int) -> tuple[int, dict, dict[str, str]]:
-    return work_of_process(index)
+    return maker_of_process(index)
 
 
 # ---- the list of samples -----------------------------------------------------------------------------------

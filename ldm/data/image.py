@@ -80,15 +80,16 @@ def natural_key(path: str | Path) -> list:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Pictures below `folder` (by extension) in natural order.
+    """Pictures below `folder` (by extension, links followed, hidden ones left out) in natural order.
 
     Raises FileNotFoundError if the folder does not exist or holds no picture.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder not found: {folder}")
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    paths = sorted((path for path in files if not path.name.startswith(".")), key=natural_key)
+    files = [Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names]
+    paths = [path for path in files if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")]
+    paths.sort(key=natural_key)
     if not paths:
         raise FileNotFoundError(f"no images ({', '.join(sorted(EXTENSIONS))}) in {folder}")
     return paths

@@ -1,0 +1,182 @@
+"""Reading pictures of every mode, and files that are no pictures."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.image import (
+    list_images,
+    natural_key,
+    photographs,
+    read_image,
+    to_tensor,
+    to_uint8,
+    write_image,
+)
+
+GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+RGB = np.stack([GREY, 255 - GREY, GREY.T], axis=-1)
+
+
+def save(path: Path, image: Image.Image, **options) -> np.ndarray:
+    image.save(path, **options)
+    read = read_image(path)
+    assert read.dtype == np.uint8 and read.ndim == 3 and read.shape[2] == 3
+    return read
+
+
+def test_rgb_is_read_as_it_is(tmp_path):
+    for name in ("a.png", "a.bmp", "a.tif"):
+        assert np.array_equal(save(tmp_path / name, Image.fromarray(RGB)), RGB)
+    assert np.array_equal(save(tmp_path / "a.webp", Image.fromarray(RGB), lossless=True), RGB)
+
+
+def test_grey_and_bilevel_become_three_channels(tmp_path):
+    assert np.array_equal(save(tmp_path / "l.png", Image.fromarray(GREY)), np.stack([GREY] * 3, -1))
+    assert np.unique(save(tmp_path / "1.png", Image.fromarray(GREY).convert("1"))).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("alpha", [0, 128, 255])
+def test_transparency_is_laid_over_white(tmp_path, alpha):
+    expected = (RGB.astype(float) * alpha + 255.0 * (255 - alpha)) / 255
+    layer = np.full((8, 8), alpha, np.uint8)
+    rgba = save(tmp_path / "rgba.png", Image.fromarray(np.dstack([RGB, layer])))
+    assert np.abs(rgba - expected).max() <= 1
+    la = save(tmp_path / "la.png", Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(layer)]))
+    assert np.abs(la - expected[..., :1]).max() <= 1
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 10, 20, 30, 40, 250])
+    image.putdata([0, 1])
+    assert save(tmp_path / "p.png", image).tolist() == [[[200, 10, 20], [30, 40, 250]]]
+    read = save(tmp_path / "pt.png", image, transparency=1)
+    assert read.tolist() == [[[200, 10, 20], [255, 255, 255]]]
+    read = save(tmp_path / "pa.png", image, transparency=bytes([255, 0]))
+    assert read.tolist() == [[[200, 10, 20], [255, 255, 255]]]
+
+
+def test_colour_key_transparency(tmp_path):
+    read = save(tmp_path / "key.png", Image.fromarray(RGB), transparency=tuple(RGB[3, 4].tolist()))
+    assert read[3, 4].tolist() == [255, 255, 255] and np.array_equal(read[0], RGB[0])
+
+
+def test_cmyk(tmp_path):
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:, 8:] = (0, 255, 255, 0)  # magenta and yellow: red
+    read = save(tmp_path / "cmyk.jpg", Image.fromarray(pixels, "CMYK"), quality=100)
+    assert np.abs(read[4, 2].astype(int) - [255, 255, 255]).max() < 4
+    assert np.abs(read[4, 13].astype(int) - [255, 0, 0]).max() < 4
+    assert np.array_equal(save(tmp_path / "cmyk.tif", Image.fromarray(pixels, "CMYK"))[0, 12], [255, 0, 0])
+
+
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
+    deep = np.array([[0, 257, 32768, 65535]], np.uint16)
+    expected = np.rint(deep / 257)
+    for name in ("g.png", "g.tif"):
+        assert cv2.imwrite(str(tmp_path / name), deep)
+        assert np.array_equal(read_image(tmp_path / name)[..., 1], expected)
+    assert np.array_equal(save(tmp_path / "i.tif", Image.fromarray(deep.astype(np.int32)))[..., 0], expected)
+
+
+def test_16_bit_colour(tmp_path):
+    deep = np.random.default_rng(0).integers(0, 65536, (8, 8, 3), dtype=np.uint16)
+    for name in ("c.png", "c.tif"):
+        assert cv2.imwrite(str(tmp_path / name), deep[..., ::-1])
+        assert np.abs(read_image(tmp_path / name) - deep / 257).max() < 1
+
+
+def test_float_grey_is_in_0_1(tmp_path):
+    values = np.array([[-0.5, 0.0, 0.5, 1.0, 3.0]], np.float32)
+    assert save(tmp_path / "f.tif", Image.fromarray(values))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_the_picture_upright(tmp_path, orientation):
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :24] = 255  # white is top left in the scene
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),  # shown by turning clockwise
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    read = save(tmp_path / "e.jpg", Image.fromarray(np.ascontiguousarray(stored)), exif=exif, quality=95)
+    assert read.shape == upright.shape and np.abs(read.astype(int) - upright).mean() < 2
+
+
+def test_broken_files_are_named(tmp_path):
+    whole = tmp_path / "whole.png"
+    write_image(whole, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    cut, text, empty = tmp_path / "cut.png", tmp_path / "text.jpg", tmp_path / "empty.png"
+    cut.write_bytes(whole.read_bytes()[:5000])
+    text.write_text("this is no picture")
+    empty.write_bytes(b"")
+    for path in (cut, text, empty):
+        with pytest.raises(ValueError, match=f"cannot read image .*{path.name}"):
+            read_image(path)
+    with pytest.raises(FileNotFoundError, match="missing.png"):
+        read_image(tmp_path / "missing.png")
+    with pytest.raises(FileNotFoundError, match="image not found"):
+        read_image(tmp_path)
+
+
+def test_writing_is_exact_atomic_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "blank space 图像.png"
+    write_image(path, RGB)
+    assert np.array_equal(read_image(path), RGB)
+    with pytest.raises(TypeError):
+        write_image(path, np.zeros((4, 4, 3), np.complex64))  # no picture: what was there stays
+    assert np.array_equal(read_image(path), RGB)
+    with pytest.raises(OSError, match="no_folder"):
+        write_image(tmp_path / "no_folder" / "a.png", RGB)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_tensors_have_the_stated_range_and_round_trip():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    tensor = to_tensor(levels)
+    assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
+    assert tensor.min() == -1 and tensor.max() == 1
+    assert np.array_equal(to_uint8(tensor), levels)
+    assert np.array_equal(to_uint8(tensor.bfloat16().float() * 0 + 3.0), np.full((16, 16, 3), 255))
+    assert to_uint8(torch.full((3, 1, 1), 0.6 / 127.5 - 1)).ravel().tolist() == [1, 1, 1]  # rounds, not cuts
+
+
+def test_natural_order():
+    names = ["frame_10.png", "frame_2.png", "Frame_1.png", "a/2/x", "a/10/x", "10", "x²", "9"]
+    ordered = sorted(names, key=natural_key)
+    assert ordered == ["9", "10", "a/2/x", "a/10/x", "Frame_1.png", "frame_2.png", "frame_10.png", "x²"]
+
+
+def test_list_images(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    for name in ("b10.PNG", "b9.jpg", "sub/c.webp", ".hidden.png", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.tif").touch()
+    (tmp_path / "sub" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    found = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)]
+    assert found == ["b9.jpg", "b10.PNG", "elsewhere/d.tif", "sub/c.webp", "sub/link/d.tif"]
+    with pytest.raises(FileNotFoundError, match="folder not found.*nowhere"):
+        list_images(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no images.*folder.png"):
+        list_images(tmp_path / "folder.png")
+
+
+def test_photographs_are_there():
+    for path in photographs():
+        image = read_image(path)
+        assert min(image.shape[:2]) >= 300 and image.std() > 20

@@ -1,0 +1,229 @@
+"""The dataset tool as a user runs it: same bytes for the same seed, continuing, broken sources."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm.data.image import photographs, read_image, write_image
+from ldm.data.paired import PairedDataset, find_pairs, split_pairs
+from ldm.modules.image_degradation.blur import BLUR_TYPES
+from ldm.run import run_main
+from tool_make_deblur_dataset import Settings, main, make_dataset
+
+TOOL = Path(__file__).parent.parent / "tool_make_deblur_dataset.py"
+
+
+def settings(folder: Path, **changes) -> Settings:
+    small = Settings(output_dir=str(folder), num_samples=8, image_size=48, blur_scale=0.2, workers=1)
+    return replace(small, **changes)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def records(folder: Path) -> list[dict]:
+    return [
+        json.loads(line) for line in (folder / "blur_types.json").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def photos(folder: Path, count: int, size: int = 80) -> Path:
+    """A folder of crops of one photograph, named photo 0.png and so on."""
+    folder.mkdir()
+    image = read_image(photographs(("chelsea.png",))[0])
+    for number in range(count):
+        write_image(folder / f"photo {number}.png", image[10 * number :][:size, 100 : 100 + size])
+    return folder
+
+
+def test_layout_and_pictures(tmp_path):
+    summary = make_dataset(settings(tmp_path / "set", num_samples=20))
+    assert (summary.made, summary.kept, summary.not_used) == (20, 0, {})
+    lines = records(tmp_path / "set")
+    assert [line["clear_image"] for line in lines] == [f"clear_images/clear_{i:06d}.png" for i in range(20)]
+    assert [line["blur_image"] for line in lines] == [f"blur_images/blur_{i:06d}.png" for i in range(20)]
+    assert {line["blur_type"] for line in lines} == set(BLUR_TYPES)
+    names = [path.name for path in photographs()]
+    for first in (0, 6, 12):  # every source once, then again
+        assert sorted(line["source"] for line in lines[first : first + 6]) == sorted(names)
+    for line in lines:
+        sharp, blurry = (read_image(tmp_path / "set" / line[key]) for key in ("clear_image", "blur_image"))
+        assert sharp.shape == blurry.shape == (48, 48, 3)
+        assert not np.array_equal(sharp, blurry) and abs(sharp.mean() - blurry.mean()) < 10
+        assert line["parameters"] and sharp.max() > 0
+    assert read_image(tmp_path / "set" / "preview.png").shape == (4 * 256, 4 * 2 * 256, 3)
+
+    pairs = find_pairs(tmp_path / "set")
+    training, held_out = split_pairs(pairs, 0.2, seed=0)
+    assert not {pair.group for pair in training} & {pair.group for pair in held_out}
+    assert PairedDataset(pairs, 48, 0)[3]["blur_type"] == lines[3]["blur_type"]
+
+
+def test_same_seed_same_bytes_whatever_the_number_of_workers(tmp_path):
+    make_dataset(settings(tmp_path / "one", jpeg_probability=0.5))
+    make_dataset(settings(tmp_path / "three", jpeg_probability=0.5, workers=3))
+    one = content(tmp_path / "one")
+    assert one == content(tmp_path / "three") and len(one) == 2 * 8 + 3
+    make_dataset(settings(tmp_path / "other", jpeg_probability=0.5, seed=1))
+    assert content(tmp_path / "other")["blur_images/blur_000000.png"] != one["blur_images/blur_000000.png"]
+
+
+def test_running_again_makes_only_what_is_missing(tmp_path):
+    folder = tmp_path / "set"
+    make_dataset(settings(folder))
+    whole = content(folder)
+    (folder / "blur_images" / "blur_000003.png").unlink()
+    untouched = (folder / "clear_images" / "clear_000000.png").stat().st_mtime_ns
+    summary = make_dataset(settings(folder))
+    assert (summary.made, summary.kept) == (1, 7)
+    assert (folder / "clear_images" / "clear_000000.png").stat().st_mtime_ns == untouched
+    assert content(folder) == whole
+    summary = make_dataset(settings(folder, num_samples=10))  # more samples add to what is there
+    assert (summary.made, summary.kept) == (2, 8)
+    make_dataset(settings(tmp_path / "at once", num_samples=10))
+    assert content(folder) == content(tmp_path / "at once")
+
+
+def test_a_killed_run_leaves_a_whole_list_and_continues(tmp_path):
+    folder = tmp_path / "set"
+    wanted = settings(folder, num_samples=60, image_size=64, blur_scale=1.0)
+    flags = ["--output_dir", str(folder), "--num_samples", "60", "--image_size", "64", "--workers", "1"]
+    run = subprocess.Popen([sys.executable, str(TOOL), *flags], stderr=subprocess.DEVNULL)
+    for _ in range(3000):
+        if len(list(folder.glob("blur_images/blur*.png"))) > 5:
+            break
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    if (folder / "blur_types.json").exists():
+        records(folder)  # every line is whole
+    make_dataset(wanted)
+    make_dataset(replace(wanted, output_dir=str(tmp_path / "undisturbed")))
+    mine = {name: data for name, data in content(folder).items() if not name.endswith(".tmp")}
+    assert mine == content(tmp_path / "undisturbed")
+
+
+def test_an_interrupted_run_keeps_its_list(tmp_path, monkeypatch):
+    import tool_make_deblur_dataset as tool
+
+    whole = tool.make_pair
+    calls = []
+
+    def breaks(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(tool, "make_pair", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        make_dataset(settings(tmp_path / "set"))
+    assert len(records(tmp_path / "set")) == 3
+    assert make_dataset(settings(tmp_path / "set")).kept == 3
+
+
+def test_unreadable_sources_are_named_counted_and_replaced(tmp_path, capsys):
+    source = photos(tmp_path / "photos", 3)
+    (source / "broken.jpg").write_text("no picture")
+    cut = (source / "photo 0.png").read_bytes()
+    (source / "truncated.png").write_bytes(cut[: len(cut) // 2])
+    wanted = settings(tmp_path / "set", source_dir=str(source), num_samples=10)
+    main(wanted)
+    printed = capsys.readouterr().out
+    assert "10 pairs made" in printed and "2 sources were not used" in printed
+    assert "broken.jpg" in printed and "truncated.png" in printed
+    assert f"python tutorial_train_deblur.py --data_root {tmp_path / 'set'}" in printed
+    assert {line["source"] for line in records(tmp_path / "set")} == {f"photo {n}.png" for n in range(3)}
+    for path in source.glob("photo*"):
+        path.write_text("gone")
+    with pytest.raises(ValueError, match="no source can be used; the first: cannot read image"):
+        make_dataset(replace(wanted, output_dir=str(tmp_path / "none"), seed=1))
+
+
+def test_small_sources_are_scaled_up_or_skipped(tmp_path):
+    source = photos(tmp_path / "photos", 2)
+    write_image(source / "tiny.png", np.full((20, 30, 3), 90, np.uint8))
+    make_dataset(settings(tmp_path / "up", source_dir=str(source)))
+    found = {line["source"]: line["clear_image"] for line in records(tmp_path / "up")}
+    assert np.array_equal(read_image(tmp_path / "up" / found["tiny.png"]), np.full((48, 48, 3), 90))
+    summary = make_dataset(settings(tmp_path / "skip", source_dir=str(source), small_images="skip"))
+    assert "tiny.png" not in {line["source"] for line in records(tmp_path / "skip")}
+    assert list(summary.not_used) == [str(source / "tiny.png")] and summary.made == 8
+
+
+def test_squares_are_taken_at_many_scales(tmp_path):
+    """A photograph of one white line: its width in the samples tells the scale."""
+    (tmp_path / "photos").mkdir()
+    image = np.zeros((400, 400, 3), np.uint8)
+    image[:, ::40] = 255
+    image[:, 1::40] = 255
+    write_image(tmp_path / "photos" / "lines.png", image)
+    make_dataset(settings(tmp_path / "set", source_dir=str(tmp_path / "photos"), num_samples=24))
+    means = [
+        np.count_nonzero(np.diff(read_image(p)[0, :, 0] > 20))
+        for p in (tmp_path / "set").glob("clear_images/*")
+    ]
+    assert min(means) <= 4 and max(means) >= 10
+
+
+def test_bad_settings_are_named_before_anything_is_written(tmp_path):
+    for changes, message in (
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"image_size": 4}, "image_size must be at least 16"),
+        ({"workers": -1}, "workers"),
+        ({"seed": -1}, "seed"),
+        ({"blur_types": ("zoom",)}, "'zoom'.*choose from motion_blur"),
+        ({"jpeg_probability": 2.0}, "jpeg_probability"),
+        ({"blur_scale": 0.0}, "blur_scale"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_dataset(settings(tmp_path / "set", **changes))
+    with pytest.raises(FileNotFoundError, match="folder not found: .*nowhere"):
+        make_dataset(settings(tmp_path / "set", source_dir=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "set").exists()
+
+
+def test_other_settings_need_another_folder(tmp_path):
+    make_dataset(settings(tmp_path / "set", num_samples=2))
+    before = content(tmp_path / "set")
+    for changes, name in (({"seed": 3}, "seed 0 -> 3"), ({"image_size": 64}, "image_size 48 -> 64")):
+        with pytest.raises(ValueError, match=f"begun with other settings.*{name}"):
+            make_dataset(settings(tmp_path / "set", **changes))
+    with pytest.raises(ValueError, match="sources"):
+        make_dataset(settings(tmp_path / "set", source_dir=str(photos(tmp_path / "photos", 1))))
+    assert content(tmp_path / "set") == before
+
+
+def test_command_line(tmp_path):
+    flags = ["--output_dir", "out", "--num_samples", "3", "--image_size", "32", "--workers", "2"]
+    flags += ["--blur_types", "motion_blur", "lens_blur"]
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parent)}
+    run = subprocess.run(
+        [sys.executable, str(TOOL), *flags], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert (
+        "3 pairs made" in run.stdout and "next: python tutorial_train_deblur.py --data_root out" in run.stdout
+    )
+    assert {line["blur_type"] for line in records(tmp_path / "out")} <= {"motion_blur", "lens_blur"}
+
+
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys):
+    flags = ["--output_dir", str(tmp_path / "new"), "--blur_types", "zoom_blur"]
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *flags])
+    with pytest.raises(SystemExit) as stop:
+        run_main(main, Settings)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 1 and "zoom_blur" in printed and len(printed.splitlines()) == 1
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,87 @@
+"""The order of training samples: every one once an epoch, resumable, the same for any number of processes."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data.stream import SampleStream, item_generator, item_seed
+
+
+class Echo(Dataset):
+    """Gives back the key and its seed."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        return {"epoch": key[0], "index": key[1], "seed": item_seed(3, key)}
+
+
+def test_every_epoch_is_a_fresh_permutation():
+    keys = list(SampleStream(50, seed=0, total=200))
+    epochs = [[index for epoch, index in keys if epoch == e] for e in range(4)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert keys == list(SampleStream(50, seed=0, total=200))
+    assert keys != list(SampleStream(50, seed=1, total=200))
+
+
+@pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 20, 30])
+def test_a_resumed_stream_is_the_rest_of_the_whole_one(start):
+    whole = list(SampleStream(7, seed=5, total=30))
+    assert list(SampleStream(7, seed=5, start=start, total=30)) == whole[start:]
+    assert (
+        list(islice(SampleStream(7, seed=5, start=start), 30 - start)) == whole[start:]
+    )  # endless: the same
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("start", [0, 6])
+def test_processes_share_the_same_joint_batches(world_size, start):
+    whole = list(SampleStream(7, seed=5, start=start, total=31))
+    streams = [SampleStream(7, 5, start, 31, rank, world_size) for rank in range(world_size)]
+    ranks = [list(stream) for stream in streams]
+    assert [len(stream) for stream in streams] == [len(keys) for keys in ranks]
+    for position, key in enumerate(whole):
+        assert ranks[position % world_size][position // world_size] == key
+
+
+def test_the_number_of_workers_changes_nothing():
+    def batches(workers: int) -> list[dict]:
+        stream = SampleStream(7, seed=1, total=20)
+        return [
+            {name: value.tolist() for name, value in batch.items()}
+            for batch in DataLoader(Echo(), batch_size=3, sampler=stream, num_workers=workers)
+        ]
+
+    assert batches(0) == batches(2)
+    assert len(batches(0)) == 7
+
+
+def test_lengths():
+    assert len(SampleStream(7, 0, total=20)) == 20
+    assert len(SampleStream(7, 0, start=18, total=20)) == 2
+    assert len(SampleStream(7, 0, start=25, total=20)) == 0
+    with pytest.raises(TypeError, match="endless"):
+        len(SampleStream(7, 0))
+    with pytest.raises(ValueError, match="empty"):
+        SampleStream(0, 0)
+
+
+def test_item_seeds_differ_and_fit_in_a_signed_integer():
+    keys = [(seed, (epoch, index)) for seed in range(5) for epoch in range(20) for index in range(20)]
+    seeds = {item_seed(seed, key) for seed, key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert item_seed(4, 9) == item_seed(4, (0, 9)) == item_seed(4, (0, np.int64(9)))
+    torch.tensor(max(seeds))  # fits in int64
+    bits = np.array([[seed >> bit & 1 for bit in range(62)] for seed in seeds])
+    assert np.abs(bits.mean(0) - 0.5).max() < 0.06  # every bit is a coin
+
+
+def test_generators_repeat():
+    one, same, other = (torch.randn(5, generator=item_generator(seed)) for seed in (11, 11, 12))
+    assert torch.equal(one, same) and not torch.equal(one, other)
