@@ -361,13 +361,15 @@ class Together:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, key: tuple[int, int]) -> np.ndarray:
-        source, index = self.places[key[1]]
-        return source[key[0], index]
+    def __getitem__(self, key: int | tuple[int, int]) -> np.ndarray:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        source, own = self.places[index]
+        return source[epoch, own]
 
-    def name(self, key: tuple[int, int]) -> str:
-        source, index = self.places[key[1]]
-        return source.name((key[0], index))
+    def name(self, key: int | tuple[int, int]) -> str:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        source, own = self.places[index]
+        return source.name((epoch, own))
 
 
 def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:

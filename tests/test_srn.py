@@ -126,7 +126,7 @@ def test_learning_rates():
 def test_lstm_gradients_alone_are_clipped_to_norm_3():
     torch.manual_seed(0)
     fabric = train_srn.start_fabric()
-    network = SRNDeblurNet(2)
+    network = fill(SRNDeblurNet(2))
     wrapped, optimizer = fabric.setup(network, torch.optim.SGD(network.parameters(), lr=0.0))
 
     def norms(factor):

@@ -1,0 +1,113 @@
+"""How fast SRN-DeblurNet trains and restores: the fast settings against plain float32, in one run.
+
+    python benchmarks/srn.py            # about 3 minutes on a GPU, 5 on two CPU cores
+
+Training is one step (forward, backward, clipping, Adam) of the full network at crop 256 on data in memory;
+restoring is one image in [-1, 1]. Shown are the median of several repeats, synchronised, and on a GPU the peak
+memory. Cases alternate, so that what else the machine does hits all of them alike.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from ldm.run import start_fabric  # noqa: E402
+from train_srn import Settings, SRNDeblurNet, make_optimizer, restore, train_step  # noqa: E402
+
+
+def training(
+    batch_size: int, crop: int, precision: str, channels_last: bool, compiled: bool
+) -> Callable[[], object]:
+    """One training step as a function."""
+    fabric = start_fabric(precision=precision)
+    network = SRNDeblurNet().to(fabric.device)
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+    if compiled:
+        network.compile()
+    optimizer = make_optimizer(network, Settings())
+    network, optimizer = fabric.setup(network, optimizer)
+    sharp = torch.rand(batch_size, 3, crop, crop, device=fabric.device) * 2 - 1
+    batch = {"blurry": F.avg_pool2d(sharp, 5, 1, 2), "sharp": sharp}
+    return lambda: train_step(fabric, network, optimizer, batch, lstm_clip=3.0)
+
+
+def restoring(h: int, w: int, precision: str, channels_last: bool, compiled: bool) -> Callable[[], object]:
+    """One restored image (h, w) as a function."""
+    fabric = start_fabric(precision=precision)
+    network = SRNDeblurNet().to(fabric.device).eval()
+    if channels_last:
+        network.to(memory_format=torch.channels_last)
+    if compiled:
+        network.forward = torch.compile(network.forward)
+    blurry = torch.rand(1, 3, h, w, device=fabric.device) * 2 - 1
+
+    def run() -> torch.Tensor:
+        with fabric.autocast():
+            return restore(network, blurry)
+
+    return run
+
+
+def measure(
+    cases: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """Median seconds and peak GiB (0 on a CPU) of each case."""
+    seconds, memory = {name: [] for name in cases}, dict.fromkeys(cases, 0.0)
+    for run in cases.values():
+        for _ in range(3 if device.type == "cuda" else 1):  # compile, choose kernels
+            run()
+    for _ in range(repeats):
+        for name, run in cases.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                memory[name] = torch.cuda.max_memory_allocated() / 2**30
+            seconds[name].append(time.perf_counter() - start)
+    return {name: (statistics.median(values), memory[name]) for name, values in seconds.items()}
+
+
+def show(title: str, results: dict[str, tuple[float, float]], images: int) -> None:
+    print(title)
+    plain = next(iter(results.values()))[0]
+    for name, (seconds, memory) in results.items():
+        rate = f"{1e3 * seconds:9.1f} ms {images / seconds:8.2f} images/s {plain / seconds:5.2f} x"
+        print(f"  {name:32} {rate}" + (f" {memory:6.2f} GiB" if memory else ""))
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch_size", type=int, default=16 if cuda else 2)
+    parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
+    parser.add_argument("--size", type=int, nargs=2, default=(720, 1280), help="height and width to restore")
+    options = parser.parse_args()
+    forms = {"float32": ("32", False, False), "float32 channels_last": ("32", True, False)}
+    if cuda:
+        forms |= {"bf16": ("bf16", False, False), "bf16 channels_last": ("bf16", True, False)}
+        forms |= {"bf16 channels_last compiled": ("bf16", True, True)}
+    device = torch.device("cuda" if cuda else "cpu")
+    about = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{about}, torch {torch.__version__}")
+    cases = {name: training(options.batch_size, 256, *form) for name, form in forms.items()}
+    results = measure(cases, options.repeats, device)
+    show(f"training, batch {options.batch_size}, crop 256", results, options.batch_size)
+    del cases
+    cases = {name: restoring(*options.size, *form) for name, form in forms.items()}
+    show(f"restoring {options.size[1]} x {options.size[0]}", measure(cases, options.repeats, device), 1)
+
+
+if __name__ == "__main__":
+    main()
