@@ -329,7 +329,10 @@ def train_step(
     loss = sum(losses)
     optimizer.zero_grad()
     fabric.backward(loss)
-    fabric.clip_gradients(network.convlstm, optimizer, max_norm=lstm_clip, error_if_nonfinite=False)
+    fabric.strategy.precision.unscale_gradients(optimizer.optimizer)  # float16 scales the loss
+    nn.utils.clip_grad_norm_(
+        network.convlstm.parameters(), lstm_clip
+    )  # fabric's would clip all the others too
     optimizer.step()
     mse = losses[0].detach()
     return {"loss": loss, "mse": mse, "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}

@@ -2,8 +2,8 @@
 
     python benchmarks/srn.py            # about 3 minutes on a GPU, 5 on two CPU cores
 
-Training is one step (forward, backward, clipping, Adam) of the full network at crop 256 on data in memory;
-restoring is one image in [-1, 1]. Shown are the median of several repeats, synchronised, and on a GPU the peak
+Training is one step (forward, backward, clipping, Adam) of the full network at crop 256, data in memory;
+restoring is one image. Shown are the median of several repeats, synchronised, and on a GPU the peak
 memory. Cases alternate, so that what else the machine does hits all of them alike.
 """
 
