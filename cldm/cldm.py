@@ -1,10 +1,13 @@
 """ControlNet (Zhang, Rao & Agrawala 2023): a trained copy of the UNet's encoder steers the frozen UNet."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from cldm.logger import log_txt_as_img
+from cldm.model import open_control_model
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion, image_of
 from ldm.modules.diffusionmodules.openaimodel import UNetEncoder, UNetModel
@@ -68,6 +71,7 @@ class ControlledUnetModel(UNetModel):
         with torch.no_grad():
             skips, h, emb = self.encode(x, timesteps, context)
         if control is not None:
+            control = [added.to(h.dtype) for added in control]
             h = h + control[-1]
             if not only_mid_control:
                 skips = [skip + added for skip, added in zip(skips, control[:-1], strict=True)]
@@ -88,7 +92,10 @@ class ControlLDM(LatentDiffusion):
         self.control_model = instantiate_from_config(control_stage_config)
         self.control_key, self.only_mid_control = control_key, only_mid_control
         self.control_scales: Sequence[float] | None = None
-        self.learning_rate = 1e-5
+        self.learning_rate, self.optimizer = 1e-5, "adamw"
+        self.strict_loading = False  # our checkpoints leave out what is frozen
+        self.validation_ddim_steps = 20
+        self.validation_images: dict[str, torch.Tensor] = {}
         self.sd_locked = True
 
     @property
@@ -132,14 +139,97 @@ class ControlLDM(LatentDiffusion):
         return self.model.diffusion_model(x_noisy, t, context, control, self.only_mid_control)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        parameters = [p for module in self.trained_modules() for p in module.parameters()]
+        """AdamW over the trained parameters; "adamw8bit" keeps its states in 8 bits (bitsandbytes, CUDA)."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if self.optimizer == "adamw8bit":
+            try:
+                from bitsandbytes.optim import AdamW8bit
+            except ImportError as error:
+                raise ValueError("optimizer adamw8bit needs a package: pip install bitsandbytes") from error
+            return AdamW8bit(parameters, lr=self.learning_rate)
+        if self.optimizer != "adamw":
+            raise ValueError(f"optimizer must be adamw or adamw8bit, not {self.optimizer!r}")
         return torch.optim.AdamW(parameters, lr=self.learning_rate, fused=True)
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Keep only what is trained: the frozen weights are in the base file."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    @classmethod
+    def load_from_checkpoint(
+        cls, checkpoint_path: str | Path, base_path: str | Path | None = None, **unused
+    ) -> "ControlLDM":
+        """The trained model from our checkpoint, a full file, or a ControlNet with `base_path`, on the CPU.
+
+        See cldm.model.open_control_model. Raises ValueError if the file holds a model of another class.
+        """
+        model = open_control_model(checkpoint_path, base_path)
+        if not isinstance(model, cls):
+            raise ValueError(f"{checkpoint_path} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
     @torch.no_grad()
-    def sample_log(
-        self, cond: Mapping, batch_size: int, ddim_steps: int = 50, eta: float = 0.0, **sampling
+    def sample(
+        self,
+        cond: Mapping,
+        batch_size: int,
+        ddim_steps: int = 50,
+        unconditional_guidance_scale: float = 1.0,
+        negative_prompt: str = "",
+        **sampling,
     ) -> torch.Tensor:
-        """Latents (batch_size, 4, h, w) of the hint's size; `sampling` as DDIMSampler.sample's."""
-        height, width = cond["c_concat"][0].shape[-2:]
-        shape = (self.model.diffusion_model.out[-1].out_channels, height // 8, width // 8)
-        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, eta=eta, **sampling)[0]
+        """Latents (batch_size, 4, h, w): cond["c_concat"] holds hints (b, c, 8h, 8w) in [0, 1], cond
+        ["c_crossattn"] prompts or embeddings; one for all items will do. decode_first_stage makes images.
+
+        With a guidance scale other than 1 the unconditional call sees `negative_prompt` and the same hint.
+        `sampling` goes to DDIMSampler.sample (eta, method, strength, x0, mask, x_T, generator).
+        """
+        hint = torch.cat([h.to(self.device) for h in cond["c_concat"]], dim=1).expand(batch_size, -1, -1, -1)
+
+        def embed(prompt: str | Sequence[str] | torch.Tensor) -> torch.Tensor:
+            prompt = [prompt] if isinstance(prompt, str) else prompt
+            return self.get_learned_conditioning(prompt).expand(batch_size, -1, -1)
+
+        text = torch.cat([embed(prompt) for prompt in cond["c_crossattn"]], dim=1)
+        cond = {"c_concat": [hint], "c_crossattn": [text]}
+        uncond = None
+        if unconditional_guidance_scale != 1.0:
+            uncond = {"c_concat": [hint], "c_crossattn": [embed(negative_prompt)]}
+        channels = self.model.diffusion_model.out[-1].out_channels
+        shape = (channels, hint.shape[-2] // 8, hint.shape[-1] // 8)
+        return DDIMSampler(self).sample(
+            ddim_steps,
+            batch_size,
+            shape,
+            cond,
+            unconditional_guidance_scale=unconditional_guidance_scale,
+            unconditional_conditioning=uncond,
+            **sampling,
+        )[0]
+
+    @torch.no_grad()
+    def restore(self, batch: Mapping, ddim_steps: int, guidance_scale: float = 1.0) -> torch.Tensor:
+        """Images (b, 3, 8h, 8w) in [-1, 1] sampled for a batch's hints and prompts from each item's noise."""
+        hint = self.hint_of(batch)
+        channels = self.model.diffusion_model.out[-1].out_channels
+        like = hint.new_empty(len(hint), channels, hint.shape[-2] // 8, hint.shape[-1] // 8)
+        cond = {"c_concat": [hint], "c_crossattn": [batch[self.cond_stage_key]]}
+        noise = self.noise_of(batch, like, salt=4)
+        latents = self.sample(cond, len(hint), ddim_steps, guidance_scale, x_T=noise)
+        return self.decode_first_stage(latents).clamp(-1, 1)
+
+    @torch.no_grad()
+    def log_images(
+        self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20, guidance_scale: float = 9.0
+    ) -> dict[str, torch.Tensor]:
+        """Columns of the training grid, each (b, 3, 8h, 8w) in [-1, 1]: hint, sample, truth and prompt."""
+        batch = {name: value[:max_images] for name, value in batch.items()}
+        image = image_of(batch, self.first_stage_key)
+        prompts = batch[self.cond_stage_key]
+        return {
+            "control": self.hint_of(batch)[:, :3] * 2 - 1,
+            "sample": self.restore(batch, ddim_steps, guidance_scale),
+            "truth": image,
+            "conditioning": log_txt_as_img(image.shape[:1:-1], list(prompts)).to(image.device),
+        }

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from torch import nn
 
-from cldm.cldm import ControlLDM
+from cldm.cldm import ControlLDM, ControlNet
+from ldm.data.image import to_uint8
 from ldm.data.stream import item_generator
+from ldm.metrics import psnr, ssim
 from ldm.models.diffusion.ddpm import image_of
 from ldm.modules.perceptual import PerceptualLoss
 
@@ -38,10 +42,14 @@ class DeblurControlNet(ControlLDM):
         self.deblur_crop, self.weight_by_alpha_bar = deblur_crop, weight_by_alpha_bar
         self._perceptual: list[PerceptualLoss] = []  # in a list: no part of the state dict
 
+    def load_perceptual(self) -> None:
+        """Read VGG-19's weights now rather than at the first training step."""
+        self._perceptual = [PerceptualLoss()]
+
     def perceptual(self, restored: torch.Tensor, sharp: torch.Tensor) -> torch.Tensor:
-        """Perceptual distance of each item (b,); reads VGG-19's weights when first called."""
+        """Perceptual distance of each item (b,)."""
         if not self._perceptual:
-            self._perceptual.append(PerceptualLoss())
+            self.load_perceptual()
         return self._perceptual[0].to(restored.device)(restored, sharp)
 
     def shared_step(self, batch: Mapping) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -63,7 +71,7 @@ class DeblurControlNet(ControlLDM):
     def deblur_losses(
         self, restored: torch.Tensor, sharp: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Sum of the pixel losses of images (b, 3, h, w) in [-1, 1], items weighted by (b,), and its terms."""
+        """Sum of the pixel losses of images (b, 3, h, w) in [-1, 1], items weighted by (b,), and terms."""
         difference = restored - sharp
         terms = {
             "l1": (1.0, difference.abs().mean(dim=(1, 2, 3))),
@@ -75,6 +83,29 @@ class DeblurControlNet(ControlLDM):
         means = {name: (weights * term).mean() for name, (_, term) in terms.items()}
         total = sum(weight * means[name] for name, (weight, _) in terms.items())
         return total, {**{f"deblur_{k}_loss": v for k, v in means.items()}, "total_deblur_loss": total}
+
+    @torch.no_grad()
+    def log_images(
+        self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20, guidance_scale: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """Columns of the training grid: blurry, restored, sharp, prompt; each (b, 3, 8h, 8w) in [-1, 1]."""
+        images = super().log_images(batch, max_images, ddim_steps, guidance_scale)
+        return dict(zip(("blurry", "restored", "sharp", "prompt"), images.values(), strict=True))
+
+    def validation_step(self, batch: Mapping, batch_idx: int) -> None:
+        """Log `val/loss`, and `val/psnr` and `val/ssim` of sampled images as uint8, means over the images."""
+        super().validation_step(batch, batch_idx)
+        images = self.log_images(batch, len(batch[self.first_stage_key]), self.validation_ddim_steps)
+        if batch_idx == 0:
+            self.validation_images = {name: value[:4] for name, value in images.items()}
+        pairs = [(to_uint8(a), to_uint8(b)) for a, b in zip(images["restored"], images["sharp"], strict=True)]
+        baseline = [psnr(to_uint8(a), b) for a, (_, b) in zip(images["blurry"], pairs, strict=True)]
+        values = {
+            "val/psnr": np.mean([psnr(*pair) for pair in pairs]),
+            "val/ssim": np.mean([ssim(*pair) for pair in pairs]),
+            "val/psnr_blurry": np.mean(baseline),
+        }
+        self.log_dict(values, batch_size=len(pairs), sync_dist=True)
 
     def _aligned_crop(
         self, batch: Mapping, x0: torch.Tensor, sharp: torch.Tensor
@@ -98,3 +129,44 @@ def gradient_l1(difference: torch.Tensor) -> torch.Tensor:
     """Mean size of horizontal plus vertical differences of neighbouring pixels, each item: (b,)."""
     horizontal = difference.diff(dim=-1).abs().mean(dim=(1, 2, 3))
     return horizontal + difference.diff(dim=-2).abs().mean(dim=(1, 2, 3))
+
+
+class ChannelSpatialAttention(nn.Module):
+    """A gate over channels, then one over positions (CBAM, Woo et al. 2018, eq. 1-3).
+
+    x (b, c, h, w) -> x + gate * attended, with `gate` zero at the start: it begins as the identity.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = max(8, channels // reduction)
+        self.channel = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
+        )
+        self.spatial = nn.Conv2d(2, 1, 7, padding=3)
+        self.gate = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)  # (b, c, 1, 1)
+        h = x * torch.sigmoid(self.channel(pooled[0]) + self.channel(pooled[1]))
+        planes = torch.cat([h.mean(dim=1, keepdim=True), h.amax(dim=1, keepdim=True)], dim=1)  # (b, 2, h, w)
+        return x + self.gate * (h * torch.sigmoid(self.spatial(planes)))
+
+
+class AttentionControlNet(ControlNet):
+    """ControlNet with channel and spatial attention on its hint features, under `hint_attention`."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.hint_attention = ChannelSpatialAttention(self.model_channels)
+
+    def hint_features(self, hint: torch.Tensor) -> torch.Tensor:
+        return self.hint_attention(super().hint_features(hint))
+
+
+class DeblurControlNetWithAttention(DeblurControlNet):
+    """DeblurControlNet whose ControlNet is an AttentionControlNet; other tools ignore the attention."""
+
+    def __init__(self, control_stage_config: Mapping, **arguments):
+        control = {**control_stage_config, "target": "cldm.deblur.AttentionControlNet"}
+        super().__init__(control_stage_config=control, **arguments)

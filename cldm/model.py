@@ -1,4 +1,4 @@
-"""Building models from yaml and filling them: `model.load_state_dict(load_state_dict(path))` and stricter ways."""
+"""From yaml and weights to models: `create_model`, `load_state_dict`, and what opens trained ControlNets."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,11 +6,14 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from ldm import checkpoint
 from ldm.checkpoint import read_weights
 from ldm.util import instantiate_from_config
 
 SHOWN = 6  # how many names an error lists
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 
 
 def read_config(path: str | Path) -> dict:
@@ -29,9 +32,28 @@ def read_config(path: str | Path) -> dict:
     return config["model"]
 
 
-def create_model(config_path: str | Path, **overrides) -> nn.Module:
-    """Build the model that a yaml file describes, on the CPU; `overrides` replace its parameters."""
-    return instantiate_from_config(read_config(config_path), **overrides)
+class SkipInit(TorchFunctionMode):
+    """Leaves parameters as they were allocated: for models whose every weight is read from a file."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def create_model(config_path: str | Path) -> nn.Module:
+    """Build the model that a yaml file describes, on the CPU, with fresh weights."""
+    return instantiate_from_config(read_config(config_path))
+
+
+def create_filled_model(
+    config: Mapping, weights: Mapping[str, torch.Tensor], source: str | Path
+) -> nn.Module:
+    """Build the model of `config` with `weights`, which must have all of its tensors (see `fill_model`)."""
+    with SkipInit():
+        model = instantiate_from_config(config)
+    fill_model(model, weights, source)
+    return model
 
 
 def load_state_dict(path: str | Path, location: str = "cpu") -> dict[str, torch.Tensor]:
@@ -40,21 +62,25 @@ def load_state_dict(path: str | Path, location: str = "cpu") -> dict[str, torch.
 
 
 def fill_model(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Load `weights` into `model`; every parameter must be there, `position_ids` and extra tensors need not.
+    """Load `weights` into `model`; tensors of other names are passed over.
+
+    All must be there but `position_ids` and the schedule's tables, which follow from the configuration.
 
     Raises ValueError that names `source` and what is missing or has another shape.
     """
     own = model.state_dict()
-    missing = [name for name in own if name not in weights and not name.endswith("position_ids")]
+    needed = [name for name in own if "." in name and not name.endswith("position_ids")]
+    missing = [name for name in needed if name not in weights]
     shapes = [
         f"{name}: {tuple(weights[name].shape)} in the file, {tuple(value.shape)} in the model"
         for name, value in own.items()
         if name in weights and weights[name].shape != value.shape
     ]
     if missing or shapes:
-        hint = diagnose(own, weights)
         problem = f"misses {listing(missing)}" if missing else f"has other shapes: {listing(shapes)}"
-        raise ValueError(f"{source} does not fit this model{hint}: it {problem}")
+        found, wanted = family(weights), family(own)
+        families = f" (the file is {found}, the model is {wanted})" if found != wanted else ""
+        raise ValueError(f"{source} does not fit this model{families}: it {problem}")
     model.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
 
 
@@ -65,26 +91,62 @@ def listing(names: list[str]) -> str:
 
 
 def family(weights: Mapping[str, torch.Tensor]) -> str:
-    """What a state dict is, judged by its keys and shapes; "" if it is nothing known here."""
+    """What a state dict is, judged by its keys and shapes."""
+    telling = {
+        "double_blocks.": "FLUX",
+        "down_blocks.": "a diffusers file",
+        "lora_": "a LoRA",
+        "conditioner.": "Stable Diffusion XL",
+    }
+    for part, name in telling.items():
+        if any(part in key for key in weights):
+            return name
     context = next((v.shape[1] for k, v in weights.items() if k.endswith("attn2.to_k.weight")), None)
-    kinds = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-    if any(name.startswith(("double_blocks.", "model.diffusion_model.double_blocks.")) for name in weights):
-        return "FLUX"
-    if any(name.startswith(("down_blocks.", "unet.down_blocks.")) for name in weights):
-        return "a diffusers UNet or ControlNet folder's file"
-    if any("lora_" in name for name in weights):
-        return "a LoRA"
     if context is None:
-        return ""
-    kind = kinds.get(context, f"a latent diffusion model with context_dim {context}")
-    with_control = any(name.startswith("control_model.") for name in weights)
-    with_unet = any(name.startswith("model.diffusion_model.") for name in weights)
-    if with_control and with_unet:
-        return f"{kind} with a ControlNet"
-    return kind if with_unet else f"a ControlNet for {kind}"
+        return "of an unknown kind"
+    kind = FAMILIES.get(context, f"a latent diffusion model with context_dim {context}")
+    control = any(name.startswith("control_model.") for name in weights)
+    if any(name.startswith("model.diffusion_model.") for name in weights):
+        return f"{kind} with a ControlNet" if control else kind
+    return f"a ControlNet for {kind}"
 
 
-def diagnose(own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> str:
-    """For an error: which family the file and the model are of, if they differ; else ""."""
-    found, wanted = family(weights), family(own)
-    return f" (the file is {found or 'of an unknown kind'}, the model is {wanted})" if found != wanted else ""
+def open_control_model(
+    path: str | Path, base_path: str | Path | None = None, config_path: str | Path | None = None
+) -> nn.Module:
+    """A ControlLDM, ready to sample, from any of three kinds of file:
+
+    - a checkpoint of our training scripts, which names its own base file and configuration;
+    - a full file in lllyasviel's layout (UNet, ControlNet, autoencoder, text tower);
+    - a ControlNet alone (`control_model.*`, or these keys bare), with `base_path`, a Stable Diffusion file.
+    `base_path` and `config_path` win over what a checkpoint names; an average (EMA) in it is used.
+    Raises FileNotFoundError or ValueError that says what is missing.
+    """
+    content = {} if Path(path).suffix == ".safetensors" else checkpoint.load(path)
+    weights, config = read_weights(path), content.get("config")
+    if "ema" in content:
+        weights = {**weights, **content["ema"]["average"]}
+    if any(name.startswith(("zero_convs.", "input_hint_block.")) for name in weights):
+        weights = {f"control_model.{name}": value for name, value in weights.items()}
+    if not any(name.startswith("control_model.") for name in weights):
+        raise ValueError(f"{path} holds no ControlNet: it is {family(weights)}")
+    if not any(name.startswith("model.diffusion_model.input_blocks.") for name in weights):
+        base_path = base_path or content.get("base")
+        if base_path is None:
+            raise ValueError(f"{path} is a ControlNet alone: give the Stable Diffusion file it belongs to")
+        weights = {**read_weights(base_path), **weights}
+    if config_path is not None or config is None:
+        config = read_config(config_path or config_for(weights, path))
+    return create_filled_model(config, weights, path).eval()
+
+
+def config_for(weights: Mapping[str, torch.Tensor], path: str | Path) -> Path:
+    """The yaml in models/ that fits a state dict; raises ValueError if none does.
+
+    Stable Diffusion 2.1's two variants look alike: the 512-px one is taken.
+    """
+    configs = {"Stable Diffusion 1": "cldm_v15.yaml", "Stable Diffusion 2": "cldm_v21.yaml"}
+    kind = family(weights).removesuffix(" with a ControlNet")
+    if kind not in configs:
+        raise ValueError(f"{path} is {kind}: give the yaml configuration that fits it")
+    return Path("models") / configs[kind]

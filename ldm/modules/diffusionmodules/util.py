@@ -50,14 +50,17 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: int = 1000
 
 
 class GroupNorm32(nn.GroupNorm):
-    """GroupNorm with 32 groups that keeps the input's dtype under autocast; statistics are float32 inside."""
+    """GroupNorm that keeps the input's dtype under autocast; statistics are float32 inside.
+
+    32 groups as in all released models; narrow networks whose width 32 does not divide get groups of four.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-5):
-        super().__init__(32, channels, eps)
+        super().__init__(channels // 4 if channels % 32 else 32, channels, eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, 32, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class LayerNorm32(nn.LayerNorm):

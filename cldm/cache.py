@@ -1,0 +1,82 @@
+"""Latents and text embeddings computed once: the autoencoder's encoder and the text tower can go."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from cldm.cldm import ControlLDM
+from ldm.checkpoint import write_atomically
+from ldm.models.diffusion.ddpm import image_of
+
+
+class CachedLatents(Dataset):
+    """`dataset` with each item's `moments` (8, h, w) beside it, from an h5 file that `cache_latents` made."""
+
+    def __init__(self, dataset: Dataset, path: Path):
+        self.dataset, self.path, self.file = dataset, path, None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        if self.file is None:  # opened in the worker that reads
+            self.file = h5py.File(self.path, "r")
+        index = key[1] if isinstance(key, tuple) else key
+        return {**self.dataset[key], "moments": torch.from_numpy(self.file["moments"][index]).float()}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "file": None}
+
+
+def cache_latents(
+    model: ControlLDM, dataset: Dataset, path: Path, about: Mapping, batch_size: int, device: str
+) -> CachedLatents:
+    """Encode every item's image (`jpg`) into `path`, or take that file if it was made for the same `about`.
+
+    `about` says what the latents depend on: files with their sizes and times, crop, model. A file made for
+    something else is noticed and made anew. Items must not change from epoch to epoch.
+    """
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    if not _is_fresh(path, key):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: _fill(model, dataset, temporary, key, batch_size, device))
+    return CachedLatents(dataset, path)
+
+
+def _is_fresh(path: Path, key: str) -> bool:
+    try:
+        with h5py.File(path, "r") as file:
+            return file.attrs.get("key") == key
+    except OSError:  # no such file, or not h5
+        return False
+
+
+@torch.no_grad()
+def _fill(model: ControlLDM, dataset: Dataset, path: Path, key: str, batch_size: int, device: str) -> None:
+    autoencoder = model.first_stage_model.to(device)
+    weight = autoencoder.encoder.conv_in.weight
+    with h5py.File(path, "w") as file:
+        start, moments = 0, None
+        for batch in tqdm(DataLoader(dataset, batch_size), desc="caching latents", dynamic_ncols=True):
+            posterior = autoencoder.encode(image_of(batch, model.first_stage_key).to(device, weight.dtype))
+            values = torch.cat([posterior.mean, posterior.logvar], dim=1).cpu().numpy().astype(np.float16)
+            if moments is None:
+                shape = (len(dataset), *values.shape[1:])
+                moments = file.create_dataset("moments", shape, np.float16, chunks=(1, *values.shape[1:]))
+            moments[start : start + len(values)] = values
+            start += len(values)
+        file.attrs["key"] = key
+
+
+def drop_encoders(model: ControlLDM, prompts: set[str]) -> None:
+    """Embed `prompts`, then let go of the text tower and of the autoencoder's encoder."""
+    model.get_learned_conditioning(sorted(prompts))
+    model.cond_stage_model = None
+    model.first_stage_model.encoder, model.first_stage_model.quant_conv = None, None

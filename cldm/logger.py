@@ -1,0 +1,121 @@
+"""What a training run shows and keeps: pictures, metrics, progress."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from ldm.data.image import to_uint8, write_image
+from ldm.metrics_csv import MetricsCsv
+
+
+def log_txt_as_img(size: tuple[int, int], texts: list[str]) -> torch.Tensor:
+    """Texts written black on white, wrapped: (b, 3, height, width) in [-1, 1] for size (width, height)."""
+    pictures = []
+    for text in texts:
+        picture = Image.new("RGB", size, "white")
+        points = max(8, size[0] // 16)
+        per_line = max(1, int(size[0] / (0.55 * points)))
+        lines = "\n".join(text[i : i + per_line] for i in range(0, len(text), per_line))
+        ImageDraw.Draw(picture).text((4, 4), lines, fill="black", font=ImageFont.load_default(points))
+        pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1)
+    return torch.stack(pictures)
+
+
+def grid_of(images: dict[str, torch.Tensor]) -> np.ndarray:
+    """A row for each item, a column for each entry of `images` (b, 3, h, w) in [-1, 1]: uint8 (H, W, 3)."""
+    columns = [value.detach().float().cpu().clamp(-1, 1) for value in images.values()]
+    rows = torch.stack(columns, dim=1).flatten(0, 1)
+    return to_uint8(make_grid(rows, nrow=len(columns), padding=4, pad_value=1.0))
+
+
+class ImageLogger(Callback):
+    """Every `batch_frequency` optimizer steps writes a grid of what the model makes of the current batch.
+
+    Pictures go to `folder`/NAME_STEP.png and to TensorBoard, from the first process only. The model's
+    `log_images(batch, max_images)` gives the columns.
+    """
+
+    def __init__(self, folder: str | Path, batch_frequency: int = 2000, max_images: int = 4):
+        self.folder, self.batch_frequency, self.max_images = Path(folder), batch_frequency, max_images
+        self.last_step = -1
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if step == self.last_step or step % self.batch_frequency or not trainer.is_global_zero:
+            return
+        self.last_step = step
+        with trainer.precision_plugin.val_step_context():
+            self.write(trainer, "train", pl_module.log_images(batch, self.max_images))
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if trainer.is_global_zero and pl_module.validation_images:
+            self.write(trainer, "val", pl_module.validation_images)
+
+    def write(self, trainer: pl.Trainer, name: str, images: dict[str, torch.Tensor]) -> None:
+        """Write one grid under `name` and the present step."""
+        grid, step = grid_of(images), trainer.global_step
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_image(self.folder / f"{name}_{step:07d}.png", grid)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(name, grid, step, dataformats="HWC")
+
+
+class CsvLogger(Logger):
+    """Appends metrics to `folder`/metrics.csv; a resumed run drops the rows after its checkpoint first."""
+
+    def __init__(self, folder: str | Path, step: int):
+        super().__init__()
+        self.folder, self.step, self.table = Path(folder), step, None
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict | Namespace, *args, **kwargs) -> None:
+        """Nothing to do: the settings are in the checkpoints."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one row."""
+        if self.table is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.table = MetricsCsv(self.folder / "metrics.csv", self.step)
+        values = {name: value for name, value in metrics.items() if name != "epoch"}
+        if values:
+            self.table.append({"step": int(step), **values})
+
+
+class Progress(Callback):
+    """A bar over the optimizer steps of the run, with loss and images/s, from the first process only."""
+
+    def __init__(self, images_per_step: int):
+        self.images_per_step, self.bar = images_per_step, None
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        look = {"disable": not trainer.is_global_zero, "unit": "step", "dynamic_ncols": True}
+        self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="training", **look)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step > self.bar.n:
+            self.bar.update(trainer.global_step - self.bar.n)
+            rate = (self.bar.format_dict["rate"] or 0.0) * self.images_per_step
+            self.bar.set_postfix_str(f"loss {float(outputs['loss']):.4f}, {rate:.3g} images/s", refresh=False)
+
+    def teardown(self, trainer, pl_module, stage) -> None:
+        if self.bar is not None:
+            self.bar.close()

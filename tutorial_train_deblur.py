@@ -1,0 +1,294 @@
+"""Train a ControlNet that deblurs photographs, on Stable Diffusion 1.5 or 2.1.
+
+    python tutorial_train_deblur.py --demo                      # installation check: minutes, on any computer
+
+    python tool_add_control.py ./models/v1-5-pruned.ckpt ./models/control_sd15_ini.ckpt
+    python tool_make_deblur_dataset.py --source_dir PHOTOS --output_dir ./training/deblur --num_samples 10000
+    python tutorial_train_deblur.py --data_root ./training/deblur --batch_size 4 --precision bf16
+
+Method: ControlNet (Zhang et al. 2023) with the blurry photograph as hint, plus losses on the decoded image
+(see cldm/deblur.py). With SD 1.5 expect pictures that follow the hint after 3 to 7 thousand steps, suddenly
+("sudden convergence"); a logical batch of 64 to 128 (accumulate_grad_batches) is better than more steps. Judge
+by the grids and val/psnr, not by the training loss. Killed or stopped, the same command resumes exactly.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import Dataset
+
+from cldm.cache import cache_latents, drop_encoders
+from cldm.deblur import DeblurControlNet
+from cldm.demo import make_demo_base
+from cldm.model import load_state_dict, read_config
+from cldm.training import StreamData, fit, lightning_precision, prepare_model, report
+from ldm.checkpoint import write_weights
+from ldm.data.paired import BlurDataset, Pair, PairedDataset, find_pairs, split_pairs
+from ldm.data.stream import item_generator
+from ldm.run import run_main
+from tool_add_control import add_control
+from tool_make_deblur_dataset import Settings as MakeSettings
+from tool_make_deblur_dataset import make_dataset
+
+
+@dataclass
+class Settings:
+    # ---- data
+    # Folder of tool_make_deblur_dataset.py, a GoPro tree, or (with sharp_root) a folder of blurry pictures.
+    data_root: str = "./training/deblur"
+    # Folder of the sharp pictures, matched to data_root's by name; empty: data_root holds both.
+    sharp_root: str = ""
+    # A blur_types.json or a list file of `blurry sharp` lines, relative to data_root; empty: look in data_root.
+    json_file: str = ""
+    # Pixels of the square crop, a multiple of 64.
+    image_size: int = 512
+    # Part of the source photographs held out for validation, 0 for none; at most val_samples pairs are used.
+    val_fraction: float = 0.05
+    val_samples: int = 16
+    # Prompt of every picture; {blur_type} in it becomes the pair's blur type ("motion blur").
+    prompt: str = "a sharp, detailed, high-quality photograph"
+    # Part of the training prompts that is left empty, so that guidance works.
+    prompt_dropout: float = 0.1
+    # Random crop, flips, 90-degree turns and colour jitter, the same for both pictures of a pair.
+    use_augmentation: bool = False
+    # Take only the sharp pictures, and blur them anew every time.
+    blur_on_the_fly: bool = False
+    # Worker processes that read and decode pictures.
+    num_workers: int = 4
+
+    # ---- model
+    # Stable Diffusion with a ControlNet, as tool_add_control.py makes it.
+    resume_path: str = "./models/control_sd15_ini.ckpt"
+    config_path: str = "./models/cldm_v15_deblur.yaml"
+    # Channel and spatial attention on the hint features (no other tool reads it).
+    use_attention: bool = False
+    # False also trains the UNet's decoder: then use learning_rate 2e-6.
+    sd_locked: bool = True
+    # Feed the ControlNet into the UNet's middle block only: faster, weaker.
+    only_mid_control: bool = False
+    # Weight of the losses on the decoded image, 0 to switch them off, and of the VGG-19 distance among them.
+    deblur_loss_weight: float = 1.0
+    perceptual_loss_weight: float = 0.1
+    # Side of the decoded crop in latents (one is 8 pixels), 0 for the whole image.
+    deblur_crop: int = 32
+
+    # ---- training
+    batch_size: int = 4
+    accumulate_grad_batches: int = 1
+    learning_rate: float = 1e-5
+    # Passes over the data, or optimizer steps if max_steps is above 0.
+    max_epochs: int = 10
+    max_steps: int = -1
+    seed: int = 0
+    # adamw, or adamw8bit (needs bitsandbytes and CUDA): a quarter of the optimizer's memory.
+    optimizer: str = "adamw"
+    # Decay of an exponential moving average of the ControlNet, used for validation; 0 for none.
+    ema_decay: float = 0.0
+
+    # ---- machine
+    gpus: int = 1
+    num_nodes: int = 1
+    # auto, ddp or fsdp, as Lightning names them.
+    strategy: str = "auto"
+    # 16, bf16 or 32 (or Lightning's names).
+    precision: str = "32"
+    # Recompute activations in the backward pass: less memory, a third more time.
+    gradient_checkpointing: bool = False
+    # Compute latents and text embeddings once, before training; needs crops that do not change.
+    cache_latents: bool = False
+    compile: bool = False
+
+    # ---- output
+    output_dir: str = "./outputs/deblur"
+    # Optimizer steps between two: grids of training pictures, rows of metrics, checkpoints, validations.
+    logger_freq: int = 500
+    log_steps: int = 10
+    save_steps: int = 500
+    val_steps: int = 500
+    # Sampling steps of each validation picture.
+    val_ddim_steps: int = 20
+    # Check the installation: tiny networks, scikit-image's photographs, a few minutes on a CPU.
+    demo: bool = False
+
+
+class DeblurDataset(Dataset):
+    """Crops under the names that a ControlNet's training expects.
+
+    Items: jpg (h, w, 3) sharp in [-1, 1], hint (h, w, 3) blurry in [0, 1], txt the prompt, path, seed.
+    """
+
+    def __init__(self, crops: Dataset, prompt: str, prompt_dropout: float = 0.0):
+        self.crops, self.prompt, self.prompt_dropout = crops, prompt, prompt_dropout
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        item = self.crops[key]
+        dropped = torch.rand((), generator=item_generator(item["seed"] + 5)) < self.prompt_dropout
+        return {
+            "jpg": item["sharp"].permute(1, 2, 0),
+            "txt": "" if dropped else fill_prompt(self.prompt, item["blur_type"]),
+            "hint": (item["blurry"].permute(1, 2, 0) + 1) / 2,
+            "path": item["path"],
+            "seed": item["seed"],
+        }
+
+
+def fill_prompt(prompt: str, blur_type: str) -> str:
+    """The prompt of a pair: {blur_type} in it becomes "motion blur" and the like."""
+    return prompt.replace("{blur_type}", blur_type.replace("_", " ") or "blur")
+
+
+def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]:
+    """Training crops, held-out crops (None without any), and the pairs of the first, then of the second.
+
+    Raises ValueError or FileNotFoundError that names the file, the line or the pair that is wrong.
+    """
+    if settings.image_size % 64 or settings.image_size <= 0:
+        raise ValueError(f"image_size must be a multiple of 64, not {settings.image_size}")
+    root = Path(settings.data_root)
+    if not root.exists():
+        raise FileNotFoundError(
+            f"no data at {root}: make some with `python tool_make_deblur_dataset.py --source_dir PHOTOS "
+            f"--output_dir {root}`, or try `python tutorial_train_deblur.py --demo`"
+        )
+    if settings.json_file:
+        pairs = find_pairs(settings.json_file, data_root=root)
+    else:
+        pairs = find_pairs(root, settings.sharp_root or None)
+    held_out = []
+    if settings.val_fraction > 0:
+        pairs, held_out = split_pairs(pairs, settings.val_fraction, settings.seed)
+    options = {"augment": settings.use_augmentation, "color_jitter": 0.1 * settings.use_augmentation}
+    if settings.blur_on_the_fly:
+        sharp = sorted({pair.sharp for pair in pairs})
+        train = BlurDataset(sharp, settings.image_size, settings.seed, **options)
+    else:
+        train = PairedDataset(pairs, settings.image_size, settings.seed, **options)
+    train = DeblurDataset(train, settings.prompt, settings.prompt_dropout)
+    if not held_out:
+        return train, None, pairs
+    few = held_out[:: -(-len(held_out) // settings.val_samples)]
+    validation = PairedDataset(few, settings.image_size, settings.seed)
+    return train, DeblurDataset(validation, settings.prompt), [*pairs, *few]
+
+
+def with_cached_latents(
+    model: DeblurControlNet, datasets: list[Dataset | None], pairs: list[Pair], settings: Settings
+) -> list[Dataset | None]:
+    """The data sets with latents from a cache in the run's folder; the model's encoders are let go.
+
+    Raises ValueError if crops change from epoch to epoch.
+    """
+    if settings.use_augmentation or settings.blur_on_the_fly:
+        raise ValueError("--cache_latents needs crops that stay: switch off augmentation and blur on the fly")
+    files = [(str(pair.sharp), pair.sharp.stat().st_size, pair.sharp.stat().st_mtime_ns) for pair in pairs]
+    base = Path(settings.resume_path).stat()
+    about = {"files": files, "size": settings.image_size, "model": (base.st_size, base.st_mtime_ns)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cached = []
+    for name, dataset in zip(("train", "val"), datasets, strict=True):
+        path = Path(settings.output_dir) / "cache" / f"{name}_latents.h5"
+        about = {**about, "set": name}
+        cached.append(dataset and cache_latents(model, dataset, path, about, settings.batch_size, device))
+    types = {pair.blur_type for pair in pairs}
+    drop_encoders(model, {"", *(fill_prompt(settings.prompt, blur_type) for blur_type in types)})
+    return cached
+
+
+def check_start(settings: Settings) -> None:
+    """Raise FileNotFoundError that says how to get the file that training starts from, if it is missing."""
+    if not Path(settings.resume_path).is_file():
+        raise FileNotFoundError(
+            f"{settings.resume_path} not found: it is Stable Diffusion with a ControlNet added. Get "
+            "v1-5-pruned.ckpt (or .safetensors) of Stable Diffusion 1.5, for instance from Hugging Face, put "
+            "it into models/, then run `python tool_add_control.py ./models/v1-5-pruned.ckpt "
+            f"{settings.resume_path}`. To see everything run without it: "
+            "`python tutorial_train_deblur.py --demo`"
+        )
+
+
+def demo_settings(settings: Settings) -> Settings:
+    """The same run at the size of a demonstration, on photographs inside scikit-image."""
+    folder = Path("outputs/deblur_demo")
+    print(
+        "This demonstration checks the installation: a tiny model learns for a few minutes. It shows every "
+        "stage of training and is no restorer; that takes Stable Diffusion's weights and a GPU."
+    )
+    make_dataset(
+        MakeSettings(output_dir=str(folder / "data"), num_samples=240, image_size=64, blur_scale=0.3)
+    )
+    return replace(
+        settings,
+        data_root=str(folder / "data"),
+        image_size=64,
+        val_fraction=0.2,
+        val_samples=8,
+        num_workers=0,
+        resume_path=str(folder / "control_tiny_ini.safetensors"),
+        config_path="./models/cldm_tiny_deblur.yaml",
+        perceptual_loss_weight=0.0,
+        deblur_crop=0,
+        batch_size=8,
+        learning_rate=1e-3,
+        max_steps=settings.max_steps if settings.max_steps > 0 else 300,
+        output_dir=str(folder),
+        logger_freq=100,
+        save_steps=100,
+        val_steps=100,
+        val_ddim_steps=10,
+    )
+
+
+def make_demo_start(settings: Settings, config: dict, dataset: Dataset) -> None:
+    """Teach the tiny model that stands in for Stable Diffusion, and add a ControlNet to it."""
+    start = Path(settings.resume_path)
+    base = start.with_name("tiny_diffusion.safetensors")
+    make_demo_base(base, config, dataset, autoencoder_steps=300, unet_steps=300)
+    if not start.is_file():
+        write_weights(start, add_control(load_state_dict(base), config, base)[0])
+
+
+def main(settings: Settings) -> None:
+    """Train, then say where everything is."""
+    # Settings: everything that can be wrong is found before anything is loaded.
+    if settings.demo:
+        settings = demo_settings(settings)
+    lightning_precision(settings.precision)
+    config = read_config(settings.config_path)
+    if settings.use_attention:
+        config["target"] = "cldm.deblur.DeblurControlNetWithAttention"
+
+    # Seed and data.
+    pl.seed_everything(settings.seed, verbose=False)
+    train, validation, pairs = find_crops(settings)
+    if settings.demo:
+        make_demo_start(settings, config, train)
+
+    # Model.
+    check_start(settings)
+    for name in ("deblur_loss_weight", "perceptual_loss_weight", "deblur_crop"):
+        config["params"][name] = getattr(settings, name)
+    model = prepare_model(config, settings)
+    model.validation_ddim_steps = settings.val_ddim_steps
+    if settings.deblur_loss_weight and settings.perceptual_loss_weight:
+        model.load_perceptual()
+
+    # Latents and embeddings, if they are to be computed once.
+    if settings.cache_latents:
+        train, validation = with_cached_latents(model, [train, validation], pairs, settings)
+
+    # Training, resumed where it stopped.
+    trainer = fit(model, StreamData(train, validation, settings), settings, config)
+
+    # Summary.
+    checkpoint = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
+    what_next = f"python infer.py deblur --checkpoint_path {checkpoint} --input PHOTOS --output_dir restored"
+    report(trainer, settings, what_next)
+
+
+if __name__ == "__main__":
+    run_main(main, Settings)
