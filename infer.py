@@ -2,6 +2,7 @@
 
     python infer.py srn --input photo.jpg --output_dir restored
     python infer.py srn --input FOLDER --output_dir restored --checkpoint_path models/my.safetensors
+    python infer.py kontext --input photo.jpg --output_dir restored --lora_path lora.safetensors
 
 Results are PNG files under the names of their sources; those that exist are not made again.
 `python infer.py srn --help` lists the options.
@@ -9,6 +10,7 @@ Results are PNG files under the names of their sources; those that exist are not
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +72,43 @@ class SRN(Files):
         return lambda image, path: restore_image(network, image, **options)
 
 
-COMMANDS = {"srn": SRN}
+@dataclass(kw_only=True)
+class Kontext(Files):
+    """Restore with FLUX.1 Kontext and a LoRA of train_kontext_lora.py (docs/kontext.md)."""
+
+    pretrained_model_name_or_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
+    lora_path: Path | None = None  # without it the model as it is
+    lora_scale: float = 1.0  # strength of the LoRA
+    prompt: str = ""  # empty: the one that the LoRA was trained with
+    num_inference_steps: int = 30
+    guidance_scale: float = 2.5
+    resolution: int = 1024  # larger pictures are restored at that many pixels squared, and scaled back
+    seed: int = 0
+    base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the transformer; fp8 halves it
+
+    def restorer(self) -> Restorer:
+        from ldm.models.kontext import load_restorer
+
+        restore = load_restorer(
+            self.pretrained_model_name_or_path,
+            self.lora_path,
+            self.prompt,
+            prompt_cache=self.output_dir / ".prompt.safetensors",
+            lora_scale=self.lora_scale,
+            device=self.torch_device(),
+            fp8=self.base_precision == "fp8",
+        )
+        options = {
+            "steps": self.num_inference_steps,
+            "guidance": self.guidance_scale,
+            "resolution": self.resolution,
+            "seed": self.seed,
+            "progress": partial(tqdm, desc="steps", leave=False),
+        }
+        return lambda image, path: restore(image, **options)
+
+
+COMMANDS = {"srn": SRN, "kontext": Kontext}
 
 
 def is_result(path: Path, files: Files) -> bool:

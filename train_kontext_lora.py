@@ -10,7 +10,6 @@ The same command again resumes a stopped run. The result, lora.safetensors, load
 Forge. The files that the model folder needs, memory and time are in docs/kontext.md.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +27,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from ldm.checkpoint import write_weights
 from ldm.data.degraded import DegDataset, example_sheet
 from ldm.data.image import photographs, read_image, to_uint8, write_image
 from ldm.data.stream import item_generator
@@ -42,11 +40,11 @@ from ldm.models.kontext import (
     load_autoencoder,
     load_flux,
     restore_image,
-    save_flux,
+    write_tiny_folder,
 )
 from ldm.modules.ema import EMA
-from ldm.modules.flux import Flux, FluxParams, predict_velocity, shift_timesteps
-from ldm.modules.lora import make_lora, save_lora, start_from
+from ldm.modules.flux import Flux, predict_velocity, shift_timesteps
+from ldm.modules.lora import load_lora, make_lora, merge, save_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.run import Run, run_main, start_fabric
 
@@ -57,7 +55,7 @@ from ldm.run import Run, run_main, start_fabric
 class Settings:
     """Train a LoRA of FLUX.1 Kontext on photographs."""
 
-    demo: bool = False  # a tiny network with random weights, on photographs inside scikit-image
+    demo: bool = False  # tiny networks of random weights: the loss falls, but previews stay noise
     pretrained_model_name_or_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
     hr_root: Path = Path("training/photos")  # clean photographs
     lr_root: Path | None = None  # their damaged versions; without it damage is made on the fly
@@ -122,8 +120,9 @@ DEMO = {
     "output_dir": Path("outputs/kontext_demo"),
     "resolution": 64,
     "lora_targets": "all",
-    "train_batch_size": 8,
+    "train_batch_size": 4,
     "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
     "max_train_steps": 300,
     "learning_rate": 3e-3,
     "lr_scheduler": "cosine",
@@ -296,7 +295,7 @@ def check(settings: Settings) -> None:
 
 
 def load_models(folder: Path, settings: Settings, device: torch.device) -> tuple[FluxAutoencoder, Flux]:
-    """The frozen autoencoder (float32) and transformer (bfloat16 on CUDA, float32 on a CPU)."""
+    """The frozen autoencoder and transformer."""
     autoencoder = load_autoencoder(folder / AUTOENCODER, device)
     autoencoder.decoder.use_checkpoint = True
     model = load_flux(
@@ -371,6 +370,10 @@ def update(
     optimizer.zero_grad()
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    return {"memory_gb": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+
 def main(settings: Settings) -> None:
     if settings.demo:
         settings = make_demo(settings)
@@ -420,8 +423,7 @@ def main(settings: Settings) -> None:
         update(fabric, adapter, optimizer, rate, settings)
         ema.update(adapter)
         seconds, start = time.perf_counter() - start, time.perf_counter()
-        memory = torch.cuda.max_memory_allocated() if fabric.device.type == "cuda" else 0
-        run.advance({**metrics, "tokens/s": tokens / seconds, "memory_gb": memory / 2**30}, batch["name"])
+        run.advance({**metrics, "tokens/s": tokens / seconds, **peak_memory(fabric.device)}, batch["name"])
         if run.step % settings.save_every and run.step != steps:
             continue
 
@@ -441,6 +443,8 @@ def main(settings: Settings) -> None:
         run.save()
         start = time.perf_counter()
 
+    if settings.demo:
+        check_demo(settings, run)
     run.finish(
         f"python infer.py kontext --pretrained_model_name_or_path {settings.pretrained_model_name_or_path} "
         f"--lora_path {settings.output_dir / 'lora.safetensors'} --input FILE_OR_FOLDER --output_dir restored"
@@ -464,29 +468,28 @@ def make_demo(settings: Settings) -> Settings:
     untouched = [name for name in DEMO if getattr(settings, name) == getattr(Settings(), name)]
     settings = replace(settings, **{name: DEMO[name] for name in untouched})
     folder, photos = settings.output_dir / "tiny_model", settings.output_dir / "photos"
-    settings = replace(settings, pretrained_model_name_or_path=folder, hr_root=photos)
-    if (settings.output_dir / "prompt.safetensors").is_file():
-        return settings
-    folder.mkdir(parents=True, exist_ok=True)
-    photos.mkdir(exist_ok=True)
+    photos.mkdir(parents=True, exist_ok=True)
     for path in photographs():
-        image = read_image(path)
-        write_image(photos / f"{path.stem}.png", cv2.resize(image, None, fx=0.5, fy=0.5))
-    generator = torch.Generator().manual_seed(0)
-    sizes = FluxParams(64, 64, 32, 48, 128, 4.0, 4, depth=2, depth_single_blocks=4, axes_dim=(8, 12, 12))
-    config = {"ch": 32, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_channels": 16}
-    models = Flux(sizes), FluxAutoencoder(config)
-    for parameter in (p for model in models for p in model.parameters() if p.ndim > 1):
-        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
-    save_flux(folder / TRANSFORMER, models[0])
-    write_weights(folder / AUTOENCODER, models[1].state_dict(), {"ddconfig": json.dumps(config)})
-    prompt = {
-        "t5": torch.randn(1, 16, 48, generator=generator),
-        "pooled": torch.randn(1, 32, generator=generator),
-    }
-    cache = settings.output_dir / "prompt.safetensors"  # in the place of what the text encoders would make
-    write_weights(cache, prompt, {"prompt": settings.instance_prompt})
-    return settings
+        write_image(photos / f"{path.stem}.png", cv2.resize(read_image(path), None, fx=0.5, fy=0.5))
+    write_tiny_folder(folder, settings.output_dir / "prompt.safetensors", settings.instance_prompt)
+    return replace(settings, pretrained_model_name_or_path=folder, hr_root=photos)
+
+
+def check_demo(settings: Settings, run: Run) -> None:
+    """Load the file that was saved into a fresh model, merge it, and say what either changes."""
+    folder, image = settings.pretrained_model_name_or_path, read_image(settings.hr_root / "chelsea.png")
+    autoencoder, model = load_models(folder, settings, run.fabric.device)
+    prompt = cached_prompt(settings.output_dir / "prompt.safetensors", folder, settings.instance_prompt)
+    prompt = {name: value.to(run.fabric.device) for name, value in prompt.items()}
+    restore = partial(restore_image, model, autoencoder, prompt, image[:64, :96], steps=4)
+    base = restore().astype(float)
+    load_lora(model, settings.output_dir / "lora.safetensors")
+    loaded = restore().astype(float)
+    merge(model)
+    change, rounding = abs(loaded - base).mean(), abs(restore() - loaded).max()
+    run.say(
+        f"lora.safetensors, loaded: changes a picture by {change:.1f} of 255; merged: {rounding:.0f} more"
+    )
 
 
 if __name__ == "__main__":

@@ -6,20 +6,23 @@ Weights are memory-mapped and go straight into place: nothing is initialised fir
 import json
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ldm.checkpoint import read_weights, write_weights
 from ldm.data.image import to_tensor, to_uint8
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.encoders.modules import CLIPTextModel, tokenize
 from ldm.modules.flux import Flux, FluxParams, sample, schedule
+from ldm.modules.fp8 import quantize, store_in_fp8
+from ldm.modules.lora import block_linears, load_lora, read_lora
 
 TRANSFORMER = "flux1-kontext-dev.safetensors"
 AUTOENCODER = "ae.safetensors"
@@ -63,66 +66,27 @@ class FluxAutoencoder(AutoencoderKL):
         return super().decode(latent / self.scale_factor + self.shift_factor)
 
 
-class Fp8Matmul(torch.autograd.Function):
-    """x @ weight.T for an 8-bit weight that is widened when it is used, and again for the gradient of x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight, scale = ctx.saved_tensors
-        return (grad * scale.to(grad.dtype)) @ weight.to(grad.dtype), None, None
-
-
-class Fp8Linear(nn.Module):
-    """A frozen linear layer in float8 e4m3 with one scale per output row, computed in the input's dtype.
-
-    The scales are powers of two: widening to bfloat16 and scaling are exact, only the storage rounds.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        weight = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("weight_scale", torch.empty(out_features))
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = Fp8Matmul.apply(x, self.weight, self.weight_scale)
-        return y if self.bias is None else y + self.bias
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) -> float8 e4m3 (out, in) and float32 scale (out,) with weight = float8 * scale, nearly."""
-    limit = torch.finfo(torch.float8_e4m3fn).max
-    largest = weight.abs().amax(dim=1).float().clamp(min=1e-30)
-    scale = torch.exp2(torch.ceil(torch.log2(largest / limit)))
-    return (weight.float() / scale[:, None]).clamp(-limit, limit).to(torch.float8_e4m3fn), scale
-
-
 def load_flux(
     path: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     fp8: bool = False,
     progress: Callable[[list], Iterable] = iter,
 ) -> Flux:
     """A frozen transformer from a file; with `fp8` the linears of its blocks are stored in 8 bits.
 
+    Without a `dtype` it computes in bfloat16 on CUDA and in float32 elsewhere.
     Sizes are Kontext's unless the file's metadata holds "flux_params" (see `save_flux`). `progress` may wrap
     the list of names in a progress bar. Raises FileNotFoundError, ValueError for a damaged or foreign file.
     """
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     weights = read_weights(path)
     with safe_open(path, framework="pt") as file:
         sizes = json.loads((file.metadata() or {}).get("flux_params", "{}"))
     with torch.device("meta"):
         model = Flux(FluxParams(**sizes))
         check_weights(model, weights, path)
-        eight_bit = _store_blocks_in_fp8(model) if fp8 else set()
+        eight_bit = store_in_fp8(model, block_linears(model)) if fp8 else set()
     state = {}
     for name in progress(list(weights)):
         value = weights.pop(name).to(device)
@@ -132,17 +96,6 @@ def load_flux(
             state[name] = value.to(dtype)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
-
-
-def _store_blocks_in_fp8(model: Flux) -> set[str]:
-    names = set()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "_blocks." in name:
-            parent, _, child = name.rpartition(".")
-            replacement = Fp8Linear(module.in_features, module.out_features, module.bias is not None)
-            setattr(model.get_submodule(parent), child, replacement)
-            names.add(f"{name}.weight")
-    return names
 
 
 def check_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
@@ -269,3 +222,55 @@ def restore_image(
     if (h, w) == (height, width):
         return restored
     return cv2.resize(restored, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def load_restorer(
+    folder: str | Path,
+    lora_path: str | Path | None = None,
+    prompt: str = "",
+    prompt_cache: str | Path = "prompt.safetensors",
+    lora_scale: float = 1.0,
+    device: str | torch.device = "cpu",
+    fp8: bool = False,
+) -> Callable[..., np.ndarray]:
+    """`restore_image` with model, autoencoder and prompt filled in from a model folder and a LoRA file.
+
+    Without `prompt` it is the LoRA's own, whose embedding is beside its file after training; that of another
+    prompt is kept in `prompt_cache`. Raises ValueError if there is no prompt at all.
+    """
+    folder = check_folder(folder, (TRANSFORMER, AUTOENCODER))
+    trained = read_lora(lora_path)[1].get("prompt", "") if lora_path else ""
+    if not (prompt or trained):
+        raise ValueError("give a --prompt: there is no LoRA, or its file does not name its own")
+    own = trained and prompt in ("", trained)
+    cache = Path(lora_path).with_name("prompt.safetensors") if own else Path(prompt_cache)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    embeddings = cached_prompt(cache, folder, prompt or trained, device)
+    embeddings = {name: value.to(device) for name, value in embeddings.items()}
+    autoencoder = load_autoencoder(folder / AUTOENCODER, device)
+    model = load_flux(folder / TRANSFORMER, device, fp8=fp8, progress=partial(tqdm, desc="loading"))
+    if lora_path:
+        load_lora(model, lora_path, lora_scale)
+    return partial(restore_image, model, autoencoder, embeddings)
+
+
+def write_tiny_folder(folder: str | Path, cache: str | Path, prompt: str, seed: int = 0) -> None:
+    """A transformer and an autoencoder of random weights and toy sizes, for demonstrations and tests.
+
+    `cache` is what `cached_prompt` then finds for `prompt`: 16 random tokens instead of text encoders.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = FluxParams(64, 64, 32, 48, 128, 4.0, 4, depth=2, depth_single_blocks=4, axes_dim=(8, 12, 12))
+    config = {"ch": 32, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_channels": 16}
+    flux, autoencoder = Flux(sizes), FluxAutoencoder(config)
+    for parameter in (*flux.parameters(), *autoencoder.parameters()):
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+        else:  # biases, and the weights of norms
+            nn.init.constant_(parameter, float((parameter == 1).all()))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_flux(Path(folder) / TRANSFORMER, flux)
+    metadata = {"ddconfig": json.dumps(config)}
+    write_weights(Path(folder) / AUTOENCODER, autoencoder.state_dict(), metadata)
+    t5, pooled = (torch.randn(shape, generator=generator) for shape in ((1, 16, 48), (1, 32)))
+    write_weights(cache, {"t5": t5, "pooled": pooled}, {"prompt": prompt})

@@ -1,0 +1,31 @@
+import torch
+
+from ldm.modules.fp8 import Fp8Linear, quantize
+from tests.fill import draw
+
+
+def test_quantised_rows_are_within_half_a_step_of_float8():
+    weight = torch.randn(8, 256) * torch.logspace(-4, 4, 8)[:, None]
+    eight, scale = quantize(weight)
+    widened = eight.float() * scale[:, None]
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    step = torch.maximum(
+        weight.abs() / 16, largest * 2.0**-17
+    )  # 3 bits of mantissa; subnormals at the bottom
+    assert ((widened - weight).abs() <= step).all()
+    assert torch.equal(widened.bfloat16().float(), widened)  # widening is exact
+    assert torch.equal(quantize(torch.zeros(2, 4))[0].float(), torch.zeros(2, 4))
+
+
+def test_fp8_linear_and_its_gradient():
+    linear, eight = torch.nn.Linear(32, 16), Fp8Linear(32, 16)
+    weight, scale = quantize(linear.weight.detach())
+    eight.load_state_dict({"weight": weight, "weight_scale": scale, "bias": linear.bias.detach()})
+    linear.weight.data = weight.float() * scale[:, None]
+    gradients = []
+    for layer in (linear, eight):
+        x = draw("x", (3, 5, 32)).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        gradients.append((y.detach(), x.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])

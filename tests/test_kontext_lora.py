@@ -1,0 +1,392 @@
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import infer
+import train_kontext_lora as script
+from ldm import checkpoint
+from ldm.data.image import photographs, read_image, write_image
+from ldm.models.kontext import (
+    TRANSFORMER,
+    load_autoencoder,
+    load_flux,
+    load_restorer,
+    restore_image,
+    write_tiny_folder,
+)
+from ldm.modules.flux import pack, shift_timesteps, unpack
+from ldm.modules.lora import load_lora, make_lora
+from train_kontext_lora import Settings, draw_noise, flow_loss, learning_rate_factor, loss_weight, main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Photographs, a tiny model folder and an embedded prompt, as the demonstration makes them."""
+    folder = tmp_path_factory.mktemp("kontext")
+    (folder / "photos").mkdir()
+    for path in photographs(("chelsea.png", "coffee.png")):
+        write_image(folder / "photos" / path.name, cv2.resize(read_image(path), None, fx=0.2, fy=0.2))
+    write_tiny_folder(folder / "model", folder / "prompt.safetensors", "restore")
+    return folder
+
+
+def make_settings(folder: Path, output_dir: Path, **values) -> Settings:
+    output_dir.mkdir(exist_ok=True)
+    shutil.copy(folder / "prompt.safetensors", output_dir)
+    settings = Settings(
+        pretrained_model_name_or_path=folder / "model",
+        hr_root=folder / "photos",
+        output_dir=output_dir,
+        instance_prompt="restore",
+        resolution=32,
+        rank=4,
+        train_batch_size=2,
+        gradient_accumulation_steps=1,
+        max_train_steps=4,
+        learning_rate=3e-3,
+        save_every=4,
+        preview_images=1,
+        preview_steps=1,
+        num_workers=0,
+        dropout=0.1,
+    )
+    return replace(settings, **values)
+
+
+def trained(output_dir: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(output_dir / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def distance(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """Of the up matrices, relative to their norm: here and there Adam turns rounding into a sign."""
+    names = [name for name in weights if name.endswith("lora_up.weight")]
+    ours, theirs = (torch.cat([w[name].flatten() for name in names]) for w in (weights, others))
+    assert ours.abs().max() > 1e-3
+    return ((ours - theirs).norm() / ours.norm()).item()
+
+
+def test_a_killed_run_resumes_exactly(folder, tmp_path):
+    main(make_settings(folder, tmp_path / "whole", save_every=2))
+    broken = make_settings(folder, tmp_path / "broken", save_every=2)
+    steps = script.Run.advance
+
+    def killed(run, *arguments):
+        if run.step == 3:
+            raise KeyboardInterrupt
+        steps(run, *arguments)
+
+    script.Run.advance = killed
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main(broken)
+    finally:
+        script.Run.advance = steps
+    torch.manual_seed(12345)  # whatever happened in between
+    main(broken)
+    whole, resumed = trained(tmp_path / "whole"), trained(tmp_path / "broken")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    for name in ("lora.safetensors", "lora_0000002.safetensors", "lora_0000004.safetensors"):
+        files = [checkpoint.read_weights(tmp_path / run / name) for run in ("whole", "broken")]
+        assert all(torch.equal(value, files[1][key]) for key, value in files[0].items())
+    with pytest.raises(ValueError, match="rank was 4, is 8"):
+        main(replace(broken, rank=8))
+
+
+def test_accumulated_steps_equal_one_large_batch(folder, tmp_path):
+    common = {"dropout": 0.0, "max_train_steps": 2}
+    main(make_settings(folder, tmp_path / "a", train_batch_size=4, **common))
+    main(make_settings(folder, tmp_path / "b", train_batch_size=1, gradient_accumulation_steps=4, **common))
+    assert distance(trained(tmp_path / "a"), trained(tmp_path / "b")) < 1e-3
+
+
+def test_two_processes_with_a_sharded_base_equal_one(folder, tmp_path):
+    common = {"dropout": 0.0, "max_train_steps": 2}
+    main(make_settings(folder, tmp_path / "one", train_batch_size=2, **common))
+    settings = make_settings(folder, tmp_path / "two", train_batch_size=1, devices=2, **common)
+    values = {name: value for name, value in vars(settings).items() if not isinstance(value, bool)}
+    flags = [f"--{name}={value}" for name, value in values.items() if value != getattr(Settings(), name)]
+    subprocess.run([sys.executable, "train_kontext_lora.py", "--shard_base", *flags], check=True)
+    assert distance(trained(tmp_path / "one"), trained(tmp_path / "two")) < 1e-3
+
+
+def test_one_batch_is_learnt(folder):
+    torch.manual_seed(0)
+    model = load_flux(folder / "model" / TRANSFORMER)
+    adapter = make_lora(model, "all", 16, 16)
+    optimizer = torch.optim.AdamW(adapter.parameters(), 3e-3)
+    prompt = checkpoint.read_weights(folder / "prompt.safetensors")
+    target, control = torch.randn(2, 4, 16, 4, 4)
+    sigma, noise = draw_noise(range(4), (16, 4, 4), "logit_normal")
+    losses = []
+    for _ in range(60):
+        loss, _ = flow_loss(model, target, control, prompt, sigma, noise, Settings())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.35 * losses[0]
+
+
+def test_loss_of_a_perfect_network_is_zero():
+    target, control = torch.randn(2, 3, 16, 4, 4)
+    sigma, noise = draw_noise([5, 6, 7], (16, 4, 4), "uniform")
+    prompt = {"t5": torch.zeros(1, 2, 8), "pooled": torch.zeros(1, 8)}
+
+    def perfect(img, timesteps, guidance, **_):
+        x, given = (unpack(tokens, 4, 4) for tokens in img.chunk(2, dim=1))
+        assert torch.equal(given, control) and torch.equal(guidance, torch.ones(3))
+        level = timesteps[:, None, None, None]
+        torch.testing.assert_close(x, (1 - level) * target + level * noise)
+        velocity = noise - target
+        return torch.cat([pack(velocity), torch.full_like(img[:, :4], 1e9)], dim=1)
+
+    loss, estimate = flow_loss(perfect, target, control, prompt, sigma, noise, Settings())
+    assert loss < 1e-10
+    torch.testing.assert_close(estimate, target, rtol=1e-4, atol=1e-4)
+    wrong, _ = flow_loss(lambda **k: perfect(**k) + 0.5, target, control, prompt, sigma, noise, Settings())
+    assert wrong.item() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_timesteps_and_noise_belong_to_their_sample():
+    together = draw_noise([1, 2, 3], (16, 4, 4), "logit_normal")
+    alone = draw_noise([2], (16, 4, 4), "logit_normal")
+    assert torch.equal(together[0][1:2], alone[0]) and torch.equal(together[1][1:2], alone[1])
+    sigmas = {
+        name: draw_noise(range(2000), (1, 8, 8), name)[0] for name in ("logit_normal", "uniform", "shifted")
+    }
+    assert sigmas["logit_normal"].logit().mean().abs() < 0.07
+    assert sigmas["logit_normal"].logit().std() == pytest.approx(1, abs=0.05)
+    assert sigmas["uniform"].mean() == pytest.approx(0.5, abs=0.02)
+    assert sigmas["uniform"].std() == pytest.approx(12**-0.5, abs=0.02)
+    torch.testing.assert_close(sigmas["shifted"], shift_timesteps(sigmas["logit_normal"], 16).clamp(min=1e-3))
+
+
+def test_weights_of_the_noise_levels():
+    sigma = torch.tensor([0.1, 0.5, 1.0])
+    assert loss_weight(sigma, "none").tolist() == [1, 1, 1]
+    torch.testing.assert_close(loss_weight(sigma, "sigma_sqrt"), torch.tensor([100.0, 4.0, 1.0]))
+    uniform = torch.linspace(0, 1, 10_001)
+    assert loss_weight(uniform, "cosmap").mean() == pytest.approx(1, abs=1e-3)  # a density on [0, 1]
+    assert loss_weight(uniform, "cosmap").max() == pytest.approx(4 / np.pi)  # in the middle
+
+
+def test_learning_rates():
+    settings = Settings(max_train_steps=110, lr_warmup_steps=10)
+    rates = {
+        name: [
+            learning_rate_factor(step, replace(settings, lr_scheduler=name))
+            for step in (0, 4, 9, 10, 60, 109)
+        ]
+        for name in ("constant", "linear", "cosine")
+    }
+    assert rates["constant"] == [0.1, 0.5, 1, 1, 1, 1]
+    assert rates["linear"] == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0.01])
+    assert rates["cosine"] == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0.000247], abs=1e-5)
+
+
+def test_latents_are_kept_by_picture_not_by_step():
+    class Counting(nn.Module):
+        seen = 0
+
+        def encode(self, images):
+            self.seen += len(images)
+            return images.mean(dim=(2, 3), keepdim=True)
+
+    images, cache, autoencoder = torch.randn(4, 3, 8, 8), {}, Counting()
+    for rows in ([0, 1], [1, 3, 1], [2, 3], [3, 2, 1, 0]):
+        rows = torch.tensor(rows)
+        latents = script.encode(autoencoder, images[rows], rows, cache)
+        assert torch.equal(latents, images[rows].mean(dim=(2, 3), keepdim=True))
+    assert autoencoder.seen == 4
+
+
+def test_perceptual_term_sees_small_noise_alone_and_has_gradients(folder):
+    autoencoder = load_autoencoder(folder / "model" / "ae.safetensors")
+    sizes = []
+
+    def distance(restored, clean):
+        sizes.append(tuple(restored.shape))
+        return (restored - clean).square().mean(dim=(1, 2, 3))
+
+    target = torch.randn(3, 3, 64, 64).tanh()
+    batch, sigma = {"target": target, "seed": torch.tensor([3, 4, 5])}, torch.tensor([0.2, 0.9, 0.4])
+    estimate = torch.randn(3, 16, 8, 8, requires_grad=True)
+    term = script.perceptual_term(autoencoder, distance, estimate, batch, sigma, crop=32)
+    term.backward()
+    assert sizes == [(2, 3, 32, 32)]
+    assert (
+        (estimate.grad[1] == 0).all()
+        and estimate.grad[0].abs().max() > 0
+        and estimate.grad[2].abs().max() > 0
+    )
+    assert (estimate.grad[0] != 0).any(dim=0).sum() == 16  # the crop's 4 x 4 latent pixels
+    whole = script.perceptual_term(autoencoder, distance, estimate, batch, sigma, crop=256)
+    with torch.no_grad():
+        parts = distance(autoencoder.decode(estimate[[0, 2]]), target[[0, 2]])
+    assert whole.item() == pytest.approx(((0.8 * parts[0] + 0.6 * parts[1]) / 3).item(), rel=1e-4)
+    assert script.perceptual_term(autoencoder, distance, estimate, batch, torch.ones(3), 32) == 0
+
+
+def test_training_with_perceptual_loss(folder, tmp_path, monkeypatch):
+    class Distance(nn.Module):
+        def forward(self, restored, clean):
+            return (restored - clean).square().mean(dim=(1, 2, 3))
+
+    monkeypatch.setattr(script, "PerceptualLoss", Distance)
+    main(
+        make_settings(folder, tmp_path, perceptual_loss=True, perceptual_every=2, timestep_sampling="uniform")
+    )
+    assert "perceptual" in (tmp_path / "logs" / "metrics.csv").read_text().splitlines()[0]
+
+
+class PixelAutoencoder(nn.Module):
+    """Keeps every pixel: 8x8 squares become channels."""
+
+    def encode(self, image):
+        return F.pixel_unshuffle(image, 8)
+
+    def decode(self, latent):
+        return F.pixel_shuffle(latent, 8)
+
+
+def copy_control(img, timesteps, **_):
+    """The network whose flow ends at the control picture."""
+    latent, control = img.chunk(2, dim=1)
+    return torch.cat([(latent - control) / timesteps[:, None, None], control], dim=1)
+
+
+PROMPT = {"t5": torch.zeros(1, 2, 8), "pooled": torch.zeros(1, 8)}
+
+
+@pytest.mark.parametrize("size", [(64, 96), (50, 71), (1, 1), (7, 200)])
+def test_identity_network_gives_back_the_picture(size):
+    image = cv2.resize(read_image(photographs(("coffee.png",))[0]), size[::-1], interpolation=cv2.INTER_AREA)
+    restored = restore_image(copy_control, PixelAutoencoder(), PROMPT, image, steps=3)
+    assert restored.dtype == np.uint8 and np.abs(restored.astype(int) - image).max() <= 1
+
+
+def test_shrunk_pictures_come_back_in_size_and_place():
+    image = read_image(photographs(("coffee.png",))[0])
+    smooth = cv2.GaussianBlur(image, (0, 0), 4)
+    restored = restore_image(copy_control, PixelAutoencoder(), PROMPT, smooth, steps=2, resolution=200)
+    assert restored.shape == smooth.shape
+    assert np.abs(restored.astype(int) - smooth).mean() < 1
+    grey, other = (cv2.cvtColor(x, cv2.COLOR_RGB2GRAY).astype(np.float32) for x in (smooth, restored))
+    (dx, dy), _ = cv2.phaseCorrelate(grey, other)
+    assert abs(dx) < 0.05 and abs(dy) < 0.05
+
+
+def test_restoring_from_the_command_line(folder, tmp_path, monkeypatch):
+    settings = make_settings(folder, tmp_path / "run")
+    main(settings)
+    arguments = ["infer.py", "kontext", "--pretrained_model_name_or_path", str(folder / "model")]
+    arguments += [
+        "--lora_path",
+        str(settings.output_dir / "lora.safetensors"),
+        "--input",
+        str(folder / "photos"),
+    ]
+    arguments += ["--num_inference_steps", "2", "--device", "cpu"]
+    for name, more in {"lora": [], "without": ["--lora_scale", "0"], "again": []}.items():
+        monkeypatch.setattr(sys, "argv", [*arguments, "--output_dir", str(tmp_path / name), *more])
+        infer.run_main(infer.restore_files, infer.COMMANDS)
+    lora, without, again = (
+        read_image(tmp_path / name / "coffee.png") for name in ("lora", "without", "again")
+    )
+    assert lora.shape == read_image(folder / "photos" / "coffee.png").shape
+    assert np.array_equal(lora, again) and not np.array_equal(lora, without)
+
+
+def test_restorer_needs_a_prompt(folder, tmp_path):
+    with pytest.raises(ValueError, match="give a --prompt"):
+        load_restorer(folder / "model")
+    with pytest.raises(FileNotFoundError, match="text_encoder/config.json MISSING"):
+        load_restorer(folder / "model", prompt="never embedded", prompt_cache=tmp_path / "prompt.safetensors")
+
+
+def test_metadata_says_how_it_was_made(folder, tmp_path):
+    main(make_settings(folder, tmp_path, lora_targets="attn", max_train_steps=1, lora_dtype="fp32"))
+    _, metadata = load_lora(load_flux(folder / "model" / TRANSFORMER), tmp_path / "lora.safetensors")
+    assert metadata == {
+        "base": "FLUX.1-Kontext-dev",
+        "prompt": "restore",
+        "steps": "1",
+        "rank": "4",
+        "alpha": "16.0",
+        "lora_targets": "attn",
+        "resolution": "32",
+    }
+
+
+def test_training_goes_on_from_a_lora_and_on_8_bit_weights(folder, tmp_path):
+    main(make_settings(folder, tmp_path / "first", lora_dtype="fp32", max_train_steps=1))
+    lora = tmp_path / "first" / "lora.safetensors"
+    more = {"resume_lora": lora, "base_precision": "fp8", "learning_rate": 0.0, "weight_decay": 0.0}
+    main(make_settings(folder, tmp_path / "second", **more, max_train_steps=1, lora_dtype="fp32"))
+    before, after = (checkpoint.read_weights(tmp_path / n / "lora.safetensors") for n in ("first", "second"))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_examples_only(folder, tmp_path):
+    main(make_settings(folder, tmp_path, examples_only=True, pretrained_model_name_or_path=Path("absent")))
+    assert read_image(tmp_path / "images" / "examples.png").shape == (64, 64, 3)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_demo(tmp_path, capsys):
+    main(
+        Settings(
+            demo=True, output_dir=tmp_path, max_train_steps=2, resolution=32, num_workers=0, preview_images=1
+        )
+    )
+    printed = capsys.readouterr().out
+    assert "changes a picture by" in printed and "python infer.py kontext" in printed
+    assert "lora_path" in printed
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"rank": 0}, "rank must be at least 1, not 0"),
+        ({"resolution": 100}, "resolution must be a multiple of 16, not 100"),
+        ({"resolution": 512}, "2 of 2 pictures are smaller than 512 px"),
+        (
+            {"degradation_types": "noise,rain"},
+            "unknown degradation rain: choose from downsample",
+        ),
+        ({"dropout": 1.0}, "dropout"),
+        ({"perceptual_crop": 100}, "perceptual_crop"),
+        ({"shard_base": True}, "--shard_base needs --devices 2"),
+        ({"rank": 500}, "rank must lie in 1 ... 128, not 500"),
+    ],
+)
+def test_bad_values(folder, tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        main(make_settings(folder, tmp_path, **values))
+
+
+def test_bad_files(folder, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="flux1-kontext-dev.safetensors MISSING; ae.safetensors MISSING"
+    ):
+        main(make_settings(folder, tmp_path / "a", pretrained_model_name_or_path=tmp_path))
+    with pytest.raises(FileNotFoundError, match="tokenizer_2/tokenizer.json MISSING"):
+        main(make_settings(folder, tmp_path / "b", instance_prompt="not embedded"))
+    shutil.copytree(folder / "model", tmp_path / "cut")
+    file = tmp_path / "cut" / TRANSFORMER
+    file.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="flux1-kontext-dev.safetensors is damaged"):
+        main(make_settings(folder, tmp_path / "c", pretrained_model_name_or_path=tmp_path / "cut"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no images"):
+        main(make_settings(folder, tmp_path / "d", hr_root=tmp_path / "empty"))
