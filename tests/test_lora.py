@@ -210,6 +210,8 @@ def test_foreign_files(tmp_path):
     save_file(weights, path)
     with pytest.raises(ValueError, match="not complete: lora_unet_double_blocks_0_img_attn_qkv"):
         load_lora(tiny_flux(), path)
+    with pytest.raises(ValueError, match="must end in .safetensors"):
+        load_lora(tiny_flux(), tmp_path / "last.ckpt")
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="damaged"):
         read_lora(path)

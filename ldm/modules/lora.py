@@ -119,6 +119,8 @@ def save_lora(
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights and metadata of a LoRA file. Raises ValueError if it is not a kohya file of FLUX."""
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path} is not a LoRA file: its name must end in .safetensors")
     weights = read_weights(path)
     form = re.compile(r"lora_unet_(double|single)_blocks_\d+_\w+\.(lora_down\.weight|lora_up\.weight|alpha)")
     foreign = [name for name in weights if not form.fullmatch(name)]
