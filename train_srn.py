@@ -86,19 +86,20 @@ class Settings:
 
 DEMO = {
     "output_dir": Path("outputs/srn_demo"),
-    "dead_leaves": 800,
+    "dead_leaves": 1600,
     "val_crop": 256,
     "blur_scale": 0.4,
-    "crop_size": 96,
+    "crop_size": 64,
     "width": 16,
     "residual": True,
     "epochs": 3,
     "batch_size": 8,
-    "learning_rate": 1e-3,
+    "learning_rate": 4e-4,
     "schedule": "power",
-    "ema_decay": 0.98,
+    "ema_decay": 0.99,
+    "channels_last": True,
     "num_workers": 1,
-    "log_epoch": 3,
+    "log_epoch": 1,
 }
 # What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
 MAY_CHANGE = {
@@ -332,7 +333,7 @@ def train_step(
     fabric.strategy.precision.unscale_gradients(optimizer.optimizer)  # float16 scales the loss
     nn.utils.clip_grad_norm_(
         network.convlstm.parameters(), lstm_clip
-    )  # fabric's would clip all the others too
+    )  # fabric would clip all
     optimizer.step()
     mse = losses[0].detach()
     return {"loss": loss, "mse": mse, "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}
