@@ -41,20 +41,16 @@ from ldm.validation import HeldOut, report, sharp_pairs
 class Settings:
     """Train SRN-DeblurNet on pairs of images, or on sharp images alone."""
 
-    demo: bool = (
-        False  # a small network on generated pictures, 5 minutes on a CPU; flags you give still count
-    )
+    demo: bool = False  # a small network on generated pictures, 5 minutes on a CPU; other flags still count
     output_dir: Path = Path("outputs/srn")  # logs, pictures and checkpoints; an old run in it is resumed
 
-    data: Path | None = (
-        None  # GoPro tree, list file of `blurry sharp` lines, .jsonl, or folder of blurry images
-    )
+    data: Path | None = None  # GoPro tree, list file of `blurry sharp` lines, .jsonl, or blurry images
     sharp_dir: Path | None = None  # sharp images: the partners of --data, or alone, to be blurred on the fly
     dead_leaves: int = 0  # generated pictures in every epoch, blurred on the fly, beside --sharp_dir or alone
     val_data: Path | None = None  # pairs to evaluate on, in any form of --data
     val_sharp_dir: Path | None = None  # their sharp images, or sharp images alone
     val_fraction: float = 0.05  # without the two: the part of the data that is held out (whole sequences)
-    val_images: int = 100  # evaluate on at most that many, evenly spread
+    val_images: int = 32  # evaluate on at most that many, drawn once
     val_crop: int = 0  # evaluate on that many pixels in the middle; 0 = whole images
     blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # the blurs made on the fly
     blur_scale: float = 1.0  # and their size
@@ -102,16 +98,7 @@ DEMO = {
     "log_epoch": 1,
 }
 # What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
-MAY_CHANGE = {
-    "devices",
-    "num_nodes",
-    "num_workers",
-    "log_epoch",
-    "cache",
-    "channels_last",
-    "compile",
-    "val_images",
-}
+MAY_CHANGE = "devices num_nodes num_workers log_epoch cache channels_last compile".split()
 
 
 # ---- network -------------------------------------------------------------------------------------------
@@ -209,9 +196,7 @@ class SRNDeblurNet(nn.Module):
 
     def forward(self, b1: Tensor, b2: Tensor, b3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if b1.shape[-2] % 16 or b1.shape[-1] % 16:
-            raise ValueError(
-                f"height and width must be multiples of 16, not {tuple(b1.shape[-2:])}; see restore"
-            )
+            raise ValueError(f"height and width must be multiples of 16, not {tuple(b1.shape[-2:])}")
         estimate = b3 if self.coarsest == "blurry" else torch.zeros_like(b3)
         b, _, h, w = b3.shape
         hidden = cell = b3.new_zeros(b, self.convlstm.conv.weight.shape[0] // 4, h // 4, w // 4)
@@ -331,9 +316,7 @@ def train_step(
     optimizer.zero_grad()
     fabric.backward(loss)
     fabric.strategy.precision.unscale_gradients(optimizer.optimizer)  # float16 scales the loss
-    nn.utils.clip_grad_norm_(
-        network.convlstm.parameters(), lstm_clip
-    )  # fabric would clip all
+    nn.utils.clip_grad_norm_(network.convlstm.parameters(), lstm_clip)  # fabric's would clip them all
     optimizer.step()
     mse = losses[0].detach()
     return {"loss": loss, "mse": mse, "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}
@@ -470,9 +453,7 @@ def main(settings: Settings) -> None:
     weights = settings.output_dir / "srn_deblur.safetensors"
     if fabric.is_global_zero:
         export(run.best_checkpoint, weights)
-    run.finish(
-        f"python infer.py srn --checkpoint_path {weights} --input FILE_OR_FOLDER --output_dir restored"
-    )
+    run.finish(f"python infer.py srn --checkpoint_path {weights} --input FOLDER --output_dir restored")
 
 
 def demo_settings(settings: Settings) -> Settings:

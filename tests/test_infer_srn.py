@@ -121,7 +121,7 @@ def test_self_ensemble_commutes_with_turning(weights):
 def test_bad_input(photos, weights, tmp_path):
     with pytest.raises(FileNotFoundError, match="no picture and no folder: .*notes.txt"):
         infer.list_jobs(command(photos / "notes.txt", weights))
-    with pytest.raises(FileNotFoundError, match="checkpoint not found: .*none.ckpt"):
+    with pytest.raises(FileNotFoundError, match="checkpoint not found: .*none.ckpt; train_srn.py makes one"):
         infer.restore_files(command(photos, weights, checkpoint_path=tmp_path / "none.ckpt"))
     with pytest.raises(FileNotFoundError, match=r"no picture in .* matches \*.gif"):
         infer.list_jobs(command(photos, weights, pattern="*.gif"))

@@ -266,6 +266,9 @@ def test_bad_pairs(pairs, tmp_path):
     file.write_text("\n".join([*lines, f"{blurry / '000001.png'} {sharp / 'gone.png'}"]))
     with pytest.raises(FileNotFoundError, match=r"my list.txt:4: image not found: .*gone.png"):
         main(settings(tmp_path, data=file))
+    file.write_text("")
+    with pytest.raises(FileNotFoundError, match="no pairs in .*my list.txt"):
+        main(settings(tmp_path, data=file))
     write_image(blurry / "000010.png", np.zeros((20, 20, 3), np.uint8))
     file.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=r"000010.png is 20x20, .*000010.png is 80x51"):
