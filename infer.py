@@ -64,7 +64,7 @@ class SRN(Files):
 
         if not self.checkpoint_path.is_file():
             raise FileNotFoundError(
-                f"checkpoint not found: {self.checkpoint_path}; train_srn.py makes one (--demo: a small one): "
+                f"checkpoint not found: {self.checkpoint_path}; train_srn.py makes one (--demo a small one): "
                 "give its srn_deblur.safetensors as --checkpoint_path"
             )
         network = load_network(self.checkpoint_path).to(self.torch_device())
