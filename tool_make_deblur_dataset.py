@@ -38,6 +38,7 @@ from ldm.data.stream import SampleStream
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types
 from ldm.run import run_main
 
+PNG_LEVEL = 2  # a third of the time of level 6, files 8% larger
 # Settings that may differ from those a folder was begun with.
 NOT_IN_PICTURES = ("source_dir", "output_dir", "num_samples", "workers")
 
@@ -161,8 +162,8 @@ class Maker:
         sharp, blurry, blur_type, parameters = make_pair(image, rng, settings)
         names = {"clear_image": f"clear_images/clear_{index:06d}.png"}
         names["blur_image"] = f"blur_images/blur_{index:06d}.png"
-        write_image(folder / names["clear_image"], sharp)
-        write_image(folder / names["blur_image"], blurry)
+        write_image(folder / names["clear_image"], sharp, PNG_LEVEL)
+        write_image(folder / names["blur_image"], blurry, PNG_LEVEL)
         source = source_name(path, settings)
         return index, {**names, "blur_type": blur_type, "source": source, "parameters": parameters}, not_used
 

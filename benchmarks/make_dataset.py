@@ -2,11 +2,12 @@
 
     python benchmarks/make_dataset.py [--size 512] [--repeats 40]
 
-For each blur type the two are timed in turn on the same picture, one process, one OpenCV thread: the synthesis of
-one pair (square cut out, blurred with its surroundings, noise) and writing its two PNG files. Medians.
+For each blur type the two are timed in turn on the same picture, in one process with one OpenCV thread: the
+synthesis of a pair (square cut out, blurred with its surroundings, noise) and writing its two PNG files.
 """
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,9 +18,12 @@ import cv2
 import numpy as np
 import tyro
 
-from ldm.data.image import photographs, read_image, write_image
-from ldm.data.paired import at_least, blur_crop
-from ldm.modules.image_degradation.blur import BLUR_TYPES
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from ldm.data.image import photographs, read_image, write_image  # noqa: E402
+from ldm.data.paired import at_least, blur_crop  # noqa: E402
+from ldm.modules.image_degradation.blur import BLUR_TYPES  # noqa: E402
+from tool_make_deblur_dataset import PNG_LEVEL  # noqa: E402
 
 
 @dataclass
@@ -58,8 +62,8 @@ def time_pair(
     image, rng = images[number % len(images)], np.random.default_rng(number)
     y, x = (int(rng.integers(length - size + 1)) for length in image.shape[:2])
     synthesis, (blurry, sharp, *_) = seconds(lambda: blur_crop(image, y, x, size, rng, [blur_type]))
-    first, _ = seconds(lambda: write_image(folder / "clear.png", np.ascontiguousarray(sharp)))
-    second, _ = seconds(lambda: write_image(folder / "blur.png", np.ascontiguousarray(blurry)))
+    first, _ = seconds(lambda: write_image(folder / "clear.png", np.ascontiguousarray(sharp), PNG_LEVEL))
+    second, _ = seconds(lambda: write_image(folder / "blur.png", np.ascontiguousarray(blurry), PNG_LEVEL))
     return synthesis, first + second
 
 
