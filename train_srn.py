@@ -82,7 +82,7 @@ class Settings:
 
 DEMO = {
     "output_dir": Path("outputs/srn_demo"),
-    "dead_leaves": 1600,
+    "dead_leaves": 1360,
     "val_crop": 256,
     "blur_scale": 0.4,
     "crop_size": 64,
