@@ -50,7 +50,7 @@ class ImageLogger(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
-        if step == self.last_step or step % self.batch_frequency or not trainer.is_global_zero:
+        if step in (0, self.last_step) or step % self.batch_frequency or not trainer.is_global_zero:
             return
         self.last_step = step
         with trainer.precision_plugin.val_step_context():

@@ -1,6 +1,8 @@
 """What the ControlNet scripts share: data in a resumable order, checkpoints, EMA, Lightning's Trainer."""
 
+import logging
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,13 @@ from ldm.run import check_settings, plain
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
 HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+def quiet_lightning() -> None:
+    """Leave out Lightning's advertisements, and warnings about what is meant here."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for text in (".*in eval mode at the start", ".*LeafSpec.*", ".*does not have many workers.*"):
+        warnings.filterwarnings("ignore", text)
 
 
 def lightning_precision(precision: str) -> str:
@@ -224,6 +233,7 @@ def fit(model: ControlLDM, data: StreamData, settings: Any, config: Mapping) -> 
 
     Raises ValueError if that checkpoint was made with settings that may not change within a run.
     """
+    quiet_lightning()
     folder = Path(settings.output_dir)
     last = folder / "checkpoints" / "last.ckpt"
     step = 0
@@ -231,6 +241,7 @@ def fit(model: ControlLDM, data: StreamData, settings: Any, config: Mapping) -> 
         content = checkpoint.load(last)
         check_settings(content.get("settings", {}), plain(settings), MAY_CHANGE, last)
         step = content["global_step"]
+        print(f"resuming {last} at step {step}")
     about = {"config": dict(config), "base": str(settings.resume_path), "settings": plain(settings)}
     callbacks = [AverageWeights(settings.ema_decay)] if settings.ema_decay else []
     callbacks += [

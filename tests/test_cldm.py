@@ -7,12 +7,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from cldm.cldm import ControlLDM
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers import make_steps
 from ldm.modules.diffusionmodules.util import make_ddim_sampling_parameters, make_ddim_timesteps
 from ldm.util import instantiate_from_config
-from tests.conftest import REFERENCE
-from tests.fill import relative_error
+from tests.conftest import REFERENCE, tiny_arguments
+from tests.fill import fill, relative_error
 
 
 @pytest.mark.parametrize("name", ["v15", "v21"])
@@ -116,3 +117,158 @@ def test_any_number_of_steps(count):
 def test_impossible_numbers_of_steps(count):
     with pytest.raises(ValueError, match=str(count)):
         make_ddim_timesteps(count)
+
+
+def loss_of(model, r, size=(8, 8)) -> torch.Tensor:
+    height, width = size
+    torch.manual_seed(0)
+    x, noise = torch.randn(2, 4, height, width), torch.randn(2, 4, height, width)
+    hint = torch.rand(2, 3, 8 * height, 8 * width)
+    cond = {"c_crossattn": [r["context"]], "c_concat": [hint]}
+    return model.p_losses(x, cond, r["t"], noise)[0]
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+
+def test_gradients_reach_the_control_model_and_nothing_else(model, reference):
+    loss_of(model, reference).backward()
+    found = gradients(model)
+    assert found.keys() == {f"control_model.{name}" for name, _ in model.control_model.named_parameters()}
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+    model.zero_grad(set_to_none=True)
+    model.sd_locked = False
+    loss_of(model, reference).backward()
+    unlocked = {name.split(".")[2] for name in gradients(model) if name.startswith("model.")}
+    assert unlocked == {"output_blocks", "out"}
+
+
+def test_checkpointing_changes_neither_outputs_nor_gradients(model, reference):
+    plain = loss_of(model, reference)
+    plain.backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+    model.control_model.use_checkpoint = model.model.diffusion_model.use_checkpoint = True
+    again = loss_of(model, reference)
+    again.backward()
+    assert torch.equal(plain, again)
+    for name, gradient in gradients(model).items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_new_control_model_changes_nothing(reference):
+    model = fill(ControlLDM(**tiny_arguments()))
+    for name, parameter in model.control_model.named_parameters():
+        if name.startswith(("zero_convs", "middle_block_out")):
+            torch.nn.init.zeros_(parameter)
+    r = reference
+    with torch.no_grad():
+        steered = model.apply_model(r["x_noisy"], r["t"], conditioning(r))
+    assert torch.equal(steered, model.model.diffusion_model(r["x_noisy"], r["t"], r["context"]))
+
+
+@torch.no_grad()
+def test_items_of_a_batch_do_not_touch(model, reference):
+    x, t = torch.randn(3, 4, 8, 16), torch.tensor([0, 400, 999])
+    context, hint = torch.randn(3, 7, 24), torch.rand(3, 3, 64, 128)
+
+    def apply(items: slice) -> torch.Tensor:
+        cond = {"c_crossattn": [context[items]], "c_concat": [hint[items]]}
+        return model.apply_model(x[items], t[items], cond)
+
+    together = apply(slice(0, 3))
+    for index in range(3):
+        assert relative_error(apply(slice(index, index + 1)), together[index : index + 1]) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_gives_finite_outputs_with_half_stored_frozen_parts(model, reference, dtype):
+    model.model.diffusion_model.to(dtype)
+    with torch.autocast("cpu", dtype):
+        loss = loss_of(model, reference)
+        image = model.decode_first_stage(reference["latent"])
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(image).all()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
+    if dtype == torch.float16:
+        assert image.dtype == torch.float32
+
+
+def test_sizes_that_do_not_fit_are_named(model, reference):
+    with pytest.raises(ValueError, match="multiples of 16 pixels, not 64 x 72"):
+        loss_of(model, reference, (8, 9))
+    with pytest.raises(ValueError, match="does not fit latents"):
+        model.control_model(
+            torch.randn(2, 4, 8, 8), torch.rand(2, 3, 32, 32), reference["t"], reference["context"]
+        )
+
+
+def test_v_prediction_agrees_with_noise_prediction(model, reference):
+    r = reference
+    x_t, v = model.q_sample(r["x_start"], r["t"], r["noise"]), model.get_v(r["x_start"], r["noise"], r["t"])
+    assert relative_error(model.predict_start_from_v(x_t, r["t"], v), r["x_start"]) < 1e-4
+    assert relative_error(model.predict_eps_from_v(x_t, r["t"], v), r["noise"]) < 1e-4
+    assert relative_error(model.predict_start_from_noise(x_t, r["t"], r["noise"]), r["x_start"]) < 1e-3
+
+
+def test_text_is_embedded_once_per_prompt(model):
+    calls = []
+
+    class Tower(torch.nn.Module):
+        def encode(self, prompts):
+            calls.append(list(prompts))
+            return torch.stack([torch.full((7, 24), float(len(prompt))) for prompt in prompts])
+
+    model.cond_stage_model = Tower()
+    first = model.get_learned_conditioning(["a", "bb", "a"])
+    second = model.get_learned_conditioning(["bb", "ccc"])
+    assert calls == [["a", "bb"], ["ccc"]]
+    assert first[:, 0, 0].tolist() == [1, 2, 1] and second[:, 0, 0].tolist() == [2, 3]
+
+
+def test_training_draws_depend_on_each_items_seed_alone(model):
+    like = torch.empty(3, 4, 8, 8)
+    noise = model.noise_of({"seed": torch.tensor([7, 8, 7])}, like, salt=1)
+    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    t = model.timesteps_of({"seed": torch.arange(200)}, 200)
+    assert 0 <= t.min() < 60 and 940 < t.max() < 1000
+    assert model.timesteps_of({}, 5).shape == (5,)
+
+
+def test_unconditional_call_may_lack_the_hint(model, reference):
+    r = reference
+    uncond = {"c_crossattn": [r["uncond_context"]], "c_concat": None}
+    latents, _ = DDIMSampler(model).sample(
+        2,
+        2,
+        (4, 8, 8),
+        conditioning(r),
+        x_T=r["x_T"],
+        unconditional_guidance_scale=2.0,
+        unconditional_conditioning=uncond,
+    )
+    assert torch.isfinite(latents).all()
+
+
+def test_starting_from_an_image_and_keeping_a_part_of_it(model, reference):
+    r, sampler = reference, DDIMSampler(model)
+    same, _ = sampler.sample(10, 2, (4, 8, 8), conditioning(r), x0=r["x_start"], strength=0.0)
+    assert torch.allclose(same, r["x_start"], atol=1e-5)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1.0
+    kept, _ = sampler.sample(50, 2, (4, 8, 8), conditioning(r), x0=r["x_start"], mask=mask)
+    assert (kept - r["x_start"])[..., :4].abs().max() < (kept - r["x_start"])[..., 4:].abs().max()
+    with pytest.raises(ValueError, match="need x0"):
+        sampler.sample(10, 2, (4, 8, 8), conditioning(r), strength=0.5)
+    with pytest.raises(ValueError, match="'nonsense'"):
+        sampler.sample(10, 2, (4, 8, 8), conditioning(r), method="nonsense")
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match="scale_facto"):
+        ControlLDM(**tiny_arguments(), scale_facto=1.0)
+    with pytest.raises(ValueError, match="'x0'"):
+        ControlLDM(**tiny_arguments(), parameterization="x0")

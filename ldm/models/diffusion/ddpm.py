@@ -275,13 +275,15 @@ class LatentDiffusion(pl.LightningModule):
 
     def training_step(self, batch: Mapping, batch_idx: int) -> torch.Tensor:
         loss, values = self.shared_step(batch)
-        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()})
+        values = {f"train/{name}": value.detach() for name, value in values.items()}
+        self.log_dict({**values, "step": float(self.global_step + 1)})
         return loss
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping, batch_idx: int) -> None:
         loss, _ = self.shared_step(batch)
-        self.log("val/loss", loss, batch_size=len(batch[self.cond_stage_key]), sync_dist=True)
+        values = {"val/loss": loss, "step": float(self.global_step)}
+        self.log_dict(values, batch_size=len(batch[self.cond_stage_key]), sync_dist=True)
 
 
 def image_of(batch: Mapping, key: str) -> torch.Tensor:

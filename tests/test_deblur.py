@@ -1,0 +1,324 @@
+"""The deblurring ControlNet: its losses, and its training as a user runs it, at tiny size."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cldm.deblur import ChannelSpatialAttention, DeblurControlNet, gradient_l1
+from cldm.model import create_model, open_control_model, read_config
+from ldm import checkpoint
+from ldm.data.image import read_image, write_image
+from ldm.util import instantiate_from_config
+from tests.fill import fill
+from tool_make_deblur_dataset import Settings as MakeSettings
+from tool_make_deblur_dataset import make_dataset
+from tutorial_train_deblur import Settings, main
+
+CONFIG = "models/cldm_tiny_deblur.yaml"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A small data set and starting weights."""
+    folder = tmp_path_factory.mktemp("deblur")
+    make_dataset(MakeSettings(output_dir=str(folder / "data"), num_samples=8, image_size=64, workers=1))
+    checkpoint.write_weights(folder / "start.safetensors", fill(create_model(CONFIG)).state_dict())
+    return folder
+
+
+@pytest.fixture
+def settings(place, tmp_path) -> Settings:
+    """Two steps on the small data set, everything switched on that costs little."""
+    return Settings(
+        data_root=str(place / "data"),
+        image_size=64,
+        val_fraction=0.2,
+        val_samples=2,
+        num_workers=0,
+        resume_path=str(place / "start.safetensors"),
+        config_path=CONFIG,
+        perceptual_loss_weight=0.0,
+        deblur_crop=4,
+        batch_size=2,
+        accumulate_grad_batches=2,
+        learning_rate=1e-4,
+        max_steps=2,
+        output_dir=str(tmp_path / "run"),
+        logger_freq=2,
+        log_steps=1,
+        save_steps=1,
+        val_steps=2,
+        val_ddim_steps=2,
+        ema_decay=0.9,
+    )
+
+
+def last(settings: Settings) -> dict:
+    return checkpoint.load(Path(settings.output_dir) / "checkpoints" / "last.ckpt")
+
+
+def rows(settings: Settings) -> list[dict]:
+    return list(csv.DictReader((Path(settings.output_dir) / "logs" / "metrics.csv").open()))
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path):
+    main(replace(settings, max_steps=4))
+    whole, whole_rows = last(settings), rows(settings)
+    stopped = replace(settings, output_dir=str(tmp_path / "stopped"))
+    main(replace(stopped, max_steps=1))
+    main(replace(stopped, max_steps=3))
+    main(replace(stopped, max_steps=4))
+    resumed = last(stopped)
+    assert whole["global_step"] == resumed["global_step"] == 4
+    for part in ("state_dict", "optimizer_states", "ema", "random"):
+        assert same(whole[part], resumed[part]), part
+    assert whole_rows == rows(stopped)
+    assert [row["step"] for row in whole_rows] == ["1", "2", "2", "3", "4", "4"]
+    assert all(name in whole_rows[0] for name in ("train/loss", "train/loss_simple", "train/loss_vlb"))
+    assert all(float(whole_rows[0][f"train/deblur_{name}_loss"]) > 0 for name in ("l1", "mse", "gradient"))
+    assert float(whole_rows[2]["val/psnr"]) > 0 and float(whole_rows[2]["val/loss"]) > 0
+    images = sorted(path.name for path in (Path(settings.output_dir) / "images").iterdir())
+    assert images == [f"{kind}_{step:07d}.png" for kind in ("train", "val") for step in (2, 4)]
+    assert read_image(Path(settings.output_dir) / "images" / images[0]).std() > 10
+
+
+def test_checkpoints_hold_what_is_trained_and_open_again(settings):
+    main(settings)
+    content = last(settings)
+    model = create_model(CONFIG)
+    assert content["state_dict"].keys() == {
+        f"control_model.{n}" for n, _ in model.control_model.named_parameters()
+    }
+    path = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
+    opened = DeblurControlNet.load_from_checkpoint(path)
+    start = checkpoint.read_weights(settings.resume_path)
+    for name, value in opened.state_dict().items():
+        trained = content["ema"]["average"].get(name)
+        assert torch.equal(value, start[name] if trained is None else trained), name
+    moved = [n for n, v in content["state_dict"].items() if not torch.equal(v, start[n])]
+    assert len(moved) == len(content["state_dict"])
+    latents = opened.sample(
+        cond={"c_concat": [torch.rand(1, 3, 64, 128)], "c_crossattn": ["a photograph"]},
+        batch_size=2,
+        ddim_steps=2,
+        unconditional_guidance_scale=3.0,
+    )
+    assert latents.shape == (2, 16, 8, 16)
+    with pytest.raises(ValueError, match="holds a DeblurControlNet"):
+        from cldm.deblur import DeblurControlNetWithAttention
+
+        DeblurControlNetWithAttention.load_from_checkpoint(path)
+
+
+def test_other_settings_do_not_continue_a_run(settings):
+    main(replace(settings, max_steps=1))
+    with pytest.raises(ValueError, match="learning_rate was 0.0001, is 0.001"):
+        main(replace(settings, learning_rate=1e-3))
+
+
+def test_unlocked_decoder_is_trained_and_saved(settings):
+    main(replace(settings, max_steps=1, sd_locked=False, only_mid_control=True, ema_decay=0.0))
+    names = last(settings)["state_dict"]
+    assert {name.split(".")[2] for name in names if name.startswith("model.")} == {"output_blocks", "out"}
+
+
+def test_training_on_few_pairs_lowers_the_loss(settings):
+    main(replace(settings, max_steps=25, learning_rate=2e-3, save_steps=25, val_steps=1000, val_fraction=0.0))
+    losses = [float(row["train/loss_simple"]) for row in rows(settings)]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_attention_starts_as_the_plain_model_and_is_trained(settings, place):
+    x = torch.randn(2, 48, 8, 8)
+    assert torch.equal(ChannelSpatialAttention(48)(x), x)
+    config = read_config(CONFIG)
+    config["target"] = "cldm.deblur.DeblurControlNetWithAttention"
+    torch.manual_seed(0)
+    model, plain = instantiate_from_config(config), create_model(CONFIG)
+    start = checkpoint.read_weights(place / "start.safetensors")
+    model.load_state_dict(start, strict=False)
+    plain.load_state_dict(start)
+    cond = {"c_crossattn": [torch.randn(1, 7, 32)], "c_concat": [torch.rand(1, 3, 64, 64)]}
+    noisy, t = torch.randn(1, 16, 8, 8), torch.tensor([500])
+    assert torch.equal(model.apply_model(noisy, t, cond), plain.apply_model(noisy, t, cond))
+
+    main(replace(settings, use_attention=True))
+    path = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
+    attention = open_control_model(path).control_model.hint_attention
+    assert attention.gate.abs().max() > 0
+    assert (attention.spatial.weight != 0).any()
+
+
+def test_pixel_losses_are_what_they_say():
+    model = create_model(CONFIG)
+    sharp = torch.rand(2, 3, 16, 16) * 2 - 1
+    restored = sharp + torch.tensor([0.1, 0.2]).reshape(2, 1, 1, 1)
+    total, terms = model.deblur_losses(restored, sharp, torch.tensor([1.0, 0.5]))
+    assert terms["deblur_l1_loss"].item() == pytest.approx((0.1 + 0.5 * 0.2) / 2, rel=1e-4)
+    assert terms["deblur_mse_loss"].item() == pytest.approx((0.01 + 0.5 * 0.04) / 2, rel=1e-4)
+    assert terms["deblur_gradient_loss"].item() == pytest.approx(0, abs=1e-6)
+    assert total.item() == pytest.approx(0.1 + 0.015, rel=1e-4)
+    ramp = torch.arange(16.0).expand(1, 3, 16, 16) * 0.5 + torch.arange(16.0)[:, None] * 0.25
+    assert gradient_l1(ramp).item() == pytest.approx(0.75)
+
+
+def deblur_batch(size: int = 64) -> dict:
+    torch.manual_seed(1)
+    image = torch.rand(2, size, size, 3) * 2 - 1
+    return {"jpg": image, "hint": (image + 1) / 2, "txt": ["a", ""], "seed": torch.tensor([5, 6])}
+
+
+def test_total_loss_is_the_sum_and_reaches_the_control_model(place):
+    model = create_model(CONFIG).train()
+    model.load_state_dict(checkpoint.read_weights(place / "start.safetensors"))
+    model.perceptual_loss_weight, model.deblur_loss_weight = 0.5, 2.0
+    model.perceptual = lambda a, b: (a - b).square().mean(dim=(1, 2, 3)) * 3
+    loss, values = model.shared_step(deblur_batch())
+    parts = [values[f"deblur_{name}_loss"] for name in ("l1", "mse", "perceptual", "gradient")]
+    expected = values["loss_simple"] + 2.0 * sum(
+        weight * part for weight, part in zip((1, 1, 0.5, 0.1), parts, strict=True)
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    values["total_deblur_loss"].backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("control_model."):
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_weightless_terms_cost_nothing(place, monkeypatch):
+    model = create_model(CONFIG).train()
+    model.deblur_loss_weight = 0.0
+    monkeypatch.setattr(model, "decode_first_stage", lambda latent: pytest.fail("decoded for nothing"))
+    _, values = model.shared_step(deblur_batch())
+    assert values.keys() == {"loss", "loss_simple", "loss_vlb"}
+    monkeypatch.undo()
+    model.deblur_loss_weight, model.perceptual_loss_weight = 1.0, 0.0
+    monkeypatch.setattr(model, "perceptual", lambda a, b: pytest.fail("computed for nothing"))
+    model.shared_step(deblur_batch())
+
+
+def test_the_crop_is_aligned_and_the_same_for_the_same_seed(place):
+    model = create_model(CONFIG).train()
+    model.deblur_crop = 3
+    latents = torch.arange(64.0).reshape(1, 1, 8, 8).expand(2, 1, 8, 8)
+    pixels = latents.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    windows = [model._aligned_crop(deblur_batch(), latents, pixels) for _ in range(2)]
+    for x0, sharp in windows:
+        assert x0.shape == (2, 1, 3, 3)
+        assert torch.equal(x0.repeat_interleave(8, 2).repeat_interleave(8, 3), sharp)
+    assert torch.equal(windows[0][0], windows[1][0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resume_path": "models/nothing.ckpt"}, r"tool_add_control.py .*models/nothing.ckpt.*--demo"),
+        ({"data_root": "training/nothing"}, "tool_make_deblur_dataset.py"),
+        ({"precision": "8"}, "precision must be 16, bf16 or 32"),
+        ({"image_size": 100}, "image_size must be a multiple of 64, not 100"),
+        ({"config_path": "models/nothing.yaml"}, "models/nothing.yaml"),
+        ({"config_path": "models/cldm_v15_deblur.yaml"}, "does not fit this model"),
+        ({"cache_latents": True, "use_augmentation": True}, "--cache_latents needs crops that stay"),
+    ],
+)
+def test_mistakes_are_found_before_training(settings, change, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(replace(settings, **change))
+    assert not (Path(settings.output_dir) / "logs").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_pictures(settings, monkeypatch):
+    main(replace(settings, max_steps=1))
+    before = (Path(settings.output_dir) / "checkpoints" / "last.ckpt").read_bytes()
+    step = DeblurControlNet.shared_step
+
+    def broken(model, batch):
+        loss, values = step(model, batch)
+        return loss * float("nan"), values
+
+    monkeypatch.setattr(DeblurControlNet, "shared_step", broken)
+    with pytest.raises(
+        ValueError, match=r"loss nan at step 1; its batch: .*blur_\d+\.png, .*last good checkpoint"
+    ):
+        main(settings)
+    assert (Path(settings.output_dir) / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_cached_latents_train_as_fresh_ones_do_and_stale_ones_are_noticed(settings, tmp_path):
+    settings = replace(settings, prompt="remove {blur_type}")
+    main(settings)
+    cached = replace(settings, cache_latents=True, output_dir=str(tmp_path / "cached"))
+    main(cached)
+    fresh_rows, cached_rows = rows(settings), rows(cached)
+    for name in ("train/loss_simple", "val/loss"):  # float16 moments against float32 ones
+        pairs = [(a[name], b[name]) for a, b in zip(fresh_rows, cached_rows, strict=True) if a[name]]
+        assert pairs and all(float(a) == pytest.approx(float(b), rel=2e-2) for a, b in pairs)
+    cache = Path(cached.output_dir) / "cache" / "train_latents.h5"
+    stamp = cache.stat().st_mtime_ns
+    main(replace(cached, max_steps=3))
+    assert cache.stat().st_mtime_ns == stamp
+    main(replace(cached, max_steps=1, image_size=128, output_dir=cached.output_dir + "x"))
+    picture = sorted(Path(settings.data_root, "clear_images").iterdir())[0]
+    write_image(picture, read_image(picture))  # same pixels, other time: not worth the risk
+    main(replace(cached, max_steps=4))
+    assert cache.stat().st_mtime_ns != stamp
+
+
+@pytest.mark.parametrize("precision", ["bf16", "16"])
+def test_half_precision_trains_on_finite_numbers(settings, precision):
+    main(replace(settings, precision=precision, max_steps=1, gradient_checkpointing=True))
+    assert all(torch.isfinite(value).all() for value in last(settings)["state_dict"].values())
+
+
+def command(settings: Settings, *more: str) -> list[str]:
+    flags = []
+    for name, value in vars(settings).items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif value != "":
+            flags += [f"--{name}", str(value)]
+    return [sys.executable, "tutorial_train_deblur.py", *flags, *more]
+
+
+def test_two_processes_take_the_steps_of_one(settings, tmp_path):
+    one = replace(
+        settings, batch_size=4, accumulate_grad_batches=1, max_steps=3, save_steps=3, val_fraction=0.0
+    )
+    one = replace(one, ema_decay=0.0)
+    main(one)
+    two = replace(one, batch_size=2, gpus=2, output_dir=str(tmp_path / "two"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command(two), capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert len(re.findall("finished at step 3", run.stdout)) == 1
+    for name, value in last(one)["state_dict"].items():
+        assert torch.allclose(value, last(two)["state_dict"][name], rtol=1e-4, atol=1e-6), name
+    assert [row["step"] for row in rows(two)] == ["1", "2", "3"]
+
+
+def test_a_users_mistake_is_one_line(settings):
+    wrong = replace(settings, resume_path="models/nothing.ckpt")
+    run = subprocess.run(command(wrong), capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert run.stderr.strip().splitlines()[-1].startswith("error: models/nothing.ckpt not found")
