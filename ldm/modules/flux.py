@@ -258,9 +258,10 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 def token_ids(latent: Tensor, image_number: int) -> Tensor:
     """(image number, y, x) of each token of a latent (b, c, h, w), float32 (b, n, 3); targets are image 0."""
     b, _, h, w = latent.shape
-    y, x = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+    places = (torch.arange(side // 2, device=latent.device) for side in (h, w))
+    y, x = torch.meshgrid(*places, indexing="ij")
     ids = torch.stack([torch.full_like(y, image_number), y, x], dim=-1).float()
-    return repeat(ids, "h w axes -> b (h w) axes", b=b).to(latent.device)
+    return repeat(ids, "h w axes -> b (h w) axes", b=b)
 
 
 def predict_velocity(
