@@ -241,3 +241,29 @@ def test_output_equals_diffusers():
 def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match="axes_dim"):
         FluxParams(hidden_size=64, num_heads=2, axes_dim=(8, 12, 16))
+
+
+def test_sampling_equals_the_pipeline_of_diffusers():
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
+
+    shift = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **shift)
+    model, inputs = tiny_flux(), tiny_inputs()
+    pipeline = FluxKontextPipeline(scheduler, *[None] * 5, transformer=diffusers_flux(model))
+    pipeline.set_progress_bar_config(disable=True)
+    noise, control = draw("noise", (2, 16, 8, 10)), draw("control", (2, 16, 8, 10))
+    theirs = pipeline(
+        image=control,
+        prompt_embeds=inputs["t5"],
+        pooled_prompt_embeds=inputs["clip_pooled"],
+        latents=pack(noise),
+        height=64,
+        width=80,
+        max_area=64 * 80,
+        _auto_resize=False,
+        num_inference_steps=6,
+        guidance_scale=2.5,
+        output_type="latent",
+    ).images
+    ours = sample(model, noise, control, inputs["t5"], inputs["clip_pooled"], schedule(6, 20), guidance=2.5)
+    assert relative_error(pack(ours), theirs) < 1e-3
