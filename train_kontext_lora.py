@@ -274,14 +274,8 @@ def make_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
 
 def check(settings: Settings) -> None:
     """Raise ValueError for a value that would fail only later."""
-    for name in (
-        "rank",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "max_train_steps",
-        "save_every",
-        "preview_images",
-    ):
+    counts = "rank train_batch_size gradient_accumulation_steps max_train_steps save_every preview_images"
+    for name in counts.split():
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
     if not 0 <= settings.dropout < 1:
@@ -289,9 +283,7 @@ def check(settings: Settings) -> None:
     if settings.shard_base and (settings.devices < 2 or settings.base_precision == "fp8"):
         raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
     if settings.perceptual_crop < 16 or settings.perceptual_crop % 8:
-        raise ValueError(
-            f"perceptual_crop must be a multiple of 8 from 16 on, not {settings.perceptual_crop}"
-        )
+        raise ValueError(f"perceptual_crop must be 16, 24, 32, ..., not {settings.perceptual_crop}")
 
 
 def load_models(folder: Path, settings: Settings, device: torch.device) -> tuple[FluxAutoencoder, Flux]:
@@ -319,6 +311,7 @@ def train_step(
     settings: Settings,
 ) -> dict[str, Tensor]:
     """Gradients of one step's pictures, `train_batch_size` at a time; the mean losses."""
+    batch = batch | {name: batch[name].cpu() for name in ("seed", "index")}
     losses = []
     for rows in torch.arange(len(batch["seed"])).split(settings.train_batch_size):
         part = {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
