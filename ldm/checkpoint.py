@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,10 +57,10 @@ def load(path: str | Path, device: str = "cpu") -> dict:
         with torch.serialization.safe_globals(shells):
             content = torch.load(path, map_location=device, weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{path} holds code, not only weights, and is not loaded: {reason}") from error
-        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
+        code = re.search(r"Unsupported (?:global|class): GLOBAL (\S+)", str(error))
+        if code:
+            raise ValueError(f"{path} holds code, not only weights, and is not loaded: {code[1]}") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint") from error
     except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
     if not isinstance(content, dict):

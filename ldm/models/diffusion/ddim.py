@@ -37,8 +37,8 @@ class DDIMSampler:
 
         With strength < 1 the walk starts from `x0`, noised by so much. Where `mask` is 1, `x0` (noised) is
         put back before every step. `progress` wraps the list of steps, for a progress bar. `generator` is a
-        CPU generator and makes the draw the same on every device. Raises ValueError for an unknown `method`, and
-        for strength < 1 or a mask without `x0`.
+        CPU generator and makes the draw the same on every device. Raises ValueError for an unknown `method`,
+        and for strength < 1 or a mask without `x0`.
         """
         if method not in samplers.METHODS:
             raise ValueError(f"scheduler must be one of {', '.join(samplers.METHODS)}, not {method!r}")

@@ -5,6 +5,7 @@ which draws standard normal noise; `before(x, step)` may change the latents befo
 They are deterministic but for `noise`, and never clip x0.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,4 +75,94 @@ def ddpm(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, bef
     return ddim(denoise, x, steps, noise, before, eta=1.0)
 
 
-METHODS = {"ddim": ddim, "ddpm": ddpm}
+def euler_a(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, before=keep) -> torch.Tensor:
+    """Euler's method with ancestral noise, on x / sqrt(alpha_bar) and sigma (Karras et al. 2022, eq. 1)."""
+    for step in steps:
+        x = before(x, step)
+        x0, eps = denoise(x, step.t)
+        if step is steps[-1]:
+            return x0
+        sigma, sigma_next = sigma_of(step.alpha), sigma_of(step.alpha_next)
+        up = sigma_next * (1 - (sigma_next / sigma) ** 2) ** 0.5
+        down = (sigma_next**2 - up**2) ** 0.5
+        x = step.alpha_next**0.5 * (x0 + down * eps + up * noise(x))
+    return x
+
+
+def dpmpp_2m(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, before=keep) -> torch.Tensor:
+    """DPM-Solver++ of order 2, multistep (Lu et al. 2022, algorithm 2); the last step ends in x0."""
+    last_x0 = last_h = None
+    for step in steps:
+        x = before(x, step)
+        x0, _ = denoise(x, step.t)
+        if step is steps[-1]:
+            return x0
+        h = half_log_snr(step.alpha_next) - half_log_snr(step.alpha)
+        slope = 0 if last_x0 is None else (x0 - last_x0) * (h / last_h)
+        x = first_order(x, step, x0 + slope / 2)
+        last_x0, last_h = x0, h
+    return x
+
+
+def unipc(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, before=keep) -> torch.Tensor:
+    """UniPC of order 2 with B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2); ends in x0.
+
+    After each look at the network the step that led there is corrected, then the next one is predicted.
+    """
+    history: list[tuple[float, torch.Tensor]] = []  # half log SNR and x0 of the last two points
+    start = order = None
+    for index, step in enumerate(steps):
+        x = before(x, step)
+        x0, _ = denoise(x, step.t)
+        here = half_log_snr(step.alpha)
+        if index > 0:
+            x = unipc_correct(start, steps[index - 1], history[-order:], x0)
+        if step is steps[-1]:
+            return x0
+        history = [*history[-1:], (here, x0)]
+        order, start = len(history), x
+        x = first_order(x, step, x0)
+        if order == 2:
+            h = half_log_snr(step.alpha_next) - here
+            slope = (x0 - history[0][1]) * (h / (here - history[0][0]))
+            x = x + step.alpha_next**0.5 * -math.expm1(-h) * slope / 2
+    return x
+
+
+def unipc_correct(
+    x: torch.Tensor, step: Step, history: list[tuple[float, torch.Tensor]], x0_next: torch.Tensor
+) -> torch.Tensor:
+    """The end of `step` from x, now that x0 at its end is known (Zhao et al. 2023, eq. 3 and theorem 3.1)."""
+    here, x0 = history[-1]
+    h = half_log_snr(step.alpha_next) - here
+    ratios = [(level - here) / h for level, _ in history[:-1]] + [1.0]
+    slopes = [(other - x0) / ratio for (_, other), ratio in zip(history, ratios[:-1], strict=False)]
+    slopes.append(x0_next - x0)
+    phi, right, factorial = math.expm1(-h) / -h - 1, [], 1
+    for power in range(1, len(ratios) + 1):
+        right.append(phi * factorial / math.expm1(-h))
+        factorial *= power + 1
+        phi = phi / -h - 1 / factorial
+    left = np.vander(ratios, increasing=True).T
+    weights = [0.5] if len(ratios) == 1 else np.linalg.solve(left, right)
+    change = sum(float(weight) * slope for weight, slope in zip(weights, slopes, strict=True))
+    return first_order(x, step, x0) - step.alpha_next**0.5 * math.expm1(-h) * change
+
+
+def first_order(x: torch.Tensor, step: Step, x0: torch.Tensor) -> torch.Tensor:
+    """Exact solution over `step` if x0 did not change: DDIM in terms of x0 (Lu et al. 2022, eq. 4.1)."""
+    ratio = ((1 - step.alpha_next) / (1 - step.alpha)) ** 0.5
+    return ratio * x + (step.alpha_next**0.5 - ratio * step.alpha**0.5) * x0
+
+
+def sigma_of(alpha: float) -> float:
+    """Noise level relative to the signal, sqrt((1 - alpha_bar) / alpha_bar)."""
+    return ((1 - alpha) / alpha) ** 0.5
+
+
+def half_log_snr(alpha: float) -> float:
+    """Half the logarithm of the signal-to-noise ratio, called lambda in the papers."""
+    return -math.log(sigma_of(alpha))
+
+
+METHODS = {"ddim": ddim, "ddpm": ddpm, "unipc": unipc, "dpmpp_2m": dpmpp_2m, "euler_a": euler_a}

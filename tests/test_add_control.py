@@ -1,0 +1,162 @@
+"""tool_add_control.py on small files with the real key names, and on the files people really have."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from cldm.model import config_for, create_model, family, fill_model
+from ldm.checkpoint import read_weights, write_weights
+from tests.fill import fill
+from tool_add_control import Settings, add_control, main
+
+CONFIG = "models/cldm_tiny_deblur.yaml"
+
+
+@pytest.fixture(scope="module")
+def diffusion() -> dict[str, torch.Tensor]:
+    """What a file of Stable Diffusion holds, at tiny size."""
+    model = fill(create_model(CONFIG))
+    return {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
+
+
+@pytest.fixture
+def base(diffusion, tmp_path) -> Path:
+    """Such a file, with the extras of files in the wild and without what they often lack."""
+    weights = {k: v for k, v in diffusion.items() if not k.endswith("position_ids") and k != "logvar"}
+    path = tmp_path / "v1-5-pruned.ckpt"
+    write_weights(
+        path, {**weights, "model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(1)}
+    )
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_the_result_trains_from_the_copied_encoder(base, diffusion, tmp_path, capsys, suffix):
+    output = tmp_path / f"control_ini{suffix}"
+    main(Settings(base, output, Path(CONFIG)))
+    weights = read_weights(output)
+    model = create_model(CONFIG)
+    assert weights.keys() == model.state_dict().keys()
+    fill_model(model, weights, output)
+    own = model.state_dict()
+    copied = 0
+    for name, value in weights.items():
+        assert torch.equal(own[name], value)
+        twin = "model.diffusion_model." + name.removeprefix("control_model.")
+        if name in diffusion and name != "logvar":
+            assert torch.equal(value, diffusion[name]), name
+        elif name.startswith("control_model.") and twin in diffusion:
+            assert torch.equal(value, diffusion[twin]), name
+            copied += 1
+    assert (weights["control_model.zero_convs.0.0.weight"] == 0).all()
+    assert weights["control_model.input_hint_block.0.weight"].std() > 0.01
+    printed = capsys.readouterr().out
+    assert f"copied    {copied:5d} tensors" in printed
+    assert "ignored       2 tensors: model_ema.decay (1), model_ema.num_updates (1)" in printed
+    assert "control_model.input_hint_block (16)" in printed and "control_model.zero_convs" in printed
+    assert "logvar (1)" in printed
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_bare_state_dict_without_wrapper(base, tmp_path):
+    bare = tmp_path / "bare.pth"
+    torch.save(read_weights(base), bare)
+    main(Settings(bare, tmp_path / "out.ckpt", Path(CONFIG)))
+    assert "control_model.zero_convs.0.0.weight" in read_weights(tmp_path / "out.ckpt")
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code of the file was run",)
+
+
+def write_text(path: Path) -> None:
+    path.write_text("no weights in here")
+
+
+def write_code(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+
+
+def write_other(path: Path) -> None:
+    write_weights(path, {"down_blocks.0.resnets.0.norm1.weight": torch.ones(3)})
+
+
+def write_flux(path: Path) -> None:
+    write_weights(path, {"double_blocks.0.img_attn.qkv.weight": torch.ones(3)})
+
+
+def write_empty(path: Path) -> None:
+    torch.save({"epoch": 3}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("x.ckpt", None, "x.ckpt"),
+        ("x.ckpt", write_text, "damaged or not a checkpoint"),
+        ("x.safetensors", write_text, "damaged or not a safetensors file"),
+        ("x.ckpt", write_code, "holds code"),
+        ("x.safetensors", write_other, "a diffusers file.*down_blocks"),
+        ("x.safetensors", write_flux, "is FLUX"),
+        ("x.ckpt", write_empty, "no tensors"),
+    ],
+)
+def test_wrong_inputs_are_named_and_leave_nothing(tmp_path, capsys, name, write, message):
+    if write:
+        write(tmp_path / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(Settings(tmp_path / name, tmp_path / "out.ckpt", Path(CONFIG)))
+    assert "was run" not in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ([name] if write else [])
+
+
+def test_a_truncated_file_is_named(base, tmp_path):
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(base.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=r"cut.ckpt is damaged"):
+        main(Settings(cut, tmp_path / "out.ckpt", Path(CONFIG)))
+
+
+def test_outputs_are_not_overwritten_unasked(base, tmp_path):
+    output = tmp_path / "out.ckpt"
+    output.write_text("precious")
+    with pytest.raises(ValueError, match="exists already.*--overwrite"):
+        main(Settings(base, output, Path(CONFIG)))
+    assert output.read_text() == "precious"
+    main(Settings(base, output, Path(CONFIG), overwrite=True))
+    with pytest.raises(FileNotFoundError, match="output folder not found"):
+        main(Settings(base, tmp_path / "none" / "out.ckpt", Path(CONFIG)))
+    with pytest.raises(ValueError, match="has a ControlNet already"):
+        main(Settings(output, tmp_path / "again.ckpt", Path(CONFIG)))
+
+
+def test_missing_and_misshapen_tensors_are_named(base, tmp_path):
+    weights = read_weights(base)
+    del weights["first_stage_model.decoder.conv_in.weight"]
+    with pytest.raises(ValueError, match="lacks first_stage_model.decoder.conv_in.weight"):
+        add_control(weights, __import__("cldm.model").model.read_config(CONFIG), "file")
+    with pytest.raises(ValueError, match="it lacks .*|has shape"):
+        main(Settings(base, tmp_path / "out.ckpt", Path("models/cldm_v15.yaml")))
+
+
+def test_families_are_told_apart():
+    def sd(context: int) -> dict[str, torch.Tensor]:
+        name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+        return {name: torch.empty(320, context)}
+
+    assert family(sd(768)) == "Stable Diffusion 1" and config_for(sd(768), "x").name == "cldm_v15.yaml"
+    assert family(sd(1024)) == "Stable Diffusion 2" and config_for(sd(1024), "x").name == "cldm_v21.yaml"
+    with pytest.raises(ValueError, match="Stable Diffusion XL"):
+        config_for(sd(2048), "x")
+
+
+def test_files_that_mention_lightnings_callback_load(base, tmp_path):
+    """Stable Diffusion's own .ckpt files carry a class of Lightning among their keys."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    content = {"state_dict": read_weights(base), "callbacks": {ModelCheckpoint: {"best": torch.tensor(1.0)}}}
+    torch.save(content, tmp_path / "official.ckpt")
+    assert read_weights(tmp_path / "official.ckpt").keys() == content["state_dict"].keys()
