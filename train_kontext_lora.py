@@ -274,8 +274,8 @@ def make_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
 
 def check(settings: Settings) -> None:
     """Raise ValueError for a value that would fail only later."""
-    counts = "rank train_batch_size gradient_accumulation_steps max_train_steps save_every preview_images"
-    for name in counts.split():
+    counts = "rank train_batch_size gradient_accumulation_steps max_train_steps save_every perceptual_every"
+    for name in (*counts.split(), "preview_images", "preview_steps"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
     if not 0 <= settings.dropout < 1:

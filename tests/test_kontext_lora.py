@@ -275,6 +275,12 @@ def test_identity_network_gives_back_the_picture(size):
     assert restored.dtype == np.uint8 and np.abs(restored.astype(int) - image).max() <= 1
 
 
+@pytest.mark.parametrize("options", [{"steps": 0}, {"resolution": 8}])
+def test_restoring_refuses_nonsense(options):
+    with pytest.raises(ValueError, match="at least 1 step and a resolution of 16"):
+        restore_image(copy_control, PixelAutoencoder(), PROMPT, np.zeros((32, 32, 3), np.uint8), **options)
+
+
 def test_shrunk_pictures_come_back_in_size_and_place():
     image = read_image(photographs(("coffee.png",))[0])
     smooth = cv2.GaussianBlur(image, (0, 0), 4)
@@ -365,6 +371,7 @@ def test_demo(tmp_path, capsys):
             "unknown degradation rain: choose from downsample",
         ),
         ({"dropout": 1.0}, "dropout"),
+        ({"preview_steps": 0}, "preview_steps must be at least 1"),
         ({"perceptual_crop": 100}, "perceptual_crop"),
         ({"shard_base": True}, "--shard_base needs --devices 2"),
         ({"rank": 500}, "rank must lie in 1 ... 128, not 500"),

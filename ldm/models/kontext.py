@@ -207,7 +207,10 @@ def restore_image(
 
     Pictures of more than resolution^2 pixels are restored at that many and scaled back. The sides are made
     multiples of 16 by reflection, which is cut off again: nothing is stretched and nothing is lost.
+    Raises ValueError for fewer than 1 step or a resolution below 16.
     """
+    if steps < 1 or resolution < 16:
+        raise ValueError(f"restoring needs at least 1 step and a resolution of 16, not {steps}, {resolution}")
     height, width = image.shape[:2]
     scale = min(1.0, resolution / math.sqrt(height * width))
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
