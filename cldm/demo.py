@@ -35,12 +35,13 @@ def make_demo_base(
     torch.manual_seed(0)
     params = config["params"]
     parts = {name: params[name] for name in ("unet_config", "first_stage_config", "cond_stage_config")}
-    model = LatentDiffusion(**parts, scale_factor=1.0).to(memory_format=torch.channels_last)
+    model = LatentDiffusion(**parts, scale_factor=1.0)
+    start_linear(model.first_stage_model)
+    model.to(memory_format=torch.channels_last)
     stream = SampleStream(len(dataset), seed=0)
     batches = iter(DataLoader(dataset, batch_size, sampler=stream))
 
     autoencoder = model.first_stage_model.requires_grad_(True)
-    start_linear(autoencoder)
     for batch, update in lessons(autoencoder, batches, autoencoder_steps, "teaching a tiny autoencoder"):
         image = image_of(batch, "jpg")
         update(F.l1_loss(autoencoder.decode(autoencoder.encode(image).mode()), image))

@@ -111,6 +111,20 @@ def family(weights: Mapping[str, torch.Tensor]) -> str:
     return f"a ControlNet for {kind}"
 
 
+def read_trained_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights of any of the files that `open_control_model` opens, and what else a checkpoint of ours holds.
+
+    A ControlNet's bare names get their prefix, and where there is an average (EMA) it is taken.
+    """
+    weights, content = read_weights(path), {}
+    if Path(path).suffix != ".safetensors":
+        content = checkpoint.load(path)
+        weights = {**weights, **content.get("ema", {}).get("average", {})}
+    if any(name.startswith(("zero_convs.", "input_hint_block.")) for name in weights):
+        weights = {f"control_model.{name}": value for name, value in weights.items()}
+    return weights, content
+
+
 def open_control_model(
     path: str | Path, base_path: str | Path | None = None, config_path: str | Path | None = None
 ) -> nn.Module:
@@ -119,15 +133,11 @@ def open_control_model(
     - a checkpoint of our training scripts, which names its own base file and configuration;
     - a full file in lllyasviel's layout (UNet, ControlNet, autoencoder, text tower);
     - a ControlNet alone (`control_model.*`, or these keys bare), with `base_path`, a Stable Diffusion file.
-    `base_path` and `config_path` win over what a checkpoint names; an average (EMA) in it is used.
+    `base_path` and `config_path` win over what a checkpoint names.
     Raises FileNotFoundError or ValueError that says what is missing.
     """
-    content = {} if Path(path).suffix == ".safetensors" else checkpoint.load(path)
-    weights, config = read_weights(path), content.get("config")
-    if "ema" in content:
-        weights = {**weights, **content["ema"]["average"]}
-    if any(name.startswith(("zero_convs.", "input_hint_block.")) for name in weights):
-        weights = {f"control_model.{name}": value for name, value in weights.items()}
+    weights, content = read_trained_weights(path)
+    config = content.get("config")
     if not any(name.startswith("control_model.") for name in weights):
         raise ValueError(f"{path} holds no ControlNet: it is {family(weights)}")
     if not any(name.startswith("model.diffusion_model.input_blocks.") for name in weights):

@@ -109,7 +109,7 @@ def test_second_order_methods_are_closer_to_the_limit_than_ddim(method):
         first, last = (alpha * 0.1 + 1 - alpha for alpha in (steps[0].alpha, steps[-1].alpha))
         return (seen[-1] - seen[0] * (last / first) ** 0.5).abs().mean().item()
 
-    assert error(method) < 0.5 * error("ddim")
+    assert error(method) < 0.6 * error("ddim")
 
 
 def test_strength_takes_the_last_part_of_the_steps():

@@ -1,0 +1,153 @@
+"""Restoring whole photographs of any size with a trained ControlLDM: padding, tiles, colour."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+
+from cldm.cldm import ControlLDM
+from ldm.data.image import to_tensor, to_uint8
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.tiling import gaussian_window, pad_to_multiple, tile_starts
+
+MULTIPLE = 64  # pixels: the UNet halves the latents three times
+
+
+@dataclass
+class Sampling:
+    """How to sample: see `python infer.py deblur --help`."""
+
+    prompt: str
+    negative_prompt: str = ""
+    steps: int = 50
+    method: str = "ddim"
+    guidance_scale: float = 1.0
+    control_scale: float = 1.0
+    strength: float = 1.0
+    seed: int = 0
+    tile: int = 0
+    overlap: int = 128
+    color_fix: bool = True
+
+
+@torch.no_grad()
+def deblur_image(
+    model: ControlLDM, image: np.ndarray, sampling: Sampling, progress: Callable = iter
+) -> np.ndarray:
+    """Restore uint8 (h, w, 3), whose size is kept. The same seed gives the same picture.
+
+    With `tile` (pixels, a multiple of 64) the network and the autoencoder see the picture in overlapping
+    squares whose predictions are blended at every step, so that memory does not grow with the picture.
+    Raises ValueError for a tile or overlap that is no multiple of 64, or an overlap not below the tile.
+    """
+    tile, overlap = sampling.tile, sampling.overlap
+    if tile < 0 or tile % MULTIPLE or (tile and (overlap % MULTIPLE or not 0 <= overlap < tile)):
+        raise ValueError(f"tile and a smaller overlap must be multiples of 64, not {tile} and {overlap}")
+    height, width = image.shape[:2]
+    pixels = pad_to_multiple(to_tensor(image)[None], MULTIPLE).to(model.device)
+    hint, size = (pixels + 1) / 2, (pixels.shape[-2] // 8, pixels.shape[-1] // 8)
+    tiles = Tiles(size, tile // 8 or max(size), overlap // 8 if tile else 0)
+
+    text = model.get_learned_conditioning([sampling.prompt])
+    cond = {"c_concat": [hint], "c_crossattn": [text]}
+    uncond = None
+    if sampling.guidance_scale != 1.0:
+        empty = model.get_learned_conditioning([sampling.negative_prompt])
+        uncond = {"c_concat": [hint], "c_crossattn": [empty]}
+    start = None
+    if sampling.strength < 1:
+        start = tiles.blend(lambda y, x: model.encode_first_stage(pixels[..., times8(y), times8(x)]).mode())
+        start = start * model.scale_factor
+    model.control_scales = [sampling.control_scale] * (len(model.control_model.zero_convs) + 1)
+    latents, _ = TiledSampler(model, tiles).sample(
+        sampling.steps,
+        1,
+        (model.model.diffusion_model.out[-1].out_channels, *size),
+        cond,
+        unconditional_guidance_scale=sampling.guidance_scale,
+        unconditional_conditioning=uncond,
+        x0=start,
+        strength=sampling.strength,
+        generator=torch.Generator().manual_seed(sampling.seed),
+        method=sampling.method,
+        progress=progress,
+    )
+    restored = tiles.blend(lambda y, x: model.decode_first_stage(latents[..., y, x]), scale=8)
+    restored = to_uint8(restored[0, :, :height, :width])
+    return fix_color(restored, image) if sampling.color_fix else restored
+
+
+@dataclass
+class Tiles:
+    """Overlapping squares of `side` latents over a latent picture of `size`."""
+
+    size: tuple[int, int]
+    side: int
+    overlap: int
+
+    def blend(self, compute: Callable[[slice, slice], torch.Tensor], scale: int = 1) -> torch.Tensor:
+        """compute(y, x) of every square, `scale` times as large, blended with gaussian weights."""
+        height, width = self.size
+        ys, xs = (tile_starts(length, self.side, self.overlap) for length in self.size)
+        if len(ys) == len(xs) == 1:
+            return compute(slice(0, height), slice(0, width))
+        total = weights = 0.0
+        for y in ys:
+            for x in xs:
+                part = compute(slice(y, y + self.side), slice(x, x + self.side))
+                if isinstance(total, float):
+                    total = part.new_zeros(*part.shape[:2], height * scale, width * scale)
+                    weights = part.new_zeros(height * scale, width * scale)
+                h, w = part.shape[-2:]
+                here = (slice(y * scale, y * scale + h), slice(x * scale, x * scale + w))
+                window = gaussian_window(h, w).to(part)
+                total[(..., *here)] += part * window
+                weights[here] += window
+        return total / weights
+
+
+class TiledSampler(DDIMSampler):
+    """Sampler whose noise predictions are blended from tiles at every step."""
+
+    def __init__(self, model: ControlLDM, tiles: Tiles):
+        super().__init__(model)
+        self.tiles = tiles
+
+    def _eps(self, x: torch.Tensor, t: torch.Tensor, cond: Mapping, uncond: Mapping | None, scale: float):
+        def part(ys: slice, xs: slice) -> torch.Tensor:
+            return super(TiledSampler, self)._eps(
+                x[..., ys, xs], t, cut(cond, ys, xs), uncond and cut(uncond, ys, xs), scale
+            )
+
+        return self.tiles.blend(part)
+
+
+def cut(cond: Mapping, ys: slice, xs: slice) -> dict:
+    """A conditioning whose hints are cut to a window of latents."""
+    return {**cond, "c_concat": [hint[..., times8(ys), times8(xs)] for hint in cond["c_concat"]]}
+
+
+def times8(window: slice) -> slice:
+    """A window of latents in pixels."""
+    return slice(8 * window.start, 8 * window.stop)
+
+
+def fix_color(restored: np.ndarray, source: np.ndarray, levels: int = 5) -> np.ndarray:
+    """The fine detail of `restored` on the coarse colours of `source`, both uint8 (h, w, 3).
+
+    Coarse is what `levels` steps of an a-trous wavelet leave (Mallat 1999, sec. 5.5).
+    """
+    restored = restored.astype(np.float32)
+    fixed = restored - coarse(restored, levels) + coarse(source.astype(np.float32), levels)
+    return np.rint(fixed.clip(0, 255)).astype(np.uint8)
+
+
+def coarse(image: np.ndarray, levels: int) -> np.ndarray:
+    """Low band of float32 (h, w, 3): blurred by (1, 2, 1) / 4 with gaps of 1, 2, 4, ... pixels."""
+    for level in range(levels):
+        kernel = np.zeros(2 ** (level + 1) + 1, np.float32)
+        kernel[[0, 2**level, -1]] = 0.25, 0.5, 0.25
+        image = cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
+    return image
