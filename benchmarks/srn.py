@@ -1,6 +1,6 @@
 """How fast SRN-DeblurNet trains and restores: the fast settings against plain float32, in one run.
 
-    python benchmarks/srn.py            # about 3 minutes on a GPU, 5 on two CPU cores
+    python benchmarks/srn.py            # about 3 minutes on a GPU, 2 on two CPU cores
 
 Training is one step (forward, backward, clipping, Adam) of the full network at crop 256, data in memory;
 restoring is one image. Shown are the median of several repeats, synchronised, and on a GPU the peak
@@ -89,10 +89,11 @@ def show(title: str, results: dict[str, tuple[float, float]], images: int) -> No
 
 def main() -> None:
     cuda = torch.cuda.is_available()
+    size = (720, 1280) if cuda else (360, 640)
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch_size", type=int, default=16 if cuda else 2)
     parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
-    parser.add_argument("--size", type=int, nargs=2, default=(720, 1280), help="height and width to restore")
+    parser.add_argument("--size", type=int, nargs=2, default=size, help="height and width to restore")
     options = parser.parse_args()
     forms = {"float32": ("32", False, False), "float32 channels_last": ("32", True, False)}
     if cuda:
