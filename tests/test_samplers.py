@@ -37,7 +37,7 @@ def ours(method: str, timesteps: list[int], **options) -> torch.Tensor:
     start, *rest = noises(len(timesteps) + 1)
     draws = iter(rest)
     alphas = [*ALPHAS[timesteps].tolist(), float(ALPHAS[0])]
-    steps = [samplers.Step(t, alphas[i], alphas[i + 1]) for i, t in enumerate(timesteps)]
+    steps = [samplers.Step(t, alphas[i], alphas[i + 1], t == timesteps[-1]) for i, t in enumerate(timesteps)]
     return samplers.METHODS[method](denoise, start, steps, lambda x: next(draws), **options)
 
 

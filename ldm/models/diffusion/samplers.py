@@ -25,6 +25,7 @@ class Step:
     t: int
     alpha: float
     alpha_next: float
+    last: bool = False
 
 
 def make_steps(alphas_cumprod: np.ndarray, count: int, strength: float = 1.0) -> list[Step]:
@@ -35,13 +36,8 @@ def make_steps(alphas_cumprod: np.ndarray, count: int, strength: float = 1.0) ->
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must lie between 0 and 1, not {strength}")
     timesteps = make_ddim_timesteps(count, len(alphas_cumprod))
-    alphas = alphas_cumprod[timesteps].tolist()
-    steps = [
-        Step(int(t), alpha, alpha_next)
-        for t, alpha, alpha_next in zip(
-            timesteps, alphas, [float(alphas_cumprod[0]), *alphas[:-1]], strict=True
-        )
-    ]
+    alphas = alphas_cumprod[[0, *timesteps]].tolist()
+    steps = [Step(int(t), alphas[i + 1], alphas[i], last=i == 0) for i, t in enumerate(timesteps)]
     return steps[: round(count * strength)][::-1]
 
 
@@ -80,7 +76,7 @@ def euler_a(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, 
     for step in steps:
         x = before(x, step)
         x0, eps = denoise(x, step.t)
-        if step is steps[-1]:
+        if step.last:
             return x0
         sigma, sigma_next = sigma_of(step.alpha), sigma_of(step.alpha_next)
         up = sigma_next * (1 - (sigma_next / sigma) ** 2) ** 0.5
@@ -95,7 +91,7 @@ def dpmpp_2m(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise,
     for step in steps:
         x = before(x, step)
         x0, _ = denoise(x, step.t)
-        if step is steps[-1]:
+        if step.last:
             return x0
         h = half_log_snr(step.alpha_next) - half_log_snr(step.alpha)
         slope = 0 if last_x0 is None else (x0 - last_x0) * (h / last_h)
@@ -110,17 +106,17 @@ def unipc(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, be
     After each look at the network the step that led there is corrected, then the next one is predicted.
     """
     history: list[tuple[float, torch.Tensor]] = []  # half log SNR and x0 of the last two points
-    start = order = None
-    for index, step in enumerate(steps):
+    start = order = previous = None
+    for step in steps:
         x = before(x, step)
         x0, _ = denoise(x, step.t)
         here = half_log_snr(step.alpha)
-        if index > 0:
-            x = unipc_correct(start, steps[index - 1], history[-order:], x0)
-        if step is steps[-1]:
+        if previous is not None:
+            x = unipc_correct(start, previous, history[-order:], x0)
+        if step.last:
             return x0
         history = [*history[-1:], (here, x0)]
-        order, start = len(history), x
+        order, start, previous = len(history), x, step
         x = first_order(x, step, x0)
         if order == 2:
             h = half_log_snr(step.alpha_next) - here
