@@ -4,7 +4,7 @@ Black Forest Labs: FLUX.1 Kontext, 2025; Hu et al.: LoRA, 2021; Lipman et al.: F
 
     python train_kontext_lora.py --hr_root my_photos                        # damage is made on the fly
     python train_kontext_lora.py --hr_root clean --lr_root damaged          # real pairs
-    python train_kontext_lora.py --demo                                     # 2 minutes on two CPU cores
+    python train_kontext_lora.py --demo                                     # a minute on two CPU cores
 
 The same command again resumes a stopped run. The result, lora.safetensors, loads in diffusers, ComfyUI and
 Forge. The files that the model folder needs, memory and time are in docs/kontext.md.
