@@ -8,8 +8,8 @@
 
 Method: ControlNet (Zhang et al. 2023) with the blurry photograph as hint, plus losses on the decoded image
 (see cldm/deblur.py). With SD 1.5 expect pictures that follow the hint after 3 to 7 thousand steps, suddenly
-("sudden convergence"); a logical batch of 64 to 128 (accumulate_grad_batches) is better than more steps. Judge
-by the grids and val/psnr, not by the training loss. Killed or stopped, the same command resumes exactly.
+("sudden convergence"); a logical batch of 64 to 128 (accumulate_grad_batches) is better than more steps.
+Judge by the grids and val/psnr, not by the training loss. After a stop the same command resumes exactly.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cldm.cache import cache_latents, drop_encoders
-from cldm.deblur import DeblurControlNet
+from cldm.deblur import DeblurControlNet, add_attention
 from cldm.demo import make_demo_base
 from cldm.model import load_state_dict, read_config
 from cldm.training import StreamData, fit, lightning_precision, prepare_model, report
@@ -40,7 +40,7 @@ class Settings:
     data_root: str = "./training/deblur"
     # Folder of the sharp pictures, matched to data_root's by name; empty: data_root holds both.
     sharp_root: str = ""
-    # A blur_types.json or a list file of `blurry sharp` lines, relative to data_root; empty: look in data_root.
+    # A blur_types.json or a list of `blurry sharp` lines, relative to data_root; empty: look in data_root.
     json_file: str = ""
     # Pixels of the square crop, a multiple of 64.
     image_size: int = 512
@@ -219,7 +219,7 @@ def demo_settings(settings: Settings) -> Settings:
         "stage of training and is no restorer; that takes Stable Diffusion's weights and a GPU."
     )
     make_dataset(
-        MakeSettings(output_dir=str(folder / "data"), num_samples=240, image_size=64, blur_scale=0.3)
+        MakeSettings(output_dir=str(folder / "data"), num_samples=240, image_size=64, blur_scale=1.0)
     )
     return replace(
         settings,
@@ -247,7 +247,7 @@ def make_demo_start(settings: Settings, config: dict, dataset: Dataset) -> None:
     """Teach the tiny model that stands in for Stable Diffusion, and add a ControlNet to it."""
     start = Path(settings.resume_path)
     base = start.with_name("tiny_diffusion.safetensors")
-    make_demo_base(base, config, dataset, autoencoder_steps=300, unet_steps=300)
+    make_demo_base(base, config, dataset, autoencoder_steps=400, unet_steps=300)
     if not start.is_file():
         write_weights(start, add_control(load_state_dict(base), config, base)[0])
 
@@ -272,7 +272,8 @@ def main(settings: Settings) -> None:
     check_start(settings)
     for name in ("deblur_loss_weight", "perceptual_loss_weight", "deblur_crop"):
         config["params"][name] = getattr(settings, name)
-    model = prepare_model(config, settings)
+    weights = load_state_dict(settings.resume_path)
+    model = prepare_model(config, add_attention(weights) if settings.use_attention else weights, settings)
     model.validation_ddim_steps = settings.val_ddim_steps
     if settings.deblur_loss_weight and settings.perceptual_loss_weight:
         model.load_perceptual()

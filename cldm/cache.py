@@ -60,12 +60,13 @@ def _is_fresh(path: Path, key: str) -> bool:
 
 @torch.no_grad()
 def _fill(model: ControlLDM, dataset: Dataset, path: Path, key: str, batch_size: int, device: str) -> None:
-    autoencoder = model.first_stage_model.to(device)
-    weight = autoencoder.encoder.conv_in.weight
+    autoencoder = model.first_stage_model
+    stored = autoencoder.encoder.conv_in.weight.dtype
+    autoencoder.to(device, torch.float32)
     with h5py.File(path, "w") as file:
         start, moments = 0, None
         for batch in tqdm(DataLoader(dataset, batch_size), desc="caching latents", dynamic_ncols=True):
-            posterior = autoencoder.encode(image_of(batch, model.first_stage_key).to(device, weight.dtype))
+            posterior = autoencoder.encode(image_of(batch, model.first_stage_key).to(device))
             values = torch.cat([posterior.mean, posterior.logvar], dim=1).cpu().numpy().astype(np.float16)
             if moments is None:
                 shape = (len(dataset), *values.shape[1:])
@@ -73,6 +74,7 @@ def _fill(model: ControlLDM, dataset: Dataset, path: Path, key: str, batch_size:
             moments[start : start + len(values)] = values
             start += len(values)
         file.attrs["key"] = key
+    autoencoder.to(stored)
 
 
 def drop_encoders(model: ControlLDM, prompts: set[str]) -> None:

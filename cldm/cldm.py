@@ -57,7 +57,7 @@ def zero_conv(channels: int) -> nn.Sequential:
 
 
 class ControlledUnetModel(UNetModel):
-    """UNet whose middle and skips take what a ControlNet adds; its encoder is never trained."""
+    """UNet whose middle and skips take what a ControlNet adds; ControlLDM keeps its encoder frozen."""
 
     def forward(
         self,
@@ -68,8 +68,7 @@ class ControlledUnetModel(UNetModel):
         only_mid_control: bool = False,
     ) -> torch.Tensor:
         """As UNetModel's, plus `control`: one tensor for each input block, then one for the middle."""
-        with torch.no_grad():
-            skips, h, emb = self.encode(x, timesteps, context)
+        skips, h, emb = self.encode(x, timesteps, context)  # without a graph: nothing in it is trained
         if control is not None:
             control = [added.to(h.dtype) for added in control]
             h = h + control[-1]

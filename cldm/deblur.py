@@ -170,3 +170,10 @@ class DeblurControlNetWithAttention(DeblurControlNet):
     def __init__(self, control_stage_config: Mapping, **arguments):
         control = {**control_stage_config, "target": "cldm.deblur.AttentionControlNet"}
         super().__init__(control_stage_config=control, **arguments)
+
+
+def add_attention(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A plain ControlNet's state dict with fresh attention: it is still the same function."""
+    channels = weights["control_model.zero_convs.0.0.weight"].shape[0]
+    fresh = ChannelSpatialAttention(channels).state_dict()
+    return {**{f"control_model.hint_attention.{name}": value for name, value in fresh.items()}, **weights}

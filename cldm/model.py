@@ -49,10 +49,13 @@ def create_model(config_path: str | Path) -> nn.Module:
 def create_filled_model(
     config: Mapping, weights: Mapping[str, torch.Tensor], source: str | Path
 ) -> nn.Module:
-    """Build the model of `config` with `weights`, which must have all of its tensors (see `fill_model`)."""
+    """Build the model of `config` with `weights`, which must have its tensors (see `check_weights`)."""
+    with torch.device("meta"):  # a file that does not fit is found before memory is taken
+        check_weights(instantiate_from_config(config).state_dict(), weights, source)
     with SkipInit():
         model = instantiate_from_config(config)
-    fill_model(model, weights, source)
+    own = model.state_dict()
+    model.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
     return model
 
 
@@ -61,14 +64,14 @@ def load_state_dict(path: str | Path, location: str = "cpu") -> dict[str, torch.
     return read_weights(path, location)
 
 
-def fill_model(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Load `weights` into `model`; tensors of other names are passed over.
+def check_weights(
+    own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], source: str | Path
+) -> None:
+    """Raise ValueError that names `source` and what is missing or has another shape than in `own`.
 
-    All must be there but `position_ids` and the schedule's tables, which follow from the configuration.
-
-    Raises ValueError that names `source` and what is missing or has another shape.
+    `position_ids` and the schedule's tables may be missing: they follow from the configuration. Tensors of
+    other names are passed over.
     """
-    own = model.state_dict()
     needed = [name for name in own if "." in name and not name.endswith("position_ids")]
     missing = [name for name in needed if name not in weights]
     shapes = [
@@ -81,7 +84,6 @@ def fill_model(model: nn.Module, weights: Mapping[str, torch.Tensor], source: st
         found, wanted = family(weights), family(own)
         families = f" (the file is {found}, the model is {wanted})" if found != wanted else ""
         raise ValueError(f"{source} does not fit this model{families}: it {problem}")
-    model.load_state_dict({name: weights[name] for name in own if name in weights}, strict=False)
 
 
 def listing(names: list[str]) -> str:

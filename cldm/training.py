@@ -12,11 +12,12 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from cldm.cldm import ControlLDM
 from cldm.logger import CsvLogger, ImageLogger, Progress
-from cldm.model import create_filled_model, load_state_dict
+from cldm.model import create_filled_model
 from ldm import checkpoint
 from ldm.data.stream import SampleStream
 from ldm.modules.ema import EMA
@@ -198,12 +199,12 @@ MAY_CHANGE = {
 }
 
 
-def prepare_model(config: Mapping, settings: Any) -> ControlLDM:
-    """Build the model of `config` with the weights of `settings.resume_path`, ready for training.
+def prepare_model(config: Mapping, weights: Mapping[str, torch.Tensor], settings: Any) -> ControlLDM:
+    """Build the model of `config` with `weights`, ready for training.
 
     Frozen parts are stored in half precision where the run computes in it.
     """
-    model = create_filled_model(config, load_state_dict(settings.resume_path), settings.resume_path)
+    model = create_filled_model(config, weights, settings.resume_path)
     model.sd_locked, model.only_mid_control = settings.sd_locked, settings.only_mid_control
     model.learning_rate, model.optimizer = settings.learning_rate, settings.optimizer
     unet = model.model.diffusion_model
@@ -241,7 +242,7 @@ def fit(model: ControlLDM, data: StreamData, settings: Any, config: Mapping) -> 
         content = checkpoint.load(last)
         check_settings(content.get("settings", {}), plain(settings), MAY_CHANGE, last)
         step = content["global_step"]
-        print(f"resuming {last} at step {step}")
+        rank_zero_only(print)(f"resuming {last} at step {step}")
     about = {"config": dict(config), "base": str(settings.resume_path), "settings": plain(settings)}
     callbacks = [AverageWeights(settings.ema_decay)] if settings.ema_decay else []
     callbacks += [
@@ -283,12 +284,10 @@ def fit(model: ControlLDM, data: StreamData, settings: Any, config: Mapping) -> 
 
 
 def report(trainer: pl.Trainer, settings: Any, what_next: str) -> None:
-    """Say, from the first process, where everything is and what to run next."""
-    if not trainer.is_global_zero:
-        return
+    """Say where everything is and what to run next."""
     folder = Path(settings.output_dir)
     last, best = folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "best.ckpt"
-    print(
+    rank_zero_only(print)(
         f"finished at step {trainer.global_step}\n"
         f"  checkpoints  {last}{f' and {best.name}' if best.is_file() else ''}\n"
         f"  pictures     {folder / 'images'}\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cldm.model import config_for, create_model, family, fill_model
+from cldm.model import config_for, create_filled_model, create_model, family, read_config
 from ldm.checkpoint import read_weights, write_weights
 from tests.fill import fill
 from tool_add_control import Settings, add_control, main
@@ -39,8 +39,7 @@ def test_the_result_trains_from_the_copied_encoder(base, diffusion, tmp_path, ca
     weights = read_weights(output)
     model = create_model(CONFIG)
     assert weights.keys() == model.state_dict().keys()
-    fill_model(model, weights, output)
-    own = model.state_dict()
+    own = create_filled_model(read_config(CONFIG), weights, output).state_dict()
     copied = 0
     for name, value in weights.items():
         assert torch.equal(own[name], value)
@@ -137,7 +136,7 @@ def test_missing_and_misshapen_tensors_are_named(base, tmp_path):
     weights = read_weights(base)
     del weights["first_stage_model.decoder.conv_in.weight"]
     with pytest.raises(ValueError, match="lacks first_stage_model.decoder.conv_in.weight"):
-        add_control(weights, __import__("cldm.model").model.read_config(CONFIG), "file")
+        add_control(weights, read_config(CONFIG), "file")
     with pytest.raises(ValueError, match="it lacks .*|has shape"):
         main(Settings(base, tmp_path / "out.ckpt", Path("models/cldm_v15.yaml")))
 

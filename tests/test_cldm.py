@@ -272,3 +272,11 @@ def test_unknown_arguments_are_refused():
         ControlLDM(**tiny_arguments(), scale_facto=1.0)
     with pytest.raises(ValueError, match="'x0'"):
         ControlLDM(**tiny_arguments(), parameterization="x0")
+
+
+def test_the_frozen_encoder_records_no_graph(model, reference):
+    r, seen = reference, []
+    for block in model.model.diffusion_model.input_blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    model.apply_model(r["x_noisy"], r["t"], conditioning(r))
+    assert seen and not any(seen)

@@ -5,14 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from cldm.deblur import ChannelSpatialAttention, DeblurControlNet, gradient_l1
+from cldm.deblur import ChannelSpatialAttention, DeblurControlNet, add_attention, gradient_l1
 from cldm.model import create_model, open_control_model, read_config
 from ldm import checkpoint
 from ldm.data.image import read_image, write_image
@@ -140,10 +140,18 @@ def test_unlocked_decoder_is_trained_and_saved(settings):
     assert {name.split(".")[2] for name in names if name.startswith("model.")} == {"output_blocks", "out"}
 
 
-def test_training_on_few_pairs_lowers_the_loss(settings):
-    main(replace(settings, max_steps=25, learning_rate=2e-3, save_steps=25, val_steps=1000, val_fraction=0.0))
-    losses = [float(row["train/loss_simple"]) for row in rows(settings)]
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+def test_one_batch_can_be_learnt(place):
+    model = create_model(CONFIG).train()
+    model.load_state_dict(checkpoint.read_weights(place / "start.safetensors"))
+    model.deblur_loss_weight, model.learning_rate = 0.0, 1e-3
+    optimizer, losses = model.configure_optimizers(), []
+    for _ in range(30):
+        loss, _ = model.shared_step(deblur_batch())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_attention_starts_as_the_plain_model_and_is_trained(settings, place):
@@ -154,7 +162,7 @@ def test_attention_starts_as_the_plain_model_and_is_trained(settings, place):
     torch.manual_seed(0)
     model, plain = instantiate_from_config(config), create_model(CONFIG)
     start = checkpoint.read_weights(place / "start.safetensors")
-    model.load_state_dict(start, strict=False)
+    model.load_state_dict(add_attention(start))
     plain.load_state_dict(start)
     cond = {"c_crossattn": [torch.randn(1, 7, 32)], "c_concat": [torch.rand(1, 3, 64, 64)]}
     noisy, t = torch.randn(1, 16, 8, 8), torch.tensor([500])
@@ -311,8 +319,16 @@ def test_two_processes_take_the_steps_of_one(settings, tmp_path):
     run = subprocess.run(command(two), capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     assert len(re.findall("finished at step 3", run.stdout)) == 1
-    for name, value in last(one)["state_dict"].items():
-        assert torch.allclose(value, last(two)["state_dict"][name], rtol=1e-4, atol=1e-6), name
+    start, ones, twos = (
+        checkpoint.read_weights(one.resume_path),
+        last(one)["state_dict"],
+        last(two)["state_dict"],
+    )
+    for (
+        name,
+        value,
+    ) in ones.items():  # Adam turns rounding of near-zero gradients into whole steps: few of them
+        assert (value - twos[name]).norm() < 0.02 * (value - start[name]).norm(), name
     assert [row["step"] for row in rows(two)] == ["1", "2", "3"]
 
 
@@ -322,3 +338,20 @@ def test_a_users_mistake_is_one_line(settings):
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
     assert run.stderr.strip().splitlines()[-1].startswith("error: models/nothing.ckpt not found")
+
+
+def test_a_killed_run_resumes_to_the_uninterrupted_one(settings, tmp_path):
+    whole = replace(settings, max_steps=6, val_fraction=0.0, ema_decay=0.0)
+    main(whole)
+    killed = replace(whole, output_dir=str(tmp_path / "killed"))
+    path = Path(killed.output_dir) / "checkpoints" / "last.ckpt"
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not path.is_file():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert last(killed)["global_step"] < 6
+    main(killed)
+    assert same(last(whole)["state_dict"], last(killed)["state_dict"])
+    assert rows(whole) == rows(killed)

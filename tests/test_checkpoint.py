@@ -1,0 +1,85 @@
+"""Files that are whole or not there, whatever happens while they are written."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from ldm import checkpoint
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+def test_weights_come_back(tmp_path, name):
+    weights = {"x": torch.randn(3, 4), "y": torch.arange(5), "z": torch.randn(4, 3).t()}
+    checkpoint.write_weights(tmp_path / name, weights)
+    again = checkpoint.read_weights(tmp_path / name)
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(value, again[key]) for key, value in weights.items())
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, name):
+    """A limit on the size of files stands in for the disk."""
+    checkpoint.write_weights(tmp_path / name, {"x": torch.ones(10)})
+    before = (tmp_path / name).read_bytes()
+    code = (
+        "import resource, sys, torch\n"
+        "from ldm import checkpoint\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "try:\n"
+        "    checkpoint.write_weights(sys.argv[1], {'x': torch.ones(1_000_000)})\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / name], capture_output=True, text=True)
+    assert f"cannot save {tmp_path / name} (what was there before is intact)" in run.stdout, run.stderr
+    assert (tmp_path / name).read_bytes() == before
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "a.ckpt"
+    code = (
+        "import sys, torch\n"
+        "from ldm import checkpoint\n"
+        "for step in range(10_000):\n"
+        "    checkpoint.save(sys.argv[1], {'step': step, 'x': torch.full((500_000,), float(step))})\n"
+    )
+    for pause in (0.0, 0.03, 0.11):
+        process = subprocess.Popen([sys.executable, "-c", code, path])
+        while not path.is_file():
+            time.sleep(0.01)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        content = checkpoint.load(path)
+        assert (content["x"] == content["step"]).all()
+        path.unlink()
+
+
+def test_random_states_come_back(tmp_path):
+    checkpoint.save(tmp_path / "states.ckpt", checkpoint.random_states())
+    draws = random.random(), np.random.rand(), torch.rand(1).item()
+    checkpoint.restore_random_states(checkpoint.load(tmp_path / "states.ckpt"))
+    assert draws == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+def test_damage_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.ckpt"):
+        checkpoint.load(tmp_path / "none.ckpt")
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+        checkpoint.read_weights(tmp_path / "none.safetensors")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(ValueError, match=r"list.ckpt is not a checkpoint: it holds a list"):
+        checkpoint.load(tmp_path / "list.ckpt")
+    (tmp_path / "empty.ckpt").touch()
+    with pytest.raises(ValueError, match=r"empty.ckpt is damaged"):
+        checkpoint.load(tmp_path / "empty.ckpt")
