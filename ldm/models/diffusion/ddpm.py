@@ -154,9 +154,9 @@ class LatentDiffusion(pl.LightningModule):
         """
         if isinstance(prompts, torch.Tensor):
             return prompts.to(self.device)
-        if self.cond_stage_model is None:
-            raise ValueError("this model has no text tower: pass embeddings instead of prompts")
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if new and self.cond_stage_model is None:
+            raise ValueError(f"this model has no text tower: pass embeddings instead of {new}")
         if new:
             if len(self._embeddings) + len(new) > REMEMBERED_PROMPTS:
                 self._embeddings.clear()
