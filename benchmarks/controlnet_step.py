@@ -1,12 +1,12 @@
 """One training step of our ControlNet against diffusers': time, images/s and peak memory, in one run.
 
-    python benchmarks/controlnet_step.py                        # reduced width on a CPU, full SD 1.5 on CUDA
-    python benchmarks/controlnet_step.py --batch_size 16 --precision bf16
+    python -m benchmarks.controlnet_step                        # reduced width on a CPU, full SD 1.5 on CUDA
+    python -m benchmarks.controlnet_step --batch_size 16 --precision bf16
 
-A step: noise is added to cached latents, ControlNet and UNet predict it, the loss goes back to the ControlNet,
-AdamW moves it. Same shapes, batch and precision for both; only the ControlNet is trained; they take turns.
-diffusers is used as its own training script uses it (train_controlnet.py: networks frozen by requires_grad_,
-AdamW's defaults, autocast).
+A step: ControlNet and UNet predict the noise in cached latents, the loss goes back to the ControlNet, AdamW
+moves it. Same shapes, batch and precision for both; only the ControlNet is trained. They take turns (on CUDA
+one goes after the other, so that the peak memory is each one's own). diffusers is used as its own training
+script uses it (train_controlnet.py: networks frozen by requires_grad_, AdamW's defaults, autocast).
 """
 
 import statistics

@@ -1,8 +1,8 @@
 """How fast a FLUX.1 Kontext LoRA trains: seconds per step, share of the machine's matmul rate, memory.
 
-    python benchmarks/kontext_step.py                 # CUDA: full size, random weights, about 10 minutes
-    python benchmarks/kontext_step.py --compile       # the same with torch.compile
-    python benchmarks/kontext_step.py --device cpu    # a small network against diffusers + peft
+    python -m benchmarks.kontext_step                 # CUDA: full size, random weights, about 10 minutes
+    python -m benchmarks.kontext_step --compile       # the same with torch.compile
+    python -m benchmarks.kontext_step --device cpu    # a small network against diffusers + peft
 
 A step is forward, backward and AdamW on a given latent, with every block checkpointed and LoRA of rank 16 on
 attention and MLPs. TFLOP are counted by torch (recomputation included), the matmul rate is measured just
@@ -10,24 +10,20 @@ before in bfloat16. On a CPU (float32) ours and the peer's steps alternate; show
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from ldm.modules.flux import Flux, FluxParams, pack, token_ids  # noqa: E402
-from ldm.modules.fp8 import store_in_fp8  # noqa: E402
-from ldm.modules.lora import block_linears, make_lora  # noqa: E402
-from train_kontext_lora import Settings as Training  # noqa: E402
-from train_kontext_lora import draw_noise, flow_loss  # noqa: E402
+from ldm.modules.flux import Flux, FluxParams, pack, token_ids
+from ldm.modules.fp8 import store_in_fp8
+from ldm.modules.lora import block_linears, make_lora
+from train_kontext_lora import Settings as Training
+from train_kontext_lora import draw_noise, flow_loss
 
 SMALL = FluxParams(64, 64, 128, 256, 512, 4.0, 4, depth=3, depth_single_blocks=6)
 

@@ -1,13 +1,12 @@
 """Blur synthesis against writing the PNG files: synthesis may cost no more.
 
-    python benchmarks/make_dataset.py [--size 512] [--repeats 40]
+    python -m benchmarks.make_dataset [--size 512] [--repeats 40]
 
 For each blur type the two are timed in turn on the same picture, in one process with one OpenCV thread: the
 synthesis of a pair (square cut out, blurred with its surroundings, noise) and writing its two PNG files.
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,12 +17,10 @@ import cv2
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from ldm.data.image import photographs, read_image, write_image  # noqa: E402
-from ldm.data.paired import at_least, blur_crop  # noqa: E402
-from ldm.modules.image_degradation.blur import BLUR_TYPES  # noqa: E402
-from tool_make_deblur_dataset import PNG_LEVEL  # noqa: E402
+from ldm.data.image import photographs, read_image, write_image
+from ldm.data.paired import at_least, blur_crop
+from ldm.modules.image_degradation.blur import BLUR_TYPES
+from tool_make_deblur_dataset import PNG_LEVEL
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """How fast SRN-DeblurNet trains and restores: the fast settings against plain float32, in one run.
 
-    python benchmarks/srn.py            # about 3 minutes on a GPU, 2 on two CPU cores
+    python -m benchmarks.srn            # about 3 minutes on a GPU, 2 on two CPU cores
 
 Training is one step (forward, backward, clipping, Adam) of the full network at crop 256, data in memory;
 restoring is one image. Shown are the median of several repeats, synchronised, and on a GPU the peak
@@ -9,18 +9,14 @@ memory. Cases alternate, so that what else the machine does hits all of them ali
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from ldm.run import start_fabric  # noqa: E402
-from train_srn import Settings, SRNDeblurNet, make_optimizer, restore, train_step  # noqa: E402
+from ldm.run import start_fabric
+from train_srn import Settings, SRNDeblurNet, make_optimizer, restore, train_step
 
 
 def training(

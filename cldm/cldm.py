@@ -28,6 +28,8 @@ class ControlNet(UNetEncoder):
         layers = []
         for index, stride in enumerate(strides):
             layers += [nn.Conv2d(widths[index], widths[index + 1], 3, stride=stride, padding=1), nn.SiLU()]
+            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # torch's default would shrink
+            nn.init.zeros_(layers[-2].bias)  # the hint, layer by layer, below the biases
         layers.append(zero_module(nn.Conv2d(256, self.model_channels, 3, padding=1)))
         self.input_hint_block = nn.Sequential(*layers)
         self.zero_convs = nn.ModuleList(zero_conv(channels) for channels, _ in self.skips)
