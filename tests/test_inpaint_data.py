@@ -1,0 +1,231 @@
+"""Pictures with holes: masks, captions, COCO's annotations as flat arrays."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from torch.utils.data import DataLoader
+
+from ldm.data.coco import CocoRecords
+from ldm.data.image import photographs, read_image, write_image
+from ldm.data.inpaint import CocoInpaintingDataset, make_hint, read_mask
+
+SIZE = (96, 128)  # of the pictures: height, width
+
+
+def encoded(y: int, x: int, h: int, w: int) -> np.ndarray:
+    mask = np.zeros(SIZE, np.uint8, order="F")
+    mask[y : y + h, x : x + w] = 1
+    return mask
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Four pictures; polygons, both kinds of RLE, a crowd, a picture without objects, one that is missing."""
+    folder = tmp_path_factory.mktemp("coco")
+    (folder / "photos").mkdir()
+    picture = read_image(photographs()[3])
+    for n in range(4):
+        write_image(folder / "photos" / f"{n}.png", picture[40 * n : 40 * n + SIZE[0], : SIZE[1]])
+    names = ["0.png", "1.png", "2.png", "3.png", "missing.jpg"]
+    images = [{"id": 7 * n + 3, "file_name": x, "height": 96, "width": 128} for n, x in enumerate(names)]
+    polygon = [30.5, 20, 90, 25.25, 80, 80, 25, 60.5]
+    packed = coco_mask.encode(encoded(30, 40, 40, 30))
+    packed = {"size": packed["size"], "counts": packed["counts"].decode()}
+    runs = {"size": [96, 128], "counts": [96 * 40 + 20, 40, 56, 40, 56, 40, 96 * 85 - 20]}
+    runs["counts"][-1] = 96 * 128 - sum(runs["counts"][:-1])
+    shapes = [
+        (3, [polygon], 0),
+        (3, [[10, 10, 50, 10, 50, 60], [70, 40, 120, 40, 120, 90, 70, 90]], 0),
+        (10, packed, 0),
+        (10, runs, 0),
+        (10, packed, 1),
+        (17, [], 0),
+        (17, [[1, 2, 3, 4]], 0),
+        (17, [[5, 5, 6, 5, 6, 6]], 0),
+        (31, [polygon], 0),
+        (999, [polygon], 0),
+    ]
+    annotations = [
+        {"id": n, "image_id": i, "segmentation": s, "iscrowd": c} for n, (i, s, c) in enumerate(shapes)
+    ]
+    (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    captions = [{"id": n, "image_id": 3, "caption": f" größe {n}.\n"} for n in range(5)]
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    return folder
+
+
+def dataset(place: Path, **options) -> CocoInpaintingDataset:
+    return CocoInpaintingDataset(place / "photos", **{"size": 64, **options})
+
+
+def test_objects_are_pycocotools(place, capsys):
+    records, coco = CocoRecords(place / "instances.json", "objects"), COCO(place / "instances.json")
+    rows = records.rows(["missing.jpg", "0.png", "1.png", "2.png", "3.png", "unknown.png"])
+    assert rows.tolist() == [4, 0, 1, 2, 3, -1]
+    for row, image in enumerate(coco.dataset["images"]):
+        wanted = [a for a in coco.loadAnns(coco.getAnnIds(image["id"])) if not a["iscrowd"]]
+        wanted = [coco.annToMask(a) for a in wanted if a["segmentation"] not in ([], [[1, 2, 3, 4]])]
+        masks = [records.mask(row, record) for record in records.of(row)]
+        assert len(masks) == len(wanted) == (2, 2, 1, 0, 1)[row]
+        assert all(np.array_equal(a, b) for a, b in zip(masks, wanted, strict=True))
+    assert records.of(-1) == []
+
+
+def test_the_flat_file_is_used_and_a_stale_one_noticed(place, tmp_path, monkeypatch):
+    source = tmp_path / "a.json"
+    source.write_text((place / "captions.json").read_text())
+    assert CocoRecords(source, "captions").of(0)[4].decode() == "größe 4."
+    monkeypatch.setattr("ldm.data.coco.flatten", lambda *_: pytest.fail("read again"))
+    again = CocoRecords(source, "captions")
+    assert len(again.of(0)) == 5 and len(pickle.dumps(again)) < 2000
+    assert len(pickle.loads(pickle.dumps(again)).of(0)) == 5
+    monkeypatch.undo()
+    source.write_text(source.read_text().replace("00dfe", "00df"))
+    assert CocoRecords(source, "captions").of(0)[0].decode() == "größ 0."
+    with pytest.warns(UserWarning, match="kept in memory"):
+        assert len(CocoRecords(source, "captions", tmp_path / "no" / "x.safetensors").of(0)) == 5
+
+
+@pytest.mark.parametrize("kind", ["rectangle", "irregular", "mixed", "object", "folder"])
+def test_items_are_whole_and_repeatable(place, tmp_path, kind):
+    for n, value in enumerate((255, 128, 90)):
+        mask = np.zeros((50, 90, 3), np.uint8)
+        mask[10:30, 20 + n : 60] = value
+        write_image(tmp_path / f"{n}.png", mask)
+    options = {"ann_file": place / "instances.json", "mask_dir": tmp_path, "mask_type": kind}
+    items = dataset(place, augment=True, **options)
+    seen = set()
+    for key in [(epoch, index) for epoch in range(8) for index in range(4)]:
+        item, again = items[key], items[key]
+        assert all(np.array_equal(item[name], again[name]) for name in item)
+        assert item["jpg"].shape == item["hint"].shape == (64, 64, 3) and item["mask"].shape == (64, 64, 1)
+        assert 0.1 <= item["mask"].mean() <= 0.3 and set(item["mask"].unique().tolist()) == {0, 1}
+        hole = item["mask"][..., 0] == 1
+        assert (item["hint"][hole] == -1).all()
+        assert torch.equal(item["hint"][~hole], (item["jpg"][~hole] + 1) / 2)
+        seen.add(item["mask"].numpy().tobytes())
+    assert len(seen) > 8
+    workers = DataLoader(items, 2, num_workers=2)
+    assert torch.equal(
+        torch.cat([b["mask"] for b in workers]), torch.stack([i["mask"] for i in items_of(items)])
+    )
+
+
+def items_of(items: CocoInpaintingDataset) -> list[dict]:
+    return [items[n] for n in range(len(items))]
+
+
+def test_object_masks_lie_on_their_objects(place):
+    """An object within the limits is the hole as it is: COCO's shape, scaled and cut as the picture is."""
+    items = dataset(place, ann_file=place / "instances.json", mask_ratio=(0.02, 0.9))
+    coco = encoded(30, 40, 40, 30), encoded(20, 40, 40, 3)
+    expected = [
+        cv2.resize(mask[:, 16:112] * 255, (64, 64), interpolation=cv2.INTER_AREA) > 127 for mask in coco
+    ]
+    mask = items[1]["mask"][..., 0].numpy() > 0
+    assert min((mask != other).mean() for other in expected) < 0.02
+    assert 0.02 <= items[2]["mask"].mean() <= 0.9  # nothing usable: a random hole
+
+
+def test_prompts(place):
+    items = dataset(place, captions_file=place / "captions.json", prompt="a photo", prompt_dropout=0.5)
+    texts = [items[(epoch, 0)]["txt"] for epoch in range(300)]
+    assert set(texts) == {"", *(f"größe {n}." for n in range(5))}
+    assert 0.4 < texts.count("") / 300 < 0.6 and min(map(texts.count, set(texts))) > 10
+    assert {items[(epoch, 1)]["txt"] for epoch in range(20)} == {"", "a photo"}
+    assert dataset(place, prompt="x", prompt_dropout=0.0)[0]["txt"] == "x"
+
+
+def test_hint_is_the_documented_convention():
+    """control_v11p_sd15_inpaint: pixels in [0, 1], -1 where the mask is above one half."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    mask = np.random.default_rng(1).uniform(size=(8, 8)).astype(np.float32)
+    theirs = pixels.astype(np.float32) / 255
+    theirs[mask > 0.5] = -1
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    hint = make_hint(image, torch.from_numpy(mask)[None, None])
+    assert np.allclose(hint[0].permute(1, 2, 0), theirs, atol=1e-6)
+    four = make_hint(image, torch.from_numpy(mask)[None, None], channels=4)
+    assert torch.equal(four[:, :3], hint) and np.array_equal(four[0, 3], mask > 0.5)
+
+
+def test_masks_of_any_mode_are_binarised(tmp_path):
+    grey = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+    write_image(tmp_path / "grey.png", grey)
+    write_image(tmp_path / "rgb.png", np.repeat(grey[..., None], 3, axis=2))
+    for name in ("grey.png", "rgb.png"):
+        assert np.array_equal(read_mask(tmp_path / name), (grey > 127).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 100}, "multiple of 64, not 100"),
+        ({"mask_ratio": (0.5, 0.2)}, "mask ratio"),
+        ({"mask_type": "object"}, "need ann_file"),
+        ({"mask_type": "folder"}, "need mask_dir"),
+        ({"mask_type": "round"}, "mask kind"),
+        ({"ann_file": "none.json"}, "not found: none.json"),
+        ({"mask_dir": "nowhere"}, "folder not found: nowhere"),
+    ],
+)
+def test_wrong_options(place, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        dataset(place, **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [}', "a.json is not json: line 1, column 13"),
+        ("[1, 2]", "lists `images` and `annotations`"),
+        ('{"images": [{"id": 1}], "annotations": []}', "an entry has no 'file_name'"),
+        ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [{}]}', "an entry has no 'image_id'"),
+        ('{"images": [{"id": 1, "file_name": "x"}], "annotations": []}', "names none of the 4 pictures"),
+        (
+            '{"images": [{"id": 1, "file_name": "0.png", "height": 9, "width": 9}],'
+            '"annotations": [{"id": 5, "image_id": 1, "segmentation": {"size": [8, 9], "counts": [72]}}]}',
+            "annotation 5 cannot be read",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "0.png"}],'
+            '"annotations": [{"id": 5, "image_id": 1, "segmentation": [[1, 1, 5, 1, 5, 5]]}]}',
+            "no height and width",
+        ),
+    ],
+)
+def test_broken_annotations_are_named(place, tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        dataset(place, ann_file=tmp_path / "a.json")
+
+
+def test_folders_without_pictures_and_broken_pictures_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no images"):
+        CocoInpaintingDataset(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="a.png"):
+        CocoInpaintingDataset(tmp_path)[0]
+
+
+def test_the_command_writes_a_sample(place, tmp_path):
+    command = [sys.executable, "-m", "ldm.data.inpaint", "--image_dir", str(place / "photos")]
+    command += ["--image_size", "64", "--ann_file", str(place / "instances.json")]
+    command += [
+        "--captions_file",
+        str(place / "captions.json"),
+        "--output",
+        str(tmp_path / "data_sample.png"),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and "4 pictures" in run.stdout, run.stderr
+    assert read_image(tmp_path / "data_sample.png").shape == (256, 200, 3)
