@@ -1,4 +1,4 @@
-"""How close a restored image is to the sharp one: PSNR, SSIM, colour shift of uint8 RGB images."""
+"""How close a restored image is to the sharp one: PSNR, SSIM, colour shift, spectrum of uint8 RGB images."""
 
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -39,6 +39,29 @@ def rgb_shift(restored: np.ndarray, sharp: np.ndarray) -> tuple[float, float, fl
     _check(restored, sharp)
     red, green, blue = restored.mean((0, 1)) - sharp.mean((0, 1))
     return float(red), float(green), float(blue)
+
+
+def radial_power(image: np.ndarray) -> np.ndarray:
+    """Radially averaged power spectrum of the grey of a square uint8 (n, n, 3) image: (n // 2,), without DC.
+
+    Entry k - 1 is the mean power at k cycles per image, under a Hann window, of values in [0, 1].
+    Raises ValueError if the image is not square.
+    """
+    size = image.shape[0]
+    if image.shape[1] != size:
+        raise ValueError(f"a radial spectrum needs a square image, not {image.shape[1]} x {size}")
+    grey = image.mean(axis=2) / DATA_RANGE
+    window = np.hanning(size)
+    power = np.abs(np.fft.fft2((grey - grey.mean()) * window[:, None] * window)) ** 2
+    cycles = np.fft.fftfreq(size, 1 / size)
+    radius = np.rint(np.hypot(cycles[:, None], cycles)).astype(int).ravel()
+    return (np.bincount(radius, power.ravel()) / np.bincount(radius))[1 : size // 2 + 1]
+
+
+def spectrum_distance(powers: np.ndarray, others: np.ndarray) -> float:
+    """How far apart the mean radial spectra (images, k) of two sets are: mean |difference| in decades."""
+    means = (np.log10(values.mean(axis=0) + 1e-12) for values in (powers, others))
+    return float(np.abs(np.subtract(*means)).mean())
 
 
 def _check(restored: np.ndarray, sharp: np.ndarray) -> None:

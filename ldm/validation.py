@@ -8,10 +8,13 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.data.image import list_images, read_image, side_by_side
+from ldm.data.paired import at_least
 from ldm.data.pairs import Pair
-from ldm.metrics import psnr, ssim
+from ldm.metrics import psnr, radial_power, rgb_shift, spectrum_distance, ssim
 from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
 from ldm.run import Run
+
+SPECTRUM = 128  # pixels, of the squares whose spectra are compared
 
 
 def sharp_pairs(folder: str | Path | None) -> list[Pair]:
@@ -66,7 +69,8 @@ class HeldOut:
     def evaluate(
         self, restore: Callable[[np.ndarray], np.ndarray], run: Run
     ) -> tuple[dict[str, float], np.ndarray]:
-        """`psnr`, `ssim`, `psnr_BLUR_TYPE` (means of per-image values); a picture: blurry, restored, sharp.
+        """`psnr`, `ssim`, `psnr_BLUR_TYPE` (means of per-image values), `rgb_shift` (the largest mean
+        shift of a channel, in steps of 1/255); a picture: blurry, restored, sharp.
 
         `restore` maps a uint8 picture to one of the same size. The processes of `run` share the work.
         """
@@ -77,6 +81,7 @@ class HeldOut:
             restored = restore(blurry)
             row = {"number": number, "blur_type": self.pairs[number].blur_type}
             row |= {"psnr": psnr(restored, sharp), "ssim": ssim(restored, sharp)}
+            row["rgb_shift"] = rgb_shift(restored, sharp)
             if number in shown:
                 row["picture"] = side_by_side([middle(image, 320) for image in (blurry, restored, sharp)])
             rows.append(row)
@@ -85,8 +90,39 @@ class HeldOut:
         return _means(rows), _stack([row["picture"] for row in rows if "picture" in row])
 
 
+class Spectra:
+    """Is the spectrum of blurred pictures that of real ones? Measured on the middle of held-out pictures.
+
+    `real` are pictures by number; without them the blurry ones of the pairs serve.
+    """
+
+    def __init__(self, held_out: HeldOut, real: Sequence[np.ndarray] | None = None):
+        pairs = [held_out[number] for number in range(len(held_out))]
+        self.sharp, blurry = [sharp for _, sharp in pairs], [blurry for blurry, _ in pairs]
+        if real is not None:
+            order = np.random.default_rng(held_out.seed).permutation(len(real))[: len(pairs)]
+            blurry = [real[int(number)] for number in order]
+        self.real, self.plain = self._powers(blurry), self._powers(self.sharp)
+
+    def __call__(self, blur: Callable[[np.ndarray, int], np.ndarray]) -> tuple[dict[str, float], np.ndarray]:
+        """Distances to the real blurred pictures in decades of power: `spectrum/sharp` of the sharp ones,
+        `spectrum/generated` of what `blur` makes of them (uint8 picture, its number); a picture of both."""
+        made = [blur(image, number) for number, image in enumerate(self.sharp)]
+        distances = {
+            "spectrum/sharp": spectrum_distance(self.plain, self.real),
+            "spectrum/generated": spectrum_distance(self._powers(made), self.real),
+        }
+        both = list(zip(self.sharp, made, strict=True))[:: -(-len(made) // 4)]
+        return distances, _stack([side_by_side([middle(image, 320) for image in row]) for row in both])
+
+    @staticmethod
+    def _powers(images: Sequence[np.ndarray]) -> np.ndarray:
+        return np.stack([radial_power(middle(at_least(image, SPECTRUM), SPECTRUM)) for image in images])
+
+
 def _means(rows: list[dict]) -> dict[str, float]:
     means = {name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "ssim")}
+    means["rgb_shift"] = float(np.abs(np.mean([row["rgb_shift"] for row in rows], axis=0)).max())
     for blur_type in sorted({row["blur_type"] for row in rows} - {""}):
         values = [row["psnr"] for row in rows if row["blur_type"] == blur_type]
         means[f"psnr_{blur_type}"] = float(np.mean(values))

@@ -1,0 +1,781 @@
+"""BGAN and DBGAN: one network learns to blur as real cameras do, the other to undo it. Explained in one file.
+
+Zhang, Luo, Zhong, Ma, Stenger, Liu, Li: Deblurring by Realistic Blurring, CVPR 2020.
+
+    python train_dbgan.py all --blur_data RWBI/train --data gopro/train --val_data gopro/test --precision bf16
+    python train_dbgan.py all --demo            # 5 minutes on two CPU cores, needs no data at all
+
+`blur` is the unpaired half of `all`, `deblur` the other; `paired` trains both networks on pairs at once.
+The same command again resumes a stopped run. Published for GoPro: 31.10 dB. More in docs/dbgan.md.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from ldm.checkpoint import write_weights
+from ldm.data.demo import write_demo
+from ldm.data.image import to_tensor, to_uint8
+from ldm.data.paired import ImageFiles
+from ldm.data.patches import SourceDataset, is_patches, open_pairs, open_source, sharp_images
+from ldm.data.stream import item_generator
+from ldm.modules.ema import EMA
+from ldm.modules.perceptual import FILE, PerceptualLoss
+from ldm.run import Run, plain, read_trained, run_main, start_fabric
+from ldm.tiling import pad_to_multiple, restore_tiled
+from ldm.validation import HeldOut, Spectra, report
+
+# ---- settings: edit here, or override on the command line -------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """Train BGAN (sharp to blurry) and DBGAN (blurry to sharp)."""
+
+    mode: tyro.conf.Positional[Literal["paired", "blur", "deblur", "all"]] = "all"
+    demo: bool = False  # small networks on generated data, 5 minutes on a CPU; other flags still count
+    output_dir: Path = Path("outputs/dbgan")  # a folder of logs, pictures and checkpoints for every stage
+
+    data: Path | None = None  # pairs: GoPro tree, list of `blurry sharp` lines, or paired .h5
+    blur_data: Path | None = None  # real blurred photographs: a folder, or unpaired .h5 (with its sharp ones)
+    sharp_dir: Path | None = None  # sharp photographs for `blur`; None takes those of the .h5, or of --data
+    val_data: Path | None = None  # pairs to evaluate on, in any form of --data
+    val_blur_data: Path | None = None  # real blurred photographs to compare BGAN's with; None: --blur_data
+    val_fraction: float = 0.05  # without val_data: the part of the data that is held out (whole sequences)
+    val_images: int = 32  # evaluate on at most that many, drawn once
+    val_crop: int = 0  # evaluate on that many pixels in the middle; 0 = whole images
+    crop_size: int = 128
+    color_jitter: float = 0.1  # the same for both pictures of an item: against a tint of the results
+    cache: bool = False  # keep all training images decoded in memory
+
+    generator: Literal["dbgan", "srresnet", "deblurgan"] = "dbgan"  # the network that deblurs
+    width: int = 64  # channels of the generators
+    blocks: int = 16  # of the deblurring generator
+    blur_blocks: int = 9  # of BGAN
+    sampling: bool = False  # work at half resolution: 4 times less to compute
+    batch_norm: bool = False  # in BGAN; the paper has it, colours are steadier without
+    discriminator_width: int = 64
+
+    content_loss: Literal["l1", "mse"] = "l1"
+    perceptual_loss_weight: float = 1.0  # 0: VGG-19 is not needed
+    content_loss_weight: float = 0.005  # alpha
+    adversarial_loss_weight: float = 0.01  # beta
+    cycle_loss_weight: float = 10.0
+    identity_loss_weight: float = 5.0
+    vgg_file: Path = FILE
+    bgan_path: Path | None = None  # for `deblur`; None takes OUTPUT_DIR/blur/bgan.safetensors
+    generated_fraction: float = 0.5  # of DBGAN's blurry pictures that BGAN makes, from the sharp ones
+
+    blur_epochs: int = 20
+    pretrain_epochs: int = 20  # of `deblur`, on the content loss alone
+    epochs: int = 20  # adversarial ones, of `deblur` and of `paired`
+    batch_size: int = 4
+    accumulate: int = 4  # batches whose gradients make one step
+    learning_rate: float = 1e-4  # at the start, by a cosine down to
+    last_learning_rate: float = 1e-6
+    pool_size: int = 50  # earlier pictures that the discriminators of `blur` see again; 0 = none
+    ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used
+    seed: int = 0
+
+    precision: Literal["32", "16", "bf16"] = "32"
+    channels_last: bool = False
+    compile: bool = False  # torch.compile: minutes at the start, faster steps
+    devices: int = 1  # GPUs (CPU processes) per machine
+    num_nodes: int = 1  # machines
+    num_workers: int = 8  # processes that prepare images
+    log_epoch: int = 1  # evaluate and save every so many epochs
+
+
+DEMO = {
+    "output_dir": Path("outputs/dbgan_demo"),
+    "crop_size": 64,
+    "width": 24,
+    "blocks": 4,
+    "blur_blocks": 3,
+    "sampling": True,
+    "discriminator_width": 16,
+    "perceptual_loss_weight": 0.0,
+    "content_loss_weight": 1.0,
+    "adversarial_loss_weight": 0.001,
+    "blur_epochs": 4,
+    "pretrain_epochs": 16,
+    "epochs": 8,
+    "accumulate": 1,
+    "learning_rate": 5e-4,
+    "ema_decay": 0.99,
+    "channels_last": True,
+    "num_workers": 1,
+    "val_crop": 256,
+    "cache": True,
+    "log_epoch": 2,
+}
+# What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
+MAY_CHANGE = "mode devices num_nodes num_workers cache channels_last compile log_epoch".split()
+MAY_CHANGE += "blur_epochs".split()  # of the other stage: see `known`
+SOFT_REAL, SOFT_FAKE = 0.9, 0.1  # soft labels of the least-squares discriminators
+NOISE = 4  # numbers that BGAN draws for a picture
+
+
+# ---- networks: values in [0, 1], h and w multiples of `multiple`, results not clamped --------------------
+
+
+class DenseBlock(nn.Module):
+    """Five 3x3 convolutions, four LeakyReLU; each sees all before it, and the block adds to its input."""
+
+    def __init__(self, width: int, norm: bool = False):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(n * width, width, 3, padding=1) for n in range(1, 6))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) if norm else nn.Identity() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for conv, norm in zip(self.convs[:4], self.norms, strict=True):
+            seen.append(F.leaky_relu(norm(conv(torch.cat(seen, dim=1))), 0.2))  # (b, width, h, w)
+        return x + self.convs[4](torch.cat(seen, dim=1))
+
+
+class DBGANGenerator(nn.Module):
+    """The paper's deblurring network: 16 dense blocks, no normalisation, and a residual to the input.
+
+    forward(blurry): (b, 3, h, w) -> the same. With `sampling` the blocks work at half resolution; the way
+    back is a resize and a convolution, whose evenly covered pixels show no checkerboard.
+    """
+
+    def __init__(
+        self, width: int = 64, blocks: int = 16, sampling: bool = False, norm: bool = False, channels: int = 3
+    ):
+        super().__init__()
+        self.multiple = 2 if sampling else 1
+        self.first = nn.Conv2d(channels, width, 3, stride=self.multiple, padding=1)
+        self.blocks = nn.Sequential(*(DenseBlock(width, norm) for _ in range(blocks)))
+        up = [nn.Upsample(scale_factor=2)] if sampling else []
+        activation = nn.LeakyReLU(0.2)
+        self.last = nn.Sequential(
+            *up, nn.Conv2d(width, width, 3, padding=1), activation, nn.Conv2d(width, 3, 3, padding=1)
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image[:, :3] + self.last(self.blocks(self.first(image)))
+
+
+class BGANGenerator(DBGANGenerator):
+    """The paper's blurring network: 9 dense blocks that see the sharp picture and a noise of four numbers.
+
+    forward(sharp, noise): (b, 3, h, w), and (b, 4) from a normal distribution -> blurry (b, 3, h, w).
+    """
+
+    def __init__(self, width: int = 64, blocks: int = 9, sampling: bool = False, norm: bool = False):
+        super().__init__(width, blocks, sampling, norm, channels=3 + NOISE)
+
+    def forward(self, sharp: Tensor, noise: Tensor) -> Tensor:
+        tiled = noise[:, :, None, None].expand(-1, -1, *sharp.shape[2:])  # (b, 4, h, w)
+        return super().forward(torch.cat([sharp, tiled.to(sharp)], dim=1))
+
+
+class ResidualBlock(nn.Module):
+    """x + norm(conv(activation(norm(conv(x)))))."""
+
+    def __init__(self, width: int, norm: type[nn.Module], activation: nn.Module):
+        super().__init__()
+        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2)]
+        self.body = nn.Sequential(convs[0], norm(width), activation, convs[1], norm(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class SRResNet(nn.Module):
+    """SRGAN's generator without its upsampling (Ledig et al. 2017, figure 4), and a residual to the input."""
+
+    multiple = 1
+
+    def __init__(self, width: int = 64, blocks: int = 16):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, width, 9, padding=4), nn.PReLU())
+        self.blocks = nn.Sequential(
+            *(ResidualBlock(width, nn.BatchNorm2d, nn.PReLU()) for _ in range(blocks)),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+        )
+        self.last = nn.Conv2d(width, 3, 9, padding=4)
+
+    def forward(self, blurry: Tensor) -> Tensor:
+        h = self.first(blurry)
+        return blurry + self.last(h + self.blocks(h))
+
+
+class DeblurGANGenerator(nn.Module):
+    """DeblurGAN's (Kupyn et al. 2018, section 3): blocks at quarter resolution; resized, not deconvolved."""
+
+    multiple = 4
+
+    def __init__(self, width: int = 64, blocks: int = 9):
+        super().__init__()
+
+        def layer(enter: int, leave: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+            conv = nn.Conv2d(enter, leave, kernel, stride, kernel // 2)
+            return [conv, nn.InstanceNorm2d(leave), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *layer(3, width, 7),
+            *layer(width, 2 * width, 3, stride=2),
+            *layer(2 * width, 4 * width, 3, stride=2),
+            *(ResidualBlock(4 * width, nn.InstanceNorm2d, nn.ReLU()) for _ in range(blocks)),
+            nn.Upsample(scale_factor=2),
+            *layer(4 * width, 2 * width, 3),
+            nn.Upsample(scale_factor=2),
+            *layer(2 * width, width, 3),
+            nn.Conv2d(width, 3, 7, padding=3),
+            nn.Tanh(),
+        )
+
+    def forward(self, blurry: Tensor) -> Tensor:
+        return blurry + self.body(blurry)
+
+
+class Discriminator(nn.Module):
+    """SRGAN's (Ledig et al. 2017, figure 4) for patches of any size: (b, 3, h, w) in [0, 1] -> scores (b,).
+
+    The mean over positions stands before the two dense layers. Scores are logits.
+    """
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.LeakyReLU(0.2)]
+        enter = width
+        for leave, stride in zip([1, 2, 2, 4, 4, 8, 8], [2, 1, 2, 1, 2, 1, 2], strict=True):
+            conv = nn.Conv2d(enter, leave * width, 3, stride, padding=1)
+            layers += [conv, nn.BatchNorm2d(leave * width), nn.LeakyReLU(0.2)]
+            enter = leave * width
+        self.features = nn.Sequential(*layers)  # (b, 8 width, h / 16, w / 16)
+        self.score = nn.Sequential(nn.Linear(enter, 16 * width), nn.LeakyReLU(0.2), nn.Linear(16 * width, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.score(self.features(image).mean(dim=(2, 3)))[:, 0].float()
+
+
+def initialise(network: nn.Module) -> nn.Module:
+    """Weights from N(0, 0.01), biases 0, as in the paper."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+    return network
+
+
+def make_generator(kind: str, form: dict) -> nn.Module:
+    """The generator `blur` or `deblur` of some settings."""
+    if kind == "blur":
+        return BGANGenerator(form["width"], form["blur_blocks"], form["sampling"], form["batch_norm"])
+    if form["generator"] == "dbgan":
+        return DBGANGenerator(form["width"], form["blocks"], form["sampling"])
+    return {"srresnet": SRResNet, "deblurgan": DeblurGANGenerator}[form["generator"]](
+        form["width"], form["blocks"]
+    )
+
+
+FORM = ("generator", "width", "blocks", "blur_blocks", "sampling", "batch_norm")
+
+
+def load_generator(path: str | Path, kind: Literal["blur", "deblur"]) -> nn.Module:
+    """A generator from a file of this script. Raises FileNotFoundError, or ValueError if it is not in it."""
+    weights, form = read_trained(path)
+    prefix = f"{kind}."
+    weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    if not weights or not form.keys() >= set(FORM):
+        raise ValueError(f"{path} holds no {kind}ring generator of train_dbgan.py")
+    network = make_generator(kind, form)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its settings: {' '.join(str(error).split())}") from error
+    return network.eval()
+
+
+def export(generators: nn.ModuleDict, kind: str, settings: Settings, path: Path) -> None:
+    """Write one generator in half precision with what `load_generator` must know."""
+    weights = {
+        f"{kind}.{name}": value.half() if value.is_floating_point() else value
+        for name, value in generators[kind].state_dict().items()
+    }
+    form = {name: getattr(settings, name) for name in FORM}
+    write_weights(path, weights, {"settings": json.dumps(form)})
+
+
+@torch.no_grad()
+def restore_image(
+    network: nn.Module,
+    image: np.ndarray,
+    precision: str = "32",
+    tile: int = 0,
+    overlap: int = 64,
+    noise: Tensor | None = None,
+) -> np.ndarray:
+    """Deblur a uint8 picture (h, w, 3) of any size, or blur it if there is a `noise` (1, 4), in eval mode.
+
+    With `tile` above 0 the picture goes through in squares of that size, blended over `overlap` pixels.
+    """
+    device = next(network.parameters()).device
+    dtype = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[precision]
+    extra = () if noise is None else (noise.to(device),)
+
+    def run(part: Tensor) -> Tensor:
+        h, w = part.shape[2:]
+        padded = pad_to_multiple(to_unit(part.to(device)), network.multiple)
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            restored = network.forward(padded, *extra)  # not compiled: sizes vary
+        return restored.float()[..., :h, :w].clamp(0, 1) * 2 - 1
+
+    training = network.training
+    network.eval()
+    try:
+        tensor = to_tensor(image)[None]  # (1, 3, h, w)
+        return to_uint8((restore_tiled(tensor, run, tile, overlap) if tile else run(tensor))[0])
+    finally:
+        network.train(training)
+
+
+def blur_image(network: nn.Module, image: np.ndarray, seed: int, **options: str | int) -> np.ndarray:
+    """Blur a uint8 picture (h, w, 3) by BGAN with the noise of this seed; `options` as in `restore_image`."""
+    noise = torch.randn(1, NOISE, generator=item_generator(seed))
+    return restore_image(network, image, noise=noise, **options)
+
+
+def to_unit(image: Tensor) -> Tensor:
+    return (image + 1) / 2  # [-1, 1] -> [0, 1]
+
+
+# ---- losses ----------------------------------------------------------------------------------------------
+
+
+def relativistic_d_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What the discriminator minimises: real pictures look more real than fake ones do on average.
+
+    Scores (b,): C(real) - mean C(fake) against the label 1, C(fake) - mean C(real) against 0, by the mean of
+    their cross-entropies (relativistic average GAN, Jolicoeur-Martineau 2019; the paper's RBL and RDBL).
+    """
+    above, below = real - fake.mean(), fake - real.mean()
+    return (bce(above, 1.0) + bce(below, 0.0)) / 2
+
+
+def relativistic_g_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What the generator minimises, through `fake`: both probabilities are 0.5, real and fake look alike."""
+    above, below = real - fake.mean(), fake - real.mean()
+    return (bce(above, 0.5) + bce(below, 0.5)) / 2
+
+
+def bce(logits: Tensor, label: float) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
+
+
+def least_squares(scores: Tensor, label: float) -> Tensor:
+    return (scores - label).square().mean()  # Mao et al. 2017
+
+
+class ImagePool:
+    """Earlier fakes for the discriminator (Shrivastava et al. 2017): half of what it sees is from before."""
+
+    def __init__(self, size: int):
+        self.size, self.images = size, []
+
+    def __call__(self, fakes: Tensor) -> Tensor:
+        """Take (b, 3, h, w) in, give as many out; draws from torch's random numbers."""
+        chosen = []
+        for fake in fakes.detach():
+            if len(self.images) < self.size:
+                self.images.append(fake.clone())
+            elif self.size and torch.rand(()) < 0.5:
+                index = int(torch.randint(self.size, ()))
+                fake, self.images[index] = self.images[index], fake.clone()
+            chosen.append(fake)
+        return torch.stack(chosen)
+
+    def state_dict(self) -> dict:
+        return {"images": self.images}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.images = list(state["images"])
+
+
+@dataclass
+class Players:
+    """All that a stage trains, and what it needs besides. `blurrer` is a finished BGAN."""
+
+    generators: nn.ModuleDict
+    discriminators: nn.ModuleDict
+    pools: dict[str, ImagePool] = field(default_factory=dict)
+    perceptual: PerceptualLoss | None = None
+    blurrer: nn.Module | None = None
+
+
+def draw_noise(like: Tensor) -> Tensor:
+    return torch.randn(len(like), NOISE).to(like)  # drawn on the CPU: the same on every device
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Gradients pass through the network and leave none in it."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
+def content_loss(made: Tensor, real: Tensor, settings: Settings) -> Tensor:
+    distance = F.l1_loss if settings.content_loss == "l1" else F.mse_loss
+    return distance(made.float(), real)
+
+
+def relativistic_losses(
+    players: Players, name: str, made: Tensor, real: Tensor, alpha: float, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Losses of a discriminator and of the generator that `made` comes from (paper, section 3).
+
+    The generator's is perceptual + alpha * content + beta * relativistic. Both can be minimised in one
+    backward: `made` is detached for the first, the discriminator frozen for the second.
+    """
+    discriminator = players.discriminators[name]
+    real_scores = discriminator(real)
+    loss_d = relativistic_d_loss(real_scores, discriminator(made.detach()))
+    with frozen(discriminator):
+        adversarial = relativistic_g_loss(real_scores.detach(), discriminator(made))
+    loss_g = alpha * content_loss(made, real, settings) + settings.adversarial_loss_weight * adversarial
+    if players.perceptual:
+        distance = players.perceptual(made * 2 - 1, real * 2 - 1).mean()
+        loss_g = loss_g + settings.perceptual_loss_weight * distance
+    return loss_d, loss_g
+
+
+def content_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> dict[str, Tensor]:
+    """DBGAN before it meets a discriminator."""
+    blurry = blurred_again(players.blurrer, settings, blurry, sharp)
+    return {"total_loss": content_loss(players.generators["deblur"](blurry), sharp, settings)}
+
+
+def deblur_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> dict[str, Tensor]:
+    """DBGAN against its discriminator (paper, equations of RDBL)."""
+    blurry = blurred_again(players.blurrer, settings, blurry, sharp)
+    restored = players.generators["deblur"](blurry)
+    alpha = settings.content_loss_weight
+    loss_d, loss_g = relativistic_losses(players, "sharp", restored, sharp, alpha, settings)
+    return {"loss_d": loss_d, "total_loss": loss_g}
+
+
+def paired_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> dict[str, Tensor]:
+    """Both networks on pairs; DBGAN sees what BGAN makes as well."""
+    made = players.generators["blur"](sharp, draw_noise(sharp))
+    alpha = 0.0 if players.perceptual else settings.content_loss_weight  # BGAN's has no content term
+    loss_d_blur, loss_g_blur = relativistic_losses(players, "blur", made, blurry, alpha, settings)
+    blurry = mix(made.detach().clamp(0, 1), blurry, settings.generated_fraction)
+    found = deblur_losses(replace(players, blurrer=None), settings, blurry, sharp)
+    losses = {"loss_d_blur": loss_d_blur, "loss_d_sharp": found["loss_d"]}
+    return {**losses, "loss_g": loss_g_blur + found["total_loss"]}
+
+
+def unpaired_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> dict[str, Tensor]:
+    """BGAN and a network back, without pairs: least-squares GAN, cycles, identity (Zhu et al. 2017)."""
+    blur, deblur = (players.generators[name] for name in ("blur", "deblur"))
+    made = {"blur": blur(sharp, draw_noise(sharp)), "sharp": deblur(blurry)}
+    losses, adversarial = {}, 0.0
+    for name, real in (("blur", blurry), ("sharp", sharp)):
+        discriminator = players.discriminators[name]
+        seen = players.pools[name](made[name])
+        loss = least_squares(discriminator(real), SOFT_REAL) + least_squares(discriminator(seen), SOFT_FAKE)
+        losses[f"loss_d_{name}"] = loss / 2
+        with frozen(discriminator):
+            adversarial = adversarial + least_squares(discriminator(made[name]), SOFT_REAL)
+    cycle = F.l1_loss(deblur(made["blur"]).float(), sharp)
+    cycle = cycle + F.l1_loss(blur(made["sharp"], draw_noise(sharp)).float(), blurry)
+    same = F.l1_loss(blur(blurry, draw_noise(sharp)).float(), blurry)
+    same = same + F.l1_loss(deblur(sharp).float(), sharp)
+    loss_g = adversarial + settings.cycle_loss_weight * cycle + settings.identity_loss_weight * same
+    return {**losses, "loss_g": loss_g}
+
+
+def blurred_again(blurrer: nn.Module | None, settings: Settings, blurry: Tensor, sharp: Tensor) -> Tensor:
+    """The blurry pictures, some of them replaced by BGAN's from the sharp ones."""
+    if blurrer is None:
+        return blurry
+    with torch.no_grad():
+        made = blurrer(sharp, draw_noise(sharp)).float().clamp(0, 1)
+    return mix(made, blurry, settings.generated_fraction)
+
+
+def mix(made: Tensor, real: Tensor, fraction: float) -> Tensor:
+    chosen = torch.rand(len(real), 1, 1, 1) < fraction
+    return torch.where(chosen.to(real.device), made.to(real), real)
+
+
+def train_step(
+    fabric: Fabric,
+    optimizer: torch.optim.Optimizer,
+    batch: dict,
+    accumulate: int,
+    losses: Callable[[Tensor, Tensor], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """One step of all networks on the mean gradient of `accumulate` parts of a batch; the mean losses."""
+    optimizer.zero_grad()
+    sums: dict[str, Tensor] = {}
+    parts = (to_unit(batch[name]).chunk(accumulate) for name in ("blurry", "sharp"))
+    for blurry, sharp in zip(*parts, strict=True):
+        with fabric.autocast():
+            found = losses(blurry, sharp)
+        fabric.backward(sum(found.values()) / accumulate)
+        sums = {name: sums.get(name, 0) + value.detach() / accumulate for name, value in found.items()}
+    if fabric.world_size > 1:  # DDP's wrapper cannot run a network twice in a step
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter.grad is not None:
+                parameter.grad = fabric.all_reduce(parameter.grad)
+    optimizer.step()
+    return sums
+
+
+def learning_rate_factor(step: int, phases: list[int], last: float) -> float:
+    """What the learning rate is multiplied by after `step` steps: a cosine from 1 to `last` in each phase."""
+    for length in phases[:-1]:
+        if step < length:
+            break
+        step, phases = step - length, phases[1:]
+    return last + (1 - last) * (1 + math.cos(math.pi * min(1, step / phases[0]))) / 2
+
+
+# ---- data ------------------------------------------------------------------------------------------------
+
+
+def make_data(settings: Settings, stage: str) -> tuple[Dataset, HeldOut]:
+    """The training set of a stage and what is held out. Raises ValueError if something is not given."""
+    look = {"augment": True, "color_jitter": settings.color_jitter, "cache": settings.cache}
+    limits = settings.val_images, settings.seed, settings.val_crop
+    data = settings.data, settings.sharp_dir, settings.val_data, settings.val_fraction
+    dataset, sharp, held_out = open_pairs(*data, limits, settings.crop_size, settings.seed, **look)
+    if stage == "blur":
+        if not settings.blur_data:
+            raise ValueError("the stage `blur` needs --blur_data: real blurred photographs (or try --demo)")
+        blurry = open_source(settings.blur_data, "blur", settings.cache)
+        if settings.sharp_dir and settings.data:
+            sharp = ImageFiles(sharp_images(settings.sharp_dir), settings.cache)
+        elif sharp is None and is_patches(settings.blur_data):
+            sharp = open_source(settings.blur_data, "sharp")
+        if sharp is None:
+            raise ValueError("the stage `blur` needs sharp photographs: give --sharp_dir or --data")
+        dataset = SourceDataset(
+            blurry, sharp, settings.crop_size, settings.seed, augment=True, color_jitter=settings.color_jitter
+        )
+    if dataset is None:
+        raise ValueError(f"the stage `{stage}` needs pairs: give --data (or try --demo)")
+    smallest = min(len(dataset), len(blurry)) if stage == "blur" else len(dataset)
+    if smallest < settings.batch_size:
+        raise ValueError(f"{smallest} images for `{stage}` are fewer than a batch of {settings.batch_size}")
+    return dataset, held_out
+
+
+def check(settings: Settings) -> None:
+    """Raise ValueError for numbers that cannot be."""
+    for name in ("blur_epochs", "epochs", "batch_size", "accumulate", "log_epoch", "width", "blocks"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+    if settings.crop_size < 16 or settings.crop_size % 16:
+        raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
+    if settings.pretrain_epochs < 0 or settings.pool_size < 0:
+        raise ValueError("pretrain_epochs and pool_size must be at least 0")
+    if not 0 <= settings.generated_fraction <= 1:
+        raise ValueError(f"generated_fraction must lie in [0, 1], not {settings.generated_fraction}")
+
+
+# ---- the whole run -------------------------------------------------------------------------------------
+
+
+STAGES = {  # what is trained, and by which losses
+    "paired": ("blur deblur", "blur sharp", [paired_losses]),
+    "blur": ("blur deblur", "blur sharp", [unpaired_losses]),
+    "deblur": ("deblur", "sharp", [content_losses, deblur_losses]),
+}
+# Settings that only another stage reads: they may change.
+UNUSED = {
+    "paired": "bgan_path blur_epochs pretrain_epochs pool_size blur_data".split(),
+    "blur": "bgan_path pretrain_epochs epochs generated_fraction content_loss_weight vgg_file".split(),
+    "deblur": "blur_epochs pool_size blur_data cycle_loss_weight identity_loss_weight".split(),
+}
+
+
+def make_players(
+    settings: Settings, stage: str, perceptual: nn.Module | None, device: torch.device
+) -> Players:
+    """The networks of a stage, on their device."""
+    generators, discriminators = (names.split() for names in STAGES[stage][:2])
+    players = Players(
+        nn.ModuleDict({name: initialise(make_generator(name, plain(settings))) for name in generators}),
+        nn.ModuleDict({n: initialise(Discriminator(settings.discriminator_width)) for n in discriminators}),
+        {name: ImagePool(settings.pool_size) for name in discriminators},
+        perceptual,
+    )
+    for networks in (players.generators, players.discriminators):
+        networks.to(device, memory_format=torch.channels_last if settings.channels_last else None)
+        for network in networks.values() if settings.compile else ():
+            network.compile()
+    if stage == "deblur" and settings.generated_fraction:
+        players.blurrer = load_generator(bgan_path(settings), "blur").requires_grad_(False).to(device)
+    return players
+
+
+def bgan_path(settings: Settings) -> Path:
+    return settings.bgan_path or settings.output_dir / "blur" / "bgan.safetensors"
+
+
+def main(settings: Settings) -> None:
+    if settings.demo:
+        settings = demo_settings(settings)
+    check(settings)
+    stages = ["blur", "deblur"] if settings.mode == "all" else [settings.mode]
+
+    # What would fail later fails now: data, BGAN, VGG-19
+    fabric = start_fabric(settings.devices, settings.num_nodes, settings.precision, settings.seed)
+    data = {stage: make_data(settings, stage) for stage in stages}
+    if settings.mode == "deblur" and settings.generated_fraction and not bgan_path(settings).is_file():
+        raise FileNotFoundError(
+            f"BGAN not found: {bgan_path(settings)}; train it with `blur`, give --bgan_path, or do without "
+            "(--generated_fraction 0)"
+        )
+    perceptual = None
+    if settings.perceptual_loss_weight and settings.mode != "blur":
+        perceptual = PerceptualLoss(file=settings.vgg_file).to(fabric.device)
+    for stage in stages:
+        fabric.seed_everything(settings.seed, verbose=False)
+        train(fabric, settings, stage, *data[stage], perceptual)
+
+
+def train(
+    fabric: Fabric,
+    settings: Settings,
+    stage: str,
+    dataset: Dataset,
+    held_out: HeldOut,
+    perceptual: nn.Module | None,
+) -> None:
+    """One stage from where it stands to its end."""
+    # Networks, optimizer, average
+    players = make_players(settings, stage, perceptual, fabric.device)
+    generators = players.generators
+    parameters = [*generators.parameters(), *players.discriminators.parameters()]
+    fused = fabric.device.type == "cuda"
+    betas = (0.5, 0.999) if stage == "blur" else (0.9, 0.999)
+    optimizer = torch.optim.Adam(parameters, settings.learning_rate, betas, fused=fused)
+    fabric_optimizer = fabric.setup_optimizers(optimizer)
+    ema = EMA(generators, settings.ema_decay)
+
+    # Phases: their losses and their steps
+    batch_size = settings.batch_size * settings.accumulate
+    steps_per_epoch = max(1, round(len(dataset) / batch_size))
+    epochs = {"blur": [settings.blur_epochs], "deblur": [settings.pretrain_epochs, settings.epochs]}
+    phases = [steps_per_epoch * count for count in epochs.get(stage, [settings.epochs])]
+    steps, last = sum(phases), settings.last_learning_rate / settings.learning_rate
+    schedule = partial(learning_rate_factor, phases=phases, last=last)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+
+    # Resume
+    folder = settings.output_dir / stage
+    parts = {"state_dict": generators, "discriminators": players.discriminators, "optimizer": optimizer}
+    parts |= {"scheduler": scheduler, "ema": ema}
+    parts |= {f"pool_{name}": pool for name, pool in players.pools.items()}
+    known = {**plain(settings), "samples": len(dataset), "blurrer": fingerprint(players.blurrer)}
+    run = Run(fabric, folder, known, parts, [*MAY_CHANGE, *UNUSED[stage]])
+    baseline, _ = held_out.evaluate(lambda blurry: blurry, run)
+    check_blur = None
+    if "blur" in generators:
+        real = settings.val_blur_data or (settings.blur_data if stage == "blur" else None)
+        check_blur = Spectra(held_out, open_source(real, "blur") if real else None)
+    run.say(f"{stage}: {len(dataset)} training images, {steps} steps; {len(held_out)} held out")
+
+    # Loop
+    loader = run.loader(dataset, batch_size, steps, settings.seed, settings.num_workers)
+    for batch in run.batches(loader, steps):
+        losses = STAGES[stage][2][0 if run.step < phases[0] else -1]
+        metrics = train_step(
+            fabric, fabric_optimizer, batch, settings.accumulate, partial(losses, players, settings)
+        )
+        scheduler.step()
+        ema.update(generators)
+        run.advance(metrics, batch["path"])
+        if run.step % (settings.log_epoch * steps_per_epoch) and run.step not in (phases[0], steps):
+            continue
+
+        # Evaluate the averaged weights, log, save
+        values = {f"train/{name}": value for name, value in run.means().items()}
+        with ema.applied(generators):
+            scores, picture = held_out.evaluate(
+                partial(restore_image, generators["deblur"], precision=settings.precision), run
+            )
+            run.picture("deblurred", picture)
+            if check_blur:
+                spectrum, picture = check_blur(
+                    partial(blur_image, generators["blur"], precision=settings.precision)
+                )
+                run.picture("blurred", picture)
+                values |= spectrum
+            if fabric.is_global_zero and run.step in (phases[0], steps):
+                export_all(generators, settings, folder, "" if run.step == steps else "_content")
+        run.log(values | report(scores, baseline))
+        run.save(score=scores["psnr"])
+        run.say(f"{stage} epoch {run.step // steps_per_epoch}: {line(scores, baseline, values)}")
+    what = "dbgan" if "deblur" in stage or stage == "paired" else "bgan"
+    run.finish(f"python infer.py {what} --checkpoint_path {folder / what}.safetensors --input FOLDER ...")
+
+
+def export_all(generators: nn.ModuleDict, settings: Settings, folder: Path, suffix: str) -> None:
+    """Write the weights that the generators have now for infer.py: bgan and dbgan with a suffix."""
+    for kind in generators:
+        name = {"blur": "bgan", "deblur": "dbgan"}[kind]
+        export(generators, kind, settings, folder / f"{name}{suffix}.safetensors")
+
+
+def fingerprint(network: nn.Module | None) -> str:
+    """What a network's weights are known by: a run goes on with the BGAN it began with."""
+    if network is None:
+        return ""
+    arrays = (value.cpu().numpy().tobytes() for value in network.state_dict().values())
+    return hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
+
+
+def line(scores: dict[str, float], baseline: dict[str, float], values: dict[str, float]) -> str:
+    """One epoch for the reader."""
+    text = (
+        f"{values['train/images/s']:.1f} images/s, eval psnr: {scores['psnr']:.2f} "
+        f"(blurry {baseline['psnr']:.2f}) eval ssim: {scores['ssim']:.4f} (blurry {baseline['ssim']:.4f}) "
+        f"rgb shift: {scores['rgb_shift']:.2f}/255 (blurry {baseline['rgb_shift']:.2f})"
+    )
+    if "spectrum/generated" in values:
+        text += f" spectrum: {values['spectrum/generated']:.3f} (sharp {values['spectrum/sharp']:.3f})"
+    return text
+
+
+def demo_settings(settings: Settings) -> Settings:
+    """The demonstration's settings and data, except where the user gave others."""
+    folder = (
+        DEMO["output_dir"] if settings.output_dir == Settings.output_dir else settings.output_dir
+    ) / "data"
+    made = {**DEMO, "data": folder / "train", "val_data": folder / "valid", "blur_data": folder / "real"}
+    made["val_blur_data"] = folder / "valid" / "blur"
+    chosen = {
+        name: value for name, value in made.items() if getattr(settings, name) == getattr(Settings(), name)
+    }
+    write_demo(folder)
+    return replace(settings, **chosen)
+
+
+if __name__ == "__main__":
+    run_main(main, Settings)
