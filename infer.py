@@ -3,23 +3,30 @@
     python infer.py deblur --input photo.jpg --output_dir restored --checkpoint_path best.ckpt
     python infer.py srn --input photo.jpg --output_dir restored
     python infer.py srn --input FOLDER --output_dir restored --checkpoint_path models/my.safetensors
+    python infer.py dbgan --input photo.jpg --output_dir restored --checkpoint_path dbgan.safetensors
+    python infer.py bgan --input sharp.jpg --output_dir blurred --checkpoint_path bgan.safetensors
     python infer.py kontext --input photo.jpg --output_dir restored --lora_path lora.safetensors
+    python infer.py inpaint --input_image photo.jpg --input_mask mask.png --output_dir filled
+        --checkpoint_path outputs/RUN/final_model/model.ckpt
 
 Results are PNG files under the names of their sources; those that exist are not made again.
 `python infer.py srn --help` lists the options.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+from zlib import crc32
 
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
 
 from ldm.data.image import EXTENSIONS, list_images, read_image, side_by_side, write_image
+from ldm.data.stream import item_seed
 from ldm.run import run_main
 
 # What a subcommand makes: a function from a uint8 picture (h, w, 3) and its path to the restored picture.
@@ -41,6 +48,19 @@ class Files:
     def restorer(self) -> Restorer:
         """Load the network. Called once there is something to do."""
         raise NotImplementedError
+
+    def result_name(self, name: Path) -> Path:
+        """Where the result of a picture goes, below the output folder."""
+        return name.with_name(f"{self.output_prefix}{name.stem}.png")
+
+    def comparison_path(self, target: Path) -> Path:
+        """Where the comparison that belongs to a result goes."""
+        folder = self.output_dir.with_name(f"{self.output_dir.name}_comparison")
+        return folder / target.relative_to(self.output_dir)
+
+    def compare(self, image: np.ndarray, restored: np.ndarray, path: Path) -> np.ndarray:
+        """What a comparison shows."""
+        return side_by_side([image, restored])
 
     def torch_device(self) -> torch.device:
         available = torch.cuda.is_available()
@@ -163,7 +183,130 @@ class Kontext(Files):
         return lambda image, path: restore(image, **options)
 
 
-COMMANDS = {"deblur": Deblur, "srn": SRN, "kontext": Kontext}
+@dataclass(kw_only=True)
+class Inpaint(Files):
+    """Fill holes with a ControlNet of tutorial_train_inpaint.py on Stable Diffusion (docs/inpaint.md).
+
+    One picture becomes inpainted.png, and comparison.png beside it: input, mask, output.
+    """
+
+    input: Annotated[Path, tyro.conf.arg(name="input_image")]  # a picture, or a folder with all below it
+    input_mask: Path  # white = fill; one mask for all, or a folder: NAME or NAME_mask
+    checkpoint_path: Path  # ours, a full ControlNet file, or a ControlNet alone (then give --base_path)
+    base_path: Path | None = None  # Stable Diffusion file; None takes the one the checkpoint names
+    config_path: Path | None = None  # yaml of the model; None takes the checkpoint's, or one that fits
+    comparison: bool = True  # also show input, mask and output side by side
+    num_inference_steps: int = 50
+    scheduler: Literal["ddpm", "ddim", "unipc", "dpmpp_2m", "euler_a"] = "ddpm"  # 20 steps do for the others
+    seed: int = 42
+    prompt: str = ""  # what the hole should hold
+    negative_prompt: str = ""  # what guidance leads away from
+    guidance_scale: float = 7.5  # above 1 follows the prompt more, in twice the time
+    control_scale: float = 1.0  # weight of the ControlNet
+    strength: float = 1.0  # below 1 starts from what is in the hole, noised by so much
+    mask_blur: int = 4  # pixels around the hole over which old and new blend; all others stay as they are
+    grow_mask: int = 0  # pixels by which the hole is made larger first
+    only_masked_padding: int = -1  # 0 or more: work on the hole and so many pixels around it
+    resolution: int = 512  # then the shorter side is scaled up to that many pixels
+    color_fix: bool = True  # move the colours of the filling to those around it
+    precision: Literal["32", "16", "bf16"] = "32"  # of the computation; 32 is exact
+
+    def result_name(self, name: Path) -> Path:
+        return super().result_name(name if self.input.is_dir() else name.with_name("inpainted"))
+
+    def comparison_path(self, target: Path) -> Path:
+        return super().comparison_path(target) if self.input.is_dir() else target.with_name("comparison.png")
+
+    def compare(self, image: np.ndarray, restored: np.ndarray, path: Path) -> np.ndarray:
+        mask = np.repeat(255 * self.mask_of(path, image)[..., None], 3, axis=2)
+        return side_by_side([image, mask, restored[..., :3]])
+
+    def restorer(self) -> Restorer:
+        from cldm.inpaint import Inpainting, inpaint_image
+        from cldm.model import open_control_model
+        from ldm.data.image import read_rgba
+        from ldm.data.inpaint import find_mask
+
+        for source, _ in list_jobs(self):  # one that is missing is found before hours are spent
+            find_mask(self.input_mask, self.name_of(source))
+        device = self.torch_device()
+        model = open_control_model(self.checkpoint_path, self.base_path, self.config_path).to(device)
+        half = {"16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
+        names = [field.name for field in fields(Inpainting)]
+        options = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        options = Inpainting(**options, steps=self.num_inference_steps, method=self.scheduler)
+        progress = partial(tqdm, desc="steps", leave=False)
+
+        def restore(image: np.ndarray, path: Path) -> np.ndarray:
+            mask, rgba = self.mask_of(path, image), read_rgba(path)
+            image = image if rgba is None else rgba
+            with torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
+                return inpaint_image(model, image, mask, options, progress)
+
+        return restore
+
+    def name_of(self, path: Path) -> Path:
+        """A picture's path below the input folder."""
+        return path.relative_to(self.input) if self.input.is_dir() else Path(path.name)
+
+    def mask_of(self, path: Path, image: np.ndarray) -> np.ndarray:
+        """The mask of a picture: uint8 (h, w), 1 in the hole."""
+        from ldm.data.inpaint import find_mask, read_mask, resize_mask
+
+        found = find_mask(self.input_mask, self.name_of(path))
+        return resize_mask(read_mask(found), image.shape[:2], found)
+
+
+@dataclass(kw_only=True)
+class DBGAN(Files):
+    """Deblur with a DBGAN of train_dbgan.py (docs/dbgan.md)."""
+
+    checkpoint_path: Path  # dbgan.safetensors of a run, or its last.ckpt or best.ckpt
+    output_prefix: str = "deblurred_"  # before the names of the results
+    tile: int = 1536  # larger pictures go through in squares of that size; 0 = always in one piece
+    overlap: int = 128  # pixels over which the squares are blended
+    precision: Literal["32", "16", "bf16"] = "32"  # of the computation; 32 is exact
+
+    def restorer(self) -> Restorer:
+        from train_dbgan import load_generator, restore_image
+
+        network = load_generator(self.checkpoint_path, "deblur").to(self.torch_device())
+        options = {"precision": self.precision, "tile": self.tile, "overlap": self.overlap}
+        return lambda image, path: restore_image(network, image, **options)
+
+
+@dataclass(kw_only=True)
+class BGAN(Files):
+    """Make realistic blur from sharp photographs with a BGAN of train_dbgan.py (docs/dbgan.md)."""
+
+    checkpoint_path: Path  # bgan.safetensors of a run, or its last.ckpt or best.ckpt
+    output_prefix: str = "blurred_"  # before the names of the results
+    seed: int = 0  # with the file's name it decides on the blur
+    tile: int = 1536  # larger pictures go through in squares of that size; 0 = always in one piece
+    overlap: int = 128  # pixels over which the squares are blended
+    precision: Literal["32", "16", "bf16"] = "32"  # of the computation; 32 is exact
+
+    def restorer(self) -> Restorer:
+        from train_dbgan import blur_image, load_generator
+
+        network = load_generator(self.checkpoint_path, "blur").to(self.torch_device())
+        options = {"precision": self.precision, "tile": self.tile, "overlap": self.overlap}
+
+        def blur(image: np.ndarray, path: Path) -> np.ndarray:
+            seed = item_seed(self.seed, crc32(path.name.encode()))
+            return blur_image(network, image, seed, **options)
+
+        return blur
+
+
+COMMANDS = {
+    "deblur": Deblur,
+    "srn": SRN,
+    "kontext": Kontext,
+    "dbgan": DBGAN,
+    "bgan": BGAN,
+    "inpaint": Inpaint,
+}
 
 
 def is_result(path: Path, files: Files) -> bool:
@@ -186,7 +329,7 @@ def list_jobs(files: Files) -> list[tuple[Path, Path]]:
         sources, names = [files.input], [Path(files.input.name)]
     else:
         raise FileNotFoundError(f"no picture and no folder: {files.input}")
-    targets = [files.output_dir / name.with_name(f"{files.output_prefix}{name.stem}.png") for name in names]
+    targets = [files.output_dir / files.result_name(name) for name in names]
     seen = {source.resolve(): source for source in sources}
     for source, target in zip(sources, targets, strict=True):
         if target.resolve() in seen:
@@ -216,10 +359,9 @@ def restore_files(files: Files) -> None:
         restored = restore(image, source)
         target.parent.mkdir(parents=True, exist_ok=True)
         if files.comparison:
-            folder = files.output_dir.with_name(f"{files.output_dir.name}_comparison")
-            beside = folder / target.relative_to(files.output_dir)
+            beside = files.comparison_path(target)
             beside.parent.mkdir(parents=True, exist_ok=True)
-            write_image(beside, side_by_side([image, restored]))
+            write_image(beside, files.compare(image, restored, source))
         write_image(target, restored)
     print(f"{len(todo) - len(failures)} restored, {len(jobs) - len(todo)} existed: {files.output_dir}")
     if failures:

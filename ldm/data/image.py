@@ -37,6 +37,14 @@ def read_image(path: str | Path) -> np.ndarray:
         raise ValueError(f"cannot read image {path}: {error}") from error
 
 
+def read_rgba(path: str | Path) -> np.ndarray | None:
+    """Read a picture that has transparency as uint8 (h, w, 4), upright; None if it has none."""
+    with Image.open(path) as image:
+        if not image.has_transparency_data:
+            return None
+        return np.array(ImageOps.exif_transpose(image).convert("RGBA"))
+
+
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image).astype(np.float64) * (255.0 if image.mode == "F" else 255.0 / 65535.0)
@@ -48,7 +56,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def write_image(path: str | Path, image: np.ndarray, compress_level: int = 6) -> None:
-    """Write uint8 (h, w, 3) or (h, w) as PNG; the file appears under its name only once it is whole.
+    """Write uint8 (h, w), (h, w, 3) or (h, w, 4) as PNG; the file appears under its name once it is whole.
 
     Raises OSError that names the file.
     """

@@ -6,6 +6,7 @@ writes data_sample.png: pictures, their holes, and what the network sees.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,37 @@ def make_hint(image: torch.Tensor, mask: torch.Tensor, channels: int = 3) -> tor
 def read_mask(path: str | Path) -> np.ndarray:
     """A mask of any size and mode as uint8 (h, w): 1 where the picture is brighter than 127, else 0."""
     return (cv2.cvtColor(read_image(path), cv2.COLOR_RGB2GRAY) > 127).astype(np.uint8)
+
+
+def find_mask(masks: Path, name: Path) -> Path:
+    """The mask of the picture `name`: the file `masks`, or in the folder `masks` NAME or NAME_mask.
+
+    Raises FileNotFoundError if the folder has none.
+    """
+    if not masks.is_dir():
+        return masks
+    wanted = [(masks / name).with_suffix(""), (masks / name).with_name(f"{name.stem}_mask")]
+    for path in list_images(masks):
+        if path.with_suffix("") in wanted:
+            return path
+    raise FileNotFoundError(
+        f"no mask for {name} in {masks}: it would be called {name.stem} or {wanted[1].name}"
+    )
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int], path: str | Path) -> np.ndarray:
+    """A mask (h, w) from `path` at another size of the same shape (h, w), with a warning.
+
+    Raises ValueError for a mask of another shape: more than 2% wider or higher.
+    """
+    if mask.shape == tuple(size):
+        return mask
+    (h, w), (height, width) = mask.shape, size
+    sizes = f"the mask {path} is {w}x{h}, its picture {width}x{height} (width x height)"
+    if not 0.98 < (w / h) / (width / height) < 1.02:
+        raise ValueError(f"{sizes}: they must have the same shape")
+    warnings.warn(f"{sizes}: it is resized", stacklevel=2)
+    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
 class CocoInpaintingDataset(Dataset):

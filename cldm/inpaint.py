@@ -1,0 +1,255 @@
+"""ControlNet that fills holes: what it shows and measures in training, and its use on whole photographs."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cldm.cldm import ControlLDM
+from ldm.data.image import to_tensor, to_uint8
+from ldm.data.inpaint import make_hint
+from ldm.metrics import psnr, ssim
+from ldm.models.diffusion.ddpm import image_of
+from ldm.tiling import pad_to_multiple
+
+MULTIPLE = 64  # pixels: the UNet halves the latents three times
+RING = 8  # pixels on either side of a hole's boundary
+
+
+class InpaintControlNet(ControlLDM):
+    """ControlLDM whose hint is the picture with -1 in its hole (ldm.data.inpaint.make_hint).
+
+    Batches also hold `mask` (b, h, w, 1), 1 in the hole.
+    """
+
+    @torch.no_grad()
+    def log_images(
+        self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20, guidance_scale: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """Columns of the training grid, each (b, 3, 8h, 8w) in [-1, 1].
+
+        `result` is what is sampled for the hint alone, `composite` the truth with the result in its hole.
+        """
+        images = super().log_images(batch, max_images, ddim_steps, guidance_scale)
+        mask = image_of(batch, "mask")[:max_images]
+        result, truth = images["sample"], images["truth"]
+        return {
+            "masked": images["control"],
+            "mask": mask.expand(-1, 3, -1, -1) * 2 - 1,
+            "result": result,
+            "composite": torch.where(mask > 0.5, result, truth),
+            "truth": truth,
+            "prompt": images["conditioning"],
+        }
+
+    def validation_step(self, batch: Mapping, batch_idx: int) -> None:
+        """Log `val/loss`; `val/psnr` and `val/ssim` of the composites as uint8; and the L1 distance of the
+        results from the truth in the hole, outside and on the hole's boundary: means over the images."""
+        super().validation_step(batch, batch_idx)
+        images = self.log_images(batch, len(batch[self.first_stage_key]), self.validation_ddim_steps)
+        if batch_idx == 0:
+            self.validation_images = {name: value[:4] for name, value in images.items()}
+        pairs = zip(images["composite"], images["truth"], strict=True)
+        pairs = [(to_uint8(composite), to_uint8(truth)) for composite, truth in pairs]
+        errors = region_errors(images["result"], images["truth"], image_of(batch, "mask"))
+        values = {
+            "val/psnr": float(np.mean([psnr(*pair) for pair in pairs])),
+            "val/ssim": float(np.mean([ssim(*pair) for pair in pairs])),
+            **{f"val/l1_{name}": error.mean() for name, error in errors.items()},
+        }
+        self.log_dict(values, batch_size=len(pairs), sync_dist=True)
+
+
+def region_errors(result: torch.Tensor, truth: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Mean absolute difference of images (b, 3, h, w) in [-1, 1], as part of their range, in three regions.
+
+    mask (b, 1, h, w) is 1 in the hole. `hole`, `outside` and `ring` (up to 8 pixels on either side of the
+    hole's boundary): (b,) each in [0, 1], 0 where there is no such region.
+    """
+    hole = (mask > 0.5).float()
+    near = [F.max_pool2d(region, 2 * RING + 1, 1, RING) for region in (hole, 1 - hole)]
+    difference = (result - truth).abs().mean(dim=1, keepdim=True) / 2
+    regions = {"hole": hole, "outside": 1 - hole, "ring": near[0] * near[1]}
+    return {
+        name: (difference * region).sum(dim=(1, 2, 3)) / region.sum(dim=(1, 2, 3)).clamp(min=1)
+        for name, region in regions.items()
+    }
+
+
+def widen_hint(weights: Mapping[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
+    """A state dict whose hint has at least `channels` channels: the new ones start at weight zero."""
+    name = "control_model.input_hint_block.0.weight"
+    missing = channels - weights[name].shape[1]
+    return {**weights, name: F.pad(weights[name], (0, 0, 0, 0, 0, missing))} if missing > 0 else dict(weights)
+
+
+# ---- whole photographs -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inpainting:
+    """How to fill a hole: see `python infer.py inpaint --help`."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    steps: int = 50
+    method: str = "ddpm"
+    guidance_scale: float = 7.5
+    control_scale: float = 1.0
+    strength: float = 1.0
+    seed: int = 42
+    mask_blur: int = 4
+    grow_mask: int = 0
+    only_masked_padding: int = -1
+    resolution: int = 512
+    color_fix: bool = True
+
+
+def inpaint_image(
+    model: ControlLDM,
+    image: np.ndarray,
+    mask: np.ndarray,
+    options: Inpainting,
+    progress: Callable = iter,
+) -> np.ndarray:
+    """Fill the hole of uint8 (h, w, 3), or (h, w, 4) with alpha; mask (h, w) is not 0 in the hole.
+
+    Pixels farther than `mask_blur` from the hole (grown by `grow_mask`) come back as they are, bit for bit;
+    where it is filled the result is opaque. An empty mask gives the picture back, with a warning.
+    Raises ValueError if mask and picture differ in size, or for an option out of range.
+    """
+    if mask.shape != image.shape[:2]:
+        raise ValueError(f"the mask is {mask.shape}, the picture {image.shape[:2]} (height, width)")
+    if options.mask_blur < 0 or options.grow_mask < 0 or options.only_masked_padding < -1:
+        raise ValueError("mask_blur and grow_mask must be 0 or more, only_masked_padding -1 or more")
+    hole = (mask > 0).astype(np.uint8)
+    if not hole.any():
+        warnings.warn("the mask is black: there is nothing to fill", stacklevel=2)
+        return image.copy()
+    if options.grow_mask:
+        hole = (distance_to(hole) <= options.grow_mask).astype(np.uint8)
+    y, x = region_of(hole, options.only_masked_padding, options.mask_blur)
+    part, part_hole = image[y, x], hole[y, x]
+    filled = fill(model, np.ascontiguousarray(over_white(part)), part_hole, options, progress)
+    result = image.copy()
+    result[y, x] = paste(part, filled, part_hole, options.mask_blur)
+    return result
+
+
+def region_of(hole: np.ndarray, padding: int, blur: int) -> tuple[slice, slice]:
+    """The part of the picture to work on: all of it for padding -1, else the hole and so much around it."""
+    if padding < 0:
+        return slice(0, hole.shape[0]), slice(0, hole.shape[1])
+    x, y, w, h = cv2.boundingRect(hole)
+    around = padding + blur
+    return slice(max(0, y - around), y + h + around), slice(max(0, x - around), x + w + around)
+
+
+def distance_to(hole: np.ndarray) -> np.ndarray:
+    """Pixels from each pixel to the hole, 0 inside: float32 (h, w)."""
+    return cv2.distanceTransform((hole == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+
+
+def over_white(image: np.ndarray) -> np.ndarray:
+    """uint8 (h, w, 3) as it is, (h, w, 4) without its transparency."""
+    if image.shape[2] == 3:
+        return image
+    alpha = image[..., 3:].astype(np.float32) / 255
+    return np.rint(image[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+
+def paste(image: np.ndarray, filled: np.ndarray, hole: np.ndarray, blur: int) -> np.ndarray:
+    """`filled` (h, w, 3) in the hole, fading over `blur` pixels into `image` (h, w, 3 or 4) outside.
+
+    Pixels as far as `blur` or farther from the hole are those of `image`, bit for bit.
+    """
+    weight = np.clip(1 - distance_to(hole) / max(blur, 1), 0, 1)[..., None]
+    if image.shape[2] == 4:
+        filled = np.dstack([filled, np.full(hole.shape, 255, np.uint8)])
+    blend = np.rint(weight * filled + (1 - weight) * image).astype(np.uint8)
+    return np.where(weight > 0, blend, image)
+
+
+@torch.no_grad()
+def fill(
+    model: ControlLDM, image: np.ndarray, hole: np.ndarray, options: Inpainting, progress: Callable
+) -> np.ndarray:
+    """What the model makes of uint8 (h, w, 3) with a hole (h, w): a whole picture of the same size.
+
+    The latents of what is known are put back at every step; a cell is known if no pixel of it is in the hole.
+    """
+    size = image.shape[:2]
+    factor = max(1.0, options.resolution / min(size)) if options.only_masked_padding >= 0 else 1.0
+    height, width = (round(side * factor) for side in size)
+    scaled = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+    scaled_hole = cv2.resize(hole, (width, height), interpolation=cv2.INTER_NEAREST)
+    known = scaled if options.strength < 1 else fill_smoothly(scaled.astype(np.float32), scaled_hole)
+
+    def on_device(picture: np.ndarray) -> torch.Tensor:
+        return pad_to_multiple(to_tensor(picture)[None], MULTIPLE).to(model.device)
+
+    mask = torch.from_numpy(scaled_hole)[None, None].float()
+    mask = F.pad(mask, (0, -width % MULTIPLE, 0, -height % MULTIPLE)).to(model.device)
+    keep = 1 - F.max_pool2d(mask, 8)
+    start = model.encode_first_stage(on_device(known)).mode().float() * model.scale_factor
+    cond = {
+        "c_concat": [make_hint(on_device(scaled), mask, model.control_model.input_hint_block[0].in_channels)],
+        "c_crossattn": [options.prompt],
+    }
+    model.control_scales = [options.control_scale] * (len(model.control_model.zero_convs) + 1)
+    same = options.prompt == options.negative_prompt  # guidance from a prompt to itself changes nothing
+    latents = model.sample(
+        cond,
+        1,
+        options.steps,
+        1.0 if same else options.guidance_scale,
+        options.negative_prompt,
+        method=options.method,
+        strength=options.strength,
+        x0=start,
+        mask=keep,
+        generator=torch.Generator().manual_seed(options.seed),
+        progress=progress,
+    )
+    result = model.decode_first_stage(keep * start + (1 - keep) * latents)
+    result = to_uint8(result[0, :, :height, :width])
+    if options.color_fix:
+        result = match_border(result, scaled, scaled_hole)
+    return cv2.resize(result, size[::-1], interpolation=cv2.INTER_AREA if factor > 1 else cv2.INTER_NEAREST)
+
+
+def match_border(result: np.ndarray, image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """`result` with its colours moved so that they meet those of `image` around the hole; all uint8.
+
+    The difference outside goes on smoothly into the hole (as in Perez et al. 2003, with a cheaper membrane).
+    """
+    if hole.all():
+        return result
+    difference = fill_smoothly(image.astype(np.float32) - result, hole)
+    difference = cv2.GaussianBlur(difference, None, RING)  # colours move, texture stays
+    return np.rint((result + difference).clip(0, 255)).astype(np.uint8)
+
+
+def fill_smoothly(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """float32 (h, w, c) with its hole filled from around it, coarsely where it is far (pull-push pyramid).
+
+    A picture that is all hole becomes grey (127.5).
+    """
+    if not hole.any():
+        return image
+    height, width = hole.shape
+    known = (hole == 0).astype(np.float32)
+    if min(height, width) < 2 or not known.any():
+        mean = image[hole == 0].mean(axis=0) if known.any() else 127.5
+        return np.where(hole[..., None] > 0, mean, image).astype(np.float32)
+    half = (max(1, width // 2), max(1, height // 2))
+    weight = cv2.resize(known, half, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(image * known[..., None], half, interpolation=cv2.INTER_AREA)
+    small = small / np.maximum(weight, 1e-6)[..., None]
+    small = fill_smoothly(small, (weight == 0).astype(np.uint8))
+    large = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.where(hole[..., None] > 0, large, image)

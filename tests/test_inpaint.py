@@ -1,0 +1,274 @@
+"""Filling holes in photographs with the inpainting ControlNet, at tiny size."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import infer
+from cldm.inpaint import (
+    Inpainting,
+    distance_to,
+    fill_smoothly,
+    inpaint_image,
+    match_border,
+    region_errors,
+    widen_hint,
+)
+from cldm.model import create_model, read_config
+from ldm import checkpoint
+from ldm.data.image import photographs, read_image, write_image
+from ldm.data.inpaint import find_mask, make_hint, resize_mask
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.util import instantiate_from_config
+from tests.fill import fill
+
+CONFIG = "models/cldm_tiny_inpaint.yaml"
+OPTIONS = Inpainting(steps=2, resolution=64)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return fill(create_model(CONFIG)).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.ckpt"
+    checkpoint.save(path, {"state_dict": model.state_dict(), "config": read_config(CONFIG)})
+    return path
+
+
+def photograph(height: int, width: int) -> np.ndarray:
+    return read_image(photographs()[0])[100 : 100 + height, 60 : 60 + width]
+
+
+def hole_in(height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), np.uint8)
+    cv2.circle(mask, (width // 2, height // 2), min(height, width) // 5, 255, -1)
+    return mask
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 133), (33, 20)])
+@pytest.mark.parametrize("change", [{}, {"mask_blur": 0}, {"grow_mask": 5}, {"only_masked_padding": 6}])
+def test_pixels_beyond_the_feather_are_those_of_the_input(model, size, change):
+    image, mask = photograph(*size), hole_in(*size)
+    options = replace(OPTIONS, **change)
+    result = inpaint_image(model, image, mask, options)
+    assert result.shape == image.shape and result.dtype == np.uint8
+    distance = distance_to(mask)
+    outside = distance > options.grow_mask + options.mask_blur
+    assert outside.any() and np.array_equal(result[outside], image[outside])
+    hole = distance <= options.grow_mask
+    assert (result[hole] != image[hole]).any(axis=-1).mean() > 0.9
+    assert np.array_equal(result, inpaint_image(model, image, mask, options))
+
+
+def test_the_feather_runs_from_new_to_old(model):
+    image, mask = photograph(96, 96), hole_in(96, 96)
+    hard = inpaint_image(model, image, mask, replace(OPTIONS, mask_blur=0)).astype(float)
+    soft = inpaint_image(model, image, mask, replace(OPTIONS, mask_blur=8)).astype(float)
+    distance = distance_to(mask)
+    assert np.array_equal(hard[distance == 0], soft[distance == 0])
+    assert np.array_equal(hard[distance >= 1], image[distance >= 1])
+    moved = [np.abs(soft - image)[(distance > d) & (distance <= d + 2)].mean() for d in (0, 2, 4, 6)]
+    assert moved == sorted(moved, reverse=True) and moved[-1] > 0
+
+
+def test_options_change_the_filling(model):
+    image, mask = photograph(64, 64), hole_in(64, 64)
+    plain = inpaint_image(model, image, mask, OPTIONS)
+    changes = [
+        {"seed": 1},
+        {"prompt": "a cat"},
+        {"control_scale": 0.0},
+        {"strength": 0.5},
+        {"method": "unipc"},
+    ]
+    changes += [{"color_fix": False}, {"steps": 3}, {"mask_blur": 2}, {"grow_mask": 2}]
+    for change in changes:
+        assert not np.array_equal(plain, inpaint_image(model, image, mask, replace(OPTIONS, **change))), (
+            change
+        )
+    guided = replace(OPTIONS, prompt="a cat")
+    assert not np.array_equal(
+        inpaint_image(model, image, mask, guided),
+        inpaint_image(model, image, mask, replace(guided, guidance_scale=1.0)),
+    )
+    assert np.array_equal(plain, inpaint_image(model, image, mask, OPTIONS))  # nothing stuck
+
+
+def test_what_is_in_the_hole_is_not_seen(model):
+    """With strength 1 the filling depends on the surroundings alone."""
+    image, mask = photograph(64, 64), hole_in(64, 64)
+    other = np.where(mask[..., None] > 0, 255 - image, image)
+    results = [
+        inpaint_image(model, picture, mask, replace(OPTIONS, mask_blur=0)) for picture in (image, other)
+    ]
+    assert np.array_equal(*results)
+
+
+def test_known_latents_are_put_back_and_every_cell_of_the_hole_is_free(model, monkeypatch):
+    seen = {}
+
+    def sample(self, steps, batch_size, shape, cond, x0, mask, **options):
+        seen.update(x0=x0, mask=mask, hint=cond["c_concat"][0])
+        return torch.full_like(x0, 7.0), {}
+
+    monkeypatch.setattr(DDIMSampler, "sample", sample)
+    monkeypatch.setattr(
+        model, "decode_first_stage", lambda z: seen.update(z=z) or torch.zeros(1, 3, 128, 128)
+    )
+    mask = np.zeros((100, 100), np.uint8)
+    mask[15, 40] = mask[56:72, 56:71] = 255
+    inpaint_image(model, photograph(100, 100), mask, OPTIONS)
+    free = torch.zeros(16, 16)
+    free[1, 5] = 1
+    free[7:9, 7:9] = 1
+    assert torch.equal(seen["mask"][0, 0], 1 - free)
+    assert torch.equal(seen["z"], torch.where(free > 0, torch.tensor(7.0), seen["x0"]))
+    assert (seen["hint"][0, :, 15, 40] == -1).all() and (seen["hint"] == -1).sum() == 3 * (1 + 16 * 15)
+
+
+def test_black_and_white_masks(model):
+    image = photograph(64, 80)
+    with pytest.warns(UserWarning, match="mask is black"):
+        assert np.array_equal(inpaint_image(model, image, np.zeros((64, 80), np.uint8), OPTIONS), image)
+    everything = inpaint_image(model, image, np.ones((64, 80), np.uint8), OPTIONS)
+    assert everything.shape == image.shape and everything.std() > 0
+
+
+def test_transparency_is_kept_outside_and_gone_inside(model):
+    image = np.dstack([photograph(64, 64), np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))])
+    mask = hole_in(64, 64)
+    result = inpaint_image(model, image, mask, OPTIONS)
+    outside = distance_to(mask) > OPTIONS.mask_blur
+    assert np.array_equal(result[outside], image[outside])
+    assert (result[mask > 0][:, 3] == 255).all()
+
+
+def test_wrong_options_are_named(model):
+    image = photograph(64, 64)
+    with pytest.raises(ValueError, match=r"mask is \(64, 65\), the picture \(64, 64\)"):
+        inpaint_image(model, image, np.ones((64, 65), np.uint8), OPTIONS)
+    changes = [{"mask_blur": -1}, {"grow_mask": -1}, {"only_masked_padding": -2}]
+    changes += [{"method": "euler"}, {"strength": 1.5}]
+    for change in changes:
+        with pytest.raises(ValueError, match="must be|must lie"):
+            inpaint_image(model, image, hole_in(64, 64), replace(OPTIONS, **change))
+
+
+def test_holes_are_filled_smoothly():
+    y, x = np.mgrid[:80, :100].astype(np.float32)
+    ramp = np.dstack([y, x, y + x])
+    hole = hole_in(80, 100)
+    filled = fill_smoothly(ramp, hole)
+    assert np.array_equal(filled[hole == 0], ramp[hole == 0])
+    assert np.abs(filled - ramp).max() < 12 and np.abs(filled - ramp)[hole > 0].mean() < 4
+    assert np.allclose(fill_smoothly(np.full((33, 57, 3), 9, np.float32), hole[:33, :57]), 9)
+    assert (fill_smoothly(ramp, np.ones_like(hole)) == 127.5).all()
+
+
+def test_a_colour_cast_of_the_filling_is_moved_away():
+    image = photograph(128, 128)
+    hole = hole_in(128, 128)
+    cast = (image.astype(float) * 0.8 + [25, 0, 10]).clip(0, 255).astype(np.uint8)
+    fixed = match_border(cast, image, hole)
+    before, after = (np.abs(a.astype(float) - image)[hole > 0].mean() for a in (cast, fixed))
+    assert after < 0.4 * before
+    assert np.abs(match_border(image, image, hole).astype(int) - image).max() == 0
+
+
+def test_errors_by_region():
+    truth, mask = torch.zeros(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
+    mask[:, :, 16:48, 16:48] = 1
+    result = torch.where(mask > 0, 0.5, 0.1).expand(2, 3, 64, 64)
+    errors = region_errors(result, truth, mask)
+    assert errors["hole"] == pytest.approx([0.25, 0.25]) and errors["outside"] == pytest.approx([0.05, 0.05])
+    inside, around = 32 * 32 - 16 * 16, 48 * 48 - 32 * 32
+    ring = (0.25 * inside + 0.05 * around) / (inside + around)
+    assert errors["ring"] == pytest.approx([ring, ring])
+    assert region_errors(result, truth, torch.ones_like(mask))["outside"].tolist() == [0, 0]
+
+
+def test_a_wider_hint_starts_as_the_same_model(model):
+    config = read_config(CONFIG)
+    config["params"]["control_stage_config"]["params"]["hint_channels"] = 4
+    wide = instantiate_from_config(config)
+    wide.load_state_dict(widen_hint(model.state_dict(), 4))
+    image, mask = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 1, 64, 64).round()
+    noisy, t, text = torch.randn(1, 16, 8, 8), torch.tensor([500]), torch.randn(1, 7, 32)
+    outputs = [
+        m.apply_model(noisy, t, {"c_crossattn": [text], "c_concat": [make_hint(image, mask, channels)]})
+        for m, channels in ((model, 3), (wide, 4))
+    ]
+    assert torch.allclose(*outputs, atol=1e-5)
+    assert widen_hint(model.state_dict(), 3).keys() == model.state_dict().keys()
+    result = inpaint_image(wide.eval(), photograph(64, 64), hole_in(64, 64), OPTIONS)
+    assert result.shape == (64, 64, 3)
+
+
+def test_masks_are_found_and_resized(tmp_path):
+    for name in ("a.png", "sub/b_mask.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_image(tmp_path / name, hole_in(20, 30))
+    assert find_mask(tmp_path, Path("a.jpg")) == tmp_path / "a.png"
+    assert find_mask(tmp_path, Path("sub/b.webp")) == tmp_path / "sub" / "b_mask.png"
+    assert find_mask(tmp_path / "x.png", Path("anything.png")) == tmp_path / "x.png"
+    with pytest.raises(FileNotFoundError, match="no mask for c.png .* c or c_mask"):
+        find_mask(tmp_path, Path("c.png"))
+    with pytest.warns(UserWarning, match="m.png is 30x20, its picture 60x40 .*: it is resized"):
+        assert resize_mask(hole_in(20, 30), (40, 60), "m.png").shape == (40, 60)
+    with pytest.raises(ValueError, match="m.png is 30x20, its picture 20x30 .*same shape"):
+        resize_mask(hole_in(20, 30), (30, 20), "m.png")
+
+
+def test_the_command_fills_one_picture(weights, tmp_path):
+    image = Image.fromarray(np.dstack([photograph(70, 90), np.full((70, 90), 200, np.uint8)]))
+    image.save(tmp_path / "a photo.png")
+    write_image(tmp_path / "mask.png", np.repeat(hole_in(70, 90)[..., None], 3, axis=2))
+    command = [sys.executable, "infer.py", "inpaint", "--checkpoint_path", str(weights)]
+    command += ["--input_image", str(tmp_path / "a photo.png"), "--input_mask", str(tmp_path / "mask.png")]
+    command += ["--output_dir", str(tmp_path / "out"), "--num_inference_steps", "2"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    with Image.open(tmp_path / "out" / "inpainted.png") as result:
+        assert result.mode == "RGBA" and result.size == (90, 70)
+        outside = distance_to(hole_in(70, 90)) > 4
+        assert np.array_equal(np.array(result)[outside], np.array(image)[outside])
+    assert read_image(tmp_path / "out" / "comparison.png").shape == (70, 278, 3)
+    run = subprocess.run([*command, "--input_mask", "none.png"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0  # it exists: nothing is done
+
+
+def test_the_command_fills_a_folder(weights, tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        write_image(tmp_path / "in" / name, photograph(64, 64))
+    (tmp_path / "masks").mkdir()
+    write_image(tmp_path / "masks" / "a_mask.png", hole_in(64, 64))
+    settings = infer.Inpaint(
+        input=tmp_path / "in",
+        input_mask=tmp_path / "masks",
+        output_dir=tmp_path / "out",
+        checkpoint_path=weights,
+        num_inference_steps=1,
+    )
+    with pytest.raises(FileNotFoundError, match="no mask for b.png"):
+        infer.restore_files(settings)
+    assert not (tmp_path / "out").exists()
+    write_image(tmp_path / "masks" / "b.png", hole_in(128, 128))
+    with pytest.warns(UserWarning, match="it is resized"):
+        infer.restore_files(settings)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
+    assert sorted(path.name for path in (tmp_path / "out_comparison").iterdir()) == ["a.png", "b.png"]
+    infer.restore_files(
+        replace(settings, input_mask=tmp_path / "masks" / "b.png", output_dir=tmp_path / "one")
+    )
+    assert (tmp_path / "one" / "b.png").is_file()
