@@ -32,85 +32,65 @@ from tool_add_control import add_control
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset
 
+# ---- settings: edit here, or override on the command line -------------------------------------------------
+
 
 @dataclass
 class Settings:
-    # ---- data
-    # Folder of tool_make_deblur_dataset.py, a GoPro tree, or (with sharp_root) a folder of blurry pictures.
-    data_root: str = "./training/deblur"
-    # Folder of the sharp pictures, matched to data_root's by name; empty: data_root holds both.
-    sharp_root: str = ""
-    # A blur_types.json or a list of `blurry sharp` lines, relative to data_root; empty: look in data_root.
-    json_file: str = ""
-    # Pixels of the square crop, a multiple of 64.
-    image_size: int = 512
-    # Part of the source photographs held out for validation, 0 for none; at most val_samples pairs are used.
-    val_fraction: float = 0.05
-    val_samples: int = 16
-    # Prompt of every picture; {blur_type} in it becomes the pair's blur type ("motion blur").
-    prompt: str = "a sharp, detailed, high-quality photograph"
-    # Part of the training prompts that is left empty, so that guidance works.
-    prompt_dropout: float = 0.1
-    # Random crop, flips, 90-degree turns and colour jitter, the same for both pictures of a pair.
-    use_augmentation: bool = False
-    # Take only the sharp pictures, and blur them anew every time.
-    blur_on_the_fly: bool = False
-    # Worker processes that read and decode pictures.
-    num_workers: int = 4
+    """Train a ControlNet to deblur."""
 
-    # ---- model
-    # Stable Diffusion with a ControlNet, as tool_add_control.py makes it.
-    resume_path: str = "./models/control_sd15_ini.ckpt"
+    demo: bool = False  # tiny networks, scikit-image's photographs, minutes on a CPU: checks the installation
+    output_dir: str = "./outputs/deblur"  # checkpoints, pictures and logs; an old run in it is resumed
+
+    data_root: str = "./training/deblur"  # folder of tool_make_deblur_dataset.py, GoPro tree, blurry pictures
+    sharp_root: str = ""  # sharp pictures, matched to data_root's by name; empty: data_root holds both
+    json_file: str = ""  # json lines, or a list of `blurry sharp` lines, relative to data_root
+    image_size: int = 512  # pixels of the square crop, a multiple of 64
+    val_fraction: float = 0.05  # part of the source photographs held out for validation, 0 for none
+    val_samples: int = 16  # validate on at most that many pairs
+    prompt: str = "a sharp, detailed, high-quality photograph"  # {blur_type} in it becomes "motion blur" etc.
+    prompt_dropout: float = 0.1  # part of the training prompts that is left empty, so that guidance works
+    use_augmentation: bool = False  # random crop, flips, turns and colour jitter, alike for both pictures
+    blur_on_the_fly: bool = False  # take only the sharp pictures, and blur them anew every time
+    num_workers: int = 4  # processes that read and decode pictures
+
+    resume_path: str = "./models/control_sd15_ini.ckpt"  # Stable Diffusion + ControlNet: tool_add_control.py
     config_path: str = "./models/cldm_v15_deblur.yaml"
-    # Channel and spatial attention on the hint features (no other tool reads it).
-    use_attention: bool = False
-    # False also trains the UNet's decoder: then use learning_rate 2e-6.
-    sd_locked: bool = True
-    # Feed the ControlNet into the UNet's middle block only: faster, weaker.
-    only_mid_control: bool = False
-    # Weight of the losses on the decoded image, 0 to switch them off, and of the VGG-19 distance among them.
-    deblur_loss_weight: float = 1.0
-    perceptual_loss_weight: float = 0.1
-    # Side of the decoded crop in latents (one is 8 pixels), 0 for the whole image.
-    deblur_crop: int = 32
+    use_attention: bool = False  # channel and spatial attention on the hint features; no other tool reads it
+    sd_locked: bool = True  # False trains the UNet's decoder too: then use learning_rate 2e-6
+    only_mid_control: bool = False  # steer the UNet's middle block only: faster, weaker
+    deblur_loss_weight: float = 1.0  # of the losses on the decoded image; 0 switches them off
+    perceptual_loss_weight: float = 0.1  # of the VGG-19 distance among them
+    deblur_crop: int = 32  # side of the decoded crop in latents (one is 8 pixels), 0 for the whole image
 
-    # ---- training
-    batch_size: int = 4
-    accumulate_grad_batches: int = 1
+    batch_size: int = 4  # of each GPU
+    accumulate_grad_batches: int = 1  # batches to one optimizer step
     learning_rate: float = 1e-5
-    # Passes over the data, or optimizer steps if max_steps is above 0.
-    max_epochs: int = 10
-    max_steps: int = -1
+    max_epochs: int = 10  # passes over the data
+    max_steps: int = -1  # optimizer steps; above 0 it replaces max_epochs
     seed: int = 0
-    # adamw, or adamw8bit (needs bitsandbytes and CUDA): a quarter of the optimizer's memory.
-    optimizer: str = "adamw"
-    # Decay of an exponential moving average of the ControlNet, used for validation; 0 for none.
-    ema_decay: float = 0.0
+    optimizer: str = "adamw"  # or adamw8bit (bitsandbytes, CUDA): a quarter of its memory
+    ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
 
-    # ---- machine
-    gpus: int = 1
-    num_nodes: int = 1
-    # auto, ddp or fsdp, as Lightning names them.
-    strategy: str = "auto"
-    # 16, bf16 or 32 (or Lightning's names).
-    precision: str = "32"
-    # Recompute activations in the backward pass: less memory, a third more time.
-    gradient_checkpointing: bool = False
-    # Compute latents and text embeddings once, before training; needs crops that do not change.
-    cache_latents: bool = False
-    compile: bool = False
+    gpus: int = 1  # of each machine (processes on a CPU)
+    num_nodes: int = 1  # machines
+    strategy: str = "auto"  # ddp or fsdp, as Lightning names them
+    precision: str = "32"  # 16, bf16 or 32, or Lightning's names
+    gradient_checkpointing: bool = False  # less memory, a third more time
+    cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
+    compile: bool = False  # torch.compile: minutes at the start, faster steps
 
-    # ---- output
-    output_dir: str = "./outputs/deblur"
-    # Optimizer steps between two: grids of training pictures, rows of metrics, checkpoints, validations.
-    logger_freq: int = 500
-    log_steps: int = 10
-    save_steps: int = 500
-    val_steps: int = 500
-    # Sampling steps of each validation picture.
-    val_ddim_steps: int = 20
-    # Check the installation: tiny networks, scikit-image's photographs, a few minutes on a CPU.
-    demo: bool = False
+    log_steps: int = 10  # optimizer steps from one row of metrics to the next
+    logger_freq: int = 500  # to a grid of training pictures
+    save_steps: int = 500  # to a checkpoint
+    val_steps: int = 500  # to a validation
+    val_ddim_steps: int = 20  # sampling steps of each validation picture
+
+
+DEMO_STEPS = 300, 300  # of teaching the tiny autoencoder, then the tiny UNet
+
+
+# ---- data ----------------------------------------------------------------------------------------------
 
 
 class DeblurDataset(Dataset):
@@ -200,7 +180,15 @@ def with_cached_latents(
 
 
 def check_start(settings: Settings) -> None:
-    """Raise FileNotFoundError that says how to get the file that training starts from, if it is missing."""
+    """Raise ValueError for a number out of range, and FileNotFoundError that says how to get the file that
+    training starts from, if it is missing."""
+    for name in (
+        "batch_size accumulate_grad_batches gpus num_nodes log_steps logger_freq save_steps val_steps".split()
+    ):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+    if not 0 <= settings.ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), not {settings.ema_decay}")
     if not Path(settings.resume_path).is_file():
         raise FileNotFoundError(
             f"{settings.resume_path} not found: it is Stable Diffusion with a ControlNet added. Get "
@@ -229,16 +217,18 @@ def demo_settings(settings: Settings) -> Settings:
         val_samples=8,
         num_workers=0,
         resume_path=str(folder / "control_tiny_ini.safetensors"),
-        config_path="./models/cldm_tiny_deblur.yaml",
+        config_path=str(Path(__file__).parent / "models" / "cldm_tiny_deblur.yaml"),
         perceptual_loss_weight=0.0,
-        deblur_crop=0,
+        deblur_crop=2,
+        sd_locked=False,
         batch_size=8,
-        learning_rate=1e-3,
-        max_steps=settings.max_steps if settings.max_steps > 0 else 300,
+        learning_rate=2e-3,
+        max_steps=settings.max_steps if settings.max_steps > 0 else 600,
+        ema_decay=0.98,
         output_dir=str(folder),
-        logger_freq=100,
-        save_steps=100,
-        val_steps=100,
+        logger_freq=200,
+        save_steps=200,
+        val_steps=200,
         val_ddim_steps=10,
     )
 
@@ -247,7 +237,7 @@ def make_demo_start(settings: Settings, config: dict, dataset: Dataset) -> None:
     """Teach the tiny model that stands in for Stable Diffusion, and add a ControlNet to it."""
     start = Path(settings.resume_path)
     base = start.with_name("tiny_diffusion.safetensors")
-    make_demo_base(base, config, dataset, autoencoder_steps=400, unet_steps=300)
+    make_demo_base(base, config, dataset, *DEMO_STEPS)
     if not start.is_file():
         write_weights(start, add_control(load_state_dict(base), config, base)[0])
 

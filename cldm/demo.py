@@ -34,8 +34,8 @@ def make_demo_base(
         return
     torch.manual_seed(0)
     params = config["params"]
-    parts = {name: params[name] for name in ("unet_config", "first_stage_config", "cond_stage_config")}
-    model = LatentDiffusion(**parts, scale_factor=1.0)
+    names = ("unet_config", "first_stage_config", "cond_stage_config", "parameterization", "scale_factor")
+    model = LatentDiffusion(**{name: params[name] for name in names})
     start_linear(model.first_stage_model)
     model.to(memory_format=torch.channels_last)
     stream = SampleStream(len(dataset), seed=0)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tutorial_train_deblur
 from cldm.deblur import ChannelSpatialAttention, DeblurControlNet, add_attention, gradient_l1
 from cldm.model import create_model, open_control_model, read_config
 from ldm import checkpoint
@@ -243,6 +244,8 @@ def test_the_crop_is_aligned_and_the_same_for_the_same_seed(place):
         ({"resume_path": "models/nothing.ckpt"}, r"tool_add_control.py .*models/nothing.ckpt.*--demo"),
         ({"data_root": "training/nothing"}, "tool_make_deblur_dataset.py"),
         ({"precision": "8"}, "precision must be 16, bf16 or 32"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"ema_decay": 1.0}, "ema_decay must lie"),
         ({"image_size": 100}, "image_size must be a multiple of 64, not 100"),
         ({"config_path": "models/nothing.yaml"}, "models/nothing.yaml"),
         ({"config_path": "models/cldm_v15_deblur.yaml"}, "does not fit this model"),
@@ -330,6 +333,19 @@ def test_two_processes_take_the_steps_of_one(settings, tmp_path):
     ) in ones.items():  # Adam turns rounding of near-zero gradients into whole steps: few of them
         assert (value - twos[name]).norm() < 0.02 * (value - start[name]).norm(), name
     assert [row["step"] for row in rows(two)] == ["1", "2", "3"]
+
+
+def test_the_demonstration_runs_through_and_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tutorial_train_deblur, "DEMO_STEPS", (3, 3))
+    main(Settings(demo=True, max_steps=2))
+    start = Path("outputs/deblur_demo/control_tiny_ini.safetensors")
+    stamp = start.stat().st_mtime_ns
+    main(Settings(demo=True, max_steps=3))
+    printed = capsys.readouterr().out
+    assert "is no restorer" in printed and "resuming" in printed and "finished at step 3" in printed
+    assert start.stat().st_mtime_ns == stamp
+    assert len(list(Path("outputs/deblur_demo/data/blur_images").iterdir())) == 240
 
 
 def test_a_users_mistake_is_one_line(settings):
