@@ -3,7 +3,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,9 @@ MAY_CHANGE = {
     "output_dir",
     "max_steps",
     "max_epochs",
+    "num_epochs",
     "gpus",
+    "devices",
     "num_nodes",
     "strategy",
     "num_workers",
@@ -229,9 +231,12 @@ def steps_of(settings: Any, samples: int) -> int:
     return math.ceil(settings.max_epochs * samples / per_step)
 
 
-def fit(model: ControlLDM, data: StreamData, settings: Any, config: Mapping) -> pl.Trainer:
+def fit(
+    model: ControlLDM, data: StreamData, settings: Any, config: Mapping, more: Sequence[Callback] = ()
+) -> pl.Trainer:
     """Train until the run's last step, from `output_dir`/checkpoints/last.ckpt if it is there.
 
+    `more` callbacks are called after those that every run has.
     Raises ValueError if that checkpoint was made with settings that may not change within a run.
     """
     quiet_lightning()
@@ -249,6 +254,7 @@ def fit(model: ControlLDM, data: StreamData, settings: Any, config: Mapping) -> 
         ImageLogger(folder / "images", settings.logger_freq),
         Checkpoints(folder / "checkpoints", settings.save_steps, about),
         Progress(data.samples_per_step()),
+        *more,
     ]
     logs = folder / "logs"
     strategy = settings.strategy
