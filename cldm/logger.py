@@ -1,6 +1,5 @@
 """What a training run shows and keeps: pictures, metrics, progress."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.loggers import TensorBoardLogger
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -70,34 +68,33 @@ class ImageLogger(Callback):
                 logger.experiment.add_image(name, grid, step, dataformats="HWC")
 
 
-class CsvLogger(Logger):
-    """Appends metrics to `folder`/metrics.csv; a resumed run drops the rows after its checkpoint first."""
+class CsvRows(Callback):
+    """Appends the model's losses every `log_steps` optimizer steps, and each validation, to `path`.
 
-    def __init__(self, folder: str | Path, step: int):
-        super().__init__()
-        self.folder, self.step, self.table = Path(folder), step, None
+    A row is on disk before the checkpoint of its step (this callback comes before the one that saves), and a
+    run that resumes at `step` drops the rows after it: none is lost, none is there twice.
+    """
 
-    @property
-    def name(self) -> str:
-        return "csv"
+    def __init__(self, path: Path, log_steps: int, step: int):
+        self.path, self.log_steps, self.last_step, self.table = path, log_steps, step, None
 
-    @property
-    def version(self) -> int:
-        return 0
+    def on_train_start(self, trainer, pl_module) -> None:
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.table = MetricsCsv(self.path, self.last_step)
 
-    @rank_zero_only
-    def log_hyperparams(self, params: dict | Namespace, *args, **kwargs) -> None:
-        """Nothing to do: the settings are in the checkpoints."""
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if self.table and step > self.last_step and step % self.log_steps == 0:
+            values = {f"train/{name}": value.item() for name, value in pl_module.train_values.items()}
+            self.table.append({"step": step, **values})
+        self.last_step = step
 
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one row."""
-        if self.table is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.table = MetricsCsv(self.folder / "metrics.csv", self.step)
-        values = {name: value for name, value in metrics.items() if name != "epoch"}
-        if values:
-            self.table.append({"step": int(step), **values})
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if self.table:
+            metrics = trainer.callback_metrics.items()
+            values = {name: float(value) for name, value in metrics if name.startswith("val/")}
+            self.table.append({"step": trainer.global_step, **values})
 
 
 class Progress(Callback):

@@ -16,7 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from cldm.cldm import ControlLDM
-from cldm.logger import CsvLogger, ImageLogger, Progress
+from cldm.logger import CsvRows, ImageLogger, Progress
 from cldm.model import create_filled_model
 from ldm import checkpoint
 from ldm.data.stream import SampleStream
@@ -251,12 +251,12 @@ def fit(
     about = {"config": dict(config), "base": str(settings.resume_path), "settings": plain(settings)}
     callbacks = [AverageWeights(settings.ema_decay)] if settings.ema_decay else []
     callbacks += [
+        CsvRows(folder / "logs" / "metrics.csv", settings.log_steps, step),
         ImageLogger(folder / "images", settings.logger_freq),
         Checkpoints(folder / "checkpoints", settings.save_steps, about),
         Progress(data.samples_per_step()),
         *more,
     ]
-    logs = folder / "logs"
     strategy = settings.strategy
     if settings.only_mid_control and strategy in ("auto", "ddp") and settings.gpus * settings.num_nodes > 1:
         strategy = "ddp_find_unused_parameters_true"
@@ -274,7 +274,7 @@ def fit(
         limit_val_batches=None if data.held_out is not None else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=settings.log_steps,
-        logger=[TensorBoardLogger(folder, name="", version="logs"), CsvLogger(logs, step)],
+        logger=TensorBoardLogger(folder, name="", version="logs"),
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,

@@ -78,6 +78,7 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_model = instantiate_from_config(first_stage_config).requires_grad_(False).eval()
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if cond_stage_config else None
         self._embeddings: dict[str, torch.Tensor] = {}
+        self.train_values: dict[str, torch.Tensor] = {}  # losses of the last training step
 
     def register_schedule(self, timesteps: int, linear_start: float, linear_end: float) -> None:
         """Compute the schedule's tables in float64 and keep them as float32 buffers (timesteps,)."""
@@ -275,7 +276,8 @@ class LatentDiffusion(pl.LightningModule):
 
     def training_step(self, batch: Mapping, batch_idx: int) -> torch.Tensor:
         loss, values = self.shared_step(batch)
-        values = {f"train/{name}": value.detach() for name, value in values.items()}
+        self.train_values = {name: value.detach() for name, value in values.items()}
+        values = {f"train/{name}": value for name, value in self.train_values.items()}
         self.log_dict({**values, "step": float(self.global_step + 1)})
         return loss
 
