@@ -1,0 +1,204 @@
+"""Training the inpainting ControlNet as a user runs it, and the tool that makes masks, at tiny size."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tool_make_mask
+import tutorial_train_inpaint
+from cldm.inpaint import InpaintControlNet
+from cldm.model import create_model, open_control_model
+from ldm import checkpoint
+from ldm.data.image import read_image, write_image
+from tests.fill import fill
+from tests.test_deblur import same
+from tutorial_train_inpaint import Settings, cut_photographs, main, run_folder
+
+CONFIG = "models/cldm_tiny_inpaint.yaml"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A few pictures with captions, and starting weights."""
+    folder = tmp_path_factory.mktemp("inpaint")
+    cut_photographs(folder / "photos", 6)
+    checkpoint.write_weights(folder / "start.safetensors", fill(create_model(CONFIG)).state_dict())
+    images = [{"id": n, "file_name": f"{n:03d}.png", "height": 64, "width": 64} for n in range(6)]
+    boxes = [{"image_id": n, "segmentation": [[9, 9, 40, 9, 40, 40, 9, 40]]} for n in range(6)]
+    captions = [{"image_id": n, "caption": f"picture {n}"} for n in range(6)]
+    (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": boxes}))
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    return folder
+
+
+@pytest.fixture
+def settings(place, tmp_path) -> Settings:
+    """Two steps on the small data set, everything switched on that costs little."""
+    return Settings(
+        image_dir=str(place / "photos"),
+        image_size=64,
+        val_samples=2,
+        num_workers=0,
+        resume_path=str(place / "start.safetensors"),
+        config_path=CONFIG,
+        batch_size=2,
+        accumulate_grad_batches=2,
+        learning_rate=1e-4,
+        precision="32",
+        max_steps=2,
+        output_dir=str(tmp_path / "run"),
+        logger_freq=2,
+        log_steps=1,
+        save_steps=1,
+        val_steps=2,
+        val_ddim_steps=2,
+        ema_decay=0.9,
+    )
+
+
+def last(settings: Settings) -> dict:
+    return checkpoint.load(Path(settings.output_dir) / "checkpoints" / "last.ckpt")
+
+
+def rows(settings: Settings) -> list[dict]:
+    return list(csv.DictReader((Path(settings.output_dir) / "logs" / "metrics.csv").open()))
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(settings, place, tmp_path):
+    settings = replace(
+        settings, ann_file=str(place / "instances.json"), captions_file=str(place / "captions.json")
+    )
+    main(replace(settings, max_steps=3))
+    stopped = replace(settings, output_dir=str(tmp_path / "stopped"))
+    main(replace(stopped, max_steps=1))
+    main(replace(stopped, max_steps=3))
+    whole, resumed = last(settings), last(stopped)
+    assert whole["global_step"] == resumed["global_step"] == 3
+    for part in ("state_dict", "optimizer_states", "ema", "random"):
+        assert same(whole[part], resumed[part]), part
+    assert rows(settings) == rows(stopped)
+    names = ["psnr", "ssim", "loss", "l1_hole", "l1_outside", "l1_ring"]
+    values = [float(rows(settings)[2][f"val/{name}"]) for name in names]
+    assert all(np.isfinite(values)) and min(values) > 0
+    folder = Path(settings.output_dir)
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints", "checkpoint-1", "checkpoint-2", "checkpoint-3", "final_model", "images", "logs"
+    }  # fmt: skip
+    assert read_image(folder / "images" / "val_0000002.png").shape == (2 * 68 + 4, 6 * 68 + 4, 3)
+    assert any("tfevents" in path.name for path in (folder / "logs").iterdir())
+
+
+def test_what_a_run_leaves_opens_again(settings, place):
+    main(settings)
+    folder, average = Path(settings.output_dir), last(settings)["ema"]["average"]
+    final = open_control_model(folder / "final_model" / "model.ckpt")
+    assert isinstance(final, InpaintControlNet)
+    assert all(torch.equal(final.state_dict()[name], value) for name, value in average.items())
+    control = checkpoint.read_weights(folder / "final_model" / "controlnet.safetensors")
+    assert control.keys() == {name for name in final.state_dict() if name.startswith("control_model.")}
+    assert all(torch.equal(control[name], value) for name, value in average.items())
+    assert "optimizer_states" not in checkpoint.load(folder / "checkpoint-1" / "model.ckpt")
+    first = open_control_model(folder / "checkpoint-1" / "model.ckpt").state_dict()
+    assert not torch.equal(
+        first["control_model.middle_block_out.0.weight"], control["control_model.middle_block_out.0.weight"]
+    )
+    # a ControlNet of someone else as the start, with the mask as fourth channel
+    more = replace(settings, output_dir=settings.output_dir + "2", hint_channels=4, max_steps=1)
+    main(replace(more, init_control=str(folder / "final_model" / "controlnet.safetensors")))
+    wide = last(more)["state_dict"]["control_model.input_hint_block.0.weight"]
+    assert wide.shape[1] == 4 and wide[:, 3].abs().max() > 0
+    assert (wide[:, :3] - control["control_model.input_hint_block.0.weight"]).abs().max() < 1e-3
+
+
+def test_one_batch_can_be_learnt(place):
+    model = create_model(CONFIG).train()
+    model.load_state_dict(checkpoint.read_weights(place / "start.safetensors"))
+    model.learning_rate = 1e-3
+    torch.manual_seed(1)
+    batch = {"jpg": torch.rand(2, 64, 64, 3) * 2 - 1, "txt": ["a", ""], "seed": torch.tensor([5, 6])}
+    batch["hint"] = (batch["jpg"] + 1) / 2
+    optimizer, losses = model.configure_optimizers(), []
+    for _ in range(30):
+        loss, _ = model.shared_step(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_cached_latents_train_as_fresh_ones_do(settings, place, captions):
+    settings = replace(settings, use_augmentation=False, max_steps=1, val_steps=1)
+    settings = replace(settings, captions_file=str(place / "captions.json") if captions else "")
+    main(settings)
+    cached = replace(settings, cache_latents=True, output_dir=settings.output_dir + "c")
+    main(cached)
+    for name in ("train/loss", "val/loss"):
+        values = [[float(row[name]) for row in rows(s) if row[name]] for s in (settings, cached)]
+        assert values[0] and values[0] == pytest.approx(values[1], rel=2e-2)
+    with pytest.raises(ValueError, match="--no_use_augmentation"):
+        main(replace(cached, use_augmentation=True, output_dir=settings.output_dir + "d"))
+
+
+def test_half_precision_trains_on_finite_numbers(settings):
+    main(replace(settings, precision="16-mixed", max_steps=1, gradient_checkpointing=True, val_samples=0))
+    assert all(torch.isfinite(value).all() for value in last(settings)["state_dict"].values())
+
+
+def test_a_run_has_its_own_folder(settings, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv(tutorial_train_inpaint.RUN_VARIABLE, "of an earlier run")
+    settings = replace(settings, output_dir="")
+    folder = run_folder(settings)
+    assert re.fullmatch(r"outputs/controlnet_inpainting_\d{8}_\d{6}", folder)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a process that the first one started
+    assert run_folder(settings) == folder
+    monkeypatch.delenv(tutorial_train_inpaint.RUN_VARIABLE)
+    with pytest.raises(ValueError, match="give --output_dir"):
+        run_folder(settings)
+    assert run_folder(replace(settings, output_dir="x")) == "x"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resume_path": "models/nothing.ckpt"}, r"tool_add_control.py .*models/nothing.ckpt.*--demo"),
+        ({"image_dir": "training/nothing"}, "no photographs at training/nothing"),
+        ({"precision": "8"}, "precision must be 16, bf16 or 32"),
+        ({"image_size": 100}, "multiple of 64, not 100"),
+        ({"mask_ratio": (0.4, 0.2)}, "mask ratio"),
+        ({"val_samples": 6}, "val_samples must be less than the 6 pictures"),
+        ({"hint_channels": 5}, "hint_channels must be 3 or 4"),
+        ({"save_steps": 0}, "save_steps must be at least 1"),
+        ({"ann_file": "none.json"}, "none.json"),
+        ({"config_path": "models/cldm_v15_inpaint.yaml"}, "does not fit this model"),
+        ({"init_control": "none.safetensors"}, "none.safetensors"),
+    ],
+)
+def test_mistakes_are_found_before_training(settings, change, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(replace(settings, **change))
+    assert not Path(settings.output_dir).exists()
+
+
+def test_the_command_to_make_masks(tmp_path):
+    write_image(tmp_path / "in.png", np.zeros((60, 80, 3), np.uint8))
+    make = tool_make_mask.Settings(tmp_path / "mask.png", image=tmp_path / "in.png", kind="irregular")
+    tool_make_mask.main(make)
+    mask = read_image(tmp_path / "mask.png")[..., 0]
+    assert mask.shape == (60, 80) and set(np.unique(mask)) == {0, 255} and 0.1 <= (mask > 0).mean() <= 0.3
+    tool_make_mask.main(replace(make, image=None, size=(40, 30), box=(10, 5, 20, 30)))
+    mask = read_image(tmp_path / "mask.png")[..., 0]
+    assert mask.shape == (30, 40) and (mask[5:30, 10:20] == 255).all() and (mask > 0).sum() == 250
+    tool_make_mask.main(replace(make, output_path=tmp_path / "masks", image=tmp_path))
+    assert (tmp_path / "masks" / "in.png").is_file()
+    for change in ({"image": None}, {"size": (5, 5)}, {"box": (0, 0, 81, 10)}, {"box": (5, 5, 5, 9)}):
+        with pytest.raises(ValueError, match="not both|not inside a picture"):
+            tool_make_mask.main(replace(make, **change))

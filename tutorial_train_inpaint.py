@@ -1,0 +1,367 @@
+"""Train a ControlNet that fills holes in photographs, on Stable Diffusion 1.5 or 2.1.
+
+    python tutorial_train_inpaint.py --demo               # installation check: minutes, on any computer
+
+    python tool_add_control.py ./models/v1-5-pruned.ckpt ./models/control_sd15_ini.ckpt
+    python tutorial_train_inpaint.py --image_dir ./training/coco/train2017 \\
+        --ann_file ./training/coco/annotations/instances_train2017.json --batch_size 4 --precision 16-mixed
+
+Method: ControlNet (Zhang et al. 2023); its hint is the picture with -1 in the hole, as
+control_v11p_sd15_inpaint has it (--init_control starts from that file). Any folder of photographs will do:
+rectangles and strokes need no annotations. Expect 50 to 100 thousand steps, which are 1.7 to 3.4 passes over
+COCO at batch 4. Judge by images/val_*.png and val/psnr, not by the training loss. A run has its own folder;
+after a stop the same command with --output_dir THAT_FOLDER resumes exactly.
+"""
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_only
+
+from cldm.cache import cache_latents, drop_encoders
+from cldm.demo import make_demo_base
+from cldm.inpaint import InpaintControlNet, widen_hint
+from cldm.model import load_state_dict, read_config, read_trained_weights
+from cldm.training import StreamData, fit, lightning_precision, prepare_model, report
+from ldm import checkpoint
+from ldm.data.image import list_images, photographs, read_image, write_image
+from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
+from ldm.run import run_main
+from tool_add_control import add_control
+
+# ---- settings: edit here, or override on the command line --------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """Train a ControlNet to fill holes."""
+
+    demo: bool = False  # tiny networks, scikit-image's photographs, minutes on a CPU: checks the installation
+    output_dir: str = (
+        ""  # a run's folder: resumed if it exists; empty: a new outputs/controlnet_inpainting_TIME
+    )
+
+    image_dir: str = "./training/coco/train2017"  # photographs, in this folder and below it
+    ann_file: str = ""  # COCO's instances_*.json, for holes in the shape of objects
+    captions_file: str = ""  # COCO's captions_*.json, for prompts
+    mask_dir: str = ""  # masks of your own, white where the hole is
+    mask_type: MaskType | None = None  # None: object if there is ann_file, folder if mask_dir, else mixed
+    mask_ratio: tuple[float, float] = (
+        0.1,
+        0.3,
+    )  # least and greatest part of the picture that the hole covers
+    image_size: int = 512  # pixels of the square crop, a multiple of 64
+    use_augmentation: bool = True  # crops anywhere, flipped half the time; else from the middle
+    prompt: str = ""  # of pictures without captions
+    prompt_dropout: float = 0.5  # part of the training prompts that is left empty
+    val_samples: int = 16  # pictures held out for validation, 0 for none
+    num_workers: int = 4  # processes that read and decode pictures
+
+    resume_path: str = "./models/control_sd15_ini.ckpt"  # Stable Diffusion + ControlNet: tool_add_control.py
+    init_control: str = ""  # a ControlNet to start from, such as control_v11p_sd15_inpaint.pth
+    config_path: str = "./models/cldm_v15_inpaint.yaml"
+    hint_channels: int = 3  # 4 adds the mask to the hint; other tools do not read that
+    sd_locked: bool = True  # False trains the UNet's decoder too: then use learning_rate 2e-6
+    only_mid_control: bool = False  # steer the UNet's middle block only: faster, weaker
+
+    batch_size: int = 4  # of each device
+    accumulate_grad_batches: int = 1  # batches to one optimizer step
+    learning_rate: float = 1e-5
+    num_epochs: int = 100  # passes over the data
+    max_steps: int = -1  # optimizer steps; above 0 it replaces num_epochs
+    seed: int = 0
+    optimizer: str = "adamw"  # or adamw8bit (bitsandbytes, CUDA): a quarter of its memory
+    ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
+
+    devices: int = 1  # GPUs of each machine (processes on a CPU)
+    num_nodes: int = 1  # machines
+    strategy: str = "auto"  # ddp or fsdp, as Lightning names them
+    precision: str = "16-mixed"  # or bf16-mixed, 32-true; 16, bf16, 32 for short
+    gradient_checkpointing: bool = False  # less memory, a third more time
+    cache_latents: bool = False  # compute latents once; needs crops that stay (--no_use_augmentation)
+    compile: bool = False  # torch.compile: minutes at the start, faster steps
+
+    log_steps: int = 50  # optimizer steps from one row of metrics to the next
+    logger_freq: int = 1000  # to a grid of training pictures
+    save_steps: int = 1000  # to a checkpoint
+    val_steps: int = 1000  # to a validation
+    val_ddim_steps: int = 20  # sampling steps of each validation picture
+
+    @property
+    def gpus(self) -> int:
+        """The name that cldm/training.py uses."""
+        return self.devices
+
+    @property
+    def max_epochs(self) -> int:
+        """The name that cldm/training.py uses."""
+        return self.num_epochs
+
+
+DEMO_STEPS = 300, 300  # of teaching the tiny autoencoder, then the tiny UNet
+RUN_VARIABLE = "CONTROLNET_INPAINTING_RUN"  # tells the other processes of a run its folder
+
+# ---- data --------------------------------------------------------------------------------------------------
+
+
+def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpaintingDataset | None]:
+    """Training data, and held-out data (None without any).
+
+    Raises FileNotFoundError or ValueError that names what is missing or wrong.
+    """
+    if not Path(settings.image_dir).is_dir():
+        raise FileNotFoundError(
+            f"no photographs at {settings.image_dir}: give --image_dir a folder of them, such as COCO's "
+            "train2017, or try `python tutorial_train_inpaint.py --demo`"
+        )
+    paths = list_images(settings.image_dir)
+    if not 0 <= settings.val_samples < len(paths):
+        raise ValueError(
+            f"val_samples must be less than the {len(paths)} pictures, not {settings.val_samples}"
+        )
+    held_out = set(
+        np.random.default_rng(settings.seed).permutation(len(paths))[: settings.val_samples].tolist()
+    )
+    options = {
+        "ann_file": settings.ann_file or None,
+        "captions_file": settings.captions_file or None,
+        "mask_dir": settings.mask_dir or None,
+        "mask_type": settings.mask_type,
+        "mask_ratio": settings.mask_ratio,
+        "size": settings.image_size,
+        "seed": settings.seed,
+        "prompt": settings.prompt,
+        "hint_channels": settings.hint_channels,
+    }
+    train = CocoInpaintingDataset(
+        settings.image_dir,
+        augment=settings.use_augmentation,
+        prompt_dropout=settings.prompt_dropout,
+        paths=[path for n, path in enumerate(paths) if n not in held_out],
+        **options,
+    )
+    if not held_out:
+        return train, None
+    few = [paths[n] for n in sorted(held_out)]
+    options["ann_file"] = options["ann_file"] if train.mask_type == "object" else None
+    try:
+        return train, CocoInpaintingDataset(settings.image_dir, prompt_dropout=0.0, paths=few, **options)
+    except ValueError as error:
+        raise ValueError(f"held-out pictures: {error}; try another --seed or --val_samples") from error
+
+
+def with_cached_latents(
+    model: InpaintControlNet, datasets: list[CocoInpaintingDataset | None], settings: Settings
+) -> list:
+    """The data sets with latents from a cache in the run's folder; encoders no longer needed are let go.
+
+    Raises ValueError if crops change from epoch to epoch.
+    """
+    if settings.use_augmentation:
+        raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation")
+    base = Path(settings.resume_path).stat()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cached = []
+    for name, dataset in zip(("train", "val"), datasets, strict=True):
+        if dataset is None:
+            cached.append(None)
+            continue
+        files = [os.fsdecode(path) for path in dataset.paths]
+        stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+        about = {"files": stats, "size": settings.image_size, "model": (base.st_size, base.st_mtime_ns)}
+        path = Path(settings.output_dir) / "cache" / f"{name}_latents.h5"
+        cached.append(cache_latents(model, dataset, path, about, settings.batch_size, device))
+    if settings.captions_file:  # too many texts to remember: the text tower stays
+        model.first_stage_model.encoder, model.first_stage_model.quant_conv = None, None
+    else:
+        drop_encoders(model, {"", settings.prompt})
+    return cached
+
+
+# ---- model and run -----------------------------------------------------------------------------------------
+
+
+def check_start(settings: Settings) -> None:
+    """Raise ValueError for a number out of range, and FileNotFoundError that says how to get the file that
+    training starts from, if it is missing."""
+    counts = "batch_size accumulate_grad_batches devices num_nodes log_steps logger_freq save_steps val_steps"
+    for name in counts.split():
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+    if settings.hint_channels not in (3, 4):
+        raise ValueError(f"hint_channels must be 3 or 4, not {settings.hint_channels}")
+    if not 0 <= settings.ema_decay < 1 or not 0 <= settings.prompt_dropout <= 1:
+        raise ValueError("ema_decay must lie in [0, 1), prompt_dropout in [0, 1]")
+    if not settings.demo and not Path(settings.resume_path).is_file():
+        raise FileNotFoundError(
+            f"{settings.resume_path} not found: it is Stable Diffusion with a ControlNet added. Get "
+            "v1-5-pruned.ckpt (or .safetensors) of Stable Diffusion 1.5, for instance from Hugging Face, put "
+            "it into models/, then run `python tool_add_control.py ./models/v1-5-pruned.ckpt "
+            f"{settings.resume_path}`. To see everything run without it: "
+            "`python tutorial_train_inpaint.py --demo`"
+        )
+
+
+def starting_weights(settings: Settings) -> dict[str, torch.Tensor]:
+    """Stable Diffusion with a ControlNet: the file's own, or the one of `init_control`."""
+    weights = load_state_dict(settings.resume_path)
+    if settings.init_control:
+        control, _ = read_trained_weights(settings.init_control)
+        control = {name: value for name, value in control.items() if name.startswith("control_model.")}
+        if not control:
+            raise ValueError(f"{settings.init_control} holds no ControlNet")
+        weights = {**weights, **control}
+    return widen_hint(weights, settings.hint_channels)
+
+
+def run_folder(settings: Settings) -> str:
+    """The run's folder: the one that is given, or a new one named after the time.
+
+    Raises ValueError where processes started apart would each name their own.
+    """
+    if settings.output_dir:
+        return settings.output_dir
+    if RUN_VARIABLE not in os.environ or "LOCAL_RANK" not in os.environ:
+        if "LOCAL_RANK" in os.environ or settings.num_nodes > 1:
+            raise ValueError("give --output_dir where processes are started apart (torchrun, Slurm)")
+        os.environ[RUN_VARIABLE] = time.strftime("outputs/controlnet_inpainting_%Y%m%d_%H%M%S")
+    return os.environ[RUN_VARIABLE]
+
+
+class Snapshots(Callback):
+    """Every `save_steps` steps leaves the model, without the optimizer, in `folder`/checkpoint-STEP."""
+
+    def __init__(self, folder: Path, save_steps: int):
+        self.folder, self.save_steps, self.step = folder, save_steps, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if step != self.step and step % self.save_steps == 0 and trainer.is_global_zero:
+            self.step = step
+            keep_model(self.folder, self.folder / f"checkpoint-{step}")
+
+
+@rank_zero_only
+def keep_model(run: Path, target: Path) -> Path:
+    """Copy what it takes to use the model from the run's last checkpoint to `target`/model.ckpt."""
+    content = checkpoint.load(run / "checkpoints" / "last.ckpt")
+    wanted = ("state_dict", "ema", "config", "base", "settings", "global_step")
+    target.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(target / "model.ckpt", {name: content[name] for name in wanted if name in content})
+    return target / "model.ckpt"
+
+
+@rank_zero_only
+def keep_final_model(run: Path) -> None:
+    """The last model in `run`/final_model, and its ControlNet alone for A1111, ComfyUI and diffusers."""
+    weights, _ = read_trained_weights(keep_model(run, run / "final_model"))
+    control = {name: value for name, value in weights.items() if name.startswith("control_model.")}
+    checkpoint.write_weights(run / "final_model" / "controlnet.safetensors", control)
+
+
+# ---- demonstration -----------------------------------------------------------------------------------------
+
+
+def demo_settings(settings: Settings) -> Settings:
+    """The same run at the size of a demonstration, on photographs inside scikit-image."""
+    folder = Path(settings.output_dir or "outputs/inpaint_demo")
+    print(
+        "This demonstration checks the installation: a tiny model learns for a few minutes. It shows every "
+        "stage of training and invents nothing good; that takes Stable Diffusion's weights and a GPU."
+    )
+    cut_photographs(folder / "data", 240)
+    return replace(
+        settings,
+        image_dir=str(folder / "data"),
+        ann_file="",
+        captions_file="",
+        mask_dir="",
+        mask_type=None,
+        image_size=64,
+        val_samples=8,
+        num_workers=0,
+        resume_path=str(folder / "control_tiny_ini.safetensors"),
+        init_control="",
+        config_path=str(Path(__file__).parent / "models" / "cldm_tiny_inpaint.yaml"),
+        sd_locked=False,
+        batch_size=8,
+        learning_rate=2e-3,
+        precision="32",
+        max_steps=settings.max_steps if settings.max_steps > 0 else 300,
+        output_dir=str(folder),
+        log_steps=10,
+        logger_freq=100,
+        save_steps=100,
+        val_steps=100,
+        val_ddim_steps=10,
+    )
+
+
+def cut_photographs(folder: Path, count: int, size: int = 64) -> None:
+    """Write random squares of the photographs inside scikit-image, scaled to `size`, or what is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [read_image(path) for path in photographs()]
+    for n in range(count):
+        rng, image = np.random.default_rng(n), images[n % len(images)]
+        side = int(rng.integers(2 * size, min(image.shape[:2])))
+        y, x = (int(rng.integers(length - side + 1)) for length in image.shape[:2])
+        square = image[y : y + side, x : x + side]
+        if not (folder / f"{n:03d}.png").is_file():
+            write_image(folder / f"{n:03d}.png", Window.draw(square.shape[:2], size, None).cut(square))
+
+
+def make_demo_start(settings: Settings, config: dict, dataset: CocoInpaintingDataset) -> None:
+    """Teach the tiny model that stands in for Stable Diffusion, and add a ControlNet to it."""
+    start = Path(settings.resume_path)
+    base = start.with_name("tiny_diffusion.safetensors")
+    make_demo_base(base, config, dataset, *DEMO_STEPS)
+    if not start.is_file():
+        checkpoint.write_weights(start, add_control(load_state_dict(base), config, base)[0])
+
+
+def main(settings: Settings) -> None:
+    """Train, then say where everything is."""
+    # Settings: everything that can be wrong is found before anything is loaded.
+    check_start(settings)
+    if settings.demo:
+        settings = demo_settings(settings)
+    settings = replace(settings, output_dir=run_folder(settings))
+    lightning_precision(settings.precision)
+    config = read_config(settings.config_path)
+
+    # Seed and data.
+    pl.seed_everything(settings.seed, verbose=False)
+    train, validation = find_pictures(settings)
+    if settings.demo:
+        make_demo_start(settings, config, train)
+
+    # Model.
+    config["params"]["control_stage_config"]["params"]["hint_channels"] = settings.hint_channels
+    model = prepare_model(config, starting_weights(settings), settings)
+    model.validation_ddim_steps = settings.val_ddim_steps
+
+    # Latents, if they are to be computed once.
+    if settings.cache_latents:
+        train, validation = with_cached_latents(model, [train, validation], settings)
+
+    # Training, resumed where it stopped.
+    folder = Path(settings.output_dir)
+    rank_zero_only(print)(f"run: {folder} (resume it with --output_dir {folder})")
+    snapshots = Snapshots(folder, settings.save_steps)
+    trainer = fit(model, StreamData(train, validation, settings), settings, config, [snapshots])
+
+    # Summary.
+    keep_final_model(folder)
+    final = folder / "final_model" / "model.ckpt"
+    what_next = f"python infer.py inpaint --checkpoint_path {final} --input_image PHOTO --input_mask MASK"
+    report(trainer, settings, f"{what_next} --output_dir filled")
+
+
+if __name__ == "__main__":
+    run_main(main, Settings)
