@@ -426,6 +426,12 @@ def draw_noise(like: Tensor) -> Tensor:
     return torch.randn(len(like), NOISE).to(like)  # drawn on the CPU: the same on every device
 
 
+def judge(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (b,) of real and fake pictures in one batch: apart, BatchNorm would hide how they differ."""
+    real_scores, fake_scores = discriminator(torch.cat([real, fake.to(real)])).chunk(2)
+    return real_scores, fake_scores
+
+
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """Gradients pass through the network and leave none in it."""
@@ -450,10 +456,9 @@ def relativistic_losses(
     backward: `made` is detached for the first, the discriminator frozen for the second.
     """
     discriminator = players.discriminators[name]
-    real_scores = discriminator(real)
-    loss_d = relativistic_d_loss(real_scores, discriminator(made.detach()))
+    loss_d = relativistic_d_loss(*judge(discriminator, real, made.detach()))
     with frozen(discriminator):
-        adversarial = relativistic_g_loss(real_scores.detach(), discriminator(made))
+        adversarial = relativistic_g_loss(*judge(discriminator, real, made))
     loss_g = alpha * content_loss(made, real, settings) + settings.adversarial_loss_weight * adversarial
     if players.perceptual:
         distance = players.perceptual(made * 2 - 1, real * 2 - 1).mean()
@@ -494,11 +499,12 @@ def unpaired_losses(players: Players, settings: Settings, blurry: Tensor, sharp:
     losses, adversarial = {}, 0.0
     for name, real in (("blur", blurry), ("sharp", sharp)):
         discriminator = players.discriminators[name]
-        seen = players.pools[name](made[name])
-        loss = least_squares(discriminator(real), SOFT_REAL) + least_squares(discriminator(seen), SOFT_FAKE)
+        real_scores, fake_scores = judge(discriminator, real, players.pools[name](made[name]))
+        loss = least_squares(real_scores, SOFT_REAL) + least_squares(fake_scores, SOFT_FAKE)
         losses[f"loss_d_{name}"] = loss / 2
         with frozen(discriminator):
-            adversarial = adversarial + least_squares(discriminator(made[name]), SOFT_REAL)
+            _, fake_scores = judge(discriminator, real, made[name])
+        adversarial = adversarial + least_squares(fake_scores, SOFT_REAL)
     cycle = F.l1_loss(deblur(made["blur"]).float(), sharp)
     cycle = cycle + F.l1_loss(blur(made["sharp"], draw_noise(sharp)).float(), blurry)
     same = F.l1_loss(blur(blurry, draw_noise(sharp)).float(), blurry)
@@ -591,6 +597,10 @@ def check(settings: Settings) -> None:
             raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
     if settings.crop_size < 16 or settings.crop_size % 16:
         raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
+    if not 0 <= settings.last_learning_rate <= settings.learning_rate:
+        raise ValueError(
+            f"last_learning_rate must lie between 0 and learning_rate, not {settings.last_learning_rate}"
+        )
     if settings.pretrain_epochs < 0 or settings.pool_size < 0:
         raise ValueError("pretrain_epochs and pool_size must be at least 0")
     if not 0 <= settings.generated_fraction <= 1:
@@ -773,7 +783,8 @@ def demo_settings(settings: Settings) -> Settings:
     chosen = {
         name: value for name, value in made.items() if getattr(settings, name) == getattr(Settings(), name)
     }
-    write_demo(folder)
+    if chosen.keys() & {"data", "val_data", "blur_data", "val_blur_data"}:
+        write_demo(folder)
     return replace(settings, **chosen)
 
 

@@ -156,14 +156,13 @@ def open_pairs(
     return dataset, sharp, HeldOut(held_out or find_pairs(val_data), *limits)
 
 
-def check_paired(blurry: Source, sharp: Source) -> None:
+def check_paired(blurry: Patches, sharp: Patches) -> None:
     """Raise ValueError if two sources cannot be pairs."""
-    if len(blurry) != len(sharp):
-        where = getattr(sharp, "path", "the data")
-        raise ValueError(f"{where} has {len(blurry)} blurry and {len(sharp)} sharp patches: no pairs")
     with open_patches(sharp.path) as file:
         if not file.attrs.get("paired", True):
             raise ValueError(f"{sharp.path} is unpaired (for --blur_data): its patches are no pairs")
+    if len(blurry) != len(sharp):
+        raise ValueError(f"{sharp.path} has {len(blurry)} blurry and {len(sharp)} sharp patches: no pairs")
 
 
 class HeldOutPatches(HeldOut):

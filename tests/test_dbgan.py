@@ -1,0 +1,590 @@
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import vgg19
+
+import infer
+import train_dbgan as script
+from ldm import checkpoint
+from ldm.data.image import photographs, read_image, to_tensor, write_image
+from ldm.data.patches import sharp_images
+from ldm.run import start_fabric
+from tests.fill import fill
+from train_dbgan import (
+    BGANGenerator,
+    DBGANGenerator,
+    Discriminator,
+    ImagePool,
+    Settings,
+    load_generator,
+    main,
+    relativistic_d_loss,
+    relativistic_g_loss,
+    restore_image,
+)
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "crop_size": 16,
+    "width": 4,
+    "blocks": 1,
+    "blur_blocks": 1,
+    "discriminator_width": 2,
+    "perceptual_loss_weight": 0.0,
+    "content_loss_weight": 1.0,
+    "blur_epochs": 2,
+    "pretrain_epochs": 1,
+    "epochs": 1,
+    "batch_size": 2,
+    "accumulate": 2,
+    "pool_size": 3,
+    "learning_rate": 1e-3,
+    "num_workers": 0,
+    "val_crop": 32,
+    "val_images": 2,
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A GoPro tree of two sequences and a folder of blurred photographs of another size."""
+    for sequence, name in (("GOPR1", "coffee.png"), ("GOPR2", "rocket.jpg")):
+        image = read_image(photographs((name,))[0])
+        for kind in ("blur", "sharp"):
+            folder = tmp_path / "data" / sequence / kind
+            folder.mkdir(parents=True)
+            for frame in range(4):
+                crop = image[100 + frame : 140 + frame, 200:250]
+                write_image(folder / f"{frame}.png", crop if kind == "sharp" else smooth(crop))
+    (tmp_path / "RWBI").mkdir()
+    for number in range(5):
+        write_image(
+            tmp_path / "RWBI" / f"{number}.png", smooth(image[40 * number : 40 * number + 33, 300:340])
+        )
+    return tmp_path
+
+
+def smooth(image):
+    blurred = F.avg_pool2d(to_tensor(image)[None], 3, 1, 1, count_include_pad=False)[0]
+    return ((blurred + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+
+
+def settings(folder, mode="all", **changes):
+    paths = {"data": folder / "data", "val_fraction": 0.5, "blur_data": folder / "RWBI"}
+    return Settings(mode=mode, **{**TINY, **paths, "output_dir": folder / "run", **changes})
+
+
+def rows(folder):
+    with open(folder / "logs" / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- networks
+
+
+def test_the_papers_networks():
+    dbgan, bgan = DBGANGenerator(), BGANGenerator()
+    block = sum(9 * 64 * (64 * n) + 64 for n in range(1, 6))  # five 3x3 convolutions that see all before them
+    ends = 9 * 64 * 64 + 64 + 9 * 64 * 3 + 3
+    count = [sum(p.numel() for p in network.parameters()) for network in (dbgan, bgan)]
+    assert count == [16 * block + ends + 9 * 3 * 64 + 64, 9 * block + ends + 9 * 7 * 64 + 64]
+    names = [type(module).__name__ for module in dbgan.modules()]
+    assert not any("Norm" in name for name in names) and "ConvTranspose2d" not in names
+    discriminator = Discriminator()
+    widths = [m.out_channels for m in discriminator.modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [64, 64, 128, 128, 256, 256, 512, 512]
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in discriminator.modules()) == 7
+
+
+@pytest.mark.parametrize("name", ["dbgan", "srresnet", "deblurgan"])
+@pytest.mark.parametrize("sampling", [False, True])
+def test_every_generator_takes_any_size(name, sampling):
+    form = {"generator": name, "width": 4, "blocks": 1, "sampling": sampling}
+    network = fill(script.make_generator("deblur", form))
+    image = read_image(photographs(("coffee.png",))[0])[:37, :50]
+    restored = restore_image(network, image)
+    assert restored.shape == image.shape and not np.array_equal(restored, image)
+    whole = restore_image(network.eval(), image[:32, :48])
+    x = (to_tensor(image[:32, :48])[None] + 1) / 2
+    with torch.no_grad():
+        expected = (network(x)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    assert np.abs(whole.astype(int) - expected).max() <= 1
+
+
+def test_generators_start_near_the_identity():
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 16, 16)
+    for name in ("dbgan", "srresnet", "deblurgan"):
+        form = {"generator": name, "width": 8, "blocks": 1, "sampling": False}
+        network = script.initialise(script.make_generator("deblur", form))
+        change = (network(image) - image).abs().max()  # a residual in [0, 1], not clamped
+        assert 0 < change < (0.05 if name == "dbgan" else 1)  # the others normalise what passes
+    weights = script.initialise(Discriminator(16)).features[2].weight
+    assert weights.std().item() == pytest.approx(0.01, rel=0.05)
+    assert network(2 * image).max() > 1.5
+
+
+def test_noise_and_batch_norm_of_bgan():
+    torch.manual_seed(0)
+    network = fill(BGANGenerator(4, 1))
+    image = torch.rand(2, 3, 8, 8)
+    noise = torch.randn(2, 4)
+    assert not torch.allclose(network(image, noise), network(image, 2 * noise))
+    tiled = noise[:, :, None, None].expand(2, 4, 8, 8)
+    expected = DBGANGenerator.forward(network, torch.cat([image, tiled], 1))
+    assert torch.equal(network(image, noise), expected)
+    norms = [m for m in BGANGenerator(4, 2, norm=True).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 8
+
+
+def test_discriminators_take_any_patch_size():
+    discriminator = Discriminator(2)
+    for size in (16, 40, 128):
+        assert discriminator(torch.rand(3, 3, size, size)).shape == (3,)
+
+
+# ---- losses
+
+
+def test_relativistic_losses_are_their_formulas():
+    torch.manual_seed(0)
+    real, fake = torch.randn(5), torch.randn(5)
+    p_real = [1 / (1 + math.exp(-(r - fake.mean().item()))) for r in real.tolist()]
+    p_fake = [1 / (1 + math.exp(-(f - real.mean().item()))) for f in fake.tolist()]
+    d = (-sum(map(math.log, p_real)) - sum(math.log(1 - p) for p in p_fake)) / 10
+    g = -sum(0.5 * math.log(p) + 0.5 * math.log(1 - p) for p in [*p_real, *p_fake]) / 10
+    assert relativistic_d_loss(real, fake).item() == pytest.approx(d, rel=1e-5)
+    assert relativistic_g_loss(real, fake).item() == pytest.approx(g, rel=1e-5)
+    same = torch.full((4,), 3.0)
+    assert relativistic_g_loss(same, same).item() == pytest.approx(
+        math.log(2)
+    )  # its minimum: both look alike
+    assert relativistic_g_loss(same, same - 1) > relativistic_g_loss(same, same)
+    assert relativistic_d_loss(same, same - 9) < 0.01
+
+
+def make(stage, perceptual=None, **changes):
+    torch.manual_seed(0)
+    chosen = replace(Settings(), **{**TINY, "generated_fraction": 0.0, **changes})
+    players = script.make_players(chosen, stage, perceptual, torch.device("cpu"))
+    for module in (players.generators, players.discriminators):
+        fill(module)
+    return players, chosen
+
+
+def batch(b=2):
+    torch.manual_seed(1)
+    sharp = torch.rand(b, 3, 16, 16)
+    return {"blurry": F.avg_pool2d(sharp, 3, 1, 1), "sharp": sharp}
+
+
+def gradients(network):
+    return sum(p.grad.abs().sum().item() for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "of_d", "of_g"),
+    [
+        ("deblur", ["loss_d"], "total_loss"),
+        ("paired", ["loss_d_blur", "loss_d_sharp"], "loss_g"),
+        ("blur", ["loss_d_blur", "loss_d_sharp"], "loss_g"),
+    ],
+)
+def test_each_loss_teaches_its_own_networks(stage, of_d, of_g):
+    """The adversarial part alone reaches every generator, and no discriminator; theirs no generator."""
+    none = {"content_loss_weight": 0.0, "cycle_loss_weight": 0.0, "identity_loss_weight": 0.0}
+    players, chosen = make(stage, adversarial_loss_weight=1.0, **none)
+    losses = script.STAGES[stage][2][-1](players, chosen, **batch())
+    assert set(losses) == {*of_d, of_g}
+    losses[of_g].backward(retain_graph=True)
+    assert all(gradients(network) > 0 for network in players.generators.values())
+    assert gradients(players.discriminators) == 0
+    players.generators.zero_grad()
+    sum(losses[name] for name in of_d).backward()
+    assert gradients(players.generators) == 0
+    assert all(gradients(network) > 0 for network in players.discriminators.values())
+    assert all(p.requires_grad for p in players.discriminators.parameters())
+
+
+def test_content_stage_has_no_discriminator():
+    players, chosen = make("deblur", adversarial_loss_weight=1.0)
+    found = script.content_losses(players, chosen, **batch())
+    restored = players.generators["deblur"](batch()["blurry"])
+    assert found["total_loss"].item() == pytest.approx(F.l1_loss(restored, batch()["sharp"]).item())
+    found["total_loss"].backward()
+    assert gradients(players.generators) > 0 and gradients(players.discriminators) == 0
+    squared = script.content_losses(players, replace(chosen, content_loss="mse"), **batch())["total_loss"]
+    assert squared.item() == pytest.approx(F.mse_loss(restored, batch()["sharp"]).item())
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vgg") / "vgg19.pth"
+    torch.save(vgg19().state_dict(), path)
+    return path
+
+
+def test_the_weights_of_the_terms(vgg_file):
+    """DBGAN: perceptual + alpha content + beta relativistic; BGAN on pairs has no content term."""
+    perceptual = script.PerceptualLoss(file=vgg_file)
+    weights = {"content_loss_weight": 0.005, "adversarial_loss_weight": 0.01, "perceptual_loss_weight": 1.0}
+    players, chosen = make("deblur", perceptual, **weights)
+    x = batch()
+    total = script.deblur_losses(players, chosen, **x)["total_loss"].item()
+    restored = players.generators["deblur"](x["blurry"])
+    d = players.discriminators["sharp"]
+    adversarial = relativistic_g_loss(*d(torch.cat([x["sharp"], restored])).chunk(2)).item()
+    feature = perceptual(restored * 2 - 1, x["sharp"] * 2 - 1).mean().item()
+    content = F.l1_loss(restored, x["sharp"]).item()
+    assert total == pytest.approx(feature + 0.005 * content + 0.01 * adversarial, rel=1e-5)
+    players, chosen = make("paired", perceptual, **weights)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        own = script.relativistic_losses
+        patch.setattr(script, "relativistic_losses", lambda *a: (seen.append((a[1], a[4])), own(*a))[1])
+        script.paired_losses(players, chosen, **x)
+    assert seen == [("blur", 0.0), ("sharp", 0.005)]
+
+
+def test_unpaired_losses_are_their_formulas():
+    players, chosen = make("blur", pool_size=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "draw_noise", lambda like: torch.zeros(len(like), 4))
+        x = batch()
+        found = script.unpaired_losses(players, chosen, **x)
+        deblur = players.generators["deblur"]
+        blur = partial(players.generators["blur"], noise=torch.zeros(2, 4))
+        made_b, made_s = blur(x["sharp"]), deblur(x["blurry"])
+        d_blur, d_sharp = players.discriminators["blur"], players.discriminators["sharp"]
+        blur_scores, sharp_scores = (
+            d(torch.cat([x[kind], made])).chunk(2)  # in one batch
+            for d, kind, made in ((d_blur, "blurry", made_b), (d_sharp, "sharp", made_s))
+        )
+        expected = (blur_scores[0] - 0.9).square().mean() + (blur_scores[1] - 0.1).square().mean()
+        assert found["loss_d_blur"].item() == pytest.approx(expected.item() / 2, rel=1e-4)
+        g = (blur_scores[1] - 0.9).square().mean() + (sharp_scores[1] - 0.9).square().mean()
+        g += 10 * (F.l1_loss(deblur(made_b), x["sharp"]) + F.l1_loss(blur(made_s), x["blurry"]))
+        g += 5 * (F.l1_loss(blur(x["blurry"]), x["blurry"]) + F.l1_loss(deblur(x["sharp"]), x["sharp"]))
+        assert found["loss_g"].item() == pytest.approx(g.item(), rel=1e-4)
+
+
+def test_image_pool():
+    torch.manual_seed(0)
+    pool, seen = ImagePool(3), []
+    assert torch.equal(pool(torch.arange(3.0).reshape(3, 1)), torch.arange(3.0).reshape(3, 1))  # fills first
+    for number in range(3, 203):
+        seen.append(number - int(pool(torch.tensor([[float(number)]]))))
+    assert 60 < sum(age > 0 for age in seen) < 140 and max(seen) > 3 and len(pool.images) == 3
+    other = ImagePool(3)
+    other.load_state_dict(pool.state_dict())
+    torch.manual_seed(5)
+    expected = pool(torch.full((4, 1), -1.0))
+    torch.manual_seed(5)
+    assert torch.equal(other(torch.full((4, 1), -1.0)), expected)
+    x = torch.rand(2, 3)
+    assert torch.equal(ImagePool(0)(x), x)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    fabric = start_fabric()
+    weights = []
+    for accumulate in (1, 4):
+        players, chosen = make("deblur")
+        optimizer = fabric.setup_optimizers(torch.optim.SGD(players.generators.parameters(), lr=0.1))
+        images = {name: value * 2 - 1 for name, value in batch(8).items()}
+        losses = partial(script.content_losses, players, chosen)
+        found = script.train_step(fabric, optimizer, images, accumulate, losses)
+        weights.append([found["total_loss"], *(p.detach().clone() for p in players.generators.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*weights, strict=True))
+
+
+def test_learning_rate_falls_by_a_cosine_in_each_phase():
+    factor = partial(script.learning_rate_factor, phases=[10, 20], last=0.01)
+    assert [factor(step) for step in (0, 5, 10, 20, 30)] == pytest.approx([1, 0.505, 1, 0.505, 0.01])
+    assert factor(9) < 0.05
+    assert script.learning_rate_factor(0, [0, 20], 0.01) == 1
+
+
+def test_bgan_replaces_some_of_the_blurry_pictures():
+    torch.manual_seed(0)
+    x = batch(64)
+    chosen = replace(Settings(), generated_fraction=0.25)
+    mixed = script.blurred_again(fill(BGANGenerator(4, 1)), chosen, **x)
+    changed = (mixed != x["blurry"]).flatten(1).any(dim=1)
+    assert 5 < changed.sum() < 30 and 0 <= mixed.min() and mixed.max() <= 1
+    assert torch.equal(script.blurred_again(None, chosen, **x), x["blurry"])
+
+
+def test_it_learns_one_batch():
+    torch.manual_seed(0)
+    fabric = start_fabric()
+    players, chosen = make("deblur", width=8)
+    for module in players.generators.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # so few steps are too few for N(0, 0.01)
+    optimizer = fabric.setup_optimizers(torch.optim.Adam(players.generators.parameters(), lr=3e-3))
+    sharp = F.interpolate(torch.rand(1, 3, 4, 4) * 2 - 1, 16)
+    images = {"blurry": F.avg_pool2d(F.pad(sharp, (2, 2, 2, 2), "reflect"), 5, 1), "sharp": sharp}
+    losses = partial(script.content_losses, players, chosen)
+    found = [script.train_step(fabric, optimizer, images, 1, losses)["total_loss"].item() for _ in range(100)]
+    assert found[-1] < 0.5 * found[0]
+
+
+# ---- whole runs
+
+
+def test_all_is_blur_and_deblur(data, capsys):
+    main(settings(data))
+    printed = capsys.readouterr().out
+    assert "blur: 4 training images, 2 steps; 2 held out" in printed
+    assert printed.count("eval psnr:") == printed.count("eval ssim:") == printed.count("rgb shift:") == 4
+    run = data / "run"
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*.safetensors")}
+    blur = {"blur/bgan.safetensors", "blur/dbgan.safetensors"}
+    assert names == {*blur, "deblur/dbgan.safetensors", "deblur/dbgan_content.safetensors"}
+    first, second = rows(run / "blur")[-1], rows(run / "deblur")[-1]
+    assert float(first["spectrum/sharp"]) > 0 and float(first["train/loss_d_blur"]) > 0
+    assert float(second["train/loss_d"]) > 0 and "spectrum/sharp" not in second
+    assert read_image(run / "blur/images/blurred_0000002.png").shape[1] == 2 * 32 + 4
+    state = checkpoint.load(run / "blur" / "checkpoints" / "last.ckpt")
+    assert {"discriminators", "optimizer", "pool_blur", "pool_sharp", "ema"} <= state.keys()
+    assert len(state["pool_blur"]["images"]) == 3
+    exported = load_generator(run / "deblur" / "dbgan.safetensors", "deblur")
+    average = checkpoint.load(run / "deblur" / "checkpoints" / "last.ckpt")["ema"]["average"]
+    for name, value in exported.named_parameters():
+        assert torch.allclose(value, average[f"deblur.{name}"], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"generator": "srresnet"}, {"generator": "deblurgan", "sampling": True}]
+)
+def test_paired(data, extra):
+    main(settings(data, "paired", blur_data=None, **extra))
+    (row,) = rows(data / "run" / "paired")
+    assert {"train/loss_d_blur", "train/loss_d_sharp", "train/loss_g", "spectrum/generated"} <= row.keys()
+    assert load_generator(data / "run/paired/bgan.safetensors", "blur").multiple == 1 + bool(
+        extra.get("sampling")
+    )
+
+
+def test_with_the_perceptual_loss(data, vgg_file):
+    chosen = {"perceptual_loss_weight": 1.0, "vgg_file": vgg_file, "batch_norm": True}
+    main(settings(data, "paired", blur_data=None, **chosen))
+    assert math.isfinite(float(rows(data / "run" / "paired")[0]["train/loss_g"]))
+
+
+def test_from_files_of_patches(data):
+    import tool_make_dbgan_dataset as tool
+
+    gopro = {"deblur_train_data": data / "data", "deblur_valid_data": data / "data", "patch_size": 32}
+    real = {"blur_train_data": data / "RWBI", "blur_valid_data": data / "RWBI"}
+    for name, photos in (("pairs", {}), ("cycle", real)):
+        paths = {f"blur_{part}_path": data / f"{name}_{part}.h5" for part in ("train", "valid")}
+        tool.main(tool.Settings(**paths, **gopro, **photos))
+    chosen = {"data": data / "pairs_train.h5", "val_data": data / "pairs_valid.h5"}
+    chosen |= {"blur_data": data / "cycle_train.h5", "val_blur_data": data / "cycle_valid.h5"}
+    main(settings(data, **chosen))
+    assert len(rows(data / "run" / "deblur")) == 2
+    with pytest.raises(ValueError, match="cycle_train.h5 is unpaired"):
+        main(settings(data, "deblur", **{**chosen, "data": chosen["blur_data"], "generated_fraction": 0}))
+    with pytest.raises(ValueError, match="nothing to evaluate on"):
+        main(settings(data, **{**chosen, "val_data": None}))
+
+
+def same_states(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_states(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_states, a, b))
+    return a == b
+
+
+PARTS = ["state_dict", "discriminators", "optimizer", "scheduler", "ema", "step"]
+
+
+@pytest.mark.parametrize("mode", ["all", "paired"])
+def test_a_stopped_run_resumes_exactly(data, mode, monkeypatch):
+    """Stopped in the blur stage and again between the phases of the other: as if it never happened."""
+    epochs = {"blur_epochs": 4, "pretrain_epochs": 2, "epochs": 3}
+    whole, stopped = (settings(data, mode, output_dir=data / name, **epochs) for name in ("whole", "stopped"))
+    main(whole)
+    save, count = script.Run.save, [0]
+
+    def saving(run, score):
+        save(run, score=score)
+        count[0] += 1
+        if count[0] in (2, 6, 9):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.Run, "save", saving)
+    stops = 0
+    for _ in range(4):
+        try:
+            main(stopped)
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops == (3 if mode == "all" else 1)
+    for stage, names in (("blur", ["pool_blur", "pool_sharp"]), ("deblur", []), ("paired", [])):
+        if (mode == "all") == (stage == "paired"):
+            continue
+        a, b = (checkpoint.load(data / n / stage / "checkpoints/last.ckpt") for n in ("whole", "stopped"))
+        assert all(same_states(a[part], b[part]) for part in [*PARTS, *names])
+        assert same_states(a["processes"][0]["random"]["torch"], b["processes"][0]["random"]["torch"])
+        own, other = (rows(data / name / stage) for name in ("whole", "stopped"))
+        for row in (*own, *other):
+            del row["train/images/s"]
+        assert own == other
+
+
+def test_kill_9_while_it_saves(data):
+    chosen = settings(data, "blur", blur_epochs=16)
+    words = [f"--{k}={v}" for k, v in vars(chosen).items() if k in {*TINY, "data", "blur_data", "output_dir"}]
+    command = [sys.executable, ROOT / "train_dbgan.py", "blur", *words, "--val_fraction=0.5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    folder = data / "run" / "blur" / "checkpoints"
+    while process.poll() is None and not (folder / "best.ckpt").is_file():
+        time.sleep(0.01)
+    while process.poll() is None and not [*folder.glob(".*.tmp")]:  # a checkpoint is being written
+        pass
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()[-500:]
+    assert 1 <= checkpoint.load(folder / "last.ckpt")["step"] < 16
+    main(chosen)
+    assert checkpoint.load(folder / "last.ckpt")["step"] == 16
+
+
+def test_nan_stops_the_run(data, monkeypatch):
+    monkeypatch.setattr(script, "content_loss", lambda made, real, settings: made.sum() * float("nan"))
+    with pytest.raises(ValueError, match=r"training stopped: total_loss = nan at step 1; its batch: .*png"):
+        main(settings(data, "deblur", generated_fraction=0.0))
+    assert not (data / "run" / "deblur" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "message"),
+    [
+        ("blur", {"blur_data": None}, "needs --blur_data"),
+        ("blur", {"blur_data": "missing"}, "folder not found: .*missing"),
+        ("blur", {"blur_data": "missing.h5"}, "file of patches not found"),
+        ("blur", {"data": None, "val_data": "data"}, "needs sharp photographs"),
+        ("deblur", {}, r"BGAN not found: .*run/blur/bgan.safetensors; train it with `blur`"),
+        ("deblur", {"data": None, "sharp_dir": "data"}, "`deblur` needs pairs"),
+        ("deblur", {"data": "missing"}, "no such data set"),
+        ("paired", {"data": None}, "nothing to evaluate on"),
+        ("paired", {"batch_size": 5}, "4 images for `paired` are fewer than a batch of 5"),
+        ("blur", {"batch_size": 6, "val_data": "data"}, "5 images for `blur` are fewer than a batch of 6"),
+        ("all", {"crop_size": 24}, "crop_size must be a multiple of 16, not 24"),
+        ("all", {"accumulate": 0}, "accumulate must be at least 1"),
+        ("all", {"generated_fraction": 1.5}, "generated_fraction must lie in"),
+        ("all", {"last_learning_rate": 1.0}, "last_learning_rate"),
+    ],
+)
+def test_bad_settings(data, mode, changes, message):
+    changes = {k: data / v if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(settings(data, mode, **changes))
+    assert not (data / "run").exists()
+
+
+def test_bad_patches_stop_before_training(data):
+    path = data / "bad.h5"
+    with h5py.File(path, "w") as file:
+        file["sharp"] = np.zeros((4, 16, 16, 3), np.uint8)
+    with pytest.raises(ValueError, match="bad.h5 has no patches 'blur', only sharp"):
+        main(settings(data, "blur", blur_data=path))
+    with h5py.File(path, "a") as file:
+        file["blur"] = np.zeros((5, 16, 16, 3), np.uint8)
+    with pytest.raises(ValueError, match="bad.h5 has 5 blurry and 4 sharp patches: no pairs"):
+        main(settings(data, "paired", data=path, val_data=data / "data"))
+    assert not (data / "run").exists()
+
+
+def test_another_bgan_does_not_resume(data):
+    main(settings(data))
+    script.export(
+        fill(nn.ModuleDict({"blur": BGANGenerator(4, 1)})), "blur", Settings(**TINY), data / "b.safetensors"
+    )
+    with pytest.raises(ValueError, match="blurrer was"):
+        main(settings(data, "deblur", bgan_path=data / "b.safetensors"))
+
+
+def test_files_that_are_no_generators(tmp_path):
+    networks = nn.ModuleDict({"blur": BGANGenerator(4, 1)})
+    path = tmp_path / "bgan.safetensors"
+    script.export(networks, "blur", Settings(**TINY), path)
+    with pytest.raises(ValueError, match=r"bgan.safetensors holds no deblurring generator"):
+        load_generator(path, "deblur")
+    script.export(networks, "blur", Settings(**{**TINY, "width": 8}), path)
+    with pytest.raises(ValueError, match=r"does not fit its settings: .*size mismatch"):
+        load_generator(path, "blur")
+    with pytest.raises(FileNotFoundError, match="checkpoint not found"):
+        load_generator(tmp_path / "gone.safetensors", "blur")
+
+
+# ---- restoring and blurring
+
+
+def test_infer_blurs_and_deblurs(tmp_path):
+    networks = nn.ModuleDict({"blur": BGANGenerator(4, 1), "deblur": DBGANGenerator(4, 1, sampling=True)})
+    fill(networks)
+    for kind, sampling in (("blur", False), ("deblur", True)):
+        script.export(networks, kind, Settings(**TINY, sampling=sampling), tmp_path / f"{kind}.safetensors")
+    image = read_image(photographs(("coffee.png",))[0])[:45, :61]
+    (tmp_path / "photos").mkdir()
+    for name in ("a", "b"):
+        write_image(tmp_path / "photos" / f"{name}.png", image)
+    places = {"input": tmp_path / "photos", "device": "cpu"}
+
+    def results(command, kind, folder, **changes):
+        weights = tmp_path / f"{kind}.safetensors"
+        infer.restore_files(
+            command(**places, checkpoint_path=weights, output_dir=tmp_path / folder, **changes)
+        )
+        return [read_image(path) for path in sorted((tmp_path / folder).iterdir())]
+
+    whole = results(infer.DBGAN, "deblur", "deblurred")
+    assert len(whole) == 2 and np.array_equal(whole[0], whole[1])
+    expected = restore_image(load_generator(tmp_path / "deblur.safetensors", "deblur"), image)
+    assert np.array_equal(whole[0], expected) and not np.array_equal(expected, image)
+    tiled = results(infer.DBGAN, "deblur", "tiled", tile=32, overlap=24)[0].astype(int)
+    assert np.abs(tiled[8:-8, 8:-8] - whole[0][8:-8, 8:-8]).mean() < 2
+
+    first, again = (results(infer.BGAN, "blur", folder) for folder in ("one", "two"))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))  # seeded
+    assert not np.array_equal(first[0], first[1])  # but another blur for another picture
+    assert not np.array_equal(first[0], results(infer.BGAN, "blur", "three", seed=1)[0])
+    assert (tmp_path / "one" / "blurred_a.png").is_file()
+
+
+def test_demo_data_and_flags(tmp_path, monkeypatch):
+    import ldm.data.demo as demo
+
+    monkeypatch.setattr(demo, "LEAVES", 2)
+    chosen = script.demo_settings(Settings(demo=True, output_dir=tmp_path, width=8))
+    assert chosen.width == 8 and chosen.sampling and chosen.data == tmp_path / "data" / "train"
+    sharp, blurry = (sharp_images(tmp_path / "data" / "train" / kind) for kind in ("sharp", "blur"))
+    assert [path.name for path in sharp] == [path.name for path in blurry] and len(sharp) > 10
+    real = {path.name for path in (tmp_path / "data" / "real").iterdir()}
+    assert not real & {path.name for path in sharp}  # other scenes
+    assert (
+        json.dumps(sorted(path.name for path in (tmp_path / "data/valid/sharp").iterdir())).count("png") == 9
+    )
