@@ -82,7 +82,7 @@ class Deblur(Files):
     control_scale: float = 1.0  # weight of the ControlNet
     strength: float = 1.0  # below 1 starts from the blurry picture, noised by so much
     seed: int = 0
-    prompt: str = "a sharp, detailed, high-quality photograph"
+    prompt: str | None = None  # None takes the one of the training
     negative_prompt: str = ""  # what guidance leads away from
     tile: int = 0  # pixels of the squares that large pictures go through in (768, say); 0 = in one piece
     overlap: int = 128  # pixels over which the squares are blended
@@ -96,8 +96,13 @@ class Deblur(Files):
         device = self.torch_device()
         model = open_control_model(self.checkpoint_path, self.base_path, self.config_path).to(device)
         half = {"16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
+        if half is not None:
+            model.model.diffusion_model.to(half)
+            model.control_model.to(half)
+        torch.set_float32_matmul_precision("high")
+        prompt = model.prompt.replace("{blur_type}", "blur") if self.prompt is None else self.prompt
         sampling = Sampling(
-            self.prompt,
+            prompt,
             self.negative_prompt,
             self.num_inference_steps,
             self.scheduler,

@@ -18,7 +18,7 @@ from cldm.model import family, listing, read_trained_weights
 from ldm.checkpoint import write_weights
 from ldm.run import run_main
 
-PREFIX = "control_model."
+PREFIX, UNET = "control_model.", "model.diffusion_model."
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Settings:
     prefix: str = PREFIX
     """what each name begins with; "" for bare names"""
     allow_extra: bool = False
-    """export a model with hint attention all the same: other tools ignore the attention"""
+    """export all the same what other tools leave out: hint attention, a trained UNet decoder"""
     overwrite: bool = False
     """replace the output if it exists"""
 
@@ -55,6 +55,12 @@ def main(settings: Settings) -> None:
         raise ValueError(
             f"{settings.checkpoint_path} was trained with --use_attention: other tools would ignore "
             f"{listing(extra)} and restore differently. Pass --allow_extra to export it all the same"
+        )
+    unlocked = any(name.startswith(UNET + "output_blocks.") for name in weights)
+    if unlocked and UNET + "input_blocks.0.0.weight" not in weights and not settings.allow_extra:
+        raise ValueError(
+            f"{settings.checkpoint_path} was trained with --no_sd_locked: its ControlNet belongs to a "
+            "changed UNet and restores differently with another. Pass --allow_extra to export it all the same"
         )
     dtype = torch.float16 if settings.half else torch.float32
     content = {settings.prefix + name: value.to(dtype) for name, value in control.items()}

@@ -13,7 +13,9 @@ Judge by the grids and val/psnr, not by the training loss. After a stop the same
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytorch_lightning as pl
 import torch
@@ -22,12 +24,14 @@ from torch.utils.data import Dataset
 from cldm.cache import cache_latents, drop_encoders
 from cldm.deblur import DeblurControlNet, add_attention
 from cldm.demo import make_demo_base
-from cldm.model import load_state_dict, read_config
+from cldm.model import create_filled_model, load_state_dict, read_config
 from cldm.training import StreamData, fit, lightning_precision, prepare_model, report
 from ldm.checkpoint import write_weights
 from ldm.data.paired import BlurDataset, Pair, PairedDataset, find_pairs, split_pairs
+from ldm.data.pairs import check_sizes, has_pairs
 from ldm.data.stream import item_generator
 from ldm.run import run_main
+from ldm.validation import sharp_pairs
 from tool_add_control import add_control
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset
@@ -69,12 +73,12 @@ class Settings:
     max_epochs: int = 10  # passes over the data
     max_steps: int = -1  # optimizer steps; above 0 it replaces max_epochs
     seed: int = 0
-    optimizer: str = "adamw"  # or adamw8bit (bitsandbytes, CUDA): a quarter of its memory
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
 
     gpus: int = 1  # of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
-    strategy: str = "auto"  # ddp or fsdp, as Lightning names them
+    strategy: Literal["auto", "ddp"] = "auto"  # several GPUs: DDP
     precision: str = "32"  # 16, bf16 or 32, or Lightning's names
     gradient_checkpointing: bool = False  # less memory, a third more time
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
@@ -87,6 +91,27 @@ class Settings:
     val_ddim_steps: int = 20  # sampling steps of each validation picture
 
 
+DEMO = {
+    "output_dir": "./outputs/deblur_demo",
+    "data_root": "./outputs/deblur_demo/data",
+    "image_size": 64,
+    "val_fraction": 0.2,
+    "val_samples": 8,
+    "num_workers": 0,
+    "resume_path": "./outputs/deblur_demo/control_tiny_ini.safetensors",
+    "config_path": str(Path(__file__).parent / "models" / "cldm_tiny_deblur.yaml"),
+    "sd_locked": False,
+    "perceptual_loss_weight": 0.0,
+    "deblur_crop": 2,
+    "batch_size": 8,
+    "learning_rate": 2e-3,
+    "max_steps": 600,
+    "ema_decay": 0.98,
+    "logger_freq": 200,
+    "save_steps": 200,
+    "val_steps": 200,
+    "val_ddim_steps": 10,
+}
 DEMO_STEPS = 300, 300  # of teaching the tiny autoencoder, then the tiny UNet
 
 
@@ -127,44 +152,43 @@ def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]
 
     Raises ValueError or FileNotFoundError that names the file, the line or the pair that is wrong.
     """
-    if settings.image_size % 64 or settings.image_size <= 0:
-        raise ValueError(f"image_size must be a multiple of 64, not {settings.image_size}")
     root = Path(settings.data_root)
     if not root.exists():
         raise FileNotFoundError(
             f"no data at {root}: make some with `python tool_make_deblur_dataset.py --source_dir PHOTOS "
             f"--output_dir {root}`, or try `python tutorial_train_deblur.py --demo`"
         )
-    if settings.json_file:
+    if settings.blur_on_the_fly and not (settings.json_file or settings.sharp_root or has_pairs(root)):
+        pairs = sharp_pairs(root)
+    elif settings.json_file:
         pairs = find_pairs(settings.json_file, data_root=root)
     else:
         pairs = find_pairs(root, settings.sharp_root or None)
+    check_sizes(pairs)
     held_out = []
     if settings.val_fraction > 0:
         pairs, held_out = split_pairs(pairs, settings.val_fraction, settings.seed)
-    options = {"augment": settings.use_augmentation, "color_jitter": 0.1 * settings.use_augmentation}
-    if settings.blur_on_the_fly:
-        sharp = sorted({pair.sharp for pair in pairs})
-        train = BlurDataset(sharp, settings.image_size, settings.seed, **options)
-    else:
-        train = PairedDataset(pairs, settings.image_size, settings.seed, **options)
+    few = held_out[:: -(-len(held_out) // settings.val_samples)] if held_out else []
+
+    def crops(pairs: list[Pair], blur: bool, **options) -> Dataset:
+        if blur:
+            sharp = sorted({pair.sharp for pair in pairs})
+            return BlurDataset(sharp, settings.image_size, settings.seed, **options)
+        return PairedDataset(pairs, settings.image_size, settings.seed, **options)
+
+    jitter = 0.1 * settings.use_augmentation
+    train = crops(pairs, settings.blur_on_the_fly, augment=settings.use_augmentation, color_jitter=jitter)
     train = DeblurDataset(train, settings.prompt, settings.prompt_dropout)
-    if not held_out:
+    if not few:
         return train, None, pairs
-    few = held_out[:: -(-len(held_out) // settings.val_samples)]
-    validation = PairedDataset(few, settings.image_size, settings.seed)
+    validation = crops(few, few[0].blurry == few[0].sharp)
     return train, DeblurDataset(validation, settings.prompt), [*pairs, *few]
 
 
 def with_cached_latents(
     model: DeblurControlNet, datasets: list[Dataset | None], pairs: list[Pair], settings: Settings
 ) -> list[Dataset | None]:
-    """The data sets with latents from a cache in the run's folder; the model's encoders are let go.
-
-    Raises ValueError if crops change from epoch to epoch.
-    """
-    if settings.use_augmentation or settings.blur_on_the_fly:
-        raise ValueError("--cache_latents needs crops that stay: switch off augmentation and blur on the fly")
+    """The data sets with latents from a cache in the run's folder; the model's encoders are let go."""
     files = [(str(pair.sharp), pair.sharp.stat().st_size, pair.sharp.stat().st_mtime_ns) for pair in pairs]
     base = Path(settings.resume_path).stat()
     about = {"files": files, "size": settings.image_size, "model": (base.st_size, base.st_mtime_ns)}
@@ -173,23 +197,37 @@ def with_cached_latents(
     for name, dataset in zip(("train", "val"), datasets, strict=True):
         path = Path(settings.output_dir) / "cache" / f"{name}_latents.h5"
         about = {**about, "set": name}
-        cached.append(dataset and cache_latents(model, dataset, path, about, settings.batch_size, device))
+        make = partial(cache_latents, model, dataset, path, about, settings.batch_size, settings.num_workers)
+        cached.append(dataset and make(device))
     types = {pair.blur_type for pair in pairs}
     drop_encoders(model, {"", *(fill_prompt(settings.prompt, blur_type) for blur_type in types)})
     return cached
 
 
 def check_start(settings: Settings) -> None:
-    """Raise ValueError for a number out of range, and FileNotFoundError that says how to get the file that
-    training starts from, if it is missing."""
-    for name in (
-        "batch_size accumulate_grad_batches gpus num_nodes log_steps logger_freq save_steps val_steps".split()
-    ):
+    """Find mistakes before anything is loaded.
+
+    Raises ValueError for a number out of range, and FileNotFoundError that says how to get the file that
+    training starts from, if it is missing.
+    """
+    lightning_precision(settings.precision)
+    counts = "batch_size accumulate_grad_batches gpus num_nodes val_samples".split()
+    intervals = "log_steps logger_freq save_steps val_steps val_ddim_steps".split()
+    for name in [*counts, *intervals, *(["max_epochs"] if settings.max_steps <= 0 else [])]:
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
-    if not 0 <= settings.ema_decay < 1:
-        raise ValueError(f"ema_decay must lie in [0, 1), not {settings.ema_decay}")
-    if not Path(settings.resume_path).is_file():
+    if settings.val_ddim_steps > 1000:
+        raise ValueError(f"val_ddim_steps must be at most 1000, not {settings.val_ddim_steps}")
+    if settings.deblur_crop < 0:
+        raise ValueError(f"deblur_crop must not be negative, but is {settings.deblur_crop}")
+    for name in ("ema_decay", "prompt_dropout"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise ValueError(f"{name} must lie in [0, 1), not {getattr(settings, name)}")
+    if settings.image_size % 64 or settings.image_size <= 0:
+        raise ValueError(f"image_size must be a multiple of 64, not {settings.image_size}")
+    if settings.cache_latents and (settings.use_augmentation or settings.blur_on_the_fly):
+        raise ValueError("--cache_latents needs crops that stay: switch off augmentation and blur on the fly")
+    if not settings.demo and not Path(settings.resume_path).is_file():
         raise FileNotFoundError(
             f"{settings.resume_path} not found: it is Stable Diffusion with a ControlNet added. Get "
             "v1-5-pruned.ckpt (or .safetensors) of Stable Diffusion 1.5, for instance from Hugging Face, put "
@@ -200,37 +238,14 @@ def check_start(settings: Settings) -> None:
 
 
 def demo_settings(settings: Settings) -> Settings:
-    """The same run at the size of a demonstration, on photographs inside scikit-image."""
-    folder = Path("outputs/deblur_demo")
+    """The demonstration's settings, except where the user gave others; makes its data."""
     print(
         "This demonstration checks the installation: a tiny model learns for a few minutes. It shows every "
         "stage of training and is no restorer; that takes Stable Diffusion's weights and a GPU."
     )
-    make_dataset(
-        MakeSettings(output_dir=str(folder / "data"), num_samples=240, image_size=64, blur_scale=1.0)
-    )
-    return replace(
-        settings,
-        data_root=str(folder / "data"),
-        image_size=64,
-        val_fraction=0.2,
-        val_samples=8,
-        num_workers=0,
-        resume_path=str(folder / "control_tiny_ini.safetensors"),
-        config_path=str(Path(__file__).parent / "models" / "cldm_tiny_deblur.yaml"),
-        perceptual_loss_weight=0.0,
-        deblur_crop=2,
-        sd_locked=False,
-        batch_size=8,
-        learning_rate=2e-3,
-        max_steps=settings.max_steps if settings.max_steps > 0 else 600,
-        ema_decay=0.98,
-        output_dir=str(folder),
-        logger_freq=200,
-        save_steps=200,
-        val_steps=200,
-        val_ddim_steps=10,
-    )
+    make_dataset(MakeSettings(output_dir=DEMO["data_root"], num_samples=240, image_size=64))
+    untouched = [name for name in DEMO if getattr(settings, name) == getattr(Settings(), name)]
+    return replace(settings, **{name: DEMO[name] for name in untouched})
 
 
 def make_demo_start(settings: Settings, config: dict, dataset: Dataset) -> None:
@@ -244,38 +259,40 @@ def make_demo_start(settings: Settings, config: dict, dataset: Dataset) -> None:
 
 def main(settings: Settings) -> None:
     """Train, then say where everything is."""
-    # Settings: everything that can be wrong is found before anything is loaded.
+    # Settings: what can be wrong is found before anything is loaded
     if settings.demo:
         settings = demo_settings(settings)
-    lightning_precision(settings.precision)
+    check_start(settings)
     config = read_config(settings.config_path)
-    if settings.use_attention:
-        config["target"] = "cldm.deblur.DeblurControlNetWithAttention"
+    with_attention = "WithAttention" if settings.use_attention else ""
+    config["target"] = f"cldm.deblur.DeblurControlNet{with_attention}"
+    for name in ("deblur_loss_weight", "perceptual_loss_weight", "deblur_crop", "only_mid_control"):
+        config["params"][name] = getattr(settings, name)
 
-    # Seed and data.
+    # Seed and data
     pl.seed_everything(settings.seed, verbose=False)
     train, validation, pairs = find_crops(settings)
     if settings.demo:
         make_demo_start(settings, config, train)
 
-    # Model.
-    check_start(settings)
-    for name in ("deblur_loss_weight", "perceptual_loss_weight", "deblur_crop"):
-        config["params"][name] = getattr(settings, name)
+    # Model
     weights = load_state_dict(settings.resume_path)
-    model = prepare_model(config, add_attention(weights) if settings.use_attention else weights, settings)
+    if settings.use_attention:
+        weights = add_attention(weights)
+    model = create_filled_model(config, weights, settings.resume_path)
     model.validation_ddim_steps = settings.val_ddim_steps
     if settings.deblur_loss_weight and settings.perceptual_loss_weight:
         model.load_perceptual()
 
-    # Latents and embeddings, if they are to be computed once.
+    # Latents and embeddings, if they are to be computed once
     if settings.cache_latents:
         train, validation = with_cached_latents(model, [train, validation], pairs, settings)
 
-    # Training, resumed where it stopped.
+    # Training, resumed where it stopped
+    prepare_model(model, settings)
     trainer = fit(model, StreamData(train, validation, settings), settings, config)
 
-    # Summary.
+    # Summary
     checkpoint = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
     what_next = f"python infer.py deblur --checkpoint_path {checkpoint} --input PHOTOS --output_dir restored"
     report(trainer, settings, what_next)

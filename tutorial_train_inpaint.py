@@ -27,7 +27,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from cldm.cache import cache_latents, drop_encoders
 from cldm.demo import make_demo_base
 from cldm.inpaint import InpaintControlNet, widen_hint
-from cldm.model import load_state_dict, read_config, read_trained_weights
+from cldm.model import create_filled_model, load_state_dict, read_config, read_trained_weights
 from cldm.training import StreamData, fit, lightning_precision, prepare_model, report
 from ldm import checkpoint
 from ldm.data.image import list_images, photographs, read_image, write_image
@@ -176,7 +176,8 @@ def with_cached_latents(
         stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
         about = {"files": stats, "size": settings.image_size, "model": (base.st_size, base.st_mtime_ns)}
         path = Path(settings.output_dir) / "cache" / f"{name}_latents.h5"
-        cached.append(cache_latents(model, dataset, path, about, settings.batch_size, device))
+        sizes = settings.batch_size, settings.num_workers
+        cached.append(cache_latents(model, dataset, path, about, *sizes, device))
     if settings.captions_file:  # too many texts to remember: the text tower stays
         model.first_stage_model.encoder, model.first_stage_model.quant_conv = None, None
     else:
@@ -343,7 +344,7 @@ def main(settings: Settings) -> None:
 
     # Model.
     config["params"]["control_stage_config"]["params"]["hint_channels"] = settings.hint_channels
-    model = prepare_model(config, starting_weights(settings), settings)
+    model = create_filled_model(config, starting_weights(settings), settings.resume_path)
     model.validation_ddim_steps = settings.val_ddim_steps
 
     # Latents, if they are to be computed once.
@@ -351,6 +352,7 @@ def main(settings: Settings) -> None:
         train, validation = with_cached_latents(model, [train, validation], settings)
 
     # Training, resumed where it stopped.
+    prepare_model(model, settings)
     folder = Path(settings.output_dir)
     rank_zero_only(print)(f"run: {folder} (resume it with --output_dir {folder})")
     snapshots = Snapshots(folder, settings.save_steps)

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -36,17 +38,27 @@ class CachedLatents(Dataset):
 
 
 def cache_latents(
-    model: ControlLDM, dataset: Dataset, path: Path, about: Mapping, batch_size: int, device: str
+    model: ControlLDM,
+    dataset: Dataset,
+    path: Path,
+    about: Mapping,
+    batch_size: int,
+    num_workers: int,
+    device: str,
 ) -> CachedLatents:
     """Encode every item's image (`jpg`) into `path`, or take that file if it was made for the same `about`.
 
     `about` says what the latents depend on: files with their sizes and times, crop, model. A file made for
-    something else is noticed and made anew. Items must not change from epoch to epoch.
+    something else is noticed and made anew. Items must not change from epoch to epoch. Of several processes
+    the first makes the file and the others wait for it.
     """
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    while rank_zero_only.rank and not _is_fresh(path, key):
+        time.sleep(1)
     if not _is_fresh(path, key):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: _fill(model, dataset, temporary, key, batch_size, device))
+        batches = DataLoader(dataset, batch_size, num_workers=num_workers)
+        write_atomically(path, lambda temporary: _fill(model, batches, temporary, key, device))
     return CachedLatents(dataset, path)
 
 
@@ -59,22 +71,19 @@ def _is_fresh(path: Path, key: str) -> bool:
 
 
 @torch.no_grad()
-def _fill(model: ControlLDM, dataset: Dataset, path: Path, key: str, batch_size: int, device: str) -> None:
-    autoencoder = model.first_stage_model
-    stored = autoencoder.encoder.conv_in.weight.dtype
-    autoencoder.to(device, torch.float32)
+def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str, device: str) -> None:
+    autoencoder = model.first_stage_model.to(device)
     with h5py.File(path, "w") as file:
         start, moments = 0, None
-        for batch in tqdm(DataLoader(dataset, batch_size), desc="caching latents", dynamic_ncols=True):
+        for batch in tqdm(batches, desc="caching latents", dynamic_ncols=True):
             posterior = autoencoder.encode(image_of(batch, model.first_stage_key).to(device))
             values = torch.cat([posterior.mean, posterior.logvar], dim=1).cpu().numpy().astype(np.float16)
             if moments is None:
-                shape = (len(dataset), *values.shape[1:])
+                shape = (len(batches.dataset), *values.shape[1:])
                 moments = file.create_dataset("moments", shape, np.float16, chunks=(1, *values.shape[1:]))
             moments[start : start + len(values)] = values
             start += len(values)
         file.attrs["key"] = key
-    autoencoder.to(stored)
 
 
 def drop_encoders(model: ControlLDM, prompts: set[str]) -> None:

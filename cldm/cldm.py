@@ -94,6 +94,7 @@ class ControlLDM(LatentDiffusion):
         self.control_key, self.only_mid_control = control_key, only_mid_control
         self.control_scales: Sequence[float] | None = None
         self.learning_rate, self.optimizer = 1e-5, "adamw"
+        self.prompt = ""  # what it was trained with, in a model that open_control_model opened
         self.strict_loading = False  # our checkpoints leave out what is frozen
         self.validation_ddim_steps = 20
         self.validation_images: dict[str, torch.Tensor] = {}
@@ -159,16 +160,19 @@ class ControlLDM(LatentDiffusion):
 
     @classmethod
     def load_from_checkpoint(
-        cls, checkpoint_path: str | Path, base_path: str | Path | None = None, **unused
+        cls,
+        checkpoint_path: str | Path,
+        map_location: str | torch.device = "cpu",
+        base_path: str | Path | None = None,
     ) -> "ControlLDM":
-        """The trained model from our checkpoint, a full file, or a ControlNet with `base_path`, on the CPU.
+        """The trained model from our checkpoint, a full file, or a ControlNet with `base_path`.
 
         See cldm.model.open_control_model. Raises ValueError if the file holds a model of another class.
         """
         model = open_control_model(checkpoint_path, base_path)
         if not isinstance(model, cls):
             raise ValueError(f"{checkpoint_path} holds a {type(model).__name__}, not a {cls.__name__}")
-        return model
+        return model.to(map_location)
 
     @torch.no_grad()
     def sample(

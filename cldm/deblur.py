@@ -40,6 +40,7 @@ class DeblurControlNet(ControlLDM):
         super().__init__(**arguments)
         self.deblur_loss_weight, self.perceptual_loss_weight = deblur_loss_weight, perceptual_loss_weight
         self.deblur_crop, self.weight_by_alpha_bar = deblur_crop, weight_by_alpha_bar
+        self.first_stage_model.decoder.use_checkpoint = True
         self._perceptual: list[PerceptualLoss] = []  # in a list: no part of the state dict
 
     def load_perceptual(self) -> None:
@@ -111,7 +112,6 @@ class DeblurControlNet(ControlLDM):
         self, batch: Mapping, x0: torch.Tensor, sharp: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same random window of each item's latents and pixels, from its `seed` where there is one."""
-        self.first_stage_model.decoder.use_checkpoint = True
         height, width = x0.shape[-2:]
         h, w = (min(self.deblur_crop or side, side) for side in (height, width))
         seeds = batch["seed"] if "seed" in batch else torch.randint(2**62, (len(x0),))
@@ -174,6 +174,6 @@ class DeblurControlNetWithAttention(DeblurControlNet):
 
 def add_attention(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A plain ControlNet's state dict with fresh attention: it is still the same function."""
-    channels = weights["control_model.zero_convs.0.0.weight"].shape[0]
+    channels = len(weights["control_model.zero_convs.0.0.weight"])
     fresh = ChannelSpatialAttention(channels).state_dict()
     return {**{f"control_model.hint_attention.{name}": value for name, value in fresh.items()}, **weights}

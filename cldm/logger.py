@@ -111,8 +111,13 @@ class Progress(Callback):
         if trainer.global_step > self.bar.n:
             self.bar.update(trainer.global_step - self.bar.n)
             rate = (self.bar.format_dict["rate"] or 0.0) * self.images_per_step
-            self.bar.set_postfix_str(f"loss {float(outputs['loss']):.4f}, {rate:.3g} images/s", refresh=False)
+            self.bar.set_postfix_str(
+                f"loss {float(pl_module.train_values['loss']):.4f}, {rate:.3g} images/s", refresh=False
+            )
 
-    def teardown(self, trainer, pl_module, stage) -> None:
+    def on_exception(self, trainer, pl_module, exception) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.bar.close()

@@ -149,7 +149,11 @@ def open_control_model(
         weights = {**read_weights(base_path), **weights}
     if config_path is not None or config is None:
         config = read_config(config_path or config_for(weights, path))
-    return create_filled_model(config, weights, path).eval()
+    if any(".hint_attention." in name for name in weights):
+        config = {**config, "target": "cldm.deblur.DeblurControlNetWithAttention"}
+    model = create_filled_model(config, weights, path).eval()
+    model.prompt = content.get("settings", {}).get("prompt", "")
+    return model
 
 
 def config_for(weights: Mapping[str, torch.Tensor], path: str | Path) -> Path:

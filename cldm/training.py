@@ -17,11 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from cldm.cldm import ControlLDM
 from cldm.logger import CsvRows, ImageLogger, Progress
-from cldm.model import create_filled_model
 from ldm import checkpoint
 from ldm.data.stream import SampleStream
 from ldm.modules.ema import EMA
-from ldm.run import check_settings, plain
+from ldm.run import check_finite, check_settings, plain
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
 HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -51,7 +50,7 @@ class StreamData(pl.LightningDataModule):
     def __init__(self, train: Dataset, held_out: Dataset | None, settings: Any):
         super().__init__()
         self.train, self.held_out, self.settings = train, held_out, settings
-        self.samples_seen = 0
+        self.samples_seen, self.start_step = 0, 0  # at the start of this process
 
     def samples_per_step(self) -> int:
         """Samples in one optimizer step, over all processes."""
@@ -85,10 +84,12 @@ class StreamData(pl.LightningDataModule):
         )
 
     def state_dict(self) -> dict:
-        return {"samples_seen": self.trainer.global_step * self.samples_per_step()}
+        step = self.trainer.global_step
+        seen = self.samples_seen + (step - self.start_step) * self.samples_per_step()
+        return {"samples_seen": seen, "step": step}
 
     def load_state_dict(self, state: Mapping) -> None:
-        self.samples_seen = state["samples_seen"]
+        self.samples_seen, self.start_step = state["samples_seen"], state["step"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -99,7 +100,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         checkpoint.save(path, content)
 
     def load_checkpoint(self, path: str | Path, *args, **kwargs) -> dict:
-        return checkpoint.load(path)
+        return checkpoint.load(path, mmap=False)
 
 
 class Checkpoints(Callback):
@@ -109,9 +110,10 @@ class Checkpoints(Callback):
     states, settings, and what it takes to build the model again: its configuration and its base file.
     """
 
-    def __init__(self, folder: str | Path, save_steps: int, about: Mapping):
-        self.folder, self.save_steps, self.about = Path(folder), save_steps, dict(about)
-        self.best, self.saved_step = -math.inf, -1
+    def __init__(self, folder: str | Path, save_steps: int, val_steps: int, about: Mapping):
+        self.folder, self.about = Path(folder), dict(about)
+        self.save_steps, self.val_steps = save_steps, val_steps  # val_steps 0: no validation
+        self.best, self.last_step = -math.inf, -1
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if not torch.isfinite(outputs["loss"]):
@@ -123,15 +125,29 @@ class Checkpoints(Callback):
                 f"its batch: {files}; {kept}"
             )
         step = trainer.global_step
-        if step != self.saved_step and step and (step % self.save_steps == 0 or step == trainer.max_steps):
-            self.saved_step = step
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+        validated = self.val_steps and step % self.val_steps == 0  # then the checkpoint comes after it
+        if step != self.last_step and not validated:
+            self.save_if_due(trainer)
+        self.last_step = step
 
     def on_validation_end(self, trainer, pl_module) -> None:
         score = trainer.callback_metrics.get("val/psnr")
-        if not trainer.sanity_checking and score is not None and float(score) > self.best:
+        if score is not None and float(score) > self.best:
             self.best = float(score)
-            trainer.save_checkpoint(self.folder / "best.ckpt")
+            self.save(trainer, "best.ckpt")
+        self.save_if_due(trainer)
+
+    def save_if_due(self, trainer: pl.Trainer) -> None:
+        """Write last.ckpt every `save_steps` steps and at the end of the run."""
+        step = trainer.global_step
+        if step and (step % self.save_steps == 0 or step == trainer.max_steps):
+            self.save(trainer, "last.ckpt")
+
+    def save(self, trainer: pl.Trainer, name: str) -> None:
+        """Write a checkpoint; raises ValueError, and leaves the old one, if a parameter is not finite."""
+        trained = {k: p for k, p in trainer.lightning_module.named_parameters() if p.requires_grad}
+        check_finite(trained, trainer.global_step)
+        trainer.save_checkpoint(self.folder / name)
 
     def on_save_checkpoint(self, trainer, pl_module, content: dict) -> None:
         content.update(self.about, random=checkpoint.random_states())
@@ -201,17 +217,15 @@ MAY_CHANGE = {
 }
 
 
-def prepare_model(config: Mapping, weights: Mapping[str, torch.Tensor], settings: Any) -> ControlLDM:
-    """Build the model of `config` with `weights`, ready for training.
-
-    Frozen parts are stored in half precision where the run computes in it.
-    """
-    model = create_filled_model(config, weights, settings.resume_path)
+def prepare_model(model: ControlLDM, settings: Any) -> None:
+    """Make a model ready for training; frozen parts are stored in half precision if the run computes so."""
     model.sd_locked, model.only_mid_control = settings.sd_locked, settings.only_mid_control
     model.learning_rate, model.optimizer = settings.learning_rate, settings.optimizer
     unet = model.model.diffusion_model
     model.control_model.use_checkpoint = unet.use_checkpoint = settings.gradient_checkpointing
     half = HALF.get(lightning_precision(settings.precision))
+    if half == torch.float16 and not torch.cuda.is_available():
+        half = torch.bfloat16  # as Lightning does
     if half is not None and settings.sd_locked:
         unet.to(half)
     if half == torch.bfloat16:  # float16 overflows in the autoencoder: it stays in float32 then
@@ -220,7 +234,6 @@ def prepare_model(config: Mapping, weights: Mapping[str, torch.Tensor], settings
     if settings.compile:
         model.control_model.compile()
         unet.compile()
-    return model
 
 
 def steps_of(settings: Any, samples: int) -> int:
@@ -240,6 +253,7 @@ def fit(
     Raises ValueError if that checkpoint was made with settings that may not change within a run.
     """
     quiet_lightning()
+    torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA
     folder = Path(settings.output_dir)
     last = folder / "checkpoints" / "last.ckpt"
     step = 0
@@ -247,13 +261,19 @@ def fit(
         content = checkpoint.load(last)
         check_settings(content.get("settings", {}), plain(settings), MAY_CHANGE, last)
         step = content["global_step"]
+        del content  # it is mapped from the file, which is about to be replaced
         rank_zero_only(print)(f"resuming {last} at step {step}")
     about = {"config": dict(config), "base": str(settings.resume_path), "settings": plain(settings)}
     callbacks = [AverageWeights(settings.ema_decay)] if settings.ema_decay else []
     callbacks += [
         CsvRows(folder / "logs" / "metrics.csv", settings.log_steps, step),
         ImageLogger(folder / "images", settings.logger_freq),
-        Checkpoints(folder / "checkpoints", settings.save_steps, about),
+        Checkpoints(
+            folder / "checkpoints",
+            settings.save_steps,
+            settings.val_steps if data.held_out is not None else 0,
+            about,
+        ),
         Progress(data.samples_per_step()),
         *more,
     ]

@@ -27,16 +27,25 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     Raises OSError that names the file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is written over
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors' own would keep others from reading it
         os.replace(temporary, path)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
         raise OSError(f"cannot save {path} (what was there before is intact): {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def save(path: str | Path, content: dict) -> None:
@@ -44,8 +53,10 @@ def save(path: str | Path, content: dict) -> None:
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
-def load(path: str | Path, device: str = "cpu") -> dict:
+def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
     """Load what `save` (or Lightning, or CompVis) wrote; pickled code is refused.
+
+    With `mmap` tensors are read from the file when they are used: it must not be replaced meanwhile.
 
     Raises FileNotFoundError, or ValueError for a damaged file, no checkpoint, or one that holds code.
     """
@@ -55,7 +66,7 @@ def load(path: str | Path, device: str = "cpu") -> dict:
     shells = [*_SHELLS, np.dtype, np.ndarray, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
     try:
         with torch.serialization.safe_globals(shells):
-            content = torch.load(path, map_location=device, weights_only=True, mmap=_is_zip(path))
+            content = torch.load(path, map_location=device, weights_only=True, mmap=mmap and _is_zip(path))
     except pickle.UnpicklingError as error:
         code = re.search(r"Unsupported (?:global|class): GLOBAL (\S+)", str(error))
         if code:

@@ -223,7 +223,7 @@ class Run:
         """
         self._check_losses()
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        _check_finite(state["state_dict"], self.step)
+        check_finite(state["state_dict"], self.step)
         is_best = score is not None and score > self.best
         self.best = score if is_best else self.best
         own = {"random": checkpoint.random_states(), "sums": self._sums, "count": self._count}
@@ -291,7 +291,7 @@ def check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> 
         )
 
 
-def _check_finite(weights: Mapping[str, torch.Tensor], step: int) -> None:
+def check_finite(weights: Mapping[str, torch.Tensor], step: int) -> None:
     for name, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"weight {name} is not finite at step {step}: not saved, the old files stay")

@@ -17,11 +17,11 @@ def get_obj_from_str(string: str) -> Any:
         raise ValueError(f"target {string!r} cannot be imported: {error}") from error
 
 
-def instantiate_from_config(config: Mapping, **overrides: Any) -> Any:
-    """Build what `config["target"]` names with `config["params"]`, some of them overridden.
+def instantiate_from_config(config: Mapping) -> Any:
+    """Build what `config["target"]` names with `config["params"]`.
 
     Raises ValueError if there is no target.
     """
     if "target" not in config:
         raise ValueError(f"a configuration needs a `target`, this one has only {sorted(map(str, config))}")
-    return get_obj_from_str(config["target"])(**{**(config.get("params") or {}), **overrides})
+    return get_obj_from_str(config["target"])(**(config.get("params") or {}))

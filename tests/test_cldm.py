@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 
 from cldm.cldm import ControlLDM
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.samplers import make_steps
-from ldm.modules.diffusionmodules.util import make_ddim_sampling_parameters, make_ddim_timesteps
+from ldm.models.diffusion.samplers import ddim_sigma, make_steps
+from ldm.modules.diffusionmodules.util import make_ddim_timesteps
 from ldm.util import instantiate_from_config
 from tests.conftest import REFERENCE, tiny_arguments
 from tests.fill import fill, relative_error
@@ -96,14 +96,11 @@ def test_sampler_tables(model, reference):
     alphacums = model.alphas_cumprod.double().numpy()
     for count in (5, 20):
         assert make_ddim_timesteps(count).tolist() == reference[f"ddim{count}.timesteps"].tolist()
-    _, alphas, alphas_prev = make_ddim_sampling_parameters(alphacums, make_ddim_timesteps(5), 0.0)
-    assert np.allclose(alphas, reference["ddim5.alphas"])
-    assert np.allclose(alphas_prev, reference["ddim5.alphas_prev"])
-    sigmas, _, _ = make_ddim_sampling_parameters(alphacums, make_ddim_timesteps(10), 0.7)
+    steps = make_steps(alphacums, 5)[::-1]
+    assert np.allclose([step.alpha for step in steps], reference["ddim5.alphas"])
+    assert np.allclose([step.alpha_next for step in steps], reference["ddim5.alphas_prev"])
+    sigmas = [0.7 * ddim_sigma(step) for step in make_steps(alphacums, 10)[::-1]]
     assert np.allclose(sigmas, reference["ddim10.eta07.sigmas"])
-    steps = make_steps(alphacums, 5)
-    assert [step.alpha for step in steps] == alphas[::-1].tolist()
-    assert [step.alpha_next for step in steps] == alphas_prev[::-1].tolist()
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 50, 300, 999, 1000])

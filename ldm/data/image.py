@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 # Photographs that come inside the scikit-image package, for demonstrations and tests.
@@ -43,6 +43,23 @@ def read_rgba(path: str | Path) -> np.ndarray | None:
         if not image.has_transparency_data:
             return None
         return np.array(ImageOps.exif_transpose(image).convert("RGBA"))
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a picture, upright by its EXIF tag, from its header alone.
+
+    Raises FileNotFoundError or ValueError as `read_image` does.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"image not found: {path}")
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {path}: {error}") from error
+    return (height, width) if turned else (width, height)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

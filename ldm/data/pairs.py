@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from ldm.data.image import list_images, natural_key
+from ldm.data.image import image_size, list_images, natural_key
 
 JSONL = "blur_types.json"  # the list that tool_make_deblur_dataset.py writes
 
@@ -171,6 +172,22 @@ def _existing(where: str, root: str | Path, *names: str) -> list[Path]:
         if not path.is_file():
             raise FileNotFoundError(f"{where}: image not found: {path}")
     return paths
+
+
+def has_pairs(folder: Path) -> bool:
+    """Whether a folder holds pairs that `find_pairs` finds without further help."""
+    return (folder / JSONL).is_file() or (folder / "blur").is_dir() or any(folder.rglob("*/blur"))
+
+
+def check_sizes(pairs: Sequence[Pair]) -> None:
+    """Read all pictures' headers; raises ValueError for one that is no picture or a pair of two sizes."""
+    for pair in tqdm(pairs, "checking sizes", leave=False, disable=len(pairs) < 1000):
+        if image_size(pair.blurry) != image_size(pair.sharp):
+            (w, h), (sharp_w, sharp_h) = image_size(pair.blurry), image_size(pair.sharp)
+            raise ValueError(
+                f"the pictures of a pair differ in size: {pair.blurry} is {w}x{h}, "
+                f"{pair.sharp} is {sharp_w}x{sharp_h} (width x height)"
+            )
 
 
 def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:

@@ -165,7 +165,9 @@ class LatentDiffusion(pl.LightningModule):
             with torch.autocast(self.device.type, enabled=False):
                 embeddings = self.cond_stage_model.encode(new)
             self._embeddings.update(zip(new, embeddings, strict=True))
-        return torch.stack([self._embeddings[prompt] for prompt in prompts]).to(self.device)
+        for prompt in set(prompts):
+            self._embeddings[prompt] = self._embeddings[prompt].to(self.device)
+        return torch.stack([self._embeddings[prompt] for prompt in prompts])
 
     # ---- forward process and predictions
 
@@ -273,6 +275,11 @@ class LatentDiffusion(pl.LightningModule):
         x_start, cond = self.get_input(batch)
         t = self.timesteps_of(batch, len(x_start))
         return self.p_losses(x_start, cond, t, self.noise_of(batch, x_start, salt=1))
+
+    def transfer_batch_to_device(self, batch: Mapping, device: torch.device, index: int) -> dict:
+        """Everything but the seeds, which only the CPU reads."""
+        moved = super().transfer_batch_to_device(batch, device, index)
+        return {**moved, **({"seed": batch["seed"]} if "seed" in batch else {})}
 
     def training_step(self, batch: Mapping, batch_idx: int) -> torch.Tensor:
         loss, values = self.shared_step(batch)

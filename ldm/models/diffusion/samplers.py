@@ -58,9 +58,8 @@ def ddim(
     for step in steps:
         x = before(x, step)
         x0, eps = denoise(x, step.t)
-        a, a_next = step.alpha, step.alpha_next
-        sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
-        x = a_next**0.5 * x0 + (1 - a_next - sigma**2) ** 0.5 * eps
+        sigma = eta * ddim_sigma(step)
+        x = step.alpha_next**0.5 * x0 + (1 - step.alpha_next - sigma**2) ** 0.5 * eps
         if sigma > 0:
             x = x + sigma * noise(x)
     return x
@@ -149,6 +148,11 @@ def first_order(x: torch.Tensor, step: Step, x0: torch.Tensor) -> torch.Tensor:
     """Exact solution over `step` if x0 did not change: DDIM in terms of x0 (Lu et al. 2022, eq. 4.1)."""
     ratio = ((1 - step.alpha_next) / (1 - step.alpha)) ** 0.5
     return ratio * x + (step.alpha_next**0.5 - ratio * step.alpha**0.5) * x0
+
+
+def ddim_sigma(step: Step) -> float:
+    """Deviation of the noise that DDIM adds at eta 1 (Song et al. 2021, eq. 16)."""
+    return ((1 - step.alpha_next) / (1 - step.alpha) * (1 - step.alpha / step.alpha_next)) ** 0.5
 
 
 def sigma_of(alpha: float) -> float:

@@ -26,16 +26,6 @@ def make_ddim_timesteps(num_ddim_timesteps: int, num_ddpm_timesteps: int = 1000)
     return steps + (num_ddim_timesteps < num_ddpm_timesteps)
 
 
-def make_ddim_sampling_parameters(
-    alphacums: np.ndarray, ddim_timesteps: np.ndarray, eta: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sigmas, alpha_bar and previous alpha_bar of each DDIM step (Song et al. 2021, eq. 16)."""
-    alphas = alphacums[ddim_timesteps]
-    alphas_prev = np.concatenate([alphacums[:1], alphacums[ddim_timesteps[:-1]]])
-    sigmas = eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev))
-    return sigmas, alphas, alphas_prev
-
-
 def extract_into_tensor(values: torch.Tensor, timesteps: torch.Tensor, ndim: int) -> torch.Tensor:
     """values[timesteps] with trailing axes of size 1, to multiply an `ndim`-dimensional batch."""
     return values[timesteps].reshape(-1, *(1,) * (ndim - 1))
