@@ -30,10 +30,10 @@ from torch.utils.data import Dataset
 from ldm.checkpoint import write_weights
 from ldm.data.demo import write_demo
 from ldm.data.image import to_tensor, to_uint8
-from ldm.data.paired import ImageFiles
-from ldm.data.patches import SourceDataset, is_patches, open_pairs, open_source, sharp_images
+from ldm.data.patches import SourceDataset, open_pairs, open_source, open_unpaired
 from ldm.data.stream import item_generator
 from ldm.modules.ema import EMA
+from ldm.modules.gan import DeblurGANGenerator, Discriminator, ImagePool, SRResNet
 from ldm.modules.perceptual import FILE, PerceptualLoss
 from ldm.run import Run, plain, read_trained, run_main, start_fabric
 from ldm.tiling import pad_to_multiple, restore_tiled
@@ -125,7 +125,6 @@ DEMO = {
 }
 # What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
 MAY_CHANGE = "mode devices num_nodes num_workers cache channels_last compile log_epoch".split()
-MAY_CHANGE += "blur_epochs".split()  # of the other stage: see `known`
 SOFT_REAL, SOFT_FAKE = 0.9, 0.1  # soft labels of the least-squares discriminators
 NOISE = 4  # numbers that BGAN draws for a picture
 
@@ -186,93 +185,11 @@ class BGANGenerator(DBGANGenerator):
         return super().forward(torch.cat([sharp, tiled.to(sharp)], dim=1))
 
 
-class ResidualBlock(nn.Module):
-    """x + norm(conv(activation(norm(conv(x)))))."""
-
-    def __init__(self, width: int, norm: type[nn.Module], activation: nn.Module):
-        super().__init__()
-        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2)]
-        self.body = nn.Sequential(convs[0], norm(width), activation, convs[1], norm(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-class SRResNet(nn.Module):
-    """SRGAN's generator without its upsampling (Ledig et al. 2017, figure 4), and a residual to the input."""
-
-    multiple = 1
-
-    def __init__(self, width: int = 64, blocks: int = 16):
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, width, 9, padding=4), nn.PReLU())
-        self.blocks = nn.Sequential(
-            *(ResidualBlock(width, nn.BatchNorm2d, nn.PReLU()) for _ in range(blocks)),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-        )
-        self.last = nn.Conv2d(width, 3, 9, padding=4)
-
-    def forward(self, blurry: Tensor) -> Tensor:
-        h = self.first(blurry)
-        return blurry + self.last(h + self.blocks(h))
-
-
-class DeblurGANGenerator(nn.Module):
-    """DeblurGAN's (Kupyn et al. 2018, section 3): blocks at quarter resolution; resized, not deconvolved."""
-
-    multiple = 4
-
-    def __init__(self, width: int = 64, blocks: int = 9):
-        super().__init__()
-
-        def layer(enter: int, leave: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-            conv = nn.Conv2d(enter, leave, kernel, stride, kernel // 2)
-            return [conv, nn.InstanceNorm2d(leave), nn.ReLU()]
-
-        self.body = nn.Sequential(
-            *layer(3, width, 7),
-            *layer(width, 2 * width, 3, stride=2),
-            *layer(2 * width, 4 * width, 3, stride=2),
-            *(ResidualBlock(4 * width, nn.InstanceNorm2d, nn.ReLU()) for _ in range(blocks)),
-            nn.Upsample(scale_factor=2),
-            *layer(4 * width, 2 * width, 3),
-            nn.Upsample(scale_factor=2),
-            *layer(2 * width, width, 3),
-            nn.Conv2d(width, 3, 7, padding=3),
-            nn.Tanh(),
-        )
-
-    def forward(self, blurry: Tensor) -> Tensor:
-        return blurry + self.body(blurry)
-
-
-class Discriminator(nn.Module):
-    """SRGAN's (Ledig et al. 2017, figure 4) for patches of any size: (b, 3, h, w) in [0, 1] -> scores (b,).
-
-    The mean over positions stands before the two dense layers. Scores are logits.
-    """
-
-    def __init__(self, width: int = 64):
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.LeakyReLU(0.2)]
-        enter = width
-        for leave, stride in zip([1, 2, 2, 4, 4, 8, 8], [2, 1, 2, 1, 2, 1, 2], strict=True):
-            conv = nn.Conv2d(enter, leave * width, 3, stride, padding=1)
-            layers += [conv, nn.BatchNorm2d(leave * width), nn.LeakyReLU(0.2)]
-            enter = leave * width
-        self.features = nn.Sequential(*layers)  # (b, 8 width, h / 16, w / 16)
-        self.score = nn.Sequential(nn.Linear(enter, 16 * width), nn.LeakyReLU(0.2), nn.Linear(16 * width, 1))
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.score(self.features(image).mean(dim=(2, 3)))[:, 0].float()
-
-
-def initialise(network: nn.Module) -> nn.Module:
-    """Weights from N(0, 0.01), biases 0, as in the paper."""
+def initialise(network: nn.Module, width: int = 64) -> nn.Module:
+    """Weights from N(0, 0.01), biases 0, as in the paper; narrower networks get its variance per channel."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.normal_(module.weight, std=0.01)
+            nn.init.normal_(module.weight, std=0.01 * math.sqrt(64 / width))
             nn.init.zeros_(module.bias)
     return network
 
@@ -384,31 +301,6 @@ def bce(logits: Tensor, label: float) -> Tensor:
 
 def least_squares(scores: Tensor, label: float) -> Tensor:
     return (scores - label).square().mean()  # Mao et al. 2017
-
-
-class ImagePool:
-    """Earlier fakes for the discriminator (Shrivastava et al. 2017): half of what it sees is from before."""
-
-    def __init__(self, size: int):
-        self.size, self.images = size, []
-
-    def __call__(self, fakes: Tensor) -> Tensor:
-        """Take (b, 3, h, w) in, give as many out; draws from torch's random numbers."""
-        chosen = []
-        for fake in fakes.detach():
-            if len(self.images) < self.size:
-                self.images.append(fake.clone())
-            elif self.size and torch.rand(()) < 0.5:
-                index = int(torch.randint(self.size, ()))
-                fake, self.images[index] = self.images[index], fake.clone()
-            chosen.append(fake)
-        return torch.stack(chosen)
-
-    def state_dict(self) -> dict:
-        return {"images": self.images}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.images = list(state["images"])
 
 
 @dataclass
@@ -565,26 +457,18 @@ def learning_rate_factor(step: int, phases: list[int], last: float) -> float:
 
 def make_data(settings: Settings, stage: str) -> tuple[Dataset, HeldOut]:
     """The training set of a stage and what is held out. Raises ValueError if something is not given."""
-    look = {"augment": True, "color_jitter": settings.color_jitter, "cache": settings.cache}
-    limits = settings.val_images, settings.seed, settings.val_crop
+    size, seed, cache = settings.crop_size, settings.seed, settings.cache
+    look = {"augment": True, "color_jitter": settings.color_jitter}
+    limits = settings.val_images, seed, settings.val_crop
     data = settings.data, settings.sharp_dir, settings.val_data, settings.val_fraction
-    dataset, sharp, held_out = open_pairs(*data, limits, settings.crop_size, settings.seed, **look)
+    dataset, sharp, held_out = open_pairs(*data, limits, size, seed, cache, **look)
+    smallest = len(dataset or ())
     if stage == "blur":
-        if not settings.blur_data:
-            raise ValueError("the stage `blur` needs --blur_data: real blurred photographs (or try --demo)")
-        blurry = open_source(settings.blur_data, "blur", settings.cache)
-        if settings.sharp_dir and settings.data:
-            sharp = ImageFiles(sharp_images(settings.sharp_dir), settings.cache)
-        elif sharp is None and is_patches(settings.blur_data):
-            sharp = open_source(settings.blur_data, "sharp")
-        if sharp is None:
-            raise ValueError("the stage `blur` needs sharp photographs: give --sharp_dir or --data")
-        dataset = SourceDataset(
-            blurry, sharp, settings.crop_size, settings.seed, augment=True, color_jitter=settings.color_jitter
-        )
+        blurry, sharp = open_unpaired(settings.blur_data, settings.data and settings.sharp_dir, sharp, cache)
+        dataset = SourceDataset(blurry, sharp, size, seed, **look)
+        smallest = min(len(blurry), len(sharp))
     if dataset is None:
         raise ValueError(f"the stage `{stage}` needs pairs: give --data (or try --demo)")
-    smallest = min(len(dataset), len(blurry)) if stage == "blur" else len(dataset)
     if smallest < settings.batch_size:
         raise ValueError(f"{smallest} images for `{stage}` are fewer than a batch of {settings.batch_size}")
     return dataset, held_out
@@ -628,9 +512,10 @@ def make_players(
 ) -> Players:
     """The networks of a stage, on their device."""
     generators, discriminators = (names.split() for names in STAGES[stage][:2])
+    form, width = plain(settings), settings.discriminator_width
     players = Players(
-        nn.ModuleDict({name: initialise(make_generator(name, plain(settings))) for name in generators}),
-        nn.ModuleDict({n: initialise(Discriminator(settings.discriminator_width)) for n in discriminators}),
+        nn.ModuleDict({n: initialise(make_generator(n, form), settings.width) for n in generators}),
+        nn.ModuleDict({n: initialise(Discriminator(width), width) for n in discriminators}),
         {name: ImagePool(settings.pool_size) for name in discriminators},
         perceptual,
     )

@@ -156,6 +156,26 @@ def open_pairs(
     return dataset, sharp, HeldOut(held_out or find_pairs(val_data), *limits)
 
 
+def open_unpaired(
+    blur_data: Path | None, sharp_dir: Path | None, sharp: Source | None, cache: bool = False
+) -> tuple[Source, Source]:
+    """Real blurred pictures and sharp ones, from a folder each or from one file of patches.
+
+    The sharp ones are those of `sharp_dir`, else `sharp`, else those of the file. Raises ValueError if
+    there are none of a kind.
+    """
+    if not blur_data:
+        raise ValueError("the stage `blur` needs --blur_data: real blurred photographs (or try --demo)")
+    blurry = open_source(blur_data, "blur", cache)
+    if sharp_dir:
+        sharp = ImageFiles(sharp_images(sharp_dir), cache)
+    elif sharp is None and is_patches(blur_data):
+        sharp = Patches(blur_data, "sharp")
+    if sharp is None:
+        raise ValueError("the stage `blur` needs sharp photographs: give --sharp_dir or --data")
+    return blurry, sharp
+
+
 def check_paired(blurry: Patches, sharp: Patches) -> None:
     """Raise ValueError if two sources cannot be pairs."""
     with open_patches(sharp.path) as file:

@@ -1,0 +1,111 @@
+"""What GANs for restoration take for granted: the networks of SRGAN and DeblurGAN, and the image pool."""
+
+import torch
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """x + norm(conv(activation(norm(conv(x)))))."""
+
+    def __init__(self, width: int, norm: type[nn.Module], activation: nn.Module):
+        super().__init__()
+        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2)]
+        self.body = nn.Sequential(convs[0], norm(width), activation, convs[1], norm(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class SRResNet(nn.Module):
+    """SRGAN's generator without its upsampling (Ledig et al. 2017, figure 4), and a residual to the input."""
+
+    multiple = 1
+
+    def __init__(self, width: int = 64, blocks: int = 16):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, width, 9, padding=4), nn.PReLU())
+        self.blocks = nn.Sequential(
+            *(ResidualBlock(width, nn.BatchNorm2d, nn.PReLU()) for _ in range(blocks)),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+        )
+        self.last = nn.Conv2d(width, 3, 9, padding=4)
+
+    def forward(self, blurry: Tensor) -> Tensor:
+        h = self.first(blurry)
+        return blurry + self.last(h + self.blocks(h))
+
+
+class DeblurGANGenerator(nn.Module):
+    """DeblurGAN's (Kupyn et al. 2018, section 3): blocks at quarter resolution; resized, not deconvolved."""
+
+    multiple = 4
+
+    def __init__(self, width: int = 64, blocks: int = 9):
+        super().__init__()
+
+        def layer(enter: int, leave: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+            conv = nn.Conv2d(enter, leave, kernel, stride, kernel // 2)
+            return [conv, nn.InstanceNorm2d(leave), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *layer(3, width, 7),
+            *layer(width, 2 * width, 3, stride=2),
+            *layer(2 * width, 4 * width, 3, stride=2),
+            *(ResidualBlock(4 * width, nn.InstanceNorm2d, nn.ReLU()) for _ in range(blocks)),
+            nn.Upsample(scale_factor=2),
+            *layer(4 * width, 2 * width, 3),
+            nn.Upsample(scale_factor=2),
+            *layer(2 * width, width, 3),
+            nn.Conv2d(width, 3, 7, padding=3),
+            nn.Tanh(),
+        )
+
+    def forward(self, blurry: Tensor) -> Tensor:
+        return blurry + self.body(blurry)
+
+
+class Discriminator(nn.Module):
+    """SRGAN's (Ledig et al. 2017, figure 4) for patches of any size: (b, 3, h, w) in [0, 1] -> scores (b,).
+
+    The mean over positions stands before the two dense layers. Scores are logits.
+    """
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.LeakyReLU(0.2)]
+        enter = width
+        for leave, stride in zip([1, 2, 2, 4, 4, 8, 8], [2, 1, 2, 1, 2, 1, 2], strict=True):
+            conv = nn.Conv2d(enter, leave * width, 3, stride, padding=1)
+            layers += [conv, nn.BatchNorm2d(leave * width), nn.LeakyReLU(0.2)]
+            enter = leave * width
+        self.features = nn.Sequential(*layers)  # (b, 8 width, h / 16, w / 16)
+        self.score = nn.Sequential(nn.Linear(enter, 16 * width), nn.LeakyReLU(0.2), nn.Linear(16 * width, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.score(self.features(image).mean(dim=(2, 3)))[:, 0].float()
+
+
+class ImagePool:
+    """Earlier fakes for the discriminator (Shrivastava et al. 2017): half of what it sees is from before."""
+
+    def __init__(self, size: int):
+        self.size, self.images = size, []
+
+    def __call__(self, fakes: Tensor) -> Tensor:
+        """Take (b, 3, h, w) in, give as many out; draws from torch's random numbers."""
+        chosen = []
+        for fake in fakes.detach():
+            if len(self.images) < self.size:
+                self.images.append(fake.clone())
+            elif self.size and torch.rand(()) < 0.5:
+                index = int(torch.randint(self.size, ()))
+                fake, self.images[index] = self.images[index], fake.clone()
+            chosen.append(fake)
+        return torch.stack(chosen)
+
+    def state_dict(self) -> dict:
+        return {"images": self.images}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.images = list(state["images"])
