@@ -17,6 +17,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -81,7 +82,7 @@ class Settings:
 
     devices: int = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
-    strategy: str = "auto"  # ddp or fsdp, as Lightning names them
+    strategy: Literal["auto", "ddp"] = "auto"  # several GPUs: DDP
     precision: str = "16-mixed"  # or bf16-mixed, 32-true; 16, bf16, 32 for short
     gradient_checkpointing: bool = False  # less memory, a third more time
     cache_latents: bool = False  # compute latents once; needs crops that stay (--no_use_augmentation)
@@ -104,6 +105,26 @@ class Settings:
         return self.num_epochs
 
 
+DEMO = {
+    "output_dir": "./outputs/inpaint_demo",
+    "image_dir": "./outputs/inpaint_demo/data",
+    "image_size": 64,
+    "val_samples": 8,
+    "num_workers": 0,
+    "resume_path": "./outputs/inpaint_demo/control_tiny_ini.safetensors",
+    "config_path": str(Path(__file__).parent / "models" / "cldm_tiny_inpaint.yaml"),
+    "sd_locked": False,
+    "batch_size": 8,
+    "learning_rate": 2e-3,
+    "max_steps": 500,
+    "ema_decay": 0.98,
+    "precision": "32",
+    "log_steps": 10,
+    "logger_freq": 250,
+    "save_steps": 250,
+    "val_steps": 250,
+    "val_ddim_steps": 10,
+}
 DEMO_STEPS = 300, 300  # of teaching the tiny autoencoder, then the tiny UNet
 RUN_VARIABLE = "CONTROLNET_INPAINTING_RUN"  # tells the other processes of a run its folder
 
@@ -242,8 +263,16 @@ class Snapshots(Callback):
         self.folder, self.save_steps, self.step = folder, save_steps, 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step
-        if step != self.step and step % self.save_steps == 0 and trainer.is_global_zero:
+        self.keep(trainer)
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.keep(trainer)  # the checkpoint of a validated step comes after its validation
+
+    def keep(self, trainer: pl.Trainer) -> None:
+        """Copy the model out of last.ckpt as soon as that is of this step."""
+        step, last = trainer.global_step, self.folder / "checkpoints" / "last.ckpt"
+        due = step != self.step and step % self.save_steps == 0 and trainer.is_global_zero
+        if due and last.is_file() and checkpoint.load(last)["global_step"] == step:
             self.step = step
             keep_model(self.folder, self.folder / f"checkpoint-{step}")
 
@@ -270,38 +299,14 @@ def keep_final_model(run: Path) -> None:
 
 
 def demo_settings(settings: Settings) -> Settings:
-    """The same run at the size of a demonstration, on photographs inside scikit-image."""
-    folder = Path(settings.output_dir or "outputs/inpaint_demo")
+    """The demonstration's settings, except where the user gave others; makes its data."""
     print(
         "This demonstration checks the installation: a tiny model learns for a few minutes. It shows every "
         "stage of training and invents nothing good; that takes Stable Diffusion's weights and a GPU."
     )
-    cut_photographs(folder / "data", 240)
-    return replace(
-        settings,
-        image_dir=str(folder / "data"),
-        ann_file="",
-        captions_file="",
-        mask_dir="",
-        mask_type=None,
-        image_size=64,
-        val_samples=8,
-        num_workers=0,
-        resume_path=str(folder / "control_tiny_ini.safetensors"),
-        init_control="",
-        config_path=str(Path(__file__).parent / "models" / "cldm_tiny_inpaint.yaml"),
-        sd_locked=False,
-        batch_size=8,
-        learning_rate=2e-3,
-        precision="32",
-        max_steps=settings.max_steps if settings.max_steps > 0 else 300,
-        output_dir=str(folder),
-        log_steps=10,
-        logger_freq=100,
-        save_steps=100,
-        val_steps=100,
-        val_ddim_steps=10,
-    )
+    cut_photographs(Path(DEMO["image_dir"]), 240)
+    untouched = [name for name in DEMO if getattr(settings, name) == getattr(Settings(), name)]
+    return replace(settings, **{name: DEMO[name] for name in untouched})
 
 
 def cut_photographs(folder: Path, count: int, size: int = 64) -> None:

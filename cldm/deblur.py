@@ -173,7 +173,12 @@ class DeblurControlNetWithAttention(DeblurControlNet):
 
 
 def add_attention(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A plain ControlNet's state dict with fresh attention: it is still the same function."""
+    """A plain ControlLDM's state dict with fresh attention: it is still the same function.
+
+    Raises ValueError if there is no ControlNet in it.
+    """
+    if "control_model.zero_convs.0.0.weight" not in weights:
+        raise ValueError("these weights have no ControlNet yet: add one with tool_add_control.py")
     channels = len(weights["control_model.zero_convs.0.0.weight"])
     fresh = ChannelSpatialAttention(channels).state_dict()
     return {**{f"control_model.hint_attention.{name}": value for name, value in fresh.items()}, **weights}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tutorial_train_deblur
+from cldm import deblur
 from cldm.deblur import ChannelSpatialAttention, DeblurControlNet, add_attention, gradient_l1
 from cldm.model import create_model, open_control_model, read_config
 from ldm import checkpoint
@@ -84,12 +85,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path):
     main(replace(settings, max_steps=4))
     whole, whole_rows = last(settings), rows(settings)
     stopped = replace(settings, output_dir=str(tmp_path / "stopped"))
-    main(replace(stopped, max_steps=1))
-    main(replace(stopped, max_steps=3))
-    main(replace(stopped, max_steps=4))
+    for steps in (1, 2, 3, 4):
+        main(replace(stopped, max_steps=steps, num_workers=steps % 2))
     resumed = last(stopped)
     assert whole["global_step"] == resumed["global_step"] == 4
-    for part in ("state_dict", "optimizer_states", "ema", "random"):
+    for part in ("state_dict", "optimizer_states", "ema", "random", "callbacks"):
         assert same(whole[part], resumed[part]), part
     assert whole_rows == rows(stopped)
     assert [row["step"] for row in whole_rows] == ["1", "2", "2", "3", "4", "4"]
@@ -127,6 +127,50 @@ def test_checkpoints_hold_what_is_trained_and_open_again(settings):
         from cldm.deblur import DeblurControlNetWithAttention
 
         DeblurControlNetWithAttention.load_from_checkpoint(path)
+
+
+def test_the_best_checkpoint_outlives_a_worse_end(settings, monkeypatch):
+    settings = replace(settings, val_samples=1, val_steps=1)
+    for steps, score in ((1, 12.0), (2, 11.0), (3, 11.5)):
+        monkeypatch.setattr(deblur, "psnr", lambda *pair, score=score: score)
+        main(replace(settings, max_steps=steps))
+    best = checkpoint.load(Path(settings.output_dir) / "checkpoints" / "best.ckpt")
+    assert best["global_step"] == 1 and last(settings)["global_step"] == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(settings, monkeypatch):
+    main(replace(settings, max_steps=1))
+    step = DeblurControlNet.shared_step
+
+    def broken(model, batch):
+        loss, values = step(model, batch)
+        weight = model.control_model.zero_convs[0][0].weight
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+        return loss, values
+
+    monkeypatch.setattr(DeblurControlNet, "shared_step", broken)
+    with pytest.raises(ValueError, match="zero_convs.0.0.weight is not finite at step 2"):
+        main(settings)
+    assert last(settings)["global_step"] == 1
+
+
+def test_any_configuration_of_the_family_will_do(settings, tmp_path):
+    """As models/cldm_v21.yaml, which names plain ControlLDM."""
+    text = Path(CONFIG).read_text().replace("cldm.deblur.DeblurControlNet", "cldm.cldm.ControlLDM")
+    lines = [line for line in text.splitlines() if "loss_weight" not in line]
+    (tmp_path / "plain.yaml").write_text("\n".join(lines))
+    main(replace(settings, config_path=str(tmp_path / "plain.yaml"), max_steps=1))
+    path = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
+    assert isinstance(open_control_model(path), DeblurControlNet)
+
+
+def test_sharp_pictures_alone_are_blurred_on_the_fly(settings, place):
+    sharp = str(place / "data" / "clear_images")
+    on_the_fly = replace(settings, data_root=sharp, blur_on_the_fly=True, use_augmentation=True)
+    main(on_the_fly)
+    assert float(rows(on_the_fly)[-1]["val/psnr_blurry"]) < 60
+    with pytest.raises(FileNotFoundError, match="no pairs"):
+        main(replace(settings, data_root=sharp, output_dir=settings.output_dir + "x"))
 
 
 def test_other_settings_do_not_continue_a_run(settings):
@@ -246,6 +290,10 @@ def test_the_crop_is_aligned_and_the_same_for_the_same_seed(place):
         ({"precision": "8"}, "precision must be 16, bf16 or 32"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"ema_decay": 1.0}, "ema_decay must lie"),
+        ({"val_samples": 0}, "val_samples must be at least 1"),
+        ({"val_ddim_steps": 5000}, "val_ddim_steps must be at most 1000"),
+        ({"deblur_crop": -1}, "deblur_crop must not be negative"),
+        ({"max_steps": 0, "max_epochs": 0}, "max_epochs must be at least 1"),
         ({"image_size": 100}, "image_size must be a multiple of 64, not 100"),
         ({"config_path": "models/nothing.yaml"}, "models/nothing.yaml"),
         ({"config_path": "models/cldm_v15_deblur.yaml"}, "does not fit this model"),
