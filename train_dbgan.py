@@ -70,6 +70,7 @@ class Settings:
     batch_norm: bool = False  # in BGAN; the paper has it, colours are steadier without
     discriminator_width: int = 64
 
+    init_std: float = 0.01  # deviation of the generators' first weights; narrow networks want more
     content_loss: Literal["l1", "mse"] = "l1"
     perceptual_loss_weight: float = 1.0  # 0: VGG-19 is not needed
     content_loss_weight: float = 0.005  # alpha
@@ -102,25 +103,28 @@ class Settings:
 
 DEMO = {
     "output_dir": Path("outputs/dbgan_demo"),
-    "crop_size": 64,
-    "width": 24,
-    "blocks": 4,
-    "blur_blocks": 3,
-    "sampling": True,
+    "val_crop": 256,
+    "crop_size": 48,
+    "color_jitter": 0.2,
+    "cache": True,
+    "width": 16,
+    "blocks": 2,
+    "blur_blocks": 1,
     "discriminator_width": 16,
+    "init_std": 0.08,
     "perceptual_loss_weight": 0.0,
     "content_loss_weight": 1.0,
     "adversarial_loss_weight": 0.001,
-    "blur_epochs": 4,
-    "pretrain_epochs": 16,
-    "epochs": 8,
+    "cycle_loss_weight": 1.0,
+    "identity_loss_weight": 0.5,
+    "blur_epochs": 6,
+    "pretrain_epochs": 6,
+    "epochs": 4,
     "accumulate": 1,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "ema_decay": 0.99,
     "channels_last": True,
     "num_workers": 1,
-    "val_crop": 256,
-    "cache": True,
     "log_epoch": 2,
 }
 # What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
@@ -185,11 +189,11 @@ class BGANGenerator(DBGANGenerator):
         return super().forward(torch.cat([sharp, tiled.to(sharp)], dim=1))
 
 
-def initialise(network: nn.Module, width: int = 64) -> nn.Module:
-    """Weights from N(0, 0.01), biases 0, as in the paper; narrower networks get its variance per channel."""
+def initialise(network: nn.Module, std: float = 0.01) -> nn.Module:
+    """Weights from a normal distribution of this deviation (0.01 in the paper), biases 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.normal_(module.weight, std=0.01 * math.sqrt(64 / width))
+            nn.init.normal_(module.weight, std=std)
             nn.init.zeros_(module.bias)
     return network
 
@@ -514,8 +518,8 @@ def make_players(
     generators, discriminators = (names.split() for names in STAGES[stage][:2])
     form, width = plain(settings), settings.discriminator_width
     players = Players(
-        nn.ModuleDict({n: initialise(make_generator(n, form), settings.width) for n in generators}),
-        nn.ModuleDict({n: initialise(Discriminator(width), width) for n in discriminators}),
+        nn.ModuleDict({n: initialise(make_generator(n, form), settings.init_std) for n in generators}),
+        nn.ModuleDict({n: initialise(Discriminator(width)) for n in discriminators}),
         {name: ImagePool(settings.pool_size) for name in discriminators},
         perceptual,
     )

@@ -580,7 +580,7 @@ def test_demo_data_and_flags(tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo, "LEAVES", 2)
     chosen = script.demo_settings(Settings(demo=True, output_dir=tmp_path, width=8))
-    assert chosen.width == 8 and chosen.sampling and chosen.data == tmp_path / "data" / "train"
+    assert chosen.width == 8 and chosen.blur_blocks == 1 and chosen.data == tmp_path / "data" / "train"
     sharp, blurry = (sharp_images(tmp_path / "data" / "train" / kind) for kind in ("sharp", "blur"))
     assert [path.name for path in sharp] == [path.name for path in blurry] and len(sharp) > 10
     real = {path.name for path in (tmp_path / "data" / "real").iterdir()}
