@@ -22,8 +22,11 @@ import infer
 import train_dbgan as script
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, to_tensor, write_image
+from ldm.data.pairs import find_pairs
 from ldm.data.patches import sharp_images
+from ldm.metrics import radial_power, spectrum_distance
 from ldm.run import start_fabric
+from ldm.validation import HeldOut, Spectra
 from tests.fill import fill
 from train_dbgan import (
     BGANGenerator,
@@ -538,6 +541,31 @@ def test_files_that_are_no_generators(tmp_path):
         load_generator(path, "blur")
     with pytest.raises(FileNotFoundError, match="checkpoint not found"):
         load_generator(tmp_path / "gone.safetensors", "blur")
+
+
+# ---- measures
+
+
+def test_radial_power_finds_the_frequency():
+    y, x = np.indices((64, 64))
+    wave = 128 + 60 * np.sin(2 * np.pi * (6 * x + 8 * y) / 64)  # 10 cycles in 64 pixels, slanted
+    image = np.repeat(wave[..., None], 3, axis=2).round().astype(np.uint8)
+    power = radial_power(image)
+    assert power.shape == (32,) and power.argmax() == 10 - 1
+    assert power[9] > 100 * power[19]
+    assert spectrum_distance(power[None], 100 * power[None]) == pytest.approx(2, abs=1e-3)  # decades
+    with pytest.raises(ValueError, match="square image, not 40 x 64"):
+        radial_power(image[:, :40])
+
+
+def test_spectra_tell_blurred_from_sharp(data):
+    pairs = find_pairs(data / "data")
+    held_out = HeldOut(pairs, 4, seed=0)
+    check = Spectra(held_out)
+    scores, picture = check(lambda image, number: held_out[number][0])  # what the real ones look like
+    assert scores["spectrum/generated"] == 0 < scores["spectrum/sharp"] and picture.dtype == np.uint8
+    scores, _ = check(lambda image, number: image)
+    assert scores["spectrum/generated"] == scores["spectrum/sharp"]
 
 
 # ---- restoring and blurring
