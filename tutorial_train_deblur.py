@@ -244,6 +244,7 @@ def demo_settings(settings: Settings) -> Settings:
         "stage of training and is no restorer; that takes Stable Diffusion's weights and a GPU."
     )
     make_dataset(MakeSettings(output_dir=DEMO["data_root"], num_samples=240, image_size=64))
+    torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
     untouched = [name for name in DEMO if getattr(settings, name) == getattr(Settings(), name)]
     return replace(settings, **{name: DEMO[name] for name in untouched})
 
