@@ -485,6 +485,9 @@ def check(settings: Settings) -> None:
             raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
     if settings.crop_size < 16 or settings.crop_size % 16:
         raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
+    processes = settings.devices * settings.num_nodes
+    if settings.batch_size % processes:
+        raise ValueError(f"batch_size {settings.batch_size} cannot be shared by {processes} processes")
     if not 0 <= settings.last_learning_rate <= settings.learning_rate:
         raise ValueError(
             f"last_learning_rate must lie between 0 and learning_rate, not {settings.last_learning_rate}"

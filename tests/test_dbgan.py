@@ -496,6 +496,7 @@ def test_nan_stops_the_run(data, monkeypatch):
         ("paired", {"batch_size": 5}, "4 images for `paired` are fewer than a batch of 5"),
         ("blur", {"batch_size": 6, "val_data": "data"}, "5 images for `blur` are fewer than a batch of 6"),
         ("all", {"crop_size": 24}, "crop_size must be a multiple of 16, not 24"),
+        ("all", {"devices": 4}, "batch_size 2 cannot be shared by 4 processes"),
         ("all", {"accumulate": 0}, "accumulate must be at least 1"),
         ("all", {"generated_fraction": 1.5}, "generated_fraction must lie in"),
         ("all", {"last_learning_rate": 1.0}, "last_learning_rate"),
