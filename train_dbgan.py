@@ -117,6 +117,7 @@ DEMO = {
     "adversarial_loss_weight": 0.001,
     "cycle_loss_weight": 1.0,
     "identity_loss_weight": 0.5,
+    "generated_fraction": 0.2,
     "blur_epochs": 6,
     "pretrain_epochs": 6,
     "epochs": 4,
