@@ -105,11 +105,11 @@ DEMO = {
     "deblur_crop": 2,
     "batch_size": 8,
     "learning_rate": 2e-3,
-    "max_steps": 600,
+    "max_steps": 450,
     "ema_decay": 0.98,
-    "logger_freq": 200,
-    "save_steps": 200,
-    "val_steps": 200,
+    "logger_freq": 150,
+    "save_steps": 150,
+    "val_steps": 150,
     "val_ddim_steps": 10,
 }
 DEMO_STEPS = 300, 300  # of teaching the tiny autoencoder, then the tiny UNet
