@@ -29,7 +29,12 @@ HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 def quiet_lightning() -> None:
     """Leave out Lightning's advertisements, and warnings about what is meant here."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for text in (".*in eval mode at the start", ".*LeafSpec.*", ".*does not have many workers.*"):
+    for text in (
+        ".*in eval mode at the start",
+        ".*LeafSpec.*",
+        ".*many workers.*",
+        ".*transfer_batch_to_device.*",
+    ):
         warnings.filterwarnings("ignore", text)
 
 
