@@ -4,7 +4,7 @@ Tao, Gao, Shen, Wang, Jia: Scale-recurrent Network for Deep Image Deblurring, CV
 
     python train_srn.py --data training/GoPro/train --val_data training/GoPro/test --precision bf16
     python train_srn.py --sharp_dir my_photos       # no pairs: the blur is made on the fly
-    python train_srn.py --demo                      # 5 minutes on two CPU cores, needs no data at all
+    python train_srn.py --demo                      # minutes on two CPU cores, needs no data at all
 
 The same command again resumes a stopped run. Published for GoPro: 30.26 dB. More in docs/srn.md.
 """
@@ -41,7 +41,7 @@ from ldm.validation import HeldOut, report, sharp_pairs
 class Settings:
     """Train SRN-DeblurNet on pairs of images, or on sharp images alone."""
 
-    demo: bool = False  # a small network on generated pictures, 5 minutes on a CPU; other flags still count
+    demo: bool = False  # a small network on generated pictures, minutes on a CPU; other flags still count
     output_dir: Path = Path("outputs/srn")  # logs, pictures and checkpoints; an old run in it is resumed
 
     data: Path | None = None  # GoPro tree, list file of `blurry sharp` lines, .jsonl, or blurry images
