@@ -3,7 +3,7 @@
 Zhang, Luo, Zhong, Ma, Stenger, Liu, Li: Deblurring by Realistic Blurring, CVPR 2020.
 
     python train_dbgan.py all --blur_data RWBI/train --data gopro/train --val_data gopro/test --precision bf16
-    python train_dbgan.py all --demo            # 5 minutes on two CPU cores, needs no data at all
+    python train_dbgan.py all --demo            # minutes on two CPU cores, needs no data at all
 
 `blur` is the unpaired half of `all`, `deblur` the other; `paired` trains both networks on pairs at once.
 The same command again resumes a stopped run. Published for GoPro: 31.10 dB. More in docs/dbgan.md.
@@ -47,7 +47,7 @@ class Settings:
     """Train BGAN (sharp to blurry) and DBGAN (blurry to sharp)."""
 
     mode: tyro.conf.Positional[Literal["paired", "blur", "deblur", "all"]] = "all"
-    demo: bool = False  # small networks on generated data, 5 minutes on a CPU; other flags still count
+    demo: bool = False  # small networks on generated data, minutes on a CPU; other flags still count
     output_dir: Path = Path("outputs/dbgan")  # a folder of logs, pictures and checkpoints for every stage
 
     data: Path | None = None  # pairs: GoPro tree, list of `blurry sharp` lines, or paired .h5
