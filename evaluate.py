@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ldm.checkpoint import load, read_weights, write_atomically
 from ldm.data.image import list_images, read_image, side_by_side
 from ldm.metrics import psnr, rgb_shift, ssim
-from ldm.run import run_main
+from ldm.settings import run_main
 
 WORST = 5
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ldm.data.image import EXTENSIONS, list_images, read_image, side_by_side, write_image
 from ldm.data.stream import item_seed
-from ldm.run import run_main
+from ldm.settings import run_main
 
 # What a subcommand makes: a function from a uint8 picture (h, w, 3) and its path to the restored picture.
 Restorer = Callable[[np.ndarray, Path], np.ndarray]

@@ -18,7 +18,7 @@ import tyro
 
 from cldm.model import SkipInit, config_for, family, listing, load_state_dict, read_config
 from ldm.checkpoint import write_weights
-from ldm.run import run_main
+from ldm.settings import run_main
 from ldm.util import instantiate_from_config
 
 UNET, CONTROL = "model.diffusion_model.", "control_model."

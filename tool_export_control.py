@@ -16,7 +16,7 @@ import tyro
 
 from cldm.model import family, listing, read_trained_weights
 from ldm.checkpoint import write_weights
-from ldm.run import run_main
+from ldm.settings import run_main
 
 PREFIX, UNET = "control_model.", "model.diffusion_model."
 

@@ -25,7 +25,7 @@ from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, read_image
 from ldm.data.pairs import find_pairs
 from ldm.data.patches import KEYS, open_patches, sharp_images
-from ldm.run import run_main
+from ldm.settings import run_main
 
 CHUNK = 1  # patches in a chunk: they are read one by one, in any order
 

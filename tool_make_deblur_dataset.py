@@ -36,7 +36,7 @@ from ldm.data.paired import at_least, blur_crop
 from ldm.data.pairs import JSONL, json_lines
 from ldm.data.stream import SampleStream
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types
-from ldm.run import run_main
+from ldm.settings import run_main
 
 PNG_LEVEL = 2  # a third of the time of level 6, files 8% larger
 # Settings that may differ from those a folder was begun with.

@@ -16,7 +16,7 @@ import tyro
 from ldm.data.image import list_images, read_image, write_image
 from ldm.data.stream import item_seed
 from ldm.modules.image_degradation.masks import random_mask
-from ldm.run import run_main
+from ldm.settings import run_main
 
 
 @dataclass

@@ -35,7 +35,8 @@ from ldm.data.stream import item_generator
 from ldm.modules.ema import EMA
 from ldm.modules.gan import DeblurGANGenerator, Discriminator, ImagePool, SRResNet
 from ldm.modules.perceptual import FILE, PerceptualLoss
-from ldm.run import Run, plain, read_trained, run_main, start_fabric
+from ldm.run import Run, read_trained, start_fabric
+from ldm.settings import plain, run_main
 from ldm.tiling import pad_to_multiple, restore_tiled
 from ldm.validation import HeldOut, Spectra, report
 

@@ -46,7 +46,8 @@ from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity, shift_timesteps
 from ldm.modules.lora import load_lora, make_lora, merge, save_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
-from ldm.run import Run, run_main, start_fabric
+from ldm.run import Run, start_fabric
+from ldm.settings import run_main
 
 # ---- settings: edit here, or override on the command line -------------------------------------------------
 

@@ -30,7 +30,8 @@ from ldm.data.image import photographs, to_tensor, to_uint8
 from ldm.data.paired import BlurDataset, ImageFiles, Pair, PairedDataset, find_pairs, split_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
-from ldm.run import Run, plain, read_trained, run_main, start_fabric
+from ldm.run import Run, read_trained, start_fabric
+from ldm.settings import plain, run_main
 from ldm.tiling import pad_to_multiple, restore_tiled
 from ldm.validation import HeldOut, report, sharp_pairs
 

@@ -30,7 +30,7 @@ from ldm.checkpoint import write_weights
 from ldm.data.paired import BlurDataset, Pair, PairedDataset, find_pairs, split_pairs
 from ldm.data.pairs import check_sizes, has_pairs
 from ldm.data.stream import item_generator
-from ldm.run import run_main
+from ldm.settings import run_main
 from ldm.validation import sharp_pairs
 from tool_add_control import add_control
 from tool_make_deblur_dataset import Settings as MakeSettings

@@ -33,7 +33,7 @@ from cldm.training import StreamData, fit, lightning_precision, prepare_model, r
 from ldm import checkpoint
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
-from ldm.run import run_main
+from ldm.settings import run_main
 from tool_add_control import add_control
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------

@@ -20,7 +20,8 @@ from cldm.logger import CsvRows, ImageLogger, Progress
 from ldm import checkpoint
 from ldm.data.stream import SampleStream
 from ldm.modules.ema import EMA
-from ldm.run import check_finite, check_settings, plain
+from ldm.run import check_finite
+from ldm.settings import check_settings, plain
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
 HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}

@@ -13,17 +13,13 @@ for batch in run.batches(run.loader(dataset, batch_size, steps, seed, num_worker
 
 import json
 import math
-import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import TensorBoardLogger
 from safetensors import safe_open
@@ -34,30 +30,10 @@ from ldm import checkpoint
 from ldm.data.image import write_image
 from ldm.data.stream import SampleStream
 from ldm.metrics_csv import MetricsCsv
+from ldm.settings import check_settings, plain
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 CHECK_EVERY = 10  # steps between two looks at the losses: each look waits for the device
-
-
-def run_main(main: Callable[[Any], None], settings: type | dict[str, type]) -> None:
-    """Read `settings` from the command line, call `main`; a user's mistake is one line and exit code 1.
-
-    A dictionary of settings makes its names subcommands. With TRACEBACK=1 in the environment the whole
-    traceback is shown instead of the line.
-    """
-    read = tyro.extras.subcommand_cli_from_dict if isinstance(settings, dict) else tyro.cli
-    try:
-        main(read(settings, use_underscores=True))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        # a DataLoader hands on what its worker raised as a whole traceback
-        in_worker = any("Original Traceback" in line for line in lines)
-        print(f"error: {lines[-1] if in_worker else ' '.join(lines)}", file=sys.stderr)
-        sys.exit(1)
 
 
 def start_fabric(devices: int = 1, num_nodes: int = 1, precision: str = "32", seed: int = 0) -> Fabric:
@@ -271,23 +247,6 @@ class Run:
             f"  pictures     {self.folder / 'images'}\n"
             f"  curves       {logs / 'metrics.csv'}, or: tensorboard --logdir {logs}\n"
             f"next: {what_next}"
-        )
-
-
-def plain(settings: Any) -> dict:
-    """A dataclass or dict of settings as a dict that a checkpoint can hold (paths become strings)."""
-    values = settings if isinstance(settings, Mapping) else asdict(settings)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> None:
-    names = sorted({*saved, *now} - may_change)
-    differ = [(name, saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)]
-    if differ:
-        changes = "; ".join(f"{name} was {before!r}, is {after!r}" for name, before, after in differ)
-        raise ValueError(
-            f"{path} was trained with other settings: {changes}. "
-            "Use the old ones to continue, or another --output_dir to start anew."
         )
 
 

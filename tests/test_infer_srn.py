@@ -9,7 +9,7 @@ import infer
 from ldm.checkpoint import write_weights
 from ldm.data.image import photographs, read_image, to_tensor, write_image
 from ldm.metrics import psnr
-from ldm.run import run_main
+from ldm.settings import run_main
 from train_srn import SRNDeblurNet, restore, restore_image
 
 FORM = '{"residual": true}'

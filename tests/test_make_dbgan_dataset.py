@@ -9,7 +9,7 @@ import pytest
 import tool_make_dbgan_dataset as tool
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.patches import HeldOutPatches, Patches, SourceDataset, open_patches
-from ldm.run import run_main
+from ldm.settings import run_main
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.paired import PairedDataset, find_pairs, split_pairs
 from ldm.modules.image_degradation.blur import BLUR_TYPES
-from ldm.run import run_main
+from ldm.settings import run_main
 from tool_make_deblur_dataset import Settings, main, make_dataset
 
 TOOL = Path(__file__).parent.parent / "tool_make_deblur_dataset.py"

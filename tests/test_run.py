@@ -12,7 +12,8 @@ from torch import nn
 from ldm import checkpoint
 from ldm.metrics_csv import MetricsCsv
 from ldm.modules.ema import EMA
-from ldm.run import Run, read_trained, run_main, start_fabric
+from ldm.run import Run, read_trained, start_fabric
+from ldm.settings import run_main
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,7 +21,7 @@ from ldm.data.coco import CocoRecords
 from ldm.data.image import list_images, read_image, side_by_side, to_tensor, to_uint8, write_image
 from ldm.data.stream import item_generator, item_seed
 from ldm.modules.image_degradation.masks import fit_area, pixel_limits, random_mask
-from ldm.run import run_main
+from ldm.settings import run_main
 
 MaskType = Literal["rectangle", "irregular", "mixed", "object", "folder"]
 USABLE = 0.25  # an object this much smaller than the smallest hole is not grown into one

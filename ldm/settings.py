@@ -1,0 +1,64 @@
+"""The settings block of a script: read from the command line, checked, kept in checkpoints."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+
+def run_main(main: Callable[[Any], None], settings: type | dict[str, type]) -> None:
+    """Read `settings` from the command line, call `main`; a user's mistake is one line and exit code 1.
+
+    A dictionary of settings makes its names subcommands. With TRACEBACK=1 in the environment the whole
+    traceback is shown instead of the line.
+    """
+    read = tyro.extras.subcommand_cli_from_dict if isinstance(settings, dict) else tyro.cli
+    try:
+        main(read(settings, use_underscores=True))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        # a DataLoader hands on what its worker raised as a whole traceback
+        in_worker = any("Original Traceback" in line for line in lines)
+        print(f"error: {lines[-1] if in_worker else ' '.join(lines)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def with_defaults(settings: Any, values: Mapping[str, Any]) -> Any:
+    """`settings` with these values, except where the user gave others than the dataclass's own."""
+    own = type(settings)()
+    untouched = {
+        name: value for name, value in values.items() if getattr(settings, name) == getattr(own, name)
+    }
+    return replace(settings, **untouched)
+
+
+def check_counts(settings: Any, names: str) -> None:
+    """Raise ValueError if one of the settings, named with spaces between, is below 1."""
+    for name in names.split():
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+
+
+def plain(settings: Any) -> dict:
+    """A dataclass or dict of settings as a dict that a checkpoint can hold (paths become strings)."""
+    values = settings if isinstance(settings, Mapping) else asdict(settings)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> None:
+    names = sorted({*saved, *now} - may_change)
+    differ = [(name, saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)]
+    if differ:
+        changes = "; ".join(f"{name} was {before!r}, is {after!r}" for name, before, after in differ)
+        raise ValueError(
+            f"{path} was trained with other settings: {changes}. "
+            "Use the old ones to continue, or another --output_dir to start anew."
+        )
