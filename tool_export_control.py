@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from cldm.model import family, listing, read_trained_weights
+from cldm.model import family, listing, read_control
 from ldm.checkpoint import write_weights
 from ldm.settings import run_main
 
@@ -46,7 +46,7 @@ def main(settings: Settings) -> None:
         raise ValueError(f"{output} exists already: remove it or pass --overwrite")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output folder not found: {output.parent}")
-    weights, _ = read_trained_weights(settings.checkpoint_path)
+    weights, _ = read_control(settings.checkpoint_path)
     control = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
     if "zero_convs.0.0.weight" not in control:
         raise ValueError(f"{settings.checkpoint_path} holds no ControlNet: it is {family(weights)}")

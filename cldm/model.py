@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ldm import checkpoint
 from ldm.checkpoint import read_weights
+from ldm.run import read_trained
 from ldm.util import instantiate_from_config
 
 SHOWN = 6  # how many names an error lists
@@ -113,15 +113,9 @@ def family(weights: Mapping[str, torch.Tensor]) -> str:
     return f"a ControlNet for {kind}"
 
 
-def read_trained_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Weights of any of the files that `open_control_model` opens, and what else a checkpoint of ours holds.
-
-    A ControlNet's bare names get their prefix, and where there is an average (EMA) it is taken.
-    """
-    weights, content = read_weights(path), {}
-    if Path(path).suffix != ".safetensors":
-        content = checkpoint.load(path)
-        weights = {**weights, **content.get("ema", {}).get("average", {})}
+def read_control(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """`ldm.run.read_trained`; a ControlNet's bare names get their prefix, `control_model.`"""
+    weights, content = read_trained(path)
     if any(name.startswith(("zero_convs.", "input_hint_block.")) for name in weights):
         weights = {f"control_model.{name}": value for name, value in weights.items()}
     return weights, content
@@ -138,7 +132,7 @@ def open_control_model(
     `base_path` and `config_path` win over what a checkpoint names.
     Raises FileNotFoundError or ValueError that says what is missing.
     """
-    weights, content = read_trained_weights(path)
+    weights, content = read_control(path)
     config = content.get("config")
     if not any(name.startswith("control_model.") for name in weights):
         raise ValueError(f"{path} holds no ControlNet: it is {family(weights)}")
@@ -152,7 +146,7 @@ def open_control_model(
     if any(".hint_attention." in name for name in weights):
         config = {**config, "target": "cldm.deblur.DeblurControlNetWithAttention"}
     model = create_filled_model(config, weights, path).eval()
-    model.prompt = content.get("settings", {}).get("prompt", "")
+    model.prompt = content["settings"].get("prompt", "")
     return model
 
 

@@ -257,15 +257,15 @@ def check_finite(weights: Mapping[str, torch.Tensor], step: int) -> None:
 
 
 def read_trained(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Weights to use from a file (the EMA's where it holds one) and the settings they were trained with.
+    """Weights to use from a file (the EMA's where it holds one), and what else is in it.
 
-    Any file that `ldm.checkpoint.read_weights` reads will do; without settings in it they are {}. In a
-    safetensors file they are json, under "settings" in the metadata.
+    Any file that `ldm.checkpoint.read_weights` reads will do. `settings`, those of the training, are always
+    among the rest, {} where there are none; in a safetensors file they are json in the metadata.
     """
     weights = checkpoint.read_weights(path)
     if Path(path).suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            return weights, json.loads((file.metadata() or {}).get("settings", "{}"))
+            return weights, {"settings": json.loads((file.metadata() or {}).get("settings", "{}"))}
     content = checkpoint.load(path)
     averages = (content.get("ema") or {}).get("average", {})
-    return {**weights, **averages}, content.get("settings", {})
+    return {**weights, **averages}, {"settings": {}, **content}

@@ -138,13 +138,14 @@ def test_pictures_land_in_the_folder_of_the_run(tmp_path):
 
 def test_trained_weights_are_the_averaged_ones(tmp_path):
     train(tmp_path, steps=4)
-    weights, settings = read_trained(tmp_path / "checkpoints/last.ckpt")
+    weights, content = read_trained(tmp_path / "checkpoints/last.ckpt")
+    settings = content["settings"]
     state = checkpoint.load(tmp_path / "checkpoints/last.ckpt")
     assert torch.equal(weights["weight"], state["ema"]["average"]["weight"])
     assert not torch.equal(weights["weight"], state["state_dict"]["weight"])
     assert settings["learning_rate"] == 0.1 and settings["output_dir"] == str(tmp_path)
     checkpoint.write_weights(tmp_path / "w.safetensors", weights)
-    assert read_trained(tmp_path / "w.safetensors")[1] == {}
+    assert read_trained(tmp_path / "w.safetensors")[1] == {"settings": {}}
 
 
 def train_plainly(devices, folder):
