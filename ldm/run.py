@@ -30,20 +30,17 @@ from ldm import checkpoint
 from ldm.data.image import write_image
 from ldm.data.stream import SampleStream
 from ldm.metrics_csv import MetricsCsv
-from ldm.settings import check_settings, plain
+from ldm.settings import check_settings, lightning_precision, plain
 
-PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 CHECK_EVERY = 10  # steps between two looks at the losses: each look waits for the device
 
 
 def start_fabric(devices: int = 1, num_nodes: int = 1, precision: str = "32", seed: int = 0) -> Fabric:
     """A launched, seeded Fabric: CUDA if there is any, else the CPU; DDP if there are several processes.
 
-    Raises ValueError for a precision other than 32, 16 and bf16.
+    Raises ValueError for a precision other than 32, 16 and bf16, or Lightning's names of these.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    fabric = Fabric(devices=devices, num_nodes=num_nodes, precision=PRECISIONS[precision])
+    fabric = Fabric(devices=devices, num_nodes=num_nodes, precision=lightning_precision(precision))
     fabric.launch()
     fabric.seed_everything(seed, verbose=False)
     return fabric

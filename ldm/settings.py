@@ -5,9 +5,14 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
+
+# Types of settings that go by more than one name.
+Devices = Annotated[int, tyro.conf.arg(aliases=["--gpus"])]
+Precision = Literal["32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed"]
+PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 def run_main(main: Callable[[Any], None], settings: type | dict[str, type]) -> None:
@@ -45,6 +50,17 @@ def check_counts(settings: Any, names: str) -> None:
     for name in names.split():
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+
+
+def lightning_precision(precision: str) -> str:
+    """Lightning's name for a precision: 32, 16 and bf16 stand for 32-true, 16-mixed and bf16-mixed.
+
+    Raises ValueError for others.
+    """
+    precision = PRECISIONS.get(precision, precision)
+    if precision not in PRECISIONS.values():
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    return precision
 
 
 def plain(settings: Any) -> dict:
