@@ -13,9 +13,8 @@ Results are PNG files under the names of their sources; those that exist are not
 `python infer.py srn --help` lists the options.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 from zlib import crc32
@@ -25,9 +24,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from ldm.data.image import EXTENSIONS, list_images, read_image, side_by_side, write_image
+from ldm import checkpoint
+from ldm.data.image import EXTENSIONS, list_images, read_image, read_rgba, side_by_side, write_image
 from ldm.data.stream import item_seed
-from ldm.settings import run_main
+from ldm.profile import PROFILE, cost_line, measure, weights_lines, write_profile
+from ldm.settings import plain, run_main
 
 # What a subcommand makes: a function from a uint8 picture (h, w, 3) and its path to the restored picture.
 Restorer = Callable[[np.ndarray, Path], np.ndarray]
@@ -43,11 +44,21 @@ class Files:
     pattern: str = "**/*"  # in a folder only these, such as "*/blur/*"
     comparison: bool = False  # also write input and result side by side, to OUTPUT_DIR_comparison
     overwrite: bool = False  # make results again that exist
+    profile: bool = False  # also measure the work on one picture, for evaluate.py: OUTPUT_DIR/profile.json
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
 
     def restorer(self) -> Restorer:
-        """Load the network. Called once there is something to do."""
+        """Load the network. Called once there is something to do; what it returns reads all options that are
+        not about loading at every call, so that they may change."""
         raise NotImplementedError
+
+    def progress(self, steps: list) -> Iterable:
+        """Steps of one picture under a progress bar."""
+        return tqdm(steps, desc="steps", leave=False)
+
+    def weights(self) -> Path:
+        """The file that a profile names."""
+        return self.checkpoint_path
 
     def result_name(self, name: Path) -> Path:
         """Where the result of a picture goes, below the output folder."""
@@ -100,25 +111,24 @@ class Deblur(Files):
             model.model.diffusion_model.to(half)
             model.control_model.to(half)
         torch.set_float32_matmul_precision("high")
-        prompt = model.prompt.replace("{blur_type}", "blur") if self.prompt is None else self.prompt
-        sampling = Sampling(
-            prompt,
-            self.negative_prompt,
-            self.num_inference_steps,
-            self.scheduler,
-            self.guidance_scale,
-            self.control_scale,
-            self.strength,
-            self.seed,
-            self.tile,
-            self.overlap,
-            self.color_fix,
-        )
-        progress = partial(tqdm, desc="steps", leave=False)
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
+            prompt = model.prompt.replace("{blur_type}", "blur") if self.prompt is None else self.prompt
+            sampling = Sampling(
+                prompt,
+                self.negative_prompt,
+                self.num_inference_steps,
+                self.scheduler,
+                self.guidance_scale,
+                self.control_scale,
+                self.strength,
+                self.seed,
+                self.tile,
+                self.overlap,
+                self.color_fix,
+            )
             with torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
-                return deblur_image(model, image, sampling, progress)
+                return deblur_image(model, image, sampling, self.progress)
 
         return restore
 
@@ -143,13 +153,14 @@ class SRN(Files):
                 "give its srn_deblur.safetensors as --checkpoint_path"
             )
         network = load_network(self.checkpoint_path).to(self.torch_device())
-        options = {
-            "precision": self.precision,
-            "tile": self.tile,
-            "overlap": self.overlap,
-            "self_ensemble": self.self_ensemble,
-        }
-        return lambda image, path: restore_image(network, image, **options)
+        return lambda image, path: restore_image(
+            network,
+            image,
+            precision=self.precision,
+            tile=self.tile,
+            overlap=self.overlap,
+            self_ensemble=self.self_ensemble,
+        )
 
 
 @dataclass(kw_only=True)
@@ -166,6 +177,9 @@ class Kontext(Files):
     seed: int = 0
     base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the transformer; fp8 halves it
 
+    def weights(self) -> Path:
+        return self.lora_path or self.pretrained_model_name_or_path / "flux1-kontext-dev.safetensors"
+
     def restorer(self) -> Restorer:
         from ldm.models.kontext import load_restorer
 
@@ -178,14 +192,14 @@ class Kontext(Files):
             device=self.torch_device(),
             fp8=self.base_precision == "fp8",
         )
-        options = {
-            "steps": self.num_inference_steps,
-            "guidance": self.guidance_scale,
-            "resolution": self.resolution,
-            "seed": self.seed,
-            "progress": partial(tqdm, desc="steps", leave=False),
-        }
-        return lambda image, path: restore(image, **options)
+        return lambda image, path: restore(
+            image,
+            steps=self.num_inference_steps,
+            guidance=self.guidance_scale,
+            resolution=self.resolution,
+            seed=self.seed,
+            progress=self.progress,
+        )
 
 
 @dataclass(kw_only=True)
@@ -229,7 +243,6 @@ class Inpaint(Files):
     def restorer(self) -> Restorer:
         from cldm.inpaint import Inpainting, inpaint_image
         from cldm.model import open_control_model
-        from ldm.data.image import read_rgba
         from ldm.data.inpaint import find_mask
 
         for source, _ in list_jobs(self):  # one that is missing is found before hours are spent
@@ -237,16 +250,15 @@ class Inpaint(Files):
         device = self.torch_device()
         model = open_control_model(self.checkpoint_path, self.base_path, self.config_path).to(device)
         half = {"16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
-        names = [field.name for field in fields(Inpainting)]
-        options = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        options = Inpainting(**options, steps=self.num_inference_steps, method=self.scheduler)
-        progress = partial(tqdm, desc="steps", leave=False)
+        names = [field.name for field in fields(Inpainting) if hasattr(self, field.name)]
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
+            options = {name: getattr(self, name) for name in names}
+            options = Inpainting(**options, steps=self.num_inference_steps, method=self.scheduler)
             mask, rgba = self.mask_of(path, image), read_rgba(path)
             image = image if rgba is None else rgba
             with torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
-                return inpaint_image(model, image, mask, options, progress)
+                return inpaint_image(model, image, mask, options, self.progress)
 
         return restore
 
@@ -276,8 +288,9 @@ class DBGAN(Files):
         from train_dbgan import load_generator, restore_image
 
         network = load_generator(self.checkpoint_path, "deblur").to(self.torch_device())
-        options = {"precision": self.precision, "tile": self.tile, "overlap": self.overlap}
-        return lambda image, path: restore_image(network, image, **options)
+        return lambda image, path: restore_image(
+            network, image, precision=self.precision, tile=self.tile, overlap=self.overlap
+        )
 
 
 @dataclass(kw_only=True)
@@ -295,9 +308,9 @@ class BGAN(Files):
         from train_dbgan import blur_image, load_generator
 
         network = load_generator(self.checkpoint_path, "blur").to(self.torch_device())
-        options = {"precision": self.precision, "tile": self.tile, "overlap": self.overlap}
 
         def blur(image: np.ndarray, path: Path) -> np.ndarray:
+            options = {"precision": self.precision, "tile": self.tile, "overlap": self.overlap}
             seed = item_seed(self.seed, crc32(path.name.encode()))
             return blur_image(network, image, seed, **options)
 
@@ -353,7 +366,7 @@ def restore_files(files: Files) -> None:
     jobs = list_jobs(files)
     todo = [(source, target) for source, target in jobs if files.overwrite or not target.exists()]
     failures = []
-    restore = files.restorer() if todo else None
+    restore = files.restorer() if todo or files.profile else None
     for source, target in (progress := tqdm(todo, "restoring", unit="image")):
         progress.set_postfix_str(source.name)
         try:
@@ -369,8 +382,29 @@ def restore_files(files: Files) -> None:
             write_image(beside, files.compare(image, restored, source))
         write_image(target, restored)
     print(f"{len(todo) - len(failures)} restored, {len(jobs) - len(todo)} existed: {files.output_dir}")
+    made = next(((source, target) for source, target in jobs if target.exists()), None)
+    if files.profile and made:
+        profile = profile_one(files, restore, *made)
+        print("\n".join([cost_line(profile), *weights_lines(profile["checkpoint"])]))
     if failures:
         raise ValueError(f"{len(failures)} of {len(todo)} could not be read: {'; '.join(failures[:3])}")
+
+
+def profile_one(files: Files, restore: Restorer, source: Path, target: Path) -> dict:
+    """Measure the restoration of one picture again, and keep what was found beside the results.
+
+    Raises ValueError if `target` is not what the present options and weights make of `source`.
+    """
+    image = read_image(source)
+    again = restore(image, source)
+    there = read_image(target) if again.shape[2] == 3 else read_rgba(target)
+    if there is None or there.shape != again.shape or np.abs(there.astype(float) - again).mean() > 1:
+        raise ValueError(f"{target} was made with other options or weights: --overwrite makes it anew")
+    about = {"picture": str(source), "size": image.shape[1::-1], "options": plain(files)}
+    profile = about | measure(lambda: restore(image, source), files.torch_device())
+    profile["checkpoint"] = checkpoint.describe(files.weights())
+    write_profile(files.output_dir / PROFILE, profile)
+    return profile
 
 
 if __name__ == "__main__":
