@@ -9,7 +9,6 @@ Pictures are matched by their path in the folder without its extension; in a GoP
 
 import base64
 import csv
-import hashlib
 import html
 import io
 import json
@@ -22,9 +21,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ldm.checkpoint import load, read_weights, write_atomically
+from ldm.checkpoint import describe, write_atomically
 from ldm.data.image import list_images, read_image, side_by_side
 from ldm.metrics import psnr, rgb_shift, ssim
+from ldm.profile import PROFILE, cost_line, read_profile, weights_lines
 from ldm.settings import run_main
 
 WORST = 5
@@ -87,6 +87,7 @@ def evaluate(settings: Settings) -> tuple[dict, list[dict], dict[str, dict[str, 
 
     Raises ValueError if no pair can be scored.
     """
+    made = describe_making(settings)
     folders = {
         "restored": index_folder(settings.restored, "blur", settings.prefix, settings.suffix),
         "sharp": index_folder(settings.sharp, "sharp"),
@@ -107,9 +108,7 @@ def evaluate(settings: Settings) -> tuple[dict, list[dict], dict[str, dict[str, 
     unmatched = {kind: len(folder) - len(files) for kind, folder in folders.items()}
     pairs = {"found": len(files), "used": len(rows), "skipped": skipped, "without_partner": unmatched}
     report = {"pairs": pairs, **means(rows), "worst": [row["name"] for row in rows[:WORST]]}
-    if settings.checkpoint_path:
-        report["checkpoint"] = describe_checkpoint(settings.checkpoint_path)
-    return report, rows, files
+    return report | made, rows, files
 
 
 def means(rows: list[dict]) -> dict:
@@ -124,15 +123,22 @@ def means(rows: list[dict]) -> dict:
     return report
 
 
-def describe_checkpoint(path: Path) -> dict:
-    """SHA-256, step (if the file holds one) and number of parameters of a weight file."""
-    weights = read_weights(path)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    holds = {} if path.suffix == ".safetensors" else load(path)
-    step = holds.get("step", holds.get("global_step"))
-    parameters = sum(value.numel() for value in weights.values())
-    return {"path": str(path), "sha256": digest, "step": step, "parameters": parameters}
+def describe_making(settings: Settings) -> dict:
+    """What is known of how the pictures were made: their `checkpoint`, and their `profile` (infer.py's).
+
+    Raises ValueError if the profile is damaged or names other weights than the settings.
+    """
+    made = {}
+    if settings.checkpoint_path:
+        made["checkpoint"] = describe(settings.checkpoint_path)
+    path = settings.restored / PROFILE
+    if path.is_file():
+        profile = read_profile(path)
+        weights = profile.pop("checkpoint")
+        if made and made["checkpoint"]["sha256"] != weights["sha256"]:
+            raise ValueError(f"--checkpoint_path {settings.checkpoint_path} is not what {path} names")
+        made |= {"profile": profile, "checkpoint": weights}
+    return made
 
 
 def as_text(report: dict) -> str:
@@ -151,10 +157,8 @@ def as_text(report: dict) -> str:
         lines.append(line)
     shift = " ".join(f"{value:+.2f}" for value in report["rgb_shift"])
     lines += [f"RGB shift {shift} (of 255)", f"worst     {', '.join(report['worst'])}"]
-    if "checkpoint" in report:
-        about = report["checkpoint"]
-        lines.append(f"weights   {about['path']}: step {about['step']}, {about['parameters']} parameters")
-        lines.append(f"          sha256 {about['sha256']}")
+    lines += [cost_line(report["profile"])] if "profile" in report else []
+    lines += weights_lines(report["checkpoint"]) if "checkpoint" in report else []
     return "\n".join(lines)
 
 

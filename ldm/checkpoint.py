@@ -1,5 +1,7 @@
 """Weights and training states on disk: safetensors first, pickles only without code, nothing half-written."""
 
+import hashlib
+import json
 import os
 import pickle
 import random
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 # Classes that Stable Diffusion's own .ckpt files mention: read as empty shells, never run.
 _SHELLS = [
@@ -103,6 +106,20 @@ def read_weights(path: str | Path, device: str = "cpu") -> dict[str, torch.Tenso
     return weights
 
 
+def describe(path: str | Path) -> dict:
+    """Path, SHA-256, step (None if it holds none) and number of parameters of a file of weights.
+
+    Raises FileNotFoundError or ValueError as `read_weights` does.
+    """
+    weights = read_weights(path)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    holds = {} if Path(path).suffix == ".safetensors" else load(path)
+    step = holds.get("step", holds.get("global_step"))
+    parameters = sum(value.numel() for value in weights.values())
+    return {"path": str(path), "sha256": digest, "step": step, "parameters": parameters}
+
+
 def write_weights(
     path: str | Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
@@ -111,6 +128,30 @@ def write_weights(
         return save(path, {"state_dict": weights})
     weights = {name: value.contiguous() for name, value in weights.items()}
     write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
+
+
+def write_half(path: str | Path, weights: dict[str, torch.Tensor], settings: dict) -> None:
+    """Write a .safetensors file to use and share: half precision, the settings as json in the metadata."""
+    half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    write_weights(path, half, {"settings": json.dumps(settings)})
+
+
+def fill(network: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> nn.Module:
+    """`network` with these weights, which come from `path`. Raises ValueError if they do not fit."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        kind = type(network).__name__
+        raise ValueError(f"{path} does not fit {kind}: {' '.join(str(error).split())}") from error
+    return network
+
+
+def fingerprint(network: nn.Module | None) -> str:
+    """What a network's weights are known by: a run goes on with the BGAN it began with."""
+    if network is None:
+        return ""
+    arrays = (value.cpu().numpy().tobytes() for value in network.state_dict().values())
+    return hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
 
 
 def random_states() -> dict:

@@ -104,7 +104,7 @@ def test_equal_pictures_are_written_as_json(folders):
 def test_the_checkpoint_is_described(folders):
     path = folders / "last.ckpt"
     checkpoint.save(path, {"state_dict": {"a": torch.zeros(2, 3)}, "step": 7})
-    about = evaluate.describe_checkpoint(path)
+    about = checkpoint.describe(path)
     assert (about["step"], about["parameters"], len(about["sha256"])) == (7, 6, 64)
 
 

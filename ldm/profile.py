@@ -1,0 +1,104 @@
+"""What a restoration costs: multiplications, time and memory, measured on the device that does it."""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from ldm.checkpoint import write_atomically
+
+PROFILE = "profile.json"  # beside the pictures it is about
+RUNS = 3  # timed ones, after one that warms up
+
+
+def measure(restore: Callable[[], object], device: torch.device) -> dict:
+    """MACs, seconds, peak memory (bytes) of `restore()`, the device's name and torch's version.
+
+    A MAC is a multiplication with its addition, in any convolution, matrix product or attention of all steps
+    and tiles. Seconds are the median of three runs, each waited for; memory is what torch allocated on a
+    CUDA device, weights included, or the most the process ever held.
+    """
+    cuda = device.type == "cuda"
+    macs = count_macs(restore)
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        restore()
+        if cuda:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "macs": macs,
+        "seconds": statistics.median(seconds),
+        "peak_memory": torch.cuda.max_memory_allocated(device) if cuda else peak_resident_memory(),
+        "memory": "allocated on the device" if cuda else "resident, the whole process",
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} thread(s)",
+        "torch": torch.__version__,
+    }
+
+
+def count_macs(compute: Callable[[], object]) -> int:
+    """Multiply-accumulate operations of what torch computes in `compute()`, on any device."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts CUDA's alone
+    formula = {attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention as one operation is not counted
+    try:
+        with FlopCounterMode(display=False, custom_mapping=formula) as counter:
+            compute()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops() // 2
+
+
+def peak_resident_memory() -> int | None:
+    """Bytes of main memory the process held at most; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def cost_line(profile: dict) -> str:
+    """What `measure` found, for one of the pictures, as a line to print."""
+    memory = profile["peak_memory"]
+    held = "" if memory is None else f", at most {memory / 2**20:.0f} MiB ({profile['memory']})"
+    width, height = profile["size"]
+    return (
+        f"cost      {profile['macs'] / 1e9:.3f} GMAC and {profile['seconds']:.4f} s for {width} x {height} "
+        f"pixels{held}; {profile['device']}, torch {profile['torch']}"
+    )
+
+
+def weights_lines(about: dict) -> list[str]:
+    """What `ldm.checkpoint.describe` found, as lines to print."""
+    return [
+        f"weights   {about['path']}: step {about['step']}, {about['parameters']} parameters",
+        f"          sha256 {about['sha256']}",
+    ]
+
+
+def write_profile(path: Path, profile: dict) -> None:
+    """Write a profile as json, atomically. Raises OSError that names the file."""
+    text = json.dumps(profile, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_profile(path: Path) -> dict:
+    """What `infer.py --profile` wrote. Raises ValueError that names the file if it is something else."""
+    try:
+        profile = json.loads(path.read_text(encoding="utf-8"))
+        cost_line(profile)
+        weights_lines(profile["checkpoint"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no profile of infer.py, remove it or make it anew: {error!r}") from error
+    return profile
