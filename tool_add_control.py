@@ -8,20 +8,15 @@ by the weights; reads and writes .ckpt, .pth and .safetensors. About 4.3 GB (SD 
 """
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
-from cldm.model import SkipInit, config_for, family, listing, load_state_dict, read_config
+from cldm.model import CONTROL, add_control, config_for, family, load_state_dict, read_config
 from ldm.checkpoint import write_weights
 from ldm.settings import run_main
-from ldm.util import instantiate_from_config
-
-UNET, CONTROL = "model.diffusion_model.", "control_model."
 
 
 @dataclass
@@ -34,66 +29,6 @@ class Settings:
     """yaml of the model; by default the one in models/ that fits the weights"""
     overwrite: bool = False
     """replace the output if it exists"""
-
-
-def add_control(
-    weights: Mapping[str, torch.Tensor], config: Mapping, source: str | Path
-) -> tuple[dict[str, torch.Tensor], Counter, dict[str, list[str]]]:
-    """State dict of the ControlLDM of `config`, started from Stable Diffusion's `weights`.
-
-    Also returns how many tensors were copied, kept, added and ignored, and the names of the last two.
-    Raises ValueError if `weights` (from `source`) do not fit.
-    """
-    with torch.device("meta"):
-        target = instantiate_from_config(config).state_dict()
-    check_fit(weights, target, source)
-    result, names = {}, {"added": [], "ignored": []}
-    counts = Counter(ignored=0)
-    fresh = None
-    for name, like in target.items():
-        twin = UNET + name.removeprefix(CONTROL)
-        if name in weights:
-            result[name], kind = weights[name], "kept"
-        elif name.startswith(CONTROL) and twin in weights:
-            result[name], kind = weights[twin].clone(), "copied"
-        else:
-            fresh = fresh or fresh_weights(config)
-            result[name], kind = fresh[name], "added"
-            names["added"].append(name)
-        if result[name].shape != like.shape:
-            shapes = f"{tuple(result[name].shape)}, not {tuple(like.shape)}"
-            raise ValueError(f"{source} does not fit this configuration: {name} has shape {shapes}")
-        counts[kind] += 1
-    names["ignored"] = [name for name in weights if name not in target]
-    counts["ignored"] = len(names["ignored"])
-    return result, counts, names
-
-
-def check_fit(weights: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor], source) -> None:
-    """Raise ValueError that names the keys that tell, if `weights` are not what is wanted."""
-    kind = family(weights)
-    if any(name.startswith(CONTROL) for name in weights):
-        raise ValueError(f"{source} is {kind}: it has a ControlNet already ({CONTROL}*)")
-    if not any(name.startswith(UNET + "input_blocks.") for name in weights):
-        raise ValueError(
-            f"{source} is {kind}, not a Stable Diffusion 1.5 or 2.1 file: it lacks {UNET}input_blocks.*; "
-            f"it begins with {listing(sorted(weights))}"
-        )
-    needed = [name for name in target if "." in name and not name.startswith(CONTROL)]
-    missing = [name for name in needed if name not in weights and not name.endswith("position_ids")]
-    if missing:
-        raise ValueError(f"{source} ({kind}) does not fit this configuration: it lacks {listing(missing)}")
-
-
-def fresh_weights(config: Mapping) -> dict[str, torch.Tensor]:
-    """A new ControlLDM's tensors: its ControlNet initialised, its schedule and position_ids computed.
-
-    The rest, which comes from the file, is left unset.
-    """
-    with SkipInit():
-        fresh = instantiate_from_config(config).state_dict()
-    control = instantiate_from_config(config["params"]["control_stage_config"]).state_dict()
-    return {**fresh, **{CONTROL + name: value for name, value in control.items()}}
 
 
 def group_names(names: list[str]) -> list[str]:

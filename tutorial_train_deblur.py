@@ -12,27 +12,25 @@ Method: ControlNet (Zhang et al. 2023) with the blurry photograph as hint, plus 
 Judge by the grids and val/psnr, not by the training loss. After a stop the same command resumes exactly.
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytorch_lightning as pl
 import torch
+import tyro
 from torch.utils.data import Dataset
 
-from cldm.cache import cache_latents, drop_encoders
-from cldm.deblur import DeblurControlNet, add_attention
-from cldm.demo import make_demo_base
+from cldm.cache import with_cached_latents
+from cldm.deblur import add_attention
+from cldm.demo import demo_settings, make_demo_start
 from cldm.model import create_filled_model, load_state_dict, read_config
-from cldm.training import StreamData, fit, lightning_precision, prepare_model, report
-from ldm.checkpoint import write_weights
+from cldm.training import StreamData, check_start, fit, prepare_model, report
 from ldm.data.paired import BlurDataset, Pair, PairedDataset, find_pairs, split_pairs
 from ldm.data.pairs import check_sizes, has_pairs
 from ldm.data.stream import item_generator
-from ldm.settings import run_main
+from ldm.settings import Devices, Precision, check_counts, run_main
 from ldm.validation import sharp_pairs
-from tool_add_control import add_control
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset
 
@@ -67,19 +65,19 @@ class Settings:
     perceptual_loss_weight: float = 0.1  # of the VGG-19 distance among them
     deblur_crop: int = 32  # side of the decoded crop in latents (one is 8 pixels), 0 for the whole image
 
-    batch_size: int = 4  # of each GPU
+    batch_size: int = 4  # of each device
     accumulate_grad_batches: int = 1  # batches to one optimizer step
     learning_rate: float = 1e-5
-    max_epochs: int = 10  # passes over the data
+    max_epochs: Annotated[int, tyro.conf.arg(aliases=["--num_epochs"])] = 10  # passes over the data
     max_steps: int = -1  # optimizer steps; above 0 it replaces max_epochs
     seed: int = 0
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
 
-    gpus: int = 1  # of each machine (processes on a CPU)
+    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
     strategy: Literal["auto", "ddp"] = "auto"  # several GPUs: DDP
-    precision: str = "32"  # 16, bf16 or 32, or Lightning's names
+    precision: Precision = "32"  # bf16 or 16: frozen parts are stored so too
     gradient_checkpointing: bool = False  # less memory, a third more time
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
     compile: bool = False  # torch.compile: minutes at the start, faster steps
@@ -185,85 +183,22 @@ def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]
     return train, DeblurDataset(validation, settings.prompt), [*pairs, *few]
 
 
-def with_cached_latents(
-    model: DeblurControlNet, datasets: list[Dataset | None], pairs: list[Pair], settings: Settings
-) -> list[Dataset | None]:
-    """The data sets with latents from a cache in the run's folder; the model's encoders are let go."""
-    files = [(str(pair.sharp), pair.sharp.stat().st_size, pair.sharp.stat().st_mtime_ns) for pair in pairs]
-    base = Path(settings.resume_path).stat()
-    about = {"files": files, "size": settings.image_size, "model": (base.st_size, base.st_mtime_ns)}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cached = []
-    for name, dataset in zip(("train", "val"), datasets, strict=True):
-        path = Path(settings.output_dir) / "cache" / f"{name}_latents.h5"
-        about = {**about, "set": name}
-        make = partial(cache_latents, model, dataset, path, about, settings.batch_size, settings.num_workers)
-        cached.append(dataset and make(device))
-    types = {pair.blur_type for pair in pairs}
-    drop_encoders(model, {"", *(fill_prompt(settings.prompt, blur_type) for blur_type in types)})
-    return cached
-
-
-def check_start(settings: Settings) -> None:
-    """Find mistakes before anything is loaded.
-
-    Raises ValueError for a number out of range, and FileNotFoundError that says how to get the file that
-    training starts from, if it is missing.
-    """
-    lightning_precision(settings.precision)
-    counts = "batch_size accumulate_grad_batches gpus num_nodes val_samples".split()
-    intervals = "log_steps logger_freq save_steps val_steps val_ddim_steps".split()
-    for name in [*counts, *intervals, *(["max_epochs"] if settings.max_steps <= 0 else [])]:
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
-    if settings.val_ddim_steps > 1000:
-        raise ValueError(f"val_ddim_steps must be at most 1000, not {settings.val_ddim_steps}")
+def check(settings: Settings) -> None:
+    """Find mistakes before anything is loaded: see cldm.training.check_start."""
+    check_start(settings)
+    check_counts(settings, "val_samples")
     if settings.deblur_crop < 0:
         raise ValueError(f"deblur_crop must not be negative, but is {settings.deblur_crop}")
-    for name in ("ema_decay", "prompt_dropout"):
-        if not 0 <= getattr(settings, name) < 1:
-            raise ValueError(f"{name} must lie in [0, 1), not {getattr(settings, name)}")
-    if settings.image_size % 64 or settings.image_size <= 0:
-        raise ValueError(f"image_size must be a multiple of 64, not {settings.image_size}")
-    if settings.cache_latents and (settings.use_augmentation or settings.blur_on_the_fly):
-        raise ValueError("--cache_latents needs crops that stay: switch off augmentation and blur on the fly")
-    if not settings.demo and not Path(settings.resume_path).is_file():
-        raise FileNotFoundError(
-            f"{settings.resume_path} not found: it is Stable Diffusion with a ControlNet added. Get "
-            "v1-5-pruned.ckpt (or .safetensors) of Stable Diffusion 1.5, for instance from Hugging Face, put "
-            "it into models/, then run `python tool_add_control.py ./models/v1-5-pruned.ckpt "
-            f"{settings.resume_path}`. To see everything run without it: "
-            "`python tutorial_train_deblur.py --demo`"
-        )
-
-
-def demo_settings(settings: Settings) -> Settings:
-    """The demonstration's settings, except where the user gave others; makes its data."""
-    print(
-        "This demonstration checks the installation: a tiny model learns for a few minutes. It shows every "
-        "stage of training and is no restorer; that takes Stable Diffusion's weights and a GPU."
-    )
-    make_dataset(MakeSettings(output_dir=DEMO["data_root"], num_samples=240, image_size=64))
-    torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
-    untouched = [name for name in DEMO if getattr(settings, name) == getattr(Settings(), name)]
-    return replace(settings, **{name: DEMO[name] for name in untouched})
-
-
-def make_demo_start(settings: Settings, config: dict, dataset: Dataset) -> None:
-    """Teach the tiny model that stands in for Stable Diffusion, and add a ControlNet to it."""
-    start = Path(settings.resume_path)
-    base = start.with_name("tiny_diffusion.safetensors")
-    make_demo_base(base, config, dataset, *DEMO_STEPS)
-    if not start.is_file():
-        write_weights(start, add_control(load_state_dict(base), config, base)[0])
+    if settings.cache_latents and settings.blur_on_the_fly:
+        raise ValueError("--cache_latents needs crops that stay: --no_blur_on_the_fly")
 
 
 def main(settings: Settings) -> None:
     """Train, then say where everything is."""
     # Settings: what can be wrong is found before anything is loaded
     if settings.demo:
-        settings = demo_settings(settings)
-    check_start(settings)
+        settings = demo_settings(settings, DEMO, "is no restorer")
+    check(settings)
     config = read_config(settings.config_path)
     with_attention = "WithAttention" if settings.use_attention else ""
     config["target"] = f"cldm.deblur.DeblurControlNet{with_attention}"
@@ -272,9 +207,11 @@ def main(settings: Settings) -> None:
 
     # Seed and data
     pl.seed_everything(settings.seed, verbose=False)
+    if settings.demo:
+        make_dataset(MakeSettings(output_dir=DEMO["data_root"], num_samples=240, image_size=64))
     train, validation, pairs = find_crops(settings)
     if settings.demo:
-        make_demo_start(settings, config, train)
+        make_demo_start(settings.resume_path, config, train, DEMO_STEPS)
 
     # Model
     weights = load_state_dict(settings.resume_path)
@@ -287,7 +224,9 @@ def main(settings: Settings) -> None:
 
     # Latents and embeddings, if they are to be computed once
     if settings.cache_latents:
-        train, validation = with_cached_latents(model, [train, validation], pairs, settings)
+        prompts = {"", *(fill_prompt(settings.prompt, pair.blur_type) for pair in pairs)}
+        files = [pair.sharp for pair in pairs]
+        train, validation = with_cached_latents(model, [train, validation], files, prompts, settings)
 
     # Training, resumed where it stopped
     prepare_model(model, settings)

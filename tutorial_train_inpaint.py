@@ -17,24 +17,24 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+import tyro
 from pytorch_lightning.utilities import rank_zero_only
 
-from cldm.cache import cache_latents, drop_encoders
-from cldm.demo import make_demo_base
-from cldm.inpaint import InpaintControlNet, widen_hint
-from cldm.model import create_filled_model, load_state_dict, read_config, read_trained_weights
-from cldm.training import StreamData, fit, lightning_precision, prepare_model, report
-from ldm import checkpoint
+from cldm.cache import with_cached_latents
+from cldm.callbacks import Snapshots, keep_model
+from cldm.demo import demo_settings, make_demo_start
+from cldm.inpaint import widen_hint
+from cldm.model import create_filled_model, load_state_dict, read_config, read_control
+from cldm.training import StreamData, check_start, fit, prepare_model, report
+from ldm.checkpoint import write_weights
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
-from ldm.settings import run_main
-from tool_add_control import add_control
+from ldm.settings import Devices, Precision, run_main
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -74,18 +74,18 @@ class Settings:
     batch_size: int = 4  # of each device
     accumulate_grad_batches: int = 1  # batches to one optimizer step
     learning_rate: float = 1e-5
-    num_epochs: int = 100  # passes over the data
-    max_steps: int = -1  # optimizer steps; above 0 it replaces num_epochs
+    max_epochs: Annotated[int, tyro.conf.arg(aliases=["--num_epochs"])] = 100  # passes over the data
+    max_steps: int = -1  # optimizer steps; above 0 it replaces max_epochs
     seed: int = 0
-    optimizer: str = "adamw"  # or adamw8bit (bitsandbytes, CUDA): a quarter of its memory
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
 
-    devices: int = 1  # GPUs of each machine (processes on a CPU)
+    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
     strategy: Literal["auto", "ddp"] = "auto"  # several GPUs: DDP
-    precision: str = "16-mixed"  # or bf16-mixed, 32-true; 16, bf16, 32 for short
+    precision: Precision = "16-mixed"  # bf16 or 16: frozen parts are stored so too
     gradient_checkpointing: bool = False  # less memory, a third more time
-    cache_latents: bool = False  # compute latents once; needs crops that stay (--no_use_augmentation)
+    cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
     compile: bool = False  # torch.compile: minutes at the start, faster steps
 
     log_steps: int = 50  # optimizer steps from one row of metrics to the next
@@ -93,16 +93,6 @@ class Settings:
     save_steps: int = 1000  # to a checkpoint
     val_steps: int = 1000  # to a validation
     val_ddim_steps: int = 20  # sampling steps of each validation picture
-
-    @property
-    def gpus(self) -> int:
-        """The name that cldm/training.py uses."""
-        return self.devices
-
-    @property
-    def max_epochs(self) -> int:
-        """The name that cldm/training.py uses."""
-        return self.num_epochs
 
 
 DEMO = {
@@ -177,64 +167,14 @@ def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpain
         raise ValueError(f"held-out pictures: {error}; try another --seed or --val_samples") from error
 
 
-def with_cached_latents(
-    model: InpaintControlNet, datasets: list[CocoInpaintingDataset | None], settings: Settings
-) -> list:
-    """The data sets with latents from a cache in the run's folder; encoders no longer needed are let go.
-
-    Raises ValueError if crops change from epoch to epoch.
-    """
-    if settings.use_augmentation:
-        raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation")
-    base = Path(settings.resume_path).stat()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cached = []
-    for name, dataset in zip(("train", "val"), datasets, strict=True):
-        if dataset is None:
-            cached.append(None)
-            continue
-        files = [os.fsdecode(path) for path in dataset.paths]
-        stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
-        about = {"files": stats, "size": settings.image_size, "model": (base.st_size, base.st_mtime_ns)}
-        path = Path(settings.output_dir) / "cache" / f"{name}_latents.h5"
-        sizes = settings.batch_size, settings.num_workers
-        cached.append(cache_latents(model, dataset, path, about, *sizes, device))
-    if settings.captions_file:  # too many texts to remember: the text tower stays
-        model.first_stage_model.encoder, model.first_stage_model.quant_conv = None, None
-    else:
-        drop_encoders(model, {"", settings.prompt})
-    return cached
-
-
 # ---- model and run -----------------------------------------------------------------------------------------
-
-
-def check_start(settings: Settings) -> None:
-    """Raise ValueError for a number out of range, and FileNotFoundError that says how to get the file that
-    training starts from, if it is missing."""
-    counts = "batch_size accumulate_grad_batches devices num_nodes log_steps logger_freq save_steps val_steps"
-    for name in counts.split():
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
-    if settings.hint_channels not in (3, 4):
-        raise ValueError(f"hint_channels must be 3 or 4, not {settings.hint_channels}")
-    if not 0 <= settings.ema_decay < 1 or not 0 <= settings.prompt_dropout <= 1:
-        raise ValueError("ema_decay must lie in [0, 1), prompt_dropout in [0, 1]")
-    if not settings.demo and not Path(settings.resume_path).is_file():
-        raise FileNotFoundError(
-            f"{settings.resume_path} not found: it is Stable Diffusion with a ControlNet added. Get "
-            "v1-5-pruned.ckpt (or .safetensors) of Stable Diffusion 1.5, for instance from Hugging Face, put "
-            "it into models/, then run `python tool_add_control.py ./models/v1-5-pruned.ckpt "
-            f"{settings.resume_path}`. To see everything run without it: "
-            "`python tutorial_train_inpaint.py --demo`"
-        )
 
 
 def starting_weights(settings: Settings) -> dict[str, torch.Tensor]:
     """Stable Diffusion with a ControlNet: the file's own, or the one of `init_control`."""
     weights = load_state_dict(settings.resume_path)
     if settings.init_control:
-        control, _ = read_trained_weights(settings.init_control)
+        control, _ = read_control(settings.init_control)
         control = {name: value for name, value in control.items() if name.startswith("control_model.")}
         if not control:
             raise ValueError(f"{settings.init_control} holds no ControlNet")
@@ -256,57 +196,15 @@ def run_folder(settings: Settings) -> str:
     return os.environ[RUN_VARIABLE]
 
 
-class Snapshots(Callback):
-    """Every `save_steps` steps leaves the model, without the optimizer, in `folder`/checkpoint-STEP."""
-
-    def __init__(self, folder: Path, save_steps: int):
-        self.folder, self.save_steps, self.step = folder, save_steps, 0
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.keep(trainer)
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        self.keep(trainer)  # the checkpoint of a validated step comes after its validation
-
-    def keep(self, trainer: pl.Trainer) -> None:
-        """Copy the model out of last.ckpt as soon as that is of this step."""
-        step, last = trainer.global_step, self.folder / "checkpoints" / "last.ckpt"
-        due = step != self.step and step % self.save_steps == 0 and trainer.is_global_zero
-        if due and last.is_file() and checkpoint.load(last)["global_step"] == step:
-            self.step = step
-            keep_model(self.folder, self.folder / f"checkpoint-{step}")
-
-
-@rank_zero_only
-def keep_model(run: Path, target: Path) -> Path:
-    """Copy what it takes to use the model from the run's last checkpoint to `target`/model.ckpt."""
-    content = checkpoint.load(run / "checkpoints" / "last.ckpt")
-    wanted = ("state_dict", "ema", "config", "base", "settings", "global_step")
-    target.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(target / "model.ckpt", {name: content[name] for name in wanted if name in content})
-    return target / "model.ckpt"
-
-
 @rank_zero_only
 def keep_final_model(run: Path) -> None:
     """The last model in `run`/final_model, and its ControlNet alone for A1111, ComfyUI and diffusers."""
-    weights, _ = read_trained_weights(keep_model(run, run / "final_model"))
+    weights, _ = read_control(keep_model(run, run / "final_model"))
     control = {name: value for name, value in weights.items() if name.startswith("control_model.")}
-    checkpoint.write_weights(run / "final_model" / "controlnet.safetensors", control)
+    write_weights(run / "final_model" / "controlnet.safetensors", control)
 
 
 # ---- demonstration -----------------------------------------------------------------------------------------
-
-
-def demo_settings(settings: Settings) -> Settings:
-    """The demonstration's settings, except where the user gave others; makes its data."""
-    print(
-        "This demonstration checks the installation: a tiny model learns for a few minutes. It shows every "
-        "stage of training and invents nothing good; that takes Stable Diffusion's weights and a GPU."
-    )
-    cut_photographs(Path(DEMO["image_dir"]), 240)
-    untouched = [name for name in DEMO if getattr(settings, name) == getattr(Settings(), name)]
-    return replace(settings, **{name: DEMO[name] for name in untouched})
 
 
 def cut_photographs(folder: Path, count: int, size: int = 64) -> None:
@@ -322,48 +220,45 @@ def cut_photographs(folder: Path, count: int, size: int = 64) -> None:
             write_image(folder / f"{n:03d}.png", Window.draw(square.shape[:2], size, None).cut(square))
 
 
-def make_demo_start(settings: Settings, config: dict, dataset: CocoInpaintingDataset) -> None:
-    """Teach the tiny model that stands in for Stable Diffusion, and add a ControlNet to it."""
-    start = Path(settings.resume_path)
-    base = start.with_name("tiny_diffusion.safetensors")
-    make_demo_base(base, config, dataset, *DEMO_STEPS)
-    if not start.is_file():
-        checkpoint.write_weights(start, add_control(load_state_dict(base), config, base)[0])
-
-
 def main(settings: Settings) -> None:
     """Train, then say where everything is."""
-    # Settings: everything that can be wrong is found before anything is loaded.
-    check_start(settings)
+    # Settings: what can be wrong is found before anything is loaded
     if settings.demo:
-        settings = demo_settings(settings)
+        settings = demo_settings(settings, DEMO, "invents nothing good")
+    check_start(settings)
+    if settings.hint_channels not in (3, 4):
+        raise ValueError(f"hint_channels must be 3 or 4, not {settings.hint_channels}")
     settings = replace(settings, output_dir=run_folder(settings))
-    lightning_precision(settings.precision)
     config = read_config(settings.config_path)
+    config["params"]["only_mid_control"] = settings.only_mid_control
 
-    # Seed and data.
+    # Seed and data
     pl.seed_everything(settings.seed, verbose=False)
+    if settings.demo:
+        cut_photographs(Path(DEMO["image_dir"]), 240)
     train, validation = find_pictures(settings)
     if settings.demo:
-        make_demo_start(settings, config, train)
+        make_demo_start(settings.resume_path, config, train, DEMO_STEPS)
 
-    # Model.
+    # Model
     config["params"]["control_stage_config"]["params"]["hint_channels"] = settings.hint_channels
     model = create_filled_model(config, starting_weights(settings), settings.resume_path)
     model.validation_ddim_steps = settings.val_ddim_steps
 
-    # Latents, if they are to be computed once.
+    # Latents and embeddings, if they are to be computed once
     if settings.cache_latents:
-        train, validation = with_cached_latents(model, [train, validation], settings)
+        prompts = None if settings.captions_file else {"", settings.prompt}  # captions: too many to remember
+        files = [*train.paths, *(validation.paths if validation else [])]
+        train, validation = with_cached_latents(model, [train, validation], files, prompts, settings)
 
-    # Training, resumed where it stopped.
+    # Training, resumed where it stopped
     prepare_model(model, settings)
     folder = Path(settings.output_dir)
     rank_zero_only(print)(f"run: {folder} (resume it with --output_dir {folder})")
     snapshots = Snapshots(folder, settings.save_steps)
     trainer = fit(model, StreamData(train, validation, settings), settings, config, [snapshots])
 
-    # Summary.
+    # Summary
     keep_final_model(folder)
     final = folder / "final_model" / "model.ckpt"
     what_next = f"python infer.py inpaint --checkpoint_path {final} --input_image PHOTO --input_mask MASK"

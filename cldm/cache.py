@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -86,8 +88,39 @@ def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str, device: 
         file.attrs["key"] = key
 
 
-def drop_encoders(model: ControlLDM, prompts: set[str]) -> None:
-    """Embed `prompts`, then let go of the text tower and of the autoencoder's encoder."""
-    model.get_learned_conditioning(sorted(prompts))
-    model.cond_stage_model = None
+def drop_encoders(model: ControlLDM, prompts: set[str] | None) -> None:
+    """Let go of the autoencoder's encoder, and of the text tower once it has embedded `prompts`.
+
+    None stands for more prompts than can be remembered: the text tower stays.
+    """
     model.first_stage_model.encoder, model.first_stage_model.quant_conv = None, None
+    if prompts is not None:
+        model.get_learned_conditioning(sorted(prompts))
+        model.cond_stage_model = None
+
+
+def with_cached_latents(
+    model: ControlLDM,
+    datasets: Sequence[Dataset | None],
+    files: Iterable[str | bytes | Path],
+    prompts: set[str] | None,
+    settings: Any,
+) -> list[CachedLatents | None]:
+    """The training data and the held-out data (or None), made from `files`, with latents from caches in the
+    run's folder; the model's encoders are let go (see `drop_encoders`)."""
+
+    def stamp(path: str | bytes | Path) -> tuple[str, int, int]:
+        status = os.stat(path)
+        return os.fsdecode(path), status.st_size, status.st_mtime_ns
+
+    base = stamp(settings.resume_path)[1:]
+    about = {"files": [stamp(path) for path in files], "size": settings.image_size, "model": base}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = settings.batch_size, settings.num_workers, device
+    cached = []
+    for name, dataset in zip(("train", "val"), datasets, strict=True):
+        path = Path(settings.output_dir) / "cache" / f"{name}_latents.h5"
+        key = {**about, "set": name}
+        cached.append(None if dataset is None else cache_latents(model, dataset, path, key, *options))
+    drop_encoders(model, prompts)
+    return cached

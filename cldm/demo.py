@@ -2,20 +2,45 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from cldm.model import add_control, load_state_dict
 from ldm import checkpoint
 from ldm.data.stream import SampleStream
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion, image_of
 from ldm.modules.diffusionmodules.model import AttnBlock, ResnetBlock
+from ldm.settings import with_defaults
 
 LEARNING_RATE = 3e-3
+
+
+def demo_settings(settings: Any, demo: Mapping[str, Any], lacking: str) -> Any:
+    """The demonstration's settings, except where the user gave others; says what it is and what it is not."""
+    rank_zero_only(print)(
+        "This demonstration checks the installation: a tiny model learns for a few minutes. It shows every "
+        f"stage of training and {lacking}; that takes Stable Diffusion's weights and a GPU."
+    )
+    torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
+    return with_defaults(settings, demo)
+
+
+def make_demo_start(path: str | Path, config: Mapping, dataset: Dataset, steps: tuple[int, int]) -> None:
+    """Teach the tiny model that stands in for Stable Diffusion, and write it with a ControlNet to `path`.
+
+    `steps` are the autoencoder's and the UNet's. What exists is not made again.
+    """
+    base = Path(path).with_name("tiny_diffusion.safetensors")
+    make_demo_base(base, config, dataset, *steps)
+    if not Path(path).is_file():
+        checkpoint.write_weights(path, add_control(load_state_dict(base), config, base)[0])
 
 
 def make_demo_base(

@@ -1,5 +1,6 @@
 """From yaml and weights to models: `create_model`, `load_state_dict`, and what opens trained ControlNets."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ldm.checkpoint import read_weights
 from ldm.run import read_trained
 from ldm.util import instantiate_from_config
 
+UNET, CONTROL = "model.diffusion_model.", "control_model."
 SHOWN = 6  # how many names an error lists
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 
@@ -107,17 +109,79 @@ def family(weights: Mapping[str, torch.Tensor]) -> str:
     if context is None:
         return "of an unknown kind"
     kind = FAMILIES.get(context, f"a latent diffusion model with context_dim {context}")
-    control = any(name.startswith("control_model.") for name in weights)
-    if any(name.startswith("model.diffusion_model.") for name in weights):
+    control = any(name.startswith(CONTROL) for name in weights)
+    if any(name.startswith(UNET) for name in weights):
         return f"{kind} with a ControlNet" if control else kind
     return f"a ControlNet for {kind}"
+
+
+def add_control(
+    weights: Mapping[str, torch.Tensor], config: Mapping, source: str | Path
+) -> tuple[dict[str, torch.Tensor], Counter, dict[str, list[str]]]:
+    """State dict of the ControlLDM of `config`, started from Stable Diffusion's `weights`.
+
+    Also returns how many tensors were copied, kept, added and ignored, and the names of the last two.
+    Raises ValueError if `weights` (from `source`) do not fit.
+    """
+    with torch.device("meta"):
+        target = instantiate_from_config(config).state_dict()
+    check_fit(weights, target, source)
+    result, names = {}, {"added": [], "ignored": []}
+    counts = Counter(ignored=0)
+    fresh = None
+    for name, like in target.items():
+        twin = UNET + name.removeprefix(CONTROL)
+        if name in weights:
+            result[name], kind = weights[name], "kept"
+        elif name.startswith(CONTROL) and twin in weights:
+            result[name], kind = weights[twin].clone(), "copied"
+        else:
+            fresh = fresh or fresh_weights(config)
+            result[name], kind = fresh[name], "added"
+            names["added"].append(name)
+        if result[name].shape != like.shape:
+            shapes = f"{tuple(result[name].shape)}, not {tuple(like.shape)}"
+            raise ValueError(f"{source} does not fit this configuration: {name} has shape {shapes}")
+        counts[kind] += 1
+    names["ignored"] = [name for name in weights if name not in target]
+    counts["ignored"] = len(names["ignored"])
+    return result, counts, names
+
+
+def check_fit(
+    weights: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor], source: str | Path
+) -> None:
+    """Raise ValueError that names the keys that tell, if `weights` are not what is wanted."""
+    kind = family(weights)
+    if any(name.startswith(CONTROL) for name in weights):
+        raise ValueError(f"{source} is {kind}: it has a ControlNet already ({CONTROL}*)")
+    if not any(name.startswith(UNET + "input_blocks.") for name in weights):
+        raise ValueError(
+            f"{source} is {kind}, not a Stable Diffusion 1.5 or 2.1 file: it lacks {UNET}input_blocks.*; "
+            f"it begins with {listing(sorted(weights))}"
+        )
+    needed = [name for name in target if "." in name and not name.startswith(CONTROL)]
+    missing = [name for name in needed if name not in weights and not name.endswith("position_ids")]
+    if missing:
+        raise ValueError(f"{source} ({kind}) does not fit this configuration: it lacks {listing(missing)}")
+
+
+def fresh_weights(config: Mapping) -> dict[str, torch.Tensor]:
+    """A new ControlLDM's tensors: its ControlNet initialised, its schedule and position_ids computed.
+
+    The rest, which comes from the file, is left unset.
+    """
+    with SkipInit():
+        fresh = instantiate_from_config(config).state_dict()
+    control = instantiate_from_config(config["params"]["control_stage_config"]).state_dict()
+    return {**fresh, **{CONTROL + name: value for name, value in control.items()}}
 
 
 def read_control(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """`ldm.run.read_trained`; a ControlNet's bare names get their prefix, `control_model.`"""
     weights, content = read_trained(path)
     if any(name.startswith(("zero_convs.", "input_hint_block.")) for name in weights):
-        weights = {f"control_model.{name}": value for name, value in weights.items()}
+        weights = {CONTROL + name: value for name, value in weights.items()}
     return weights, content
 
 
@@ -134,9 +198,9 @@ def open_control_model(
     """
     weights, content = read_control(path)
     config = content.get("config")
-    if not any(name.startswith("control_model.") for name in weights):
+    if not any(name.startswith(CONTROL) for name in weights):
         raise ValueError(f"{path} holds no ControlNet: it is {family(weights)}")
-    if not any(name.startswith("model.diffusion_model.input_blocks.") for name in weights):
+    if not any(name.startswith(UNET + "input_blocks.") for name in weights):
         base_path = base_path or content.get("base")
         if base_path is None:
             raise ValueError(f"{path} is a ControlNet alone: give the Stable Diffusion file it belongs to")

@@ -4,6 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,26 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
+from cldm.callbacks import AtomicCheckpointIO, AverageWeights, Checkpoints
 from cldm.cldm import ControlLDM
 from cldm.logger import CsvRows, ImageLogger, Progress
 from ldm import checkpoint
 from ldm.data.stream import SampleStream
-from ldm.modules.ema import EMA
-from ldm.run import check_finite
-from ldm.settings import check_settings, plain
+from ldm.settings import check_counts, check_settings, lightning_precision, plain
 
-PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
+COUNTS = (  # settings that must be at least 1
+    "batch_size accumulate_grad_batches devices num_nodes "
+    "log_steps logger_freq save_steps val_steps val_ddim_steps"
+)
+# What a resumed run may set anew; anything else would make it another run. Checkpoints of earlier versions
+# have the devices as `gpus`, and max_epochs as `num_epochs`.
+MAY_CHANGE = set(
+    "output_dir max_steps max_epochs num_epochs gpus devices num_nodes strategy num_workers compile "
+    "gradient_checkpointing log_steps logger_freq save_steps val_steps val_ddim_steps".split()
+)
 HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
@@ -39,15 +47,31 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", text)
 
 
-def lightning_precision(precision: str) -> str:
-    """Lightning's name for a precision: 16, bf16 and 32 stand for 16-mixed, bf16-mixed and 32-true.
+def check_start(settings: Any) -> None:
+    """Find mistakes that both scripts' users make before anything is loaded.
 
-    Raises ValueError for others.
+    Raises ValueError for a setting out of range or an optimizer that is not installed, and FileNotFoundError
+    that says how to get the file that training starts from, if it is missing.
     """
-    precision = PRECISIONS.get(precision, precision)
-    if precision not in PRECISIONS.values():
-        raise ValueError(f"precision must be 16, bf16 or 32 (or Lightning's names), not {precision!r}")
-    return precision
+    lightning_precision(settings.precision)
+    check_counts(settings, COUNTS if settings.max_steps > 0 else f"{COUNTS} max_epochs")
+    if settings.val_ddim_steps > 1000:
+        raise ValueError(f"val_ddim_steps must be at most 1000, not {settings.val_ddim_steps}")
+    if settings.image_size % 64 or settings.image_size <= 0:
+        raise ValueError(f"image_size must be a multiple of 64, not {settings.image_size}")
+    if not 0 <= settings.ema_decay < 1 or not 0 <= settings.prompt_dropout <= 1:
+        raise ValueError("ema_decay must lie in [0, 1), prompt_dropout in [0, 1]")
+    if settings.cache_latents and settings.use_augmentation:
+        raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation")
+    if settings.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise ValueError("--optimizer adamw8bit needs a package: pip install bitsandbytes")
+    if not settings.demo and not Path(settings.resume_path).is_file():
+        raise FileNotFoundError(
+            f"{settings.resume_path} not found: it is Stable Diffusion with a ControlNet added. Get "
+            "v1-5-pruned.ckpt (or .safetensors) of Stable Diffusion 1.5, for instance from Hugging Face, put "
+            "it into models/, then run `python tool_add_control.py ./models/v1-5-pruned.ckpt "
+            f"{settings.resume_path}`. To see everything run without it, give --demo"
+        )
 
 
 class StreamData(pl.LightningDataModule):
@@ -57,11 +81,6 @@ class StreamData(pl.LightningDataModule):
         super().__init__()
         self.train, self.held_out, self.settings = train, held_out, settings
         self.samples_seen, self.start_step = 0, 0  # at the start of this process
-
-    def samples_per_step(self) -> int:
-        """Samples in one optimizer step, over all processes."""
-        s = self.settings
-        return s.batch_size * s.accumulate_grad_batches * s.gpus * s.num_nodes
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
@@ -91,136 +110,11 @@ class StreamData(pl.LightningDataModule):
 
     def state_dict(self) -> dict:
         step = self.trainer.global_step
-        seen = self.samples_seen + (step - self.start_step) * self.samples_per_step()
+        seen = self.samples_seen + (step - self.start_step) * samples_per_step(self.settings)
         return {"samples_seen": seen, "step": step}
 
     def load_state_dict(self, state: Mapping) -> None:
         self.samples_seen, self.start_step = state["samples_seen"], state["step"]
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes through ldm.checkpoint: a file is whole or not there; reads without running pickled code."""
-
-    def save_checkpoint(self, content: dict, path: str | Path, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, content)
-
-    def load_checkpoint(self, path: str | Path, *args, **kwargs) -> dict:
-        return checkpoint.load(path, mmap=False)
-
-
-class Checkpoints(Callback):
-    """Stops at a loss that is not finite; keeps last.ckpt and, by the best `val/psnr`, best.ckpt in `folder`.
-
-    A checkpoint holds the trained parameters (the model leaves out the frozen ones), optimizer, step, random
-    states, settings, and what it takes to build the model again: its configuration and its base file.
-    """
-
-    def __init__(self, folder: str | Path, save_steps: int, val_steps: int, about: Mapping):
-        self.folder, self.about = Path(folder), dict(about)
-        self.save_steps, self.val_steps = save_steps, val_steps  # val_steps 0: no validation
-        self.best, self.last_step = -math.inf, -1
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if not torch.isfinite(outputs["loss"]):
-            last = self.folder / "last.ckpt"
-            kept = f"the last good checkpoint is {last}" if last.is_file() else "nothing was saved yet"
-            files = ", ".join(batch.get("path", ["unknown files"]))
-            raise ValueError(
-                f"training stopped: loss {float(outputs['loss'])} at step {trainer.global_step}; "
-                f"its batch: {files}; {kept}"
-            )
-        step = trainer.global_step
-        validated = self.val_steps and step % self.val_steps == 0  # then the checkpoint comes after it
-        if step != self.last_step and not validated:
-            self.save_if_due(trainer)
-        self.last_step = step
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        score = trainer.callback_metrics.get("val/psnr")
-        if score is not None and float(score) > self.best:
-            self.best = float(score)
-            self.save(trainer, "best.ckpt")
-        self.save_if_due(trainer)
-
-    def save_if_due(self, trainer: pl.Trainer) -> None:
-        """Write last.ckpt every `save_steps` steps and at the end of the run."""
-        step = trainer.global_step
-        if step and (step % self.save_steps == 0 or step == trainer.max_steps):
-            self.save(trainer, "last.ckpt")
-
-    def save(self, trainer: pl.Trainer, name: str) -> None:
-        """Write a checkpoint; raises ValueError, and leaves the old one, if a parameter is not finite."""
-        trained = {k: p for k, p in trainer.lightning_module.named_parameters() if p.requires_grad}
-        check_finite(trained, trainer.global_step)
-        trainer.save_checkpoint(self.folder / name)
-
-    def on_save_checkpoint(self, trainer, pl_module, content: dict) -> None:
-        content.update(self.about, random=checkpoint.random_states())
-
-    def on_load_checkpoint(self, trainer, pl_module, content: dict) -> None:
-        if trainer.world_size == 1:
-            checkpoint.restore_random_states(content["random"])
-
-    def state_dict(self) -> dict:
-        return {"best": self.best}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        self.best = state["best"]
-
-
-class AverageWeights(Callback):
-    """Keeps an exponential moving average of the trained parameters and validates with it."""
-
-    def __init__(self, decay: float):
-        self.decay, self.ema, self.state, self.last_step, self.context = decay, None, None, 0, None
-
-    def on_train_start(self, trainer, pl_module) -> None:
-        self.ema, self.last_step = EMA(pl_module, self.decay), trainer.global_step
-        if self.state:
-            self.ema.load_state_dict(self.state)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step > self.last_step:
-            self.last_step = trainer.global_step
-            self.ema.update(pl_module)
-
-    def on_validation_start(self, trainer, pl_module) -> None:
-        if self.ema is not None:
-            self.context = self.ema.applied(pl_module)
-            self.context.__enter__()
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        if self.context is not None:
-            self.context.__exit__(None, None, None)
-            self.context = None
-
-    def on_save_checkpoint(self, trainer, pl_module, content: dict) -> None:
-        content["ema"] = self.ema.state_dict()
-
-    def on_load_checkpoint(self, trainer, pl_module, content: dict) -> None:
-        self.state = content.get("ema")
-
-
-# What a resumed run may set anew; anything else would make it another run.
-MAY_CHANGE = {
-    "output_dir",
-    "max_steps",
-    "max_epochs",
-    "num_epochs",
-    "gpus",
-    "devices",
-    "num_nodes",
-    "strategy",
-    "num_workers",
-    "logger_freq",
-    "log_steps",
-    "save_steps",
-    "val_steps",
-    "val_ddim_steps",
-    "compile",
-    "gradient_checkpointing",
-}
 
 
 def prepare_model(model: ControlLDM, settings: Any) -> None:
@@ -242,12 +136,22 @@ def prepare_model(model: ControlLDM, settings: Any) -> None:
         unet.compile()
 
 
+def samples_per_step(s: Any) -> int:
+    """Samples in one optimizer step, over all processes."""
+    return s.batch_size * s.accumulate_grad_batches * s.devices * s.num_nodes
+
+
 def steps_of(settings: Any, samples: int) -> int:
     """Optimizer steps of the run: `max_steps`, or else what `max_epochs` passes over `samples` take."""
     if settings.max_steps > 0:
         return settings.max_steps
-    per_step = settings.batch_size * settings.accumulate_grad_batches * settings.gpus * settings.num_nodes
-    return math.ceil(settings.max_epochs * samples / per_step)
+    return math.ceil(settings.max_epochs * samples / samples_per_step(settings))
+
+
+def comparable(settings: Any) -> dict:
+    """Settings as `check_settings` compares them: one spelling of the precision."""
+    values = plain(settings)
+    return {**values, "precision": lightning_precision(values.get("precision", "32"))}
 
 
 def fit(
@@ -265,30 +169,26 @@ def fit(
     step = 0
     if last.is_file():
         content = checkpoint.load(last)
-        check_settings(content.get("settings", {}), plain(settings), MAY_CHANGE, last)
+        check_settings(comparable(content.get("settings", {})), comparable(settings), MAY_CHANGE, last)
         step = content["global_step"]
         del content  # it is mapped from the file, which is about to be replaced
         rank_zero_only(print)(f"resuming {last} at step {step}")
     about = {"config": dict(config), "base": str(settings.resume_path), "settings": plain(settings)}
-    callbacks = [AverageWeights(settings.ema_decay)] if settings.ema_decay else []
-    callbacks += [
+    val_steps = settings.val_steps if data.held_out is not None else 0
+    callbacks = [
+        *([AverageWeights(settings.ema_decay)] if settings.ema_decay else []),
         CsvRows(folder / "logs" / "metrics.csv", settings.log_steps, step),
         ImageLogger(folder / "images", settings.logger_freq),
-        Checkpoints(
-            folder / "checkpoints",
-            settings.save_steps,
-            settings.val_steps if data.held_out is not None else 0,
-            about,
-        ),
-        Progress(data.samples_per_step()),
+        Checkpoints(folder / "checkpoints", settings.save_steps, val_steps, about),
+        Progress(samples_per_step(settings)),
         *more,
     ]
     strategy = settings.strategy
-    if settings.only_mid_control and strategy in ("auto", "ddp") and settings.gpus * settings.num_nodes > 1:
+    if settings.only_mid_control and settings.devices * settings.num_nodes > 1:
         strategy = "ddp_find_unused_parameters_true"
     trainer = pl.Trainer(
         accelerator="auto",
-        devices=settings.gpus,
+        devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=strategy,
         precision=lightning_precision(settings.precision),

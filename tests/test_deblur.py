@@ -287,7 +287,7 @@ def test_the_crop_is_aligned_and_the_same_for_the_same_seed(place):
     [
         ({"resume_path": "models/nothing.ckpt"}, r"tool_add_control.py .*models/nothing.ckpt.*--demo"),
         ({"data_root": "training/nothing"}, "tool_make_deblur_dataset.py"),
-        ({"precision": "8"}, "precision must be 16, bf16 or 32"),
+        ({"precision": "8"}, "precision must be one of 32, 16, bf16"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"ema_decay": 1.0}, "ema_decay must lie"),
         ({"val_samples": 0}, "val_samples must be at least 1"),
@@ -365,7 +365,7 @@ def test_two_processes_take_the_steps_of_one(settings, tmp_path):
     )
     one = replace(one, ema_decay=0.0)
     main(one)
-    two = replace(one, batch_size=2, gpus=2, output_dir=str(tmp_path / "two"))
+    two = replace(one, batch_size=2, devices=2, output_dir=str(tmp_path / "two"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command(two), capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]

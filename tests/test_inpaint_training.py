@@ -171,7 +171,7 @@ def test_a_run_has_its_own_folder(settings, monkeypatch):
     [
         ({"resume_path": "models/nothing.ckpt"}, r"tool_add_control.py .*models/nothing.ckpt.*--demo"),
         ({"image_dir": "training/nothing"}, "no photographs at training/nothing"),
-        ({"precision": "8"}, "precision must be 16, bf16 or 32"),
+        ({"precision": "8"}, "precision must be one of 32, 16, bf16"),
         ({"image_size": 100}, "multiple of 64, not 100"),
         ({"mask_ratio": (0.4, 0.2)}, "mask ratio"),
         ({"val_samples": 6}, "val_samples must be less than the 6 pictures"),

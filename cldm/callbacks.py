@@ -1,0 +1,151 @@
+"""What a ControlNet's training run keeps: checkpoints, the average of the weights, snapshots of the model."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
+
+from ldm import checkpoint
+from ldm.modules.ema import EMA
+from ldm.run import check_finite
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes through ldm.checkpoint: a file is whole or not there; reads without running pickled code."""
+
+    def save_checkpoint(self, content: dict, path: str | Path, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(path, content)
+
+    def load_checkpoint(self, path: str | Path, *args, **kwargs) -> dict:
+        return checkpoint.load(path, mmap=False)
+
+
+class Checkpoints(Callback):
+    """Stops at a loss that is not finite; keeps last.ckpt and, by the best `val/psnr`, best.ckpt in `folder`.
+
+    A checkpoint holds the trained parameters (the model leaves out the frozen ones), optimizer, step, random
+    states, settings, and what it takes to build the model again: its configuration and its base file.
+    """
+
+    def __init__(self, folder: str | Path, save_steps: int, val_steps: int, about: Mapping):
+        self.folder, self.about = Path(folder), dict(about)
+        self.save_steps, self.val_steps = save_steps, val_steps  # val_steps 0: no validation
+        self.best, self.last_step = -math.inf, -1
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if not torch.isfinite(outputs["loss"]):
+            last = self.folder / "last.ckpt"
+            kept = f"the last good checkpoint is {last}" if last.is_file() else "nothing was saved yet"
+            files = ", ".join(batch.get("path", ["unknown files"]))
+            raise ValueError(
+                f"training stopped: loss {float(outputs['loss'])} at step {trainer.global_step}; "
+                f"its batch: {files}; {kept}"
+            )
+        step = trainer.global_step
+        validated = self.val_steps and step % self.val_steps == 0  # then the checkpoint comes after it
+        if step != self.last_step and not validated:
+            self.save_if_due(trainer)
+        self.last_step = step
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        score = trainer.callback_metrics.get("val/psnr")
+        if score is not None and float(score) > self.best:
+            self.best = float(score)
+            self.save(trainer, "best.ckpt")
+        self.save_if_due(trainer)
+
+    def save_if_due(self, trainer: pl.Trainer) -> None:
+        """Write last.ckpt every `save_steps` steps and at the end of the run."""
+        step = trainer.global_step
+        if step and (step % self.save_steps == 0 or step == trainer.max_steps):
+            self.save(trainer, "last.ckpt")
+
+    def save(self, trainer: pl.Trainer, name: str) -> None:
+        """Write a checkpoint; raises ValueError, and leaves the old one, if a parameter is not finite."""
+        trained = {k: p for k, p in trainer.lightning_module.named_parameters() if p.requires_grad}
+        check_finite(trained, trainer.global_step)
+        trainer.save_checkpoint(self.folder / name)
+
+    def on_save_checkpoint(self, trainer, pl_module, content: dict) -> None:
+        content.update(self.about, random=checkpoint.random_states())
+
+    def on_load_checkpoint(self, trainer, pl_module, content: dict) -> None:
+        if trainer.world_size == 1:
+            checkpoint.restore_random_states(content["random"])
+
+    def state_dict(self) -> dict:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.best = state["best"]
+
+
+class AverageWeights(Callback):
+    """Keeps an exponential moving average of the trained parameters and validates with it."""
+
+    def __init__(self, decay: float):
+        self.decay, self.ema, self.state, self.last_step, self.context = decay, None, None, 0, None
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.ema, self.last_step = EMA(pl_module, self.decay), trainer.global_step
+        if self.state:
+            self.ema.load_state_dict(self.state)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step > self.last_step:
+            self.last_step = trainer.global_step
+            self.ema.update(pl_module)
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        if self.ema is not None:
+            self.context = self.ema.applied(pl_module)
+            self.context.__enter__()
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if self.context is not None:
+            self.context.__exit__(None, None, None)
+            self.context = None
+
+    def on_save_checkpoint(self, trainer, pl_module, content: dict) -> None:
+        content["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, trainer, pl_module, content: dict) -> None:
+        self.state = content.get("ema")
+
+
+class Snapshots(Callback):
+    """Every `save_steps` steps leaves the model, without the optimizer, in `folder`/checkpoint-STEP."""
+
+    def __init__(self, folder: Path, save_steps: int):
+        self.folder, self.save_steps, self.step = folder, save_steps, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.keep(trainer)
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.keep(trainer)  # the checkpoint of a validated step comes after its validation
+
+    def keep(self, trainer: pl.Trainer) -> None:
+        """Copy the model out of last.ckpt as soon as that is of this step."""
+        step, last = trainer.global_step, self.folder / "checkpoints" / "last.ckpt"
+        due = step != self.step and step % self.save_steps == 0 and trainer.is_global_zero
+        if due and last.is_file() and checkpoint.load(last)["global_step"] == step:
+            self.step = step
+            keep_model(self.folder, self.folder / f"checkpoint-{step}")
+
+
+@rank_zero_only
+def keep_model(run: Path, target: Path) -> Path:
+    """Copy what it takes to use the model from the run's last checkpoint to `target`/model.ckpt."""
+    content = checkpoint.load(run / "checkpoints" / "last.ckpt")
+    wanted = ("state_dict", "ema", "config", "base", "settings", "global_step")
+    target.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(target / "model.ckpt", {name: content[name] for name in wanted if name in content})
+    return target / "model.ckpt"
