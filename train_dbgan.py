@@ -9,11 +9,8 @@ Zhang, Luo, Zhong, Ma, Stenger, Liu, Li: Deblurring by Realistic Blurring, CVPR 
 The same command again resumes a stopped run. Published for GoPro: 31.10 dB. More in docs/dbgan.md.
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,18 +24,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ldm.checkpoint import write_weights
+from ldm.checkpoint import fill, fingerprint, write_half
 from ldm.data.demo import write_demo
-from ldm.data.image import to_tensor, to_uint8
 from ldm.data.patches import SourceDataset, open_pairs, open_source, open_unpaired
 from ldm.data.stream import item_generator
 from ldm.modules.ema import EMA
-from ldm.modules.gan import DeblurGANGenerator, Discriminator, ImagePool, SRResNet
+from ldm.modules.gan import (
+    DeblurGANGenerator,
+    Discriminator,
+    ImagePool,
+    SRResNet,
+    frozen,
+    initialise,
+    judge,
+    least_squares,
+)
 from ldm.modules.perceptual import FILE, PerceptualLoss
-from ldm.run import Run, read_trained, start_fabric
-from ldm.settings import plain, run_main
-from ldm.tiling import pad_to_multiple, restore_tiled
-from ldm.validation import HeldOut, Spectra, report
+from ldm.run import Run, average_gradients, read_trained, start_fabric
+from ldm.settings import check_counts, plain, run_main, with_defaults
+from ldm.tiling import pad_to_multiple, restore_picture
+from ldm.validation import HeldOut, Spectra, line, report
 
 # ---- settings: edit here, or override on the command line -------------------------------------------------
 
@@ -191,15 +196,6 @@ class BGANGenerator(DBGANGenerator):
         return super().forward(torch.cat([sharp, tiled.to(sharp)], dim=1))
 
 
-def initialise(network: nn.Module, std: float = 0.01) -> nn.Module:
-    """Weights from a normal distribution of this deviation (0.01 in the paper), biases 0."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            nn.init.zeros_(module.bias)
-    return network
-
-
 def make_generator(kind: str, form: dict) -> nn.Module:
     """The generator `blur` or `deblur` of some settings."""
     if kind == "blur":
@@ -216,58 +212,39 @@ FORM = ("generator", "width", "blocks", "blur_blocks", "sampling", "batch_norm")
 
 def load_generator(path: str | Path, kind: Literal["blur", "deblur"]) -> nn.Module:
     """A generator from a file of this script. Raises FileNotFoundError, or ValueError if it is not in it."""
-    weights, form = read_trained(path)
-    prefix = f"{kind}."
+    weights, content = read_trained(path)
+    form, prefix = content["settings"], f"{kind}."
     weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     if not weights or not form.keys() >= set(FORM):
         raise ValueError(f"{path} holds no {kind}ring generator of train_dbgan.py")
-    network = make_generator(kind, form)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its settings: {' '.join(str(error).split())}") from error
-    return network.eval()
+    return fill(make_generator(kind, form), weights, path).eval()
 
 
 def export(generators: nn.ModuleDict, kind: str, settings: Settings, path: Path) -> None:
     """Write one generator in half precision with what `load_generator` must know."""
-    weights = {
-        f"{kind}.{name}": value.half() if value.is_floating_point() else value
-        for name, value in generators[kind].state_dict().items()
-    }
-    form = {name: getattr(settings, name) for name in FORM}
-    write_weights(path, weights, {"settings": json.dumps(form)})
+    weights = {f"{kind}.{name}": value for name, value in generators[kind].state_dict().items()}
+    write_half(path, weights, {name: getattr(settings, name) for name in FORM})
 
 
-@torch.no_grad()
 def restore_image(
-    network: nn.Module,
-    image: np.ndarray,
-    precision: str = "32",
-    tile: int = 0,
-    overlap: int = 64,
-    noise: Tensor | None = None,
+    network: nn.Module, image: np.ndarray, noise: Tensor | None = None, **options: str | int
 ) -> np.ndarray:
     """Deblur a uint8 picture (h, w, 3) of any size, or blur it if there is a `noise` (1, 4), in eval mode.
 
-    With `tile` above 0 the picture goes through in squares of that size, blended over `overlap` pixels.
+    `options` are `precision`, `tile` and `overlap` of ldm.tiling.restore_picture.
     """
     device = next(network.parameters()).device
-    dtype = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[precision]
     extra = () if noise is None else (noise.to(device),)
 
     def run(part: Tensor) -> Tensor:
         h, w = part.shape[2:]
-        padded = pad_to_multiple(to_unit(part.to(device)), network.multiple)
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            restored = network.forward(padded, *extra)  # not compiled: sizes vary
-        return restored.float()[..., :h, :w].clamp(0, 1) * 2 - 1
+        restored = network.forward(pad_to_multiple(to_unit(part), network.multiple), *extra)  # not compiled
+        return restored[..., :h, :w].clamp(0, 1) * 2 - 1
 
     training = network.training
     network.eval()
     try:
-        tensor = to_tensor(image)[None]  # (1, 3, h, w)
-        return to_uint8((restore_tiled(tensor, run, tile, overlap) if tile else run(tensor))[0])
+        return restore_picture(image, run, device, **options)
     finally:
         network.train(training)
 
@@ -305,10 +282,6 @@ def bce(logits: Tensor, label: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 
-def least_squares(scores: Tensor, label: float) -> Tensor:
-    return (scores - label).square().mean()  # Mao et al. 2017
-
-
 @dataclass
 class Players:
     """All that a stage trains, and what it needs besides. `blurrer` is a finished BGAN."""
@@ -322,22 +295,6 @@ class Players:
 
 def draw_noise(like: Tensor) -> Tensor:
     return torch.randn(len(like), NOISE).to(like)  # drawn on the CPU: the same on every device
-
-
-def judge(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (b,) of real and fake pictures in one batch: apart, BatchNorm would hide how they differ."""
-    real_scores, fake_scores = discriminator(torch.cat([real, fake.to(real)])).chunk(2)
-    return real_scores, fake_scores
-
-
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Gradients pass through the network and leave none in it."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
 
 
 def content_loss(made: Tensor, real: Tensor, settings: Settings) -> Tensor:
@@ -441,10 +398,7 @@ def train_step(
             found = losses(blurry, sharp)
         fabric.backward(sum(found.values()) / accumulate)
         sums = {name: sums.get(name, 0) + value.detach() / accumulate for name, value in found.items()}
-    if fabric.world_size > 1:  # DDP's wrapper cannot run a network twice in a step
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            if parameter.grad is not None:
-                parameter.grad = fabric.all_reduce(parameter.grad)
+    average_gradients(fabric, optimizer)  # DDP's wrapper cannot run a network twice in a step
     optimizer.step()
     return sums
 
@@ -482,9 +436,7 @@ def make_data(settings: Settings, stage: str) -> tuple[Dataset, HeldOut]:
 
 def check(settings: Settings) -> None:
     """Raise ValueError for numbers that cannot be."""
-    for name in ("blur_epochs", "epochs", "batch_size", "accumulate", "log_epoch", "width", "blocks"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+    check_counts(settings, "blur_epochs epochs batch_size accumulate log_epoch width blocks blur_blocks")
     if settings.crop_size < 16 or settings.crop_size % 16:
         raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
     processes = settings.devices * settings.num_nodes
@@ -621,21 +573,19 @@ def train(
         # Evaluate the averaged weights, log, save
         values = {f"train/{name}": value for name, value in run.means().items()}
         with ema.applied(generators):
-            scores, picture = held_out.evaluate(
-                partial(restore_image, generators["deblur"], precision=settings.precision), run
-            )
+            restore = partial(restore_image, generators["deblur"], precision=settings.precision)
+            scores, picture = held_out.evaluate(restore, run)
             run.picture("deblurred", picture)
             if check_blur:
-                spectrum, picture = check_blur(
-                    partial(blur_image, generators["blur"], precision=settings.precision)
-                )
+                blur = partial(blur_image, generators["blur"], precision=settings.precision)
+                spectrum, picture = check_blur(blur)
                 run.picture("blurred", picture)
                 values |= spectrum
             if fabric.is_global_zero and run.step in (phases[0], steps):
                 export_all(generators, settings, folder, "" if run.step == steps else "_content")
         run.log(values | report(scores, baseline))
         run.save(score=scores["psnr"])
-        run.say(f"{stage} epoch {run.step // steps_per_epoch}: {line(scores, baseline, values)}")
+        run.say(f"{stage} epoch {run.step // steps_per_epoch}: {line(values, scores, baseline)}")
     what = "dbgan" if "deblur" in stage or stage == "paired" else "bgan"
     run.finish(f"python infer.py {what} --checkpoint_path {folder / what}.safetensors --input FOLDER ...")
 
@@ -647,26 +597,6 @@ def export_all(generators: nn.ModuleDict, settings: Settings, folder: Path, suff
         export(generators, kind, settings, folder / f"{name}{suffix}.safetensors")
 
 
-def fingerprint(network: nn.Module | None) -> str:
-    """What a network's weights are known by: a run goes on with the BGAN it began with."""
-    if network is None:
-        return ""
-    arrays = (value.cpu().numpy().tobytes() for value in network.state_dict().values())
-    return hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
-
-
-def line(scores: dict[str, float], baseline: dict[str, float], values: dict[str, float]) -> str:
-    """One epoch for the reader."""
-    text = (
-        f"{values['train/images/s']:.1f} images/s, eval psnr: {scores['psnr']:.2f} "
-        f"(blurry {baseline['psnr']:.2f}) eval ssim: {scores['ssim']:.4f} (blurry {baseline['ssim']:.4f}) "
-        f"rgb shift: {scores['rgb_shift']:.2f}/255 (blurry {baseline['rgb_shift']:.2f})"
-    )
-    if "spectrum/generated" in values:
-        text += f" spectrum: {values['spectrum/generated']:.3f} (sharp {values['spectrum/sharp']:.3f})"
-    return text
-
-
 def demo_settings(settings: Settings) -> Settings:
     """The demonstration's settings and data, except where the user gave others."""
     folder = (
@@ -674,12 +604,10 @@ def demo_settings(settings: Settings) -> Settings:
     ) / "data"
     made = {**DEMO, "data": folder / "train", "val_data": folder / "valid", "blur_data": folder / "real"}
     made["val_blur_data"] = folder / "valid" / "blur"
-    chosen = {
-        name: value for name, value in made.items() if getattr(settings, name) == getattr(Settings(), name)
-    }
-    if chosen.keys() & {"data", "val_data", "blur_data", "val_blur_data"}:
+    chosen = with_defaults(settings, made)
+    if folder in (chosen.data.parent, chosen.val_data.parent, chosen.blur_data.parent):
         write_demo(folder)
-    return replace(settings, **chosen)
+    return chosen
 
 
 if __name__ == "__main__":

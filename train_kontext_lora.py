@@ -46,8 +46,8 @@ from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity, shift_timesteps
 from ldm.modules.lora import load_lora, make_lora, merge, save_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
-from ldm.run import Run, start_fabric
-from ldm.settings import run_main
+from ldm.run import Run, average_gradients, start_fabric
+from ldm.settings import check_counts, run_main, with_defaults
 
 # ---- settings: edit here, or override on the command line -------------------------------------------------
 
@@ -276,9 +276,7 @@ def make_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
 def check(settings: Settings) -> None:
     """Raise ValueError for a value that would fail only later."""
     counts = "rank train_batch_size gradient_accumulation_steps max_train_steps save_every perceptual_every"
-    for name in (*counts.split(), "preview_images", "preview_steps"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+    check_counts(settings, f"{counts} preview_images preview_steps")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"dropout must lie in 0 ... 1, not {settings.dropout}")
     if settings.shard_base and (settings.devices < 2 or settings.base_precision == "fp8"):
@@ -355,8 +353,7 @@ def update(
     fabric: Fabric, adapter: nn.ModuleDict, optimizer: torch.optim.Optimizer, rate: float, s: Settings
 ):
     """One optimizer step. The base is frozen, so that only the LoRA's gradients pass between processes."""
-    for parameter in adapter.parameters():
-        parameter.grad = fabric.all_reduce(parameter.grad, reduce_op="mean")
+    average_gradients(fabric, optimizer)
     nn.utils.clip_grad_norm_(adapter.parameters(), s.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -459,8 +456,7 @@ def save_outputs(adapter: nn.ModuleDict, settings: Settings, step: int) -> None:
 
 def make_demo(settings: Settings) -> Settings:
     """A tiny model folder with random weights and photographs, below the output folder; the settings."""
-    untouched = [name for name in DEMO if getattr(settings, name) == getattr(Settings(), name)]
-    settings = replace(settings, **{name: DEMO[name] for name in untouched})
+    settings = with_defaults(settings, DEMO)
     folder, photos = settings.output_dir / "tiny_model", settings.output_dir / "photos"
     photos.mkdir(parents=True, exist_ok=True)
     for path in photographs():

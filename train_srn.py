@@ -9,10 +9,8 @@ Tao, Gao, Shen, Wang, Jia: Scale-recurrent Network for Deep Image Deblurring, CV
 The same command again resumes a stopped run. Published for GoPro: 30.26 dB. More in docs/srn.md.
 """
 
-import json
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,16 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ldm.checkpoint import write_weights
+from ldm.checkpoint import fill, write_half
 from ldm.data.dead_leaves import DeadLeaves
-from ldm.data.image import photographs, to_tensor, to_uint8
+from ldm.data.image import photographs
 from ldm.data.paired import BlurDataset, ImageFiles, Pair, PairedDataset, find_pairs, split_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.run import Run, read_trained, start_fabric
-from ldm.settings import plain, run_main
-from ldm.tiling import pad_to_multiple, restore_tiled
-from ldm.validation import HeldOut, report, sharp_pairs
+from ldm.settings import check_counts, plain, run_main, with_defaults
+from ldm.tiling import pad_to_multiple, restore_picture
+from ldm.validation import HeldOut, line, report, sharp_pairs
 
 # ---- settings: edit here, or override on the command line -------------------------------------------------
 
@@ -242,36 +240,24 @@ def restore(network: nn.Module, blurry: Tensor) -> Tensor:
     return network.forward(*scales)[0][..., :h, :w]  # not compiled: sizes vary
 
 
-@torch.no_grad()
 def restore_image(
-    network: SRNDeblurNet,
-    blurry: np.ndarray,
-    precision: str = "32",
-    tile: int = 0,
-    overlap: int = 64,
-    self_ensemble: bool = False,
+    network: SRNDeblurNet, blurry: np.ndarray, self_ensemble: bool = False, **options: str | int
 ) -> np.ndarray:
     """Restore a uint8 picture (h, w, 3) of any size on the network's device.
 
-    With `tile` above 0 the picture goes through in squares of that size, blended over `overlap` pixels, in
-    memory that its size no longer counts for. `self_ensemble` averages over the 8 flips and turns.
+    `options` are `precision`, `tile` and `overlap` of ldm.tiling.restore_picture. `self_ensemble` averages
+    over the 8 flips and turns.
     """
-    device = next(network.parameters()).device
-    dtype = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}[precision]
 
     def run(image: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            return restore(network, image.to(device)).float()
-
-    def run_all(image: Tensor) -> Tensor:
         if not self_ensemble:
-            return run(image)
+            return restore(network, image)
         turned = [torch.rot90(x, k, (2, 3)) for x in (image, image.flip(3)) for k in range(4)]
-        back = [torch.rot90(run(x), -k % 4, (2, 3)) for x, k in zip(turned, [*range(4)] * 2, strict=True)]
+        restored = [restore(network, x).float() for x in turned]
+        back = [torch.rot90(x, -k % 4, (2, 3)) for x, k in zip(restored, [*range(4)] * 2, strict=True)]
         return (sum(back[:4]) + sum(back[4:]).flip(3)) / 8
 
-    image = to_tensor(blurry)[None]  # (1, 3, h, w)
-    return to_uint8((restore_tiled(image, run_all, tile, overlap) if tile else run_all(image))[0])
+    return restore_picture(blurry, run, next(network.parameters()).device, **options)
 
 
 def load_network(path: str | Path) -> SRNDeblurNet:
@@ -279,25 +265,20 @@ def load_network(path: str | Path) -> SRNDeblurNet:
 
     Raises FileNotFoundError, or ValueError if it holds another network.
     """
-    weights, settings = read_trained(path)
+    weights, content = read_trained(path)
     weights = {name.removeprefix("module."): value.float() for name, value in weights.items()}
     if "inblock.conv.0.weight" not in weights:
         raise ValueError(f"{path} holds no SRN-DeblurNet: its first key is {next(iter(weights))}")
+    settings = content["settings"]
     form = {name: settings[name] for name in ("coarsest", "detach", "residual") if name in settings}
-    network = SRNDeblurNet(len(weights["inblock.conv.0.weight"]), **form)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit SRN-DeblurNet: {' '.join(str(error).split())}") from error
-    return network.eval()
+    return fill(SRNDeblurNet(len(weights["inblock.conv.0.weight"]), **form), weights, path).eval()
 
 
 def export(checkpoint: Path, path: Path) -> None:
     """Write the network of a checkpoint in half precision with what `load_network` must know."""
-    weights, settings = read_trained(checkpoint)
-    form = {name: settings[name] for name in ("width", "coarsest", "detach", "residual")}
-    half = {name: value.half() for name, value in weights.items()}
-    write_weights(path, half, {"settings": json.dumps(form)})
+    weights, content = read_trained(checkpoint)
+    names = ("width", "coarsest", "detach", "residual")
+    write_half(path, weights, {name: content["settings"][name] for name in names})
 
 
 # ---- loss and training step ----------------------------------------------------------------------------
@@ -362,9 +343,7 @@ class Together:
 
 def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:
     """The training set and what is held out: given, or a part of the data, or scikit-image's photographs."""
-    for name in ("epochs", "batch_size", "log_epoch", "width"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+    check_counts(settings, "epochs batch_size log_epoch width")
     crop, seed, data = settings.crop_size, settings.seed, settings.data
     if crop < 16 or crop % 16:
         raise ValueError(f"crop_size must be a multiple of 16, not {crop}")
@@ -397,7 +376,7 @@ def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:
 
 def main(settings: Settings) -> None:
     if settings.demo:
-        settings = demo_settings(settings)
+        settings = with_defaults(settings, DEMO)
 
     # Seed and devices
     fabric = start_fabric(settings.devices, settings.num_nodes, settings.precision, settings.seed)
@@ -438,29 +417,20 @@ def main(settings: Settings) -> None:
             continue
 
         # Evaluate the averaged weights, log, save
-        train = run.means()
+        train = {f"train/{name}": value for name, value in run.means().items()}
         with ema.applied(network):
             scores, picture = held_out.evaluate(restorer, run)
         run.picture("sample", picture)
-        run.log({f"train/{name}": value for name, value in train.items()} | report(scores, baseline))
+        run.log(train | report(scores, baseline))
         run.save(score=scores["psnr"])
-        run.say(
-            f"epoch {run.step // steps_per_epoch}: {train['images/s']:.1f} images/s, "
-            f"train mse {train['mse']:.5f} psnr {train['psnr']:.2f}, eval psnr {scores['psnr']:.2f} "
-            f"(blurry {baseline['psnr']:.2f}) ssim {scores['ssim']:.4f} (blurry {baseline['ssim']:.4f})"
-        )
+        epoch = f"epoch {run.step // steps_per_epoch}: train mse {train['train/mse']:.5f}"
+        run.say(f"{epoch} psnr {train['train/psnr']:.2f}, {line(train, scores, baseline)}")
 
     # The best weights in half precision, for infer.py and for sharing
     weights = settings.output_dir / "srn_deblur.safetensors"
     if fabric.is_global_zero:
         export(run.best_checkpoint, weights)
     run.finish(f"python infer.py srn --checkpoint_path {weights} --input FOLDER --output_dir restored")
-
-
-def demo_settings(settings: Settings) -> Settings:
-    """The demonstration's settings, except where the user gave others."""
-    untouched = [name for name in DEMO if getattr(settings, name) == getattr(Settings(), name)]
-    return replace(settings, **{name: DEMO[name] for name in untouched})
 
 
 if __name__ == "__main__":

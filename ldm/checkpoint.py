@@ -138,11 +138,18 @@ def write_half(path: str | Path, weights: dict[str, torch.Tensor], settings: dic
 
 def fill(network: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> nn.Module:
     """`network` with these weights, which come from `path`. Raises ValueError if they do not fit."""
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        kind = type(network).__name__
-        raise ValueError(f"{path} does not fit {kind}: {' '.join(str(error).split())}") from error
+    own = network.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} does not belong" for name in weights if name not in own]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)}, not {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 3} more like these" if len(wrong) > 3 else ""
+        raise ValueError(f"{path} does not fit {type(network).__name__}: {', '.join(wrong[:3])}{more}")
+    network.load_state_dict(weights)
     return network
 
 

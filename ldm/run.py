@@ -46,6 +46,15 @@ def start_fabric(devices: int = 1, num_nodes: int = 1, precision: str = "32", se
     return fabric
 
 
+def average_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
+    """Every gradient that `optimizer` is about to use becomes its mean over the processes, as DDP does."""
+    if fabric.world_size == 1:
+        return
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if parameter.grad is not None:
+            parameter.grad = fabric.all_reduce(parameter.grad)
+
+
 class Run:
     """A training run in `output_dir`, resumed at its last checkpoint if there is one.
 

@@ -1,9 +1,15 @@
 """Images of any size through networks that want multiples, in bounded memory: padding and blended tiles."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch.nn import functional as F
+
+from ldm.data.image import to_tensor, to_uint8
+
+HALF = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -52,3 +58,27 @@ def restore_tiled(
         total[here] += restored.to(total) * window
         weights[here[1:]] += window
     return total / weights
+
+
+@torch.no_grad()
+def restore_picture(
+    image: np.ndarray,
+    restore: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+    precision: str = "32",
+    tile: int = 0,
+    overlap: int = 64,
+) -> np.ndarray:
+    """A uint8 picture (h, w, 3) through `restore`: (1, 3, h, w) in [-1, 1] on `device` -> the same.
+
+    With `tile` above 0 the picture goes through in squares of that size, blended over `overlap` pixels, in
+    memory that its size no longer counts for.
+    """
+    dtype = HALF[precision]
+
+    def run(part: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            return restore(part.to(device)).float()
+
+    whole = to_tensor(image)[None]  # (1, 3, h, w)
+    return to_uint8((restore_tiled(whole, run, tile, overlap) if tile else run(whole))[0])

@@ -148,3 +148,13 @@ def report(scores: dict[str, float], blurry: dict[str, float]) -> dict[str, floa
     return values | {
         f"gain/{name}": scores[name] - blurry[name] for name in scores if name.startswith("psnr")
     }
+
+
+def line(values: dict[str, float], scores: dict[str, float], blurry: dict[str, float]) -> str:
+    """One evaluation for the reader: the rate, the scores beside those of the blurry pictures, spectra."""
+    text = f"{values['train/images/s']:.1f} images/s"
+    for name, form in (("psnr", ".2f"), ("ssim", ".4f"), ("rgb_shift", ".2f")):
+        text += f", eval {name.replace('_', ' ')}: {scores[name]:{form}} (blurry {blurry[name]:{form}})"
+    if "spectrum/generated" in values:
+        text += f", spectrum: {values['spectrum/generated']:.3f} (sharp {values['spectrum/sharp']:.3f})"
+    return text

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import train_srn
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
+from ldm.settings import with_defaults
 from tests.fill import draw, fill, relative_error
 from train_srn import Settings, SRNDeblurNet, load_network, main, pyramid, restore, scale_losses
 
@@ -225,7 +226,7 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 
 
 def test_the_demo_is_small_and_flags_still_count():
-    chosen = train_srn.demo_settings(Settings(demo=True, width=4))
+    chosen = with_defaults(Settings(demo=True, width=4), train_srn.DEMO)
     assert (chosen.width, chosen.residual, chosen.dead_leaves) == (4, True, train_srn.DEMO["dead_leaves"])
 
 
@@ -236,7 +237,7 @@ def test_files_with_module_in_their_keys_load(network, tmp_path):
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in network.state_dict().items())
     del weights["module.convlstm.conv.bias"]
     checkpoint.write_weights(tmp_path / "torn.pth", weights)
-    with pytest.raises(ValueError, match="torn.pth does not fit SRN-DeblurNet: .*convlstm.conv.bias"):
+    with pytest.raises(ValueError, match="torn.pth does not fit SRNDeblurNet: convlstm.conv.bias is missing"):
         load_network(tmp_path / "torn.pth")
 
 

@@ -1,4 +1,7 @@
-"""What GANs for restoration take for granted: the networks of SRGAN and DeblurGAN, and the image pool."""
+"""What GANs for restoration take for granted: networks of SRGAN and DeblurGAN, image pool, small change."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -109,3 +112,32 @@ class ImagePool:
 
     def load_state_dict(self, state: dict) -> None:
         self.images = list(state["images"])
+
+
+def initialise(network: nn.Module, std: float = 0.01) -> nn.Module:
+    """Weights from a normal distribution of this deviation (0.01 in the paper), biases 0."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
+    return network
+
+
+def judge(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (b,) of real and fake pictures in one batch: apart, BatchNorm would hide how they differ."""
+    real_scores, fake_scores = discriminator(torch.cat([real, fake.to(real)])).chunk(2)
+    return real_scores, fake_scores
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Gradients pass through the network and leave none in it."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
+def least_squares(scores: Tensor, label: float) -> Tensor:
+    return (scores - label).square().mean()  # Mao et al. 2017
