@@ -126,6 +126,12 @@ class Snapshots(Callback):
     def __init__(self, folder: Path, save_steps: int):
         self.folder, self.save_steps, self.step = folder, save_steps, 0
 
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.keep(trainer)  # a run that was killed between a checkpoint and its snapshot
+
+    def on_fit_end(self, trainer, pl_module) -> None:
+        self.keep(trainer)  # the same of the last step, after which no training starts
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.keep(trainer)
 
