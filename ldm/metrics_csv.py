@@ -35,11 +35,17 @@ class MetricsCsv:
         write_atomically(self.path, lambda temporary: temporary.write_text(text.getvalue()))
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add a row, which holds a step; a metric that is new becomes a new column."""
+        """Add a row, which holds a step; a metric that is new becomes a new column.
+
+        Raises OSError that names the file.
+        """
         new = [name for name in row if name not in self.columns]
         if new:
             rows = self._rows()
             self.columns += new
             return self._rewrite([*rows, row])
-        with open(self.path, "a") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        try:
+            with open(self.path, "a") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error  # a full disk names no file

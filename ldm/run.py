@@ -212,7 +212,8 @@ class Run:
         state |= {"step": self.step, "best": self.best, "settings": self.settings}
         state["processes"] = self.gather(own)
         if self.fabric.is_global_zero:
-            for path in [self.last_checkpoint] + [self.best_checkpoint] * is_best:
+            # the best first: a run killed between the two comes to this step again
+            for path in [self.best_checkpoint] * is_best + [self.last_checkpoint]:
                 checkpoint.save(path, state)
         self.fabric.barrier()
 

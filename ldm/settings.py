@@ -1,7 +1,9 @@
 """The settings block of a script: read from the command line, checked, kept in checkpoints."""
 
+import errno
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +13,9 @@ import tyro
 
 # Types of settings that go by more than one name.
 Devices = Annotated[int, tyro.conf.arg(aliases=["--gpus"])]
+MaxSteps = Annotated[int, tyro.conf.arg(aliases=["--max_train_steps"])]
+BatchSize = Annotated[int, tyro.conf.arg(aliases=["--train_batch_size"])]
+Accumulate = Annotated[int, tyro.conf.arg(aliases=["--accumulate", "--gradient_accumulation_steps"])]
 Precision = Literal["32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed"]
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -22,6 +27,8 @@ def run_main(main: Callable[[Any], None], settings: type | dict[str, type]) -> N
     traceback is shown instead of the line.
     """
     read = tyro.extras.subcommand_cli_from_dict if isinstance(settings, dict) else tyro.cli
+    if not os.environ.get("TRACEBACK"):
+        threading.excepthook = _report_once
     try:
         main(read(settings, use_underscores=True))
     except KeyboardInterrupt:
@@ -32,8 +39,16 @@ def run_main(main: Callable[[Any], None], settings: type | dict[str, type]) -> N
         lines = [line for line in str(error).splitlines() if line.strip()]
         # a DataLoader hands on what its worker raised as a whole traceback
         in_worker = any("Original Traceback" in line for line in lines)
-        print(f"error: {lines[-1] if in_worker else ' '.join(lines)}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        hint = ": make space there, then run the same command again" if full else ""
+        print(f"error: {lines[-1] if in_worker else ' '.join(lines)}{hint}", file=sys.stderr)
         sys.exit(1)
+
+
+def _report_once(problem: threading.ExceptHookArgs) -> None:
+    """A thread's OSError is TensorBoard's, which raises it again in the main thread: not shown twice."""
+    if not isinstance(problem.exc_value, OSError):
+        threading.__excepthook__(problem)
 
 
 def with_defaults(settings: Any, values: Mapping[str, Any]) -> Any:

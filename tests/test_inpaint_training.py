@@ -12,6 +12,7 @@ import torch
 
 import tool_make_mask
 import tutorial_train_inpaint
+from cldm import callbacks
 from cldm.inpaint import InpaintControlNet
 from cldm.model import create_model, open_control_model
 from ldm import checkpoint
@@ -68,6 +69,22 @@ def last(settings: Settings) -> dict:
 
 def rows(settings: Settings) -> list[dict]:
     return list(csv.DictReader((Path(settings.output_dir) / "logs" / "metrics.csv").open()))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_run_killed_between_checkpoint_and_snapshot_makes_it_later(settings, monkeypatch, step):
+    def killed(run, target):
+        if target.name == f"checkpoint-{step}":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(callbacks, "keep_model", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main(settings)
+    assert last(settings)["global_step"] == step
+    monkeypatch.undo()
+    main(settings)
+    path = Path(settings.output_dir) / f"checkpoint-{step}" / "model.ckpt"
+    assert checkpoint.load(path)["global_step"] == step
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(settings, place, tmp_path):

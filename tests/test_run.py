@@ -1,6 +1,8 @@
 import csv
+import errno
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,6 +103,23 @@ def test_best_is_kept_and_a_finished_run_trains_no_more(tmp_path, capsys):
     train(tmp_path)
     assert same(checkpoint.load(tmp_path / "checkpoints/last.ckpt"), before)
     assert "next: python infer.py" in capsys.readouterr().out
+
+
+def test_a_run_killed_between_its_two_files_still_keeps_the_best(tmp_path, monkeypatch):
+    save, written = checkpoint.save, []
+
+    def killed(path, content):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        save(path, content)
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    monkeypatch.undo()
+    train(tmp_path)
+    assert checkpoint.load(tmp_path / "checkpoints/best.ckpt")["step"] == 4
 
 
 def test_nan_names_step_and_files_and_keeps_the_checkpoint(tmp_path):
@@ -214,6 +233,29 @@ def test_a_mistake_is_one_line_and_exit_code_1(monkeypatch, capsys):
         run_main(main, Settings)
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: no such file: here\n"
+
+
+def test_a_full_disk_is_one_line_with_the_file_or_a_hint(monkeypatch, capsys, tmp_path):
+    def main(settings):
+        thread = threading.Thread(target=tensorboard_writes)
+        thread.start()
+        thread.join()
+        tensorboard_writes()
+
+    def tensorboard_writes():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit):
+        run_main(main, Settings)
+    said = "error: [Errno 28] No space left on device: make space there, then run the same command again\n"
+    assert capsys.readouterr().err == said
+    table = MetricsCsv(tmp_path / "metrics.csv", 0)
+    table.append({"step": 1})
+    table.path = Path("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        table.append({"step": 2})
 
 
 def test_an_error_in_a_loader_worker_is_one_line_too(monkeypatch, capsys, tmp_path):
