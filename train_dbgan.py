@@ -41,7 +41,17 @@ from ldm.modules.gan import (
 )
 from ldm.modules.perceptual import FILE, PerceptualLoss
 from ldm.run import Run, average_gradients, read_trained, start_fabric
-from ldm.settings import check_counts, plain, run_main, with_defaults
+from ldm.settings import (
+    Accumulate,
+    BatchSize,
+    Devices,
+    MaxSteps,
+    Precision,
+    check_counts,
+    plain,
+    run_main,
+    with_defaults,
+)
 from ldm.tiling import pad_to_multiple, restore_picture
 from ldm.validation import HeldOut, Spectra, line, report
 
@@ -90,18 +100,19 @@ class Settings:
     blur_epochs: int = 20
     pretrain_epochs: int = 20  # of `deblur`, on the content loss alone
     epochs: int = 20  # adversarial ones, of `deblur` and of `paired`
-    batch_size: int = 4
-    accumulate: int = 4  # batches whose gradients make one step
+    max_steps: MaxSteps = -1  # optimizer steps of every phase; above 0 it replaces the epochs
+    batch_size: BatchSize = 4  # of all devices together
+    accumulate_grad_batches: Accumulate = 4  # batches to one optimizer step
     learning_rate: float = 1e-4  # at the start, by a cosine down to
     last_learning_rate: float = 1e-6
     pool_size: int = 50  # earlier pictures that the discriminators of `blur` see again; 0 = none
     ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used
     seed: int = 0
 
-    precision: Literal["32", "16", "bf16"] = "32"
+    precision: Precision = "32"
     channels_last: bool = False
     compile: bool = False  # torch.compile: minutes at the start, faster steps
-    devices: int = 1  # GPUs (CPU processes) per machine
+    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
     num_workers: int = 8  # processes that prepare images
     log_epoch: int = 1  # evaluate and save every so many epochs
@@ -127,7 +138,7 @@ DEMO = {
     "blur_epochs": 6,
     "pretrain_epochs": 6,
     "epochs": 4,
-    "accumulate": 1,
+    "accumulate_grad_batches": 1,
     "learning_rate": 1e-3,
     "ema_decay": 0.99,
     "channels_last": True,
@@ -386,18 +397,18 @@ def train_step(
     fabric: Fabric,
     optimizer: torch.optim.Optimizer,
     batch: dict,
-    accumulate: int,
+    parts: int,
     losses: Callable[[Tensor, Tensor], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """One step of all networks on the mean gradient of `accumulate` parts of a batch; the mean losses."""
+    """One step of all networks on the mean gradient of `parts` equal parts of a batch; the mean losses."""
     optimizer.zero_grad()
     sums: dict[str, Tensor] = {}
-    parts = (to_unit(batch[name]).chunk(accumulate) for name in ("blurry", "sharp"))
-    for blurry, sharp in zip(*parts, strict=True):
+    pieces = (to_unit(batch[name]).chunk(parts) for name in ("blurry", "sharp"))
+    for blurry, sharp in zip(*pieces, strict=True):
         with fabric.autocast():
             found = losses(blurry, sharp)
-        fabric.backward(sum(found.values()) / accumulate)
-        sums = {name: sums.get(name, 0) + value.detach() / accumulate for name, value in found.items()}
+        fabric.backward(sum(found.values()) / parts)
+        sums = {name: sums.get(name, 0) + value.detach() / parts for name, value in found.items()}
     average_gradients(fabric, optimizer)  # DDP's wrapper cannot run a network twice in a step
     optimizer.step()
     return sums
@@ -436,7 +447,8 @@ def make_data(settings: Settings, stage: str) -> tuple[Dataset, HeldOut]:
 
 def check(settings: Settings) -> None:
     """Raise ValueError for numbers that cannot be."""
-    check_counts(settings, "blur_epochs epochs batch_size accumulate log_epoch width blocks blur_blocks")
+    check_counts(settings, "blur_epochs epochs batch_size accumulate_grad_batches log_epoch")
+    check_counts(settings, "width blocks blur_blocks discriminator_width")
     if settings.crop_size < 16 or settings.crop_size % 16:
         raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
     processes = settings.devices * settings.num_nodes
@@ -535,10 +547,12 @@ def train(
     ema = EMA(generators, settings.ema_decay)
 
     # Phases: their losses and their steps
-    batch_size = settings.batch_size * settings.accumulate
+    batch_size = settings.batch_size * settings.accumulate_grad_batches
     steps_per_epoch = max(1, round(len(dataset) / batch_size))
     epochs = {"blur": [settings.blur_epochs], "deblur": [settings.pretrain_epochs, settings.epochs]}
     phases = [steps_per_epoch * count for count in epochs.get(stage, [settings.epochs])]
+    if settings.max_steps > 0:
+        phases = [settings.max_steps for count in phases if count]
     steps, last = sum(phases), settings.last_learning_rate / settings.learning_rate
     schedule = partial(learning_rate_factor, phases=phases, last=last)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -561,9 +575,8 @@ def train(
     loader = run.loader(dataset, batch_size, steps, settings.seed, settings.num_workers)
     for batch in run.batches(loader, steps):
         losses = STAGES[stage][2][0 if run.step < phases[0] else -1]
-        metrics = train_step(
-            fabric, fabric_optimizer, batch, settings.accumulate, partial(losses, players, settings)
-        )
+        losses = partial(losses, players, settings)
+        metrics = train_step(fabric, fabric_optimizer, batch, settings.accumulate_grad_batches, losses)
         scheduler.step()
         ema.update(generators)
         run.advance(metrics, batch["path"])

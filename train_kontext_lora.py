@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import cv2
 import numpy as np
 import torch
+import tyro
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,7 +48,7 @@ from ldm.modules.flux import Flux, predict_velocity, shift_timesteps
 from ldm.modules.lora import load_lora, make_lora, merge, save_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.run import Run, average_gradients, start_fabric
-from ldm.settings import check_counts, run_main, with_defaults
+from ldm.settings import Accumulate, BatchSize, Devices, MaxSteps, check_counts, run_main, with_defaults
 
 # ---- settings: edit here, or override on the command line -------------------------------------------------
 
@@ -84,9 +85,9 @@ class Settings:
     )
     resume_lora: Path | None = None  # start from this LoRA file
 
-    train_batch_size: int = 4  # pictures at once on each device
-    gradient_accumulation_steps: int = 4
-    max_train_steps: int = 3000
+    batch_size: BatchSize = 4  # of each device
+    accumulate_grad_batches: Accumulate = 4  # batches to one optimizer step
+    max_steps: MaxSteps = 3000  # optimizer steps
     learning_rate: float = 1e-4
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 0
@@ -107,10 +108,12 @@ class Settings:
     gradient_checkpointing: bool = True
     compile: bool = False  # torch.compile of the blocks: minutes at the start, faster steps
     shard_base: bool = False  # split the frozen network over the devices (FSDP) instead of copying it
-    devices: int = 1  # GPUs (CPU processes)
+    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
+    num_nodes: int = 1  # machines
     num_workers: int = 4  # processes that prepare pictures
 
-    save_every: int = 500  # steps to a preview, a checkpoint and a lora_STEP.safetensors
+    # steps to a preview, a checkpoint and a lora_STEP.safetensors
+    save_steps: Annotated[int, tyro.conf.arg(aliases=["--save_every"])] = 500
     lora_dtype: Literal["fp32", "bf16"] = "bf16"  # of these files
     preview_images: int = 4
     preview_steps: int = 20
@@ -121,15 +124,15 @@ DEMO = {
     "output_dir": Path("outputs/kontext_demo"),
     "resolution": 64,
     "lora_targets": "all",
-    "train_batch_size": 4,
-    "gradient_accumulation_steps": 1,
+    "batch_size": 4,
+    "accumulate_grad_batches": 1,
     "gradient_checkpointing": False,
-    "max_train_steps": 300,
+    "max_steps": 300,
     "learning_rate": 3e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 10,
     "num_workers": 1,
-    "save_every": 150,
+    "save_steps": 150,
     "preview_steps": 4,
 }
 # What may differ when a run is resumed: it changes speed or reports, not the weights (beyond rounding).
@@ -138,7 +141,7 @@ MAY_CHANGE = {
     "compile",
     "gradient_checkpointing",
     "shard_base",
-    "save_every",
+    "save_steps",
     "lora_dtype",
     "examples_only",
     "validation_root",
@@ -219,7 +222,7 @@ def encode(autoencoder: FluxAutoencoder, images: Tensor, indices: Tensor, cache:
 
 def learning_rate_factor(step: int, settings: Settings) -> float:
     """What the learning rate is multiplied by in step 0, 1, 2, ..."""
-    warmup, steps = settings.lr_warmup_steps, settings.max_train_steps
+    warmup, steps = settings.lr_warmup_steps, settings.max_steps
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -275,11 +278,12 @@ def make_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
 
 def check(settings: Settings) -> None:
     """Raise ValueError for a value that would fail only later."""
-    counts = "rank train_batch_size gradient_accumulation_steps max_train_steps save_every perceptual_every"
+    counts = "rank batch_size accumulate_grad_batches max_steps save_steps perceptual_every"
     check_counts(settings, f"{counts} preview_images preview_steps")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"dropout must lie in 0 ... 1, not {settings.dropout}")
-    if settings.shard_base and (settings.devices < 2 or settings.base_precision == "fp8"):
+    processes = settings.devices * settings.num_nodes
+    if settings.shard_base and (processes < 2 or settings.base_precision == "fp8"):
         raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
     if settings.perceptual_crop < 16 or settings.perceptual_crop % 8:
         raise ValueError(f"perceptual_crop must be 16, 24, 32, ..., not {settings.perceptual_crop}")
@@ -309,10 +313,10 @@ def train_step(
     caches: tuple[dict | None, dict | None],
     settings: Settings,
 ) -> dict[str, Tensor]:
-    """Gradients of one step's pictures, `train_batch_size` at a time; the mean losses."""
+    """Gradients of one step's pictures, `batch_size` at a time; the mean losses."""
     batch = batch | {name: batch[name].cpu() for name in ("seed", "index")}
     losses = []
-    for rows in torch.arange(len(batch["seed"])).split(settings.train_batch_size):
+    for rows in torch.arange(len(batch["seed"])).split(settings.batch_size):
         part = {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
         share = len(rows) / len(batch["seed"])
         target = encode(autoencoder, part["target"], part["index"], caches[0])
@@ -371,7 +375,7 @@ def main(settings: Settings) -> None:
     check(settings)
 
     # Seed and devices
-    fabric = start_fabric(settings.devices, seed=settings.seed)
+    fabric = start_fabric(settings.devices, settings.num_nodes, seed=settings.seed)
     (settings.output_dir / "images").mkdir(parents=True, exist_ok=True)
 
     # Data
@@ -400,8 +404,8 @@ def main(settings: Settings) -> None:
     run.say(f"{len(dataset)} pictures an epoch; {count / 1e6:.2f} M LoRA parameters on {len(adapter)} layers")
 
     # Loop
-    steps = settings.max_train_steps
-    batch_size = settings.train_batch_size * settings.gradient_accumulation_steps * fabric.world_size
+    steps = settings.max_steps
+    batch_size = settings.batch_size * settings.accumulate_grad_batches * fabric.world_size
     loader = run.loader(dataset, batch_size, steps, settings.seed, settings.num_workers)
     tokens = batch_size * (prompt["t5"].shape[1] + 2 * (settings.resolution // 16) ** 2)  # of one step
     caches = tuple({} if fixed else None for fixed in (dataset.fixed_targets, dataset.fixed_controls))
@@ -415,7 +419,7 @@ def main(settings: Settings) -> None:
         ema.update(adapter)
         seconds, start = time.perf_counter() - start, time.perf_counter()
         run.advance({**metrics, "tokens/s": tokens / seconds, **peak_memory(fabric.device)}, batch["name"])
-        if run.step % settings.save_every and run.step != steps:
+        if run.step % settings.save_steps and run.step != steps:
             continue
 
         # Preview, log and save the averaged LoRA

@@ -29,7 +29,7 @@ from ldm.data.paired import BlurDataset, ImageFiles, Pair, PairedDataset, find_p
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.run import Run, read_trained, start_fabric
-from ldm.settings import check_counts, plain, run_main, with_defaults
+from ldm.settings import BatchSize, Devices, MaxSteps, Precision, check_counts, plain, run_main, with_defaults
 from ldm.tiling import pad_to_multiple, restore_picture
 from ldm.validation import HeldOut, line, report, sharp_pairs
 
@@ -62,7 +62,8 @@ class Settings:
     residual: bool = False  # predict the difference to the blurry image
 
     epochs: int = 2000
-    batch_size: int = 16  # of all devices together
+    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces epochs
+    batch_size: BatchSize = 16  # of all devices together
     optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum 0.9, nesterov
     learning_rate: float = 1e-4
     schedule: Literal["step", "power"] = "step"  # 0.3^(epoch // 500), or the authors' (1 - t/T)^0.3
@@ -70,10 +71,10 @@ class Settings:
     ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used
     seed: int = 0
 
-    precision: Literal["32", "16", "bf16"] = "32"
+    precision: Precision = "32"
     channels_last: bool = False
     compile: bool = False  # torch.compile: minutes at the start, faster steps
-    devices: int = 1  # GPUs (CPU processes) per machine
+    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
     num_workers: int = 8  # processes that prepare images
     log_epoch: int = 10  # evaluate and save every so many epochs
@@ -311,10 +312,10 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimi
     return torch.optim.Adam(network.parameters(), settings.learning_rate, fused=fused)
 
 
-def learning_rate_factor(step: int, steps_per_epoch: int, settings: Settings) -> float:
-    """What the learning rate is multiplied by after `step` steps."""
+def learning_rate_factor(step: int, steps_per_epoch: int, steps: int, settings: Settings) -> float:
+    """What the learning rate is multiplied by after `step` of `steps` steps."""
     if settings.schedule == "power":
-        return max(0.0, 1 - step / (settings.epochs * steps_per_epoch)) ** 0.3
+        return max(0.0, 1 - step / steps) ** 0.3
     return 0.3 ** (step // steps_per_epoch // 500)
 
 
@@ -384,7 +385,7 @@ def main(settings: Settings) -> None:
     # Data
     dataset, held_out = make_data(settings)
     steps_per_epoch = max(1, round(len(dataset) / settings.batch_size))
-    steps = settings.epochs * steps_per_epoch
+    steps = settings.max_steps if settings.max_steps > 0 else settings.epochs * steps_per_epoch
 
     # Network, optimizer, average
     network = SRNDeblurNet(settings.width, settings.coarsest, settings.detach, settings.residual)
@@ -394,7 +395,7 @@ def main(settings: Settings) -> None:
         network.compile()
     optimizer = make_optimizer(network.to(fabric.device), settings)
     trained, fabric_optimizer = fabric.setup(network, optimizer)
-    schedule = partial(learning_rate_factor, steps_per_epoch=steps_per_epoch, settings=settings)
+    schedule = partial(learning_rate_factor, steps_per_epoch=steps_per_epoch, steps=steps, settings=settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     ema = EMA(network, settings.ema_decay)
 

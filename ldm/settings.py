@@ -40,7 +40,7 @@ def run_main(main: Callable[[Any], None], settings: type | dict[str, type]) -> N
         # a DataLoader hands on what its worker raised as a whole traceback
         in_worker = any("Original Traceback" in line for line in lines)
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        hint = ": make space there, then run the same command again" if full else ""
+        hint = ": make space for the output, then run the same command again" if full else ""
         print(f"error: {lines[-1] if in_worker else ' '.join(lines)}{hint}", file=sys.stderr)
         sys.exit(1)
 

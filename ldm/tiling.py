@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ldm.data.image import to_tensor, to_uint8
-
-HALF = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}
+from ldm.util import half_dtype
 
 
 def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -74,7 +73,7 @@ def restore_picture(
     With `tile` above 0 the picture goes through in squares of that size, blended over `overlap` pixels, in
     memory that its size no longer counts for.
     """
-    dtype = HALF[precision]
+    dtype = half_dtype(precision)
 
     def run(part: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype) if dtype else nullcontext():

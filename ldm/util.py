@@ -1,8 +1,10 @@
-"""Building objects from yaml: `target` names a class, `params` its arguments."""
+"""Building objects from yaml (`target` names a class, `params` its arguments), and types from their names."""
 
 import importlib
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 
 def get_obj_from_str(string: str) -> Any:
@@ -25,3 +27,8 @@ def instantiate_from_config(config: Mapping) -> Any:
     if "target" not in config:
         raise ValueError(f"a configuration needs a `target`, this one has only {sorted(map(str, config))}")
     return get_obj_from_str(config["target"])(**(config.get("params") or {}))
+
+
+def half_dtype(precision: str) -> torch.dtype | None:
+    """The 16-bit type that a precision (16, bf16, 32, or Lightning's names) computes in, None for 32."""
+    return {"16": torch.float16, "bf16": torch.bfloat16, "32": None}[precision.split("-")[0]]

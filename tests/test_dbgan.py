@@ -54,7 +54,7 @@ TINY = {
     "pretrain_epochs": 1,
     "epochs": 1,
     "batch_size": 2,
-    "accumulate": 2,
+    "accumulate_grad_batches": 2,
     "pool_size": 3,
     "learning_rate": 1e-3,
     "num_workers": 0,
@@ -374,6 +374,12 @@ def test_all_is_blur_and_deblur(data, capsys):
         assert torch.allclose(value, average[f"deblur.{name}"], atol=1e-3, rtol=1e-3)
 
 
+def test_max_steps_replaces_the_epochs_of_every_phase(data):
+    main(settings(data, "deblur", generated_fraction=0.0, max_steps=3, epochs=50))
+    state = checkpoint.load(data / "run" / "deblur" / "checkpoints" / "last.ckpt")
+    assert state["step"] == 3 + 3
+
+
 @pytest.mark.parametrize(
     "extra", [{}, {"generator": "srresnet"}, {"generator": "deblurgan", "sampling": True}]
 )
@@ -464,7 +470,7 @@ def test_kill_9_while_it_saves(data):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     folder = data / "run" / "blur" / "checkpoints"
-    while process.poll() is None and not (folder / "best.ckpt").is_file():
+    while process.poll() is None and not (folder / "last.ckpt").is_file():
         time.sleep(0.01)
     while process.poll() is None and not [*folder.glob(".*.tmp")]:  # a checkpoint is being written
         pass
@@ -497,7 +503,7 @@ def test_nan_stops_the_run(data, monkeypatch):
         ("blur", {"batch_size": 6, "val_data": "data"}, "5 images for `blur` are fewer than a batch of 6"),
         ("all", {"crop_size": 24}, "crop_size must be a multiple of 16, not 24"),
         ("all", {"devices": 4}, "batch_size 2 cannot be shared by 4 processes"),
-        ("all", {"accumulate": 0}, "accumulate must be at least 1"),
+        ("all", {"accumulate_grad_batches": 0}, "accumulate_grad_batches must be at least 1"),
         ("all", {"generated_fraction": 1.5}, "generated_fraction must lie in"),
         ("all", {"last_learning_rate": 1.0}, "last_learning_rate"),
     ],

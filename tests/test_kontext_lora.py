@@ -49,11 +49,11 @@ def make_settings(folder: Path, output_dir: Path, **values) -> Settings:
         instance_prompt="restore",
         resolution=32,
         rank=4,
-        train_batch_size=2,
-        gradient_accumulation_steps=1,
-        max_train_steps=4,
+        batch_size=2,
+        accumulate_grad_batches=1,
+        max_steps=4,
         learning_rate=3e-3,
-        save_every=4,
+        save_steps=4,
         preview_images=1,
         preview_steps=1,
         num_workers=0,
@@ -75,8 +75,8 @@ def distance(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) 
 
 
 def test_a_killed_run_resumes_exactly(folder, tmp_path):
-    main(make_settings(folder, tmp_path / "whole", save_every=2))
-    broken = make_settings(folder, tmp_path / "broken", save_every=2)
+    main(make_settings(folder, tmp_path / "whole", save_steps=2))
+    broken = make_settings(folder, tmp_path / "broken", save_steps=2)
     steps = script.Run.advance
 
     def killed(run, *arguments):
@@ -103,16 +103,16 @@ def test_a_killed_run_resumes_exactly(folder, tmp_path):
 
 
 def test_accumulated_steps_equal_one_large_batch(folder, tmp_path):
-    common = {"dropout": 0.0, "max_train_steps": 2}
-    main(make_settings(folder, tmp_path / "a", train_batch_size=4, **common))
-    main(make_settings(folder, tmp_path / "b", train_batch_size=1, gradient_accumulation_steps=4, **common))
+    common = {"dropout": 0.0, "max_steps": 2}
+    main(make_settings(folder, tmp_path / "a", batch_size=4, **common))
+    main(make_settings(folder, tmp_path / "b", batch_size=1, accumulate_grad_batches=4, **common))
     assert distance(trained(tmp_path / "a"), trained(tmp_path / "b")) < 1e-3
 
 
 def test_two_processes_with_a_sharded_base_equal_one(folder, tmp_path):
-    common = {"dropout": 0.0, "max_train_steps": 2}
-    main(make_settings(folder, tmp_path / "one", train_batch_size=2, **common))
-    settings = make_settings(folder, tmp_path / "two", train_batch_size=1, devices=2, **common)
+    common = {"dropout": 0.0, "max_steps": 2}
+    main(make_settings(folder, tmp_path / "one", batch_size=2, **common))
+    settings = make_settings(folder, tmp_path / "two", batch_size=1, devices=2, **common)
     values = {name: value for name, value in vars(settings).items() if not isinstance(value, bool)}
     flags = [f"--{name}={value}" for name, value in values.items() if value != getattr(Settings(), name)]
     subprocess.run([sys.executable, "train_kontext_lora.py", "--shard_base", *flags], check=True)
@@ -181,7 +181,7 @@ def test_weights_of_the_noise_levels():
 
 
 def test_learning_rates():
-    settings = Settings(max_train_steps=110, lr_warmup_steps=10)
+    settings = Settings(max_steps=110, lr_warmup_steps=10)
     rates = {
         name: [
             learning_rate_factor(step, replace(settings, lr_scheduler=name))
@@ -321,7 +321,7 @@ def test_restorer_needs_a_prompt(folder, tmp_path):
 
 
 def test_metadata_says_how_it_was_made(folder, tmp_path):
-    main(make_settings(folder, tmp_path, lora_targets="attn", max_train_steps=1, lora_dtype="fp32"))
+    main(make_settings(folder, tmp_path, lora_targets="attn", max_steps=1, lora_dtype="fp32"))
     _, metadata = load_lora(load_flux(folder / "model" / TRANSFORMER), tmp_path / "lora.safetensors")
     assert metadata == {
         "base": "FLUX.1-Kontext-dev",
@@ -335,10 +335,10 @@ def test_metadata_says_how_it_was_made(folder, tmp_path):
 
 
 def test_training_goes_on_from_a_lora_and_on_8_bit_weights(folder, tmp_path):
-    main(make_settings(folder, tmp_path / "first", lora_dtype="fp32", max_train_steps=1))
+    main(make_settings(folder, tmp_path / "first", lora_dtype="fp32", max_steps=1))
     lora = tmp_path / "first" / "lora.safetensors"
     more = {"resume_lora": lora, "base_precision": "fp8", "learning_rate": 0.0, "weight_decay": 0.0}
-    main(make_settings(folder, tmp_path / "second", **more, max_train_steps=1, lora_dtype="fp32"))
+    main(make_settings(folder, tmp_path / "second", **more, max_steps=1, lora_dtype="fp32"))
     before, after = (checkpoint.read_weights(tmp_path / n / "lora.safetensors") for n in ("first", "second"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -352,7 +352,7 @@ def test_examples_only(folder, tmp_path):
 def test_demo(tmp_path, capsys):
     main(
         Settings(
-            demo=True, output_dir=tmp_path, max_train_steps=2, resolution=32, num_workers=0, preview_images=1
+            demo=True, output_dir=tmp_path, max_steps=2, resolution=32, num_workers=0, preview_images=1
         )
     )
     printed = capsys.readouterr().out

@@ -117,10 +117,10 @@ def test_loss_is_the_sum_of_the_scales_mean_squares():
 
 
 def test_learning_rates():
-    step, power = Settings(), Settings(schedule="power", epochs=10)
-    rates = [train_srn.learning_rate_factor(n, 7, step) for n in (0, 7 * 500 - 1, 7 * 500, 7 * 1999)]
+    step, power = Settings(), Settings(schedule="power")
+    rates = [train_srn.learning_rate_factor(n, 7, 14000, step) for n in (0, 7 * 500 - 1, 7 * 500, 7 * 1999)]
     assert rates == pytest.approx([1, 1, 0.3, 0.3**3])
-    rates = [train_srn.learning_rate_factor(n, 10, power) for n in (0, 50, 100)]
+    rates = [train_srn.learning_rate_factor(n, 10, 100, power) for n in (0, 50, 100)]
     assert rates == pytest.approx([1, 0.5**0.3, 0])
 
 
@@ -223,6 +223,13 @@ def test_a_killed_run_resumes_exactly(tmp_path):
                 [{k: v for k, v in row.items() if k != "train/images/s"} for row in csv.DictReader(file)]
             )
     assert rows[0] == rows[1] and len(rows[0]) == 12
+
+
+def test_max_steps_replaces_epochs(tmp_path, capsys):
+    chosen = {"dead_leaves": 8, "width": 2, "crop_size": 16, "val_images": 2, "val_crop": 32, "batch_size": 2}
+    main(Settings(output_dir=tmp_path, max_steps=3, num_workers=0, schedule="power", **chosen))
+    state = checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")
+    assert state["step"] == 3 and state["scheduler"]["_last_lr"] == [0.0]
 
 
 def test_the_demo_is_small_and_flags_still_count():
