@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+FULL = 2**20  # bytes: a disk with less space is called full
 # Classes that Stable Diffusion's own .ckpt files mention: read as empty shells, never run.
 _SHELLS = [
     (type("Shell", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
@@ -40,7 +42,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
-        raise OSError(f"cannot save {path} (what was there before is intact): {error}") from error
+        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < FULL  # torch does not say so
+        reason = "the disk is full" if full else error
+        raise OSError(f"cannot save {path} (what was there before is intact): {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,17 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, name):
     assert f"cannot save {tmp_path / name} (what was there before is intact)" in run.stdout, run.stderr
     assert (tmp_path / name).read_bytes() == before
     assert os.listdir(tmp_path) == [name]
+
+
+def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
+    def write(temporary):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 14769920 vs 14769812")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 4096))
+    with pytest.raises(OSError, match=r"a.ckpt \(what was there before is intact\): the disk is full$"):
+        checkpoint.write_atomically(tmp_path / "a.ckpt", write)
+    with pytest.raises(OSError, match=r"cannot save .*unexpected pos"):
+        checkpoint.write_atomically(tmp_path / "no_folder" / "a.ckpt", write)
 
 
 def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
