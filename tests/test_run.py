@@ -249,8 +249,8 @@ def test_a_full_disk_is_one_line_with_the_file_or_a_hint(monkeypatch, capsys, tm
     monkeypatch.setattr(sys, "argv", ["script"])
     with pytest.raises(SystemExit):
         run_main(main, Settings)
-    said = "error: [Errno 28] No space left on device: make space for the output, then run the same command again\n"
-    assert capsys.readouterr().err == said
+    said, hint = "No space left on device", "make space for the output, then run the same command again"
+    assert capsys.readouterr().err == f"error: [Errno 28] {said}: {hint}\n"
     table = MetricsCsv(tmp_path / "metrics.csv", 0)
     table.append({"step": 1})
     table.path = Path("/dev/full")
