@@ -76,7 +76,9 @@ class Settings:
 
     devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
-    strategy: Literal["auto", "ddp"] = "auto"  # several GPUs: DDP
+    strategy: Literal["auto", "ddp", "fsdp"] = (
+        "auto"  # several devices: ddp copies the model, fsdp splits it
+    )
     precision: Precision = "32"  # bf16 or 16: frozen parts are stored so too
     gradient_checkpointing: bool = False  # less memory, a third more time
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay

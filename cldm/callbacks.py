@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
+from cldm.sharding import split_like, whole
 from ldm import checkpoint
 from ldm.modules.ema import EMA
 from ldm.run import check_finite
@@ -70,7 +71,7 @@ class Checkpoints(Callback):
     def save(self, trainer: pl.Trainer, name: str) -> None:
         """Write a checkpoint; raises ValueError, and leaves the old one, if a parameter is not finite."""
         trained = {k: p for k, p in trainer.lightning_module.named_parameters() if p.requires_grad}
-        check_finite(trained, trainer.global_step)
+        check_finite(whole(trained), trainer.global_step)
         trainer.save_checkpoint(self.folder / name)
 
     def on_save_checkpoint(self, trainer, pl_module, content: dict) -> None:
@@ -96,7 +97,8 @@ class AverageWeights(Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         self.ema, self.last_step = EMA(pl_module, self.decay), trainer.global_step
         if self.state:
-            self.ema.load_state_dict(self.state)
+            average = {k: split_like(v, self.state["average"][k]) for k, v in self.ema.average.items()}
+            self.ema.load_state_dict({**self.state, "average": average})
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step > self.last_step:
@@ -114,7 +116,7 @@ class AverageWeights(Callback):
             self.context = None
 
     def on_save_checkpoint(self, trainer, pl_module, content: dict) -> None:
-        content["ema"] = self.ema.state_dict()
+        content["ema"] = whole(self.ema.state_dict())
 
     def on_load_checkpoint(self, trainer, pl_module, content: dict) -> None:
         self.state = content.get("ema")

@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from cldm.sharding import ShardedStrategy
 from ldm.data.image import to_uint8, write_image
 from ldm.metrics_csv import MetricsCsv
 
@@ -48,11 +49,14 @@ class ImageLogger(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
-        if step in (0, self.last_step) or step % self.batch_frequency or not trainer.is_global_zero:
+        if step in (0, self.last_step) or step % self.batch_frequency:
             return
         self.last_step = step
-        with trainer.precision_plugin.val_step_context():
-            self.write(trainer, "train", pl_module.log_images(batch, self.max_images))
+        if trainer.is_global_zero or isinstance(trainer.strategy, ShardedStrategy):  # split: all must compute
+            with trainer.precision_plugin.val_step_context():
+                images = pl_module.log_images(batch, self.max_images)
+            if trainer.is_global_zero:
+                self.write(trainer, "train", images)
 
     def on_validation_end(self, trainer, pl_module) -> None:
         if trainer.is_global_zero and pl_module.validation_images:

@@ -204,7 +204,7 @@ def open_control_model(
         base_path = base_path or content.get("base")
         if base_path is None:
             raise ValueError(f"{path} is a ControlNet alone: give the Stable Diffusion file it belongs to")
-        weights = {**read_weights(base_path), **weights}
+        weights, path = {**read_weights(base_path), **weights}, f"{path} on {base_path}"
     if config_path is not None or config is None:
         config = read_config(config_path or config_for(weights, path))
     if any(".hint_attention." in name for name in weights):

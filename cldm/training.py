@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from cldm.callbacks import AtomicCheckpointIO, AverageWeights, Checkpoints
 from cldm.cldm import ControlLDM
 from cldm.logger import CsvRows, ImageLogger, Progress
+from cldm.sharding import ShardedStrategy, check_sharding
 from ldm import checkpoint
 from ldm.data.stream import SampleStream
 from ldm.settings import check_counts, check_settings, lightning_precision, plain
@@ -65,6 +66,8 @@ def check_start(settings: Any) -> None:
         raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation")
     if settings.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise ValueError("--optimizer adamw8bit needs a package: pip install bitsandbytes")
+    if settings.strategy == "fsdp":
+        check_sharding(settings)
     if not settings.demo and not Path(settings.resume_path).is_file():
         raise FileNotFoundError(
             f"{settings.resume_path} not found: it is Stable Diffusion with a ControlNet added. Get "
@@ -183,8 +186,8 @@ def fit(
         Progress(samples_per_step(settings)),
         *more,
     ]
-    strategy = settings.strategy
-    if settings.only_mid_control and settings.devices * settings.num_nodes > 1:
+    strategy = ShardedStrategy() if settings.strategy == "fsdp" else settings.strategy
+    if settings.only_mid_control and settings.devices * settings.num_nodes > 1 and isinstance(strategy, str):
         strategy = "ddp_find_unused_parameters_true"
     trainer = pl.Trainer(
         accelerator="auto",

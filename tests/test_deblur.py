@@ -29,15 +29,22 @@ CONFIG = "models/cldm_tiny_deblur.yaml"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
+    return make_place(tmp_path_factory.mktemp("deblur"))
+
+
+@pytest.fixture
+def settings(place, tmp_path) -> Settings:
+    return small_settings(place, tmp_path)
+
+
+def make_place(folder: Path) -> Path:
     """A small data set and starting weights."""
-    folder = tmp_path_factory.mktemp("deblur")
     make_dataset(MakeSettings(output_dir=str(folder / "data"), num_samples=8, image_size=64, workers=1))
     checkpoint.write_weights(folder / "start.safetensors", fill(create_model(CONFIG)).state_dict())
     return folder
 
 
-@pytest.fixture
-def settings(place, tmp_path) -> Settings:
+def small_settings(place: Path, folder: Path) -> Settings:
     """Two steps on the small data set, everything switched on that costs little."""
     return Settings(
         data_root=str(place / "data"),
@@ -53,7 +60,7 @@ def settings(place, tmp_path) -> Settings:
         accumulate_grad_batches=2,
         learning_rate=1e-4,
         max_steps=2,
-        output_dir=str(tmp_path / "run"),
+        output_dir=str(folder / "run"),
         logger_freq=2,
         log_steps=1,
         save_steps=1,

@@ -1,0 +1,125 @@
+"""Training on two processes: resumed runs, and weights that are split over the processes (FSDP)."""
+
+import multiprocessing
+import os
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cldm.model import open_control_model
+from cldm.sharding import split_like, whole
+from ldm import checkpoint
+from ldm.data.image import read_image
+from tests.test_deblur import last, make_place, rows, same, small_settings
+from tutorial_train_deblur import Settings, main
+
+
+def run_rank(rank: int, port: int, runs: list[Settings]) -> None:
+    """What torchrun or Slurm would start: one of the processes."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+    os.environ.update(where)
+    for settings in runs:
+        main(settings)
+
+
+def run_on_two(runs: list[Settings]) -> None:
+    """One run after the other, on the same two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = multiprocessing.get_context("spawn").Process
+    processes = [start(target=run_rank, args=(rank, port, runs)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=240)
+    for process in processes:
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> dict[str, Settings]:
+    """Three steps: by one process, by two with copies or parts of the model, and by two after a stop."""
+    folder = tmp_path_factory.mktemp("processes")
+    one = replace(small_settings(make_place(folder), folder), batch_size=4, max_steps=3)
+    one = replace(one, accumulate_grad_batches=1)
+    split = replace(one, batch_size=2, devices=2, strategy="fsdp", output_dir=str(folder / "fsdp"))
+    copies = replace(split, strategy="ddp", val_fraction=0.0, logger_freq=9, output_dir=str(folder / "ddp"))
+    runs = {"fsdp": split, "ddp": copies}
+    again = {f"{name}_resumed": replace(s, output_dir=s.output_dir + "_resumed") for name, s in runs.items()}
+    stopped = [replace(settings, max_steps=1) for settings in again.values()]
+    main(one)
+    run_on_two([*runs.values(), *stopped, *again.values()])
+    return {"one": one, **runs, **again}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_resumed_run_on_two_processes_equals_the_uninterrupted_one(done, kind):
+    whole, resumed = last(done[kind]), last(done[f"{kind}_resumed"])
+    assert whole["global_step"] == resumed["global_step"] == 3
+    for part in ("state_dict", "optimizer_states", "ema", "callbacks"):
+        assert same(whole[part], resumed[part]), part
+    assert rows(done[kind]) == rows(done[f"{kind}_resumed"])
+
+
+def test_a_split_run_leaves_what_one_process_leaves(done):
+    one, two = last(done["one"]), last(done["fsdp"])
+    start = checkpoint.read_weights(done["one"].resume_path)
+    assert one.keys() == two.keys()
+    for ours, theirs in (
+        (one["state_dict"], two["state_dict"]),
+        (one["ema"]["average"], two["ema"]["average"]),
+    ):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():  # Adam turns rounding of near-zero gradients into whole steps
+            assert (value - theirs[name]).norm() < 0.02 * (value - start[name]).norm(), name
+    mine, theirs = one["optimizer_states"][0], two["optimizer_states"][0]
+    assert mine["param_groups"] == theirs["param_groups"] and mine["state"].keys() == theirs["state"].keys()
+    for n, values in mine["state"].items():
+        error = (values["exp_avg"] - theirs["state"][n]["exp_avg"]).norm()
+        assert error < 1e-3 * values["exp_avg"].norm()
+    for name in ("val/psnr", "val/loss"):
+        scores = [float(row[name]) for row in rows(done["fsdp"]) if row[name]]
+        expected = [float(row[name]) for row in rows(done["one"]) if row[name]]
+        assert scores == pytest.approx(expected, rel=1e-2) and len(scores) == 1
+
+
+def test_a_split_run_leaves_pictures_and_a_model_that_opens(done):
+    folder = tuple(done["fsdp"].output_dir + f"/images/{name}_0000002.png" for name in ("train", "val"))
+    assert all(read_image(path).std() > 10 for path in folder)
+    model = open_control_model(done["fsdp"].output_dir + "/checkpoints/last.ckpt")
+    average = last(done["fsdp"])["ema"]["average"]
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in average.items())
+
+
+def test_one_process_continues_what_two_began(done, tmp_path):
+    settings = replace(done["fsdp"], devices=1, strategy="auto", max_steps=4)
+    before = last(settings)["state_dict"]
+    main(settings)
+    after = last(settings)["state_dict"]
+    assert last(settings)["global_step"] == 4
+    assert all(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_plain_tensors_are_whole_already():
+    value = {"a": [torch.ones(2), 3], "b": (1, 2)}
+    assert same(whole(value), value)
+    assert split_like(torch.ones(2), value["a"][0]) is value["a"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"devices": 1}, "needs --devices 2"),
+        ({"precision": "16"}, "--precision bf16 or 32, not in 16"),
+        ({"compile": True}, "without --compile"),
+    ],
+)
+def test_what_split_weights_cannot_do_is_refused(tmp_path, change, message):
+    (tmp_path / "start").touch()
+    settings = Settings(resume_path=str(tmp_path / "start"), strategy="fsdp", devices=2)
+    with pytest.raises(ValueError, match=message):
+        main(replace(settings, **change))
