@@ -16,7 +16,7 @@ Results are PNG files under the names of their sources; those that exist are not
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 from zlib import crc32
 
 import numpy as np
@@ -46,6 +46,8 @@ class Files:
     overwrite: bool = False  # make results again that exist
     profile: bool = False  # also measure the work on one picture, for evaluate.py: OUTPUT_DIR/profile.json
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
+
+    LESS_MEMORY: ClassVar[str] = "a --tile of 768 or less"  # what helps if a picture is too large
 
     def restorer(self) -> Restorer:
         """Load the network. Called once there is something to do; what it returns reads all options that are
@@ -177,6 +179,8 @@ class Kontext(Files):
     seed: int = 0
     base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the transformer; fp8 halves it
 
+    LESS_MEMORY = "a smaller --resolution"
+
     def weights(self) -> Path:
         return self.lora_path or self.pretrained_model_name_or_path / "flux1-kontext-dev.safetensors"
 
@@ -229,6 +233,8 @@ class Inpaint(Files):
     resolution: int = 512  # then the shorter side is scaled up to that many pixels
     color_fix: bool = True  # move the colours of the filling to those around it
     precision: Literal["32", "16", "bf16"] = "32"  # of the computation; 32 is exact
+
+    LESS_MEMORY = "--precision 16, or --only_masked_padding 32"
 
     def result_name(self, name: Path) -> Path:
         return super().result_name(name if self.input.is_dir() else name.with_name("inpainted"))
@@ -332,7 +338,7 @@ def is_result(path: Path, files: Files) -> bool:
     folder = files.output_dir.resolve()
     if folder == files.input.resolve():
         return bool(files.output_prefix) and path.name.startswith(files.output_prefix)
-    return folder in path.resolve().parents
+    return not {folder, folder.with_name(f"{folder.name}_comparison")}.isdisjoint(path.resolve().parents)
 
 
 def list_jobs(files: Files) -> list[tuple[Path, Path]]:
@@ -348,46 +354,72 @@ def list_jobs(files: Files) -> list[tuple[Path, Path]]:
     else:
         raise FileNotFoundError(f"no picture and no folder: {files.input}")
     targets = [files.output_dir / files.result_name(name) for name in names]
-    seen = {source.resolve(): source for source in sources}
-    for source, target in zip(sources, targets, strict=True):
-        if target.resolve() in seen:
-            raise ValueError(
-                f"{seen[target.resolve()]} would be overwritten, or written twice by {source}: "
-                "choose another --output_dir or --output_prefix"
-            )
-        seen[target.resolve()] = source
     if not sources:
         raise FileNotFoundError(f"no picture in {files.input} matches {files.pattern}, results left out")
-    return list(zip(sources, targets, strict=True))
+    jobs = list(zip(sources, targets, strict=True))
+    check_targets(jobs)
+    return jobs
+
+
+def check_targets(jobs: list[tuple[Path, Path]]) -> None:
+    """Raise ValueError if the result of a picture would overwrite a picture or another result."""
+    sources = {source.resolve() for source, _ in jobs}
+    makers: dict[Path, Path] = {}
+    for source, target in jobs:
+        place = target.resolve()
+        if place in sources:
+            raise ValueError(
+                f"the result of {source} would overwrite {target}: "
+                "give another --output_dir or --output_prefix"
+            )
+        if place in makers:
+            raise ValueError(
+                f"{makers[place]} and {source} would both become {target}: rename one, or choose by --pattern"
+            )
+        makers[place] = source
 
 
 def restore_files(files: Files) -> None:
     """Restore every picture that has no result yet; a broken one is named in the end and stops no other."""
     jobs = list_jobs(files)
     todo = [(source, target) for source, target in jobs if files.overwrite or not target.exists()]
-    failures = []
+    try:  # before a large model is loaded
+        files.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {files.output_dir}: {error.strerror}") from error
     restore = files.restorer() if todo or files.profile else None
+    failures = []
     for source, target in (progress := tqdm(todo, "restoring", unit="image")):
         progress.set_postfix_str(source.name)
-        try:
-            image = read_image(source)
-        except ValueError as error:
-            failures.append(str(error))
-            continue
-        restored = restore(image, source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if files.comparison:
-            beside = files.comparison_path(target)
-            beside.parent.mkdir(parents=True, exist_ok=True)
-            write_image(beside, files.compare(image, restored, source))
-        write_image(target, restored)
+        failures += restore_one(files, restore, source, target)
     print(f"{len(todo) - len(failures)} restored, {len(jobs) - len(todo)} existed: {files.output_dir}")
     made = next(((source, target) for source, target in jobs if target.exists()), None)
     if files.profile and made:
         profile = profile_one(files, restore, *made)
         print("\n".join([cost_line(profile), *weights_lines(profile["checkpoint"])]))
     if failures:
-        raise ValueError(f"{len(failures)} of {len(todo)} could not be read: {'; '.join(failures[:3])}")
+        raise ValueError(f"{len(failures)} of {len(todo)} could not be restored: {'; '.join(failures[:3])}")
+
+
+def restore_one(files: Files, restore: Restorer, source: Path, target: Path) -> list[str]:
+    """Restore a picture and write the result; what is wrong if it cannot be read or is too large."""
+    try:
+        image = read_image(source)
+    except ValueError as error:
+        return [str(error)]
+    try:
+        restored = restore(image, source)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        size = f"{image.shape[1]} x {image.shape[0]} pixels"
+        return [f"{source}: {size} need more memory than the device has, give {files.LESS_MEMORY}"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if files.comparison:
+        beside = files.comparison_path(target)
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        write_image(beside, files.compare(image, restored, source))
+    write_image(target, restored)
+    return []
 
 
 def profile_one(files: Files, restore: Restorer, source: Path, target: Path) -> dict:

@@ -80,6 +80,8 @@ def test_one_picture_and_a_pattern(photos, weights):
     within = command(photos, weights, output_dir=photos / "out")
     (photos / "out").mkdir()
     write_image(photos / "out" / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))
+    (photos / "out_comparison").mkdir()
+    write_image(photos / "out_comparison" / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))
     assert len(infer.list_jobs(within)) == 3  # earlier results are no input
     write_image(photos / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))
     beside = command(photos, weights, output_dir=photos, pattern="*.png")
@@ -95,7 +97,19 @@ def test_a_broken_picture_stops_no_other(photos, weights, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert stop.value.code == 1 and "3 restored" in captured.out
     last = captured.err.splitlines()[-1]
-    assert last.startswith("error: 1 of 4 could not be read: ") and "broken.jpg" in last
+    assert last.startswith("error: 1 of 4 could not be restored: ") and "broken.jpg" in last
+
+
+def test_a_picture_too_large_for_the_memory_stops_no_other(photos, weights, monkeypatch, capsys):
+    def short_of_memory(network, image, **options):
+        if image.shape == (37, 50, 3):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return image
+
+    monkeypatch.setattr("train_srn.restore_image", short_of_memory)
+    with pytest.raises(ValueError, match="1 of 3 .*a.png: 50 x 37 pixels need more memory .* --tile"):
+        infer.restore_files(command(photos, weights))
+    assert "2 restored" in capsys.readouterr().out
 
 
 def test_tiles_agree_with_the_whole_picture(weights):
@@ -125,13 +139,16 @@ def test_bad_input(photos, weights, tmp_path):
         infer.restore_files(command(photos, weights, checkpoint_path=tmp_path / "none.ckpt"))
     with pytest.raises(FileNotFoundError, match=r"no picture in .* matches \*.gif"):
         infer.list_jobs(command(photos, weights, pattern="*.gif"))
-    with pytest.raises(ValueError, match="a.png would be overwritten"):
+    with pytest.raises(ValueError, match="the result of .*a.png would overwrite .*a.png: give another"):
         infer.list_jobs(command(photos, weights, output_dir=photos, output_prefix=""))
     write_image(photos / "a.jpg", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(ValueError, match="written twice by"):
+    with pytest.raises(ValueError, match="a.jpg and .*a.png would both become .*deblurred_a.png: rename"):
         infer.list_jobs(command(photos, weights))
     with pytest.raises(ValueError, match="tile 64 and overlap 128"):
         infer.restore_files(command(photos / "a.png", weights, tile=64))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot make the folder .*file: File exists"):
+        infer.restore_files(command(photos / "a.png", weights, output_dir=tmp_path / "file"))
     other = tmp_path / "other.safetensors"
     write_weights(other, {"unet.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="holds no SRN-DeblurNet: its first key is unet.weight"):
