@@ -1,0 +1,405 @@
+"""A web page on this machine: restore a picture with any of the systems here, or compare them all.
+
+    python gradio_restore.py                              # then open http://127.0.0.1:7860
+    python gradio_restore.py --srn_path my.safetensors    # weights from elsewhere
+
+A system without weights says which file it wants and where that comes from. More in docs/web.md.
+"""
+
+import html
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import infer
+from ldm.settings import run_main
+from ldm.workshop import Stopped, System, Workshop, open_upload, painted, save_mask
+
+# ---- settings: edit here, or override on the command line -------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """Serve a web page that restores pictures with any of the systems here."""
+
+    host: str = "127.0.0.1"  # this machine only; 0.0.0.0 lets all others in, and there is no password
+    port: int = 7860
+    output_dir: Path = Path("outputs/web")  # the page reads and writes pictures nowhere else
+    max_megapixels: float = 24.0  # of a picture
+    max_upload_mb: int = 40  # of its file
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
+    precision: Literal["32", "16", "bf16"] = "32"  # of the computation (Kontext chooses itself); 32 is exact
+
+    srn_path: Path = Path("models/srn_deblur.safetensors")
+    dbgan_path: Path = Path("outputs/dbgan/deblur/dbgan.safetensors")
+    bgan_path: Path = Path("outputs/dbgan/blur/bgan.safetensors")
+    deblur_path: Path = Path("outputs/deblur/checkpoints/best.ckpt")
+    inpaint_path: Path = Path("outputs/inpaint/final_model/model.ckpt")
+    base_path: Path | None = None  # Stable Diffusion for these two; None takes the file that they name
+    kontext_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
+    lora_path: Path | None = Path("outputs/kontext_lora/lora.safetensors")  # of Kontext; None: no LoRA
+    kontext_prompt: str = ""  # empty: the one that the LoRA was trained with
+
+
+def list_systems(settings: Settings) -> dict[str, System]:
+    """The tabs, under the names of infer.py's subcommands."""
+    folder, base = settings.output_dir, settings.base_path
+    same = {"input": folder, "output_dir": folder, "device": settings.device}
+    exact = {**same, "precision": settings.precision}
+    sampling = ("num_inference_steps", "guidance_scale", "seed")
+    bases = () if base is None else (base,)
+    loras = () if settings.lora_path is None else (settings.lora_path,)
+    made = "{} makes it; --{}_path says where it is."
+    return {
+        "srn": System(
+            "SRN",
+            "SRN-DeblurNet takes away blur in one pass. It has no chance in it: no seed, no steps.",
+            infer.SRN(**exact, checkpoint_path=settings.srn_path),
+            ("self_ensemble",),
+            (settings.srn_path,),
+            made.format("train_srn.py (docs/srn.md), a small one with --demo,", "srn"),
+        ),
+        "dbgan": System(
+            "DBGAN",
+            "DBGAN takes away blur in one pass. It was trained on blur that a network made.",
+            infer.DBGAN(**exact, checkpoint_path=settings.dbgan_path),
+            (),
+            (settings.dbgan_path,),
+            made.format("train_dbgan.py (docs/dbgan.md)", "dbgan"),
+        ),
+        "deblur": System(
+            "ControlNet",
+            "A ControlNet takes away blur with Stable Diffusion, which invents detail: each seed its own.",
+            infer.Deblur(**exact, checkpoint_path=settings.deblur_path, base_path=base),
+            (*sampling, "scheduler", "strength", "prompt"),
+            (settings.deblur_path, *bases),
+            made.format("tutorial_train_deblur.py (docs/deblur.md)", "deblur"),
+        ),
+        "inpaint": System(
+            "Inpaint",
+            "A ControlNet on Stable Diffusion fills what you paint over. All else stays as it is.",
+            infer.Inpaint(**exact, input_mask=folder, checkpoint_path=settings.inpaint_path, base_path=base),
+            (*sampling, "scheduler", "strength", "mask_blur", "prompt"),
+            (settings.inpaint_path, *bases),
+            made.format("tutorial_train_inpaint.py (docs/inpaint.md)", "inpaint"),
+        ),
+        "kontext": System(
+            "Kontext",
+            "FLUX.1 Kontext undoes the damage that its LoRA was trained on.",
+            infer.Kontext(
+                **same,
+                pretrained_model_name_or_path=settings.kontext_path,
+                lora_path=settings.lora_path,
+                prompt=settings.kontext_prompt,
+            ),
+            sampling,
+            (settings.kontext_path, *loras),
+            "The folder is a download of black-forest-labs/FLUX.1-Kontext-dev, train_kontext_lora.py makes "
+            "the LoRA (docs/kontext.md); --kontext_path and --lora_path say where they are.",
+        ),
+        "bgan": System(
+            "BGAN",
+            "BGAN makes realistic blur from a sharp picture.",
+            infer.BGAN(**exact, checkpoint_path=settings.bgan_path),
+            ("seed",),
+            (settings.bgan_path,),
+            made.format("train_dbgan.py (docs/dbgan.md)", "bgan"),
+        ),
+    }
+
+
+# ---- the page (gradio is imported where it is used, after `main` has said where its files go) --------------
+
+CSS = """
+.gradio-container { width: 100%; max-width: 1280px !important; margin: auto; }
+.toast-wrap { top: auto !important; bottom: 16px; }
+"""
+NO_PICTURE = "there is no picture yet: upload one"
+
+
+@contextmanager
+def sentences(hidden: Path | None = None) -> Iterator[None]:
+    """Show mistakes to the user, each in a sentence, without the folder `hidden`; a stop is none."""
+    import gradio as gr
+
+    try:
+        yield
+    except Stopped:
+        gr.Info("Stopped: nothing was written.", duration=3)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        raise gr.Error(sentence(error, hidden), duration=10, print_exception=False) from error
+
+
+def sentence(error: Exception, hidden: Path | None = None) -> str:
+    """What went wrong, in one line of HTML."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The GPU has too little memory for a picture of this size."
+    return html.escape(" ".join(str(error).replace(f"{hidden}{os.sep}", "").split()))
+
+
+def make_control(option: str, value: Any) -> Any:
+    """The component for an option of infer.py."""
+    import gradio as gr
+
+    methods = ["ddim", "ddpm", "unipc", "dpmpp_2m", "euler_a"]
+    size = {"min_width": 190}
+    make = {
+        "num_inference_steps": lambda: gr.Slider(1, 100, value, step=1, precision=0, label="Steps", **size),
+        "guidance_scale": lambda: gr.Slider(1, 15, value, step=0.1, label="Guidance", **size),
+        "seed": lambda: gr.Number(value, precision=0, minimum=0, maximum=2**32 - 1, label="Seed", **size),
+        "scheduler": lambda: gr.Dropdown(methods, value=value, label="Sampler", **size),
+        "strength": lambda: gr.Slider(0.05, 1, value, step=0.05, label="Strength", **size),
+        "mask_blur": lambda: gr.Slider(0, 64, value, step=1, precision=0, label="Feather, pixels", **size),
+        "prompt": lambda: gr.Textbox(value or "", max_length=1000, label="Prompt", min_width=400),
+        "self_ensemble": lambda: gr.Checkbox(value, label="Mean over 8 flips and turns: 8 times slower"),
+    }
+    return make[option]()
+
+
+class Page:
+    """The components of the page and what they do. `build` makes it."""
+
+    def __init__(self, workshop: Workshop, settings: Settings):
+        self.workshop, self.settings = workshop, settings
+        self.controls: dict[str, dict[str, Any]] = {}  # by system and option
+        self.picture = self.editor = None  # the path of the opened picture; where the mask is painted
+        self.stop: Callable | None = None  # stops all jobs of the page that asks for it
+
+    def build(self) -> Any:
+        """The page as gradio.Blocks, to be launched."""
+        import gradio as gr
+
+        limits = f"up to {self.settings.max_upload_mb} MB and {self.settings.max_megapixels:g} megapixels"
+        title = "Image restoration"
+
+        def stop(request: gr.Request) -> None:
+            self.workshop.stop(request.session_hash)
+
+        self.stop = stop
+        with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+            self.picture = gr.State(None)  # stays on the server: a page cannot name another file
+            gr.Markdown(f"# {title}\nOne picture, any of the systems. Nothing is sent to the internet.")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=300):
+                    upload = gr.File(
+                        label=f"Picture, {limits}", file_types=["image"], height=160, elem_id="upload"
+                    )
+                    shown = gr.Image(
+                        label="Picture", visible=False, interactive=False, buttons=["fullscreen"], height=320
+                    )
+                with gr.Column(scale=3, min_width=320), gr.Tabs():
+                    for name, system in self.workshop.systems.items():
+                        with gr.Tab(system.title):
+                            self.build_tab(name, system)
+                    with gr.Tab("Compare"):
+                        self.build_comparison()
+
+            def open_picture(path: str) -> tuple:
+                with sentences(Path(path).parent):
+                    limit = self.settings.max_megapixels
+                    picture, small = open_upload(Path(path), self.workshop.results, limit)
+                return picture, gr.Image(small, visible=True), small
+
+            opened = [self.picture, shown, self.editor]
+            upload.upload(open_picture, upload, opened)
+            page.unload(self.stop)
+            upload.clear(lambda: (None, gr.Image(None, visible=False), None), None, opened)
+        return page
+
+    def build_tab(self, name: str, system: System) -> None:
+        import gradio as gr
+
+        gr.Markdown(system.does)
+        gr.Markdown(lambda: f"**{system.missing()}**" if system.missing() else "")  # at every visit anew
+        if name == "inpaint":
+            self.editor = gr.ImageEditor(
+                label="Paint over what is to be filled",
+                sources=[],
+                transforms=[],
+                layers=False,
+                brush=gr.Brush(colors=["#ff3b30"], color_mode="fixed"),
+                buttons=["fullscreen"],
+                elem_id="editor",
+            )
+        with gr.Row():
+            self.controls[name] = {
+                option: make_control(option, getattr(system.options, option)) for option in system.shown
+            }
+        start = self.buttons(name)
+        slider, download = self.result(name)
+
+        def restore(data: dict, request: gr.Request, progress=gr.Progress()) -> tuple:  # noqa: B008
+            with sentences():
+                result = str(self.restore(name, data, request, progress))
+                before = str(data[self.picture])
+                return (before, result), gr.DownloadButton(value=result, interactive=True)
+            return gr.skip(), gr.skip()
+
+        inputs = {self.picture, *self.controls[name].values()}
+        inputs |= {self.editor} if name == "inpaint" else set()
+        start.click(restore, inputs, [slider, download], show_progress_on=slider)
+
+    def build_comparison(self) -> None:
+        import gradio as gr
+
+        results = gr.State({})  # names and files
+        gr.Markdown(
+            "All that restores and has weights, one after the other, with the settings of its tab. "
+            "Inpaint joins in if something is painted there."
+        )
+        start = self.buttons("compare")
+        gallery = gr.Gallery(
+            label="Results",
+            columns=3,
+            height="auto",
+            buttons=["fullscreen"],
+            interactive=False,
+            elem_id="gallery",
+        )
+        with gr.Row():
+            left, right = (gr.Dropdown([], label=side, min_width=120) for side in ("Left", "Right"))
+        slider, download = self.result("compare")
+
+        def compare(data: dict, request: gr.Request, progress=gr.Progress()) -> Iterator:  # noqa: B008
+            found = {}
+            with sentences():
+                for name, file in self.compare(data, request, progress):
+                    found[name] = str(file)
+                    sides = (gr.Dropdown(list(found), value=value) for value in ("picture", name))
+                    yield dict(found), [(path, caption) for caption, path in found.items()], *sides
+
+        def choose(found: dict, left: str, right: str) -> tuple:
+            if not {left, right} <= found.keys():
+                return None, gr.DownloadButton(value=None, interactive=False)
+            return (found[left], found[right]), gr.DownloadButton(value=found[right], interactive=True)
+
+        controls = [control for tab in self.controls.values() for control in tab.values()]
+        inputs = {self.picture, self.editor, *controls}
+        start.click(compare, inputs, [results, gallery, left, right], show_progress_on=gallery)
+        gr.on([left.change, right.change], choose, [results, left, right], [slider, download])
+
+    def buttons(self, name: str) -> Any:
+        """A button that starts, which is returned, and one that stops all jobs of the page."""
+        import gradio as gr
+
+        with gr.Row():
+            start = gr.Button("Start", variant="primary", min_width=100, elem_id=f"start-{name}")
+            stop = gr.Button("Stop", variant="stop", min_width=100, elem_id=f"stop-{name}")
+        stop.click(self.stop)
+        return start
+
+    def result(self, name: str) -> tuple[Any, Any]:
+        """The before/after slider and the button that downloads what is on its right."""
+        import gradio as gr
+
+        slider = gr.ImageSlider(
+            label="Before and after",
+            interactive=False,
+            type="filepath",
+            buttons=["fullscreen"],
+            max_height=640,
+            elem_id=f"slider-{name}",
+        )
+        return slider, gr.DownloadButton("Download", interactive=False, elem_id=f"download-{name}")
+
+    def restore(self, name: str, data: dict, request: Any, progress: Callable) -> Path:
+        """The result of the system `name` for the page's picture, with the values of its tab."""
+        picture = data[self.picture]
+        if picture is None:
+            raise ValueError(NO_PICTURE)
+        values = {option: data[control] for option, control in self.controls[name].items()}
+        if name == "deblur":
+            values["prompt"] = values["prompt"] or None  # None: that of the training
+        if name == "inpaint":
+            values["input_mask"] = save_mask(data[self.editor], picture)
+        return self.workshop.restore(name, picture, values, request.session_hash, progress)
+
+    def compare(self, data: dict, request: Any, progress: Callable) -> Iterator[tuple[str, Path]]:
+        """The picture, then every result, as titles and files. What fails is named and holds up no other."""
+        import gradio as gr
+
+        systems = {k: v for k, v in self.workshop.systems.items() if k != "bgan" and not v.missing()}
+        if not painted(data[self.editor]):
+            systems.pop("inpaint", None)
+        if not systems or data[self.picture] is None:
+            raise ValueError(NO_PICTURE if systems else "no system has weights yet")
+        yield "picture", data[self.picture]
+        for name, system in systems.items():
+            try:
+                yield system.title, self.restore(name, data, request, progress)
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                gr.Warning(f"{system.title}: {sentence(error)}", duration=10)
+
+
+# ---- the server --------------------------------------------------------------------------------------------
+
+
+class Doorkeeper:
+    """ASGI middleware that lets through what the page itself asks for and shuts gradio's other doors, such as
+    the one that fetches any address of the internet."""
+
+    OPEN = re.compile(
+        r"/(config|theme\.css|favicon\.ico|manifest\.json|assets/.*|static/.*)?$"
+        r"|/gradio_api/(startup-events|queue/.*|upload|upload_progress|heartbeat/.*|component_server)$"
+        r"|/gradio_api/file=(?!https?:)",
+        re.IGNORECASE,
+    )
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        from starlette.responses import PlainTextResponse
+
+        shut = scope["type"] == "http" and not self.OPEN.match(scope["path"])
+        await (PlainTextResponse("not here", 403) if shut else self.app)(scope, receive, send)
+
+
+def main(settings: Settings) -> None:
+    if settings.max_megapixels <= 0 or settings.max_upload_mb < 1:
+        raise ValueError("max_megapixels must be above 0 and max_upload_mb at least 1")
+
+    # Folders; gradio reads its own from the environment when it is imported
+    results, uploads = (settings.output_dir.resolve() / name for name in ("results", "uploads"))
+    for folder in (results, uploads):
+        folder.mkdir(parents=True, exist_ok=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    # Page; the workshop has a queue of its own, which Stop can leave
+    page = Page(Workshop(list_systems(settings), results), settings).build()
+    page.queue(default_concurrency_limit=16)
+
+    # Server
+    page.launch(
+        server_name=settings.host,
+        server_port=settings.port,
+        share=False,
+        max_file_size=settings.max_upload_mb * 2**20,
+        allowed_paths=[str(results)],
+        app_kwargs={"middleware": [Middleware(Doorkeeper)]},
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no downloads
+        css=CSS,
+        footer_links=[],
+        show_error=True,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"open {page.local_url} (Ctrl+C ends it); pictures and results: {results}", flush=True)
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    run_main(main, Settings)
