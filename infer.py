@@ -89,12 +89,12 @@ class Deblur(Files):
     checkpoint_path: Path  # ours, a full ControlNet file, or a ControlNet alone (then give --base_path)
     base_path: Path | None = None  # Stable Diffusion file; None takes the one the checkpoint names
     config_path: Path | None = None  # yaml of the model; None takes the checkpoint's, or one that fits
-    num_inference_steps: int = 50
+    num_inference_steps: int = 50  # sampling steps
     scheduler: Literal["ddim", "ddpm", "unipc", "dpmpp_2m", "euler_a"] = "ddim"  # 20 steps do for the others
     guidance_scale: float = 1.0  # above 1 follows the prompt more, in twice the time
     control_scale: float = 1.0  # weight of the ControlNet
     strength: float = 1.0  # below 1 starts from the blurry picture, noised by so much
-    seed: int = 0
+    seed: int = 0  # the same seed gives the same picture
     prompt: str | None = None  # None takes the one of the training
     negative_prompt: str = ""  # what guidance leads away from
     tile: int = 0  # pixels of the squares that large pictures go through in (768, say); 0 = in one piece
@@ -173,10 +173,10 @@ class Kontext(Files):
     lora_path: Path | None = None  # without it the model as it is
     lora_scale: float = 1.0  # strength of the LoRA
     prompt: str = ""  # empty: the one that the LoRA was trained with
-    num_inference_steps: int = 30
-    guidance_scale: float = 2.5
+    num_inference_steps: int = 30  # sampling steps
+    guidance_scale: float = 2.5  # how much the prompt counts
     resolution: int = 1024  # larger pictures are restored at that many pixels squared, and scaled back
-    seed: int = 0
+    seed: int = 0  # the same seed gives the same picture
     base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the transformer; fp8 halves it
 
     LESS_MEMORY = "a smaller --resolution"
@@ -219,9 +219,9 @@ class Inpaint(Files):
     base_path: Path | None = None  # Stable Diffusion file; None takes the one the checkpoint names
     config_path: Path | None = None  # yaml of the model; None takes the checkpoint's, or one that fits
     comparison: bool = True  # also show input, mask and output side by side
-    num_inference_steps: int = 50
+    num_inference_steps: int = 50  # sampling steps
     scheduler: Literal["ddpm", "ddim", "unipc", "dpmpp_2m", "euler_a"] = "ddpm"  # 20 steps do for the others
-    seed: int = 42
+    seed: int = 42  # the same seed gives the same picture
     prompt: str = ""  # what the hole should hold
     negative_prompt: str = ""  # what guidance leads away from
     guidance_scale: float = 7.5  # above 1 follows the prompt more, in twice the time

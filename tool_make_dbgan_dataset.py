@@ -32,19 +32,16 @@ CHUNK = 1  # patches in a chunk: they are read one by one, in any order
 
 @dataclass
 class Settings:
-    # The two files that are written.
-    blur_train_path: Path = Path("training/dbgan/train.h5")
-    blur_valid_path: Path = Path("training/dbgan/valid.h5")
-    # Real blurred photographs, in these folders and below them; without them the files hold pairs.
-    blur_train_data: Path | None = None
-    blur_valid_data: Path | None = None
-    # GoPro trees (folders `blur` and `sharp` of each sequence); without pairs any folders of photographs.
-    deblur_train_data: Path | None = None
-    deblur_valid_data: Path | None = None
-    # Width and height of the patches in pixels.
-    patch_size: int = 128
-    # Pixels from one patch to the next; 0 takes the patch size, so that patches do not overlap.
-    stride: int = 0
+    """Cut photographs into patches, which train_dbgan.py reads faster than pictures."""
+
+    blur_train_path: Path = Path("training/dbgan/train.h5")  # file to write, for training
+    blur_valid_path: Path = Path("training/dbgan/valid.h5")  # file to write, for validation
+    blur_train_data: Path | None = None  # folder of real blurred photographs; without it the files hold pairs
+    blur_valid_data: Path | None = None  # the same for validation
+    deblur_train_data: Path | None = None  # GoPro tree; beside real blurred photographs any folder will do
+    deblur_valid_data: Path | None = None  # and for validation
+    patch_size: int = 128  # width and height of the patches in pixels
+    stride: int = 0  # pixels from one patch to the next; 0: patch_size, so that they do not overlap
 
 
 def main(settings: Settings) -> None:

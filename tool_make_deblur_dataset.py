@@ -24,10 +24,11 @@ from functools import lru_cache
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import cv2
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 from ldm.checkpoint import write_atomically
@@ -45,22 +46,19 @@ NOT_IN_PICTURES = ("source_dir", "output_dir", "num_samples", "workers")
 
 @dataclass
 class Settings:
-    # Photographs, in this folder and below it; None takes those inside scikit-image.
-    source_dir: str | None = None
-    output_dir: str = "./training/deblur"
-    num_samples: int = 1000
-    # Width and height of the pictures; each is a random square of a photograph, scaled down to this.
-    image_size: int = 512
-    # Photographs smaller than image_size: scaled up, or not used.
-    small_images: Literal["upscale", "skip"] = "upscale"
-    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)
-    # Multiplies all blur sizes; 1 suits pictures of 256 to 1024 pixels.
-    blur_scale: float = 1.0
-    # Share of the blurry pictures that went through a JPEG of quality 60 to 95.
-    jpeg_probability: float = 0.0
-    seed: int = 0
-    # Processes; 0 takes one for each processor core.
-    workers: int = 0
+    """Make pairs of blurry and sharp pictures from sharp photographs."""
+
+    source_dir: str | None = None  # photographs, here and below; None takes those inside scikit-image
+    output_dir: str = "./training/deblur"  # what is there already is kept
+    num_samples: int = 1000  # pairs
+    image_size: int = 512  # pixels; each picture is a random square of a photograph, scaled down to this
+    small_images: Literal["upscale", "skip"] = "upscale"  # what happens to photographs below image_size
+    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # drawn evenly
+    blur_scale: float = 1.0  # multiplies all blur sizes; 1 suits pictures of 256 to 1024 pixels
+    jpeg_probability: float = 0.0  # part of the blurry pictures that went through a JPEG of quality 60 to 95
+    seed: int = 0  # of the squares and the blurs
+    # processes; 0 takes one for each processor core
+    workers: Annotated[int, tyro.conf.arg(aliases=["--num_workers"])] = 0
 
 
 @dataclass
@@ -130,7 +128,10 @@ def claim(folder: Path, settings: Settings, paths: list[Path]) -> None:
     file = folder / "settings.json"
     if not file.exists():
         return write_atomically(file, lambda temporary: temporary.write_text(json.dumps(wanted, indent=1)))
-    given = json.loads(file.read_text())
+    try:
+        given = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}; take a new --output_dir") from error
     changed = [
         f"{key} {given.get(key)} -> {value}" for key, value in wanted.items() if given.get(key) != value
     ]

@@ -33,7 +33,7 @@ class Settings:
     """least and greatest part of the picture that a random hole covers"""
     box: tuple[int, int, int, int] | None = None
     """left, top, right and bottom of a rectangle, instead of a random hole"""
-    seed: int = 0
+    seed: int = 0  # of random masks
 
 
 def make_mask(height: int, width: int, settings: Settings, number: int = 0) -> np.ndarray:

@@ -74,7 +74,7 @@ class Settings:
     val_fraction: float = 0.05  # without val_data: the part of the data that is held out (whole sequences)
     val_images: int = 32  # evaluate on at most that many, drawn once
     val_crop: int = 0  # evaluate on that many pixels in the middle; 0 = whole images
-    crop_size: int = 128
+    crop_size: int = 128  # of training images, a multiple of 16
     color_jitter: float = 0.1  # the same for both pictures of an item: against a tint of the results
     cache: bool = False  # keep all training images decoded in memory
 
@@ -84,33 +84,33 @@ class Settings:
     blur_blocks: int = 9  # of BGAN
     sampling: bool = False  # work at half resolution: 4 times less to compute
     batch_norm: bool = False  # in BGAN; the paper has it, colours are steadier without
-    discriminator_width: int = 64
+    discriminator_width: int = 64  # channels of the discriminators' first layer
 
     init_std: float = 0.01  # deviation of the generators' first weights; narrow networks want more
-    content_loss: Literal["l1", "mse"] = "l1"
+    content_loss: Literal["l1", "mse"] = "l1"  # distance of pixels
     perceptual_loss_weight: float = 1.0  # 0: VGG-19 is not needed
     content_loss_weight: float = 0.005  # alpha
     adversarial_loss_weight: float = 0.01  # beta
-    cycle_loss_weight: float = 10.0
-    identity_loss_weight: float = 5.0
-    vgg_file: Path = FILE
+    cycle_loss_weight: float = 10.0  # in `blur`: there and back
+    identity_loss_weight: float = 5.0  # in `blur`: what is blurry already stays
+    vgg_file: Path = FILE  # weights of VGG-19, of the perceptual loss
     bgan_path: Path | None = None  # for `deblur`; None takes OUTPUT_DIR/blur/bgan.safetensors
     generated_fraction: float = 0.5  # of DBGAN's blurry pictures that BGAN makes, from the sharp ones
 
-    blur_epochs: int = 20
+    blur_epochs: int = 20  # passes over the data, of `blur`
     pretrain_epochs: int = 20  # of `deblur`, on the content loss alone
     epochs: int = 20  # adversarial ones, of `deblur` and of `paired`
     max_steps: MaxSteps = -1  # optimizer steps of every phase; above 0 it replaces the epochs
     batch_size: BatchSize = 4  # of all devices together
     accumulate_grad_batches: Accumulate = 4  # batches to one optimizer step
     learning_rate: float = 1e-4  # at the start, by a cosine down to
-    last_learning_rate: float = 1e-6
+    last_learning_rate: float = 1e-6  # at the end
     pool_size: int = 50  # earlier pictures that the discriminators of `blur` see again; 0 = none
     ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used
-    seed: int = 0
+    seed: int = 0  # of the data's order, first weights and noise
 
-    precision: Precision = "32"
-    channels_last: bool = False
+    precision: Precision = "32"  # bf16 or 16: mixed, faster on GPUs
+    channels_last: bool = False  # memory layout: mostly faster
     compile: bool = False  # torch.compile: minutes at the start, faster steps
     devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines

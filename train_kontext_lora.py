@@ -67,45 +67,46 @@ class Settings:
 
     resolution: int = 512  # of the square training pictures, a multiple of 16
     random_crop: bool = True  # without it the middle is cut
-    random_flip: bool = True
+    random_flip: bool = True  # left and right
     native_crop: bool = False  # cut at full scale instead of shrinking to `resolution` first
     repeats: int = 1  # how often each picture comes in an epoch
     degradation_types: str = "downsample,noise,blur"  # of downsample, noise, blur, jpeg
     lr_scale: int = 8  # factor of the downsampling
     noise_level: float = 0.05  # standard deviation, 1 = white
     blur_radius: float = 1.0  # standard deviation in pixels
-    jpeg_quality: int = 75
+    jpeg_quality: int = 75  # 1 to 100
     examples_only: bool = False  # write images/examples.png (damaged | clean) and stop
 
-    rank: int = 16
+    rank: int = 16  # of the LoRA: more learns more and takes more memory
     alpha: float = 16.0  # the LoRA is scaled by alpha / rank
-    dropout: float = 0.0
-    lora_targets: Literal["attn", "attn_mlp", "all"] = (
-        "attn_mlp"  # linears of the blocks, see ldm/modules/lora.py
-    )
+    dropout: float = 0.0  # part of the LoRA's input that is left out in training
+    lora_targets: Literal["attn", "attn_mlp", "all"] = "attn_mlp"  # linears: see ldm/modules/lora.py
     resume_lora: Path | None = None  # start from this LoRA file
 
     batch_size: BatchSize = 4  # of each device
     accumulate_grad_batches: Accumulate = 4  # batches to one optimizer step
     max_steps: MaxSteps = 3000  # optimizer steps
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-4  # the highest, at the end of the warm-up
+    # its course after the warm-up
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: int = 0  # steps over which the learning rate rises
+    # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.01  # of AdamW
+    max_grad_norm: float = 1.0  # highest global norm of the gradients
     ema_decay: float = 0.99  # of the averaged LoRA, which is what previews use and files hold
+    # noise levels trained most
     timestep_sampling: Literal["logit_normal", "uniform", "shifted"] = "logit_normal"
-    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"  # of the noise levels' losses
     guidance: float = 1.0  # the value the network is told in training
     perceptual_loss: bool = False  # VGG-19 distance of the decoded estimate, at little noise
-    perceptual_weight: float = 0.1
+    perceptual_weight: float = 0.1  # of the VGG-19 distance
     perceptual_every: int = 4  # steps from one to the next
     perceptual_crop: int = 256  # pixels, a multiple of 8
-    seed: int = 0
+    seed: int = 0  # of the data's order, first weights and noise
 
     base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the frozen network; fp8 halves it
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = True  # less memory, a third more time
     compile: bool = False  # torch.compile of the blocks: minutes at the start, faster steps
     shard_base: bool = False  # split the frozen network over the devices (FSDP) instead of copying it
     devices: Devices = 1  # GPUs of each machine (processes on a CPU)
@@ -115,9 +116,9 @@ class Settings:
     # steps to a preview, a checkpoint and a lora_STEP.safetensors
     save_steps: Annotated[int, tyro.conf.arg(aliases=["--save_every"])] = 500
     lora_dtype: Literal["fp32", "bf16"] = "bf16"  # of these files
-    preview_images: int = 4
-    preview_steps: int = 20
-    preview_guidance: float = 2.5
+    preview_images: int = 4  # pictures in a preview
+    preview_steps: int = 20  # sampling steps of a preview
+    preview_guidance: float = 2.5  # guidance of a preview
 
 
 DEMO = {

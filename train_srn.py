@@ -61,18 +61,18 @@ class Settings:
     detach: bool = False  # no gradient through the upsampled estimate, as in the authors' code
     residual: bool = False  # predict the difference to the blurry image
 
-    epochs: int = 2000
+    epochs: int = 2000  # passes over the data
     max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces epochs
     batch_size: BatchSize = 16  # of all devices together
     optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum 0.9, nesterov
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-4  # at the start
     schedule: Literal["step", "power"] = "step"  # 0.3^(epoch // 500), or the authors' (1 - t/T)^0.3
     lstm_clip: float = 3.0  # highest global norm of the ConvLSTM's gradients
     ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used
-    seed: int = 0
+    seed: int = 0  # of the data's order, first weights and noise
 
-    precision: Precision = "32"
-    channels_last: bool = False
+    precision: Precision = "32"  # bf16 or 16: mixed, faster on GPUs
+    channels_last: bool = False  # memory layout: mostly faster
     compile: bool = False  # torch.compile: minutes at the start, faster steps
     devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines

@@ -57,7 +57,7 @@ class Settings:
     num_workers: int = 4  # processes that read and decode pictures
 
     resume_path: str = "./models/control_sd15_ini.ckpt"  # Stable Diffusion + ControlNet: tool_add_control.py
-    config_path: str = "./models/cldm_v15_deblur.yaml"
+    config_path: str = "./models/cldm_v15_deblur.yaml"  # yaml of the model
     use_attention: bool = False  # channel and spatial attention on the hint features; no other tool reads it
     sd_locked: bool = True  # False trains the UNet's decoder too: then use learning_rate 2e-6
     only_mid_control: bool = False  # steer the UNet's middle block only: faster, weaker
@@ -67,18 +67,17 @@ class Settings:
 
     batch_size: int = 4  # of each device
     accumulate_grad_batches: int = 1  # batches to one optimizer step
-    learning_rate: float = 1e-5
+    learning_rate: float = 1e-5  # the same at every step
     max_epochs: Annotated[int, tyro.conf.arg(aliases=["--num_epochs"])] = 10  # passes over the data
     max_steps: int = -1  # optimizer steps; above 0 it replaces max_epochs
-    seed: int = 0
+    seed: int = 0  # of the data's order, first weights and noise
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
 
     devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
-    strategy: Literal["auto", "ddp", "fsdp"] = (
-        "auto"  # several devices: ddp copies the model, fsdp splits it
-    )
+    # several devices: ddp copies the model to each, fsdp splits it
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     precision: Precision = "32"  # bf16 or 16: frozen parts are stored so too
     gradient_checkpointing: bool = False  # less memory, a third more time
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay

@@ -44,19 +44,14 @@ class Settings:
     """Train a ControlNet to fill holes."""
 
     demo: bool = False  # tiny networks, scikit-image's photographs, minutes on a CPU: checks the installation
-    output_dir: str = (
-        ""  # a run's folder: resumed if it exists; empty: a new outputs/controlnet_inpainting_TIME
-    )
+    output_dir: str = ""  # an old run in it is resumed; empty: outputs/controlnet_inpainting_TIME
 
     image_dir: str = "./training/coco/train2017"  # photographs, in this folder and below it
     ann_file: str = ""  # COCO's instances_*.json, for holes in the shape of objects
     captions_file: str = ""  # COCO's captions_*.json, for prompts
     mask_dir: str = ""  # masks of your own, white where the hole is
     mask_type: MaskType | None = None  # None: object if there is ann_file, folder if mask_dir, else mixed
-    mask_ratio: tuple[float, float] = (
-        0.1,
-        0.3,
-    )  # least and greatest part of the picture that the hole covers
+    mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest part of the picture that is a hole
     image_size: int = 512  # pixels of the square crop, a multiple of 64
     use_augmentation: bool = True  # crops anywhere, flipped half the time; else from the middle
     prompt: str = ""  # of pictures without captions
@@ -66,25 +61,24 @@ class Settings:
 
     resume_path: str = "./models/control_sd15_ini.ckpt"  # Stable Diffusion + ControlNet: tool_add_control.py
     init_control: str = ""  # a ControlNet to start from, such as control_v11p_sd15_inpaint.pth
-    config_path: str = "./models/cldm_v15_inpaint.yaml"
+    config_path: str = "./models/cldm_v15_inpaint.yaml"  # yaml of the model
     hint_channels: int = 3  # 4 adds the mask to the hint; other tools do not read that
     sd_locked: bool = True  # False trains the UNet's decoder too: then use learning_rate 2e-6
     only_mid_control: bool = False  # steer the UNet's middle block only: faster, weaker
 
     batch_size: int = 4  # of each device
     accumulate_grad_batches: int = 1  # batches to one optimizer step
-    learning_rate: float = 1e-5
+    learning_rate: float = 1e-5  # the same at every step
     max_epochs: Annotated[int, tyro.conf.arg(aliases=["--num_epochs"])] = 100  # passes over the data
     max_steps: int = -1  # optimizer steps; above 0 it replaces max_epochs
-    seed: int = 0
+    seed: int = 0  # of the data's order, first weights and noise
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
 
     devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
-    strategy: Literal["auto", "ddp", "fsdp"] = (
-        "auto"  # several devices: ddp copies the model, fsdp splits it
-    )
+    # several devices: ddp copies the model to each, fsdp splits it
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     precision: Precision = "16-mixed"  # bf16 or 16: frozen parts are stored so too
     gradient_checkpointing: bool = False  # less memory, a third more time
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay

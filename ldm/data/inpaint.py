@@ -238,19 +238,17 @@ class Window:
 
 @dataclass
 class Settings:
-    # Photographs, in this folder and below it.
-    image_dir: Path
-    # COCO's instances (shapes of objects) and captions.
-    ann_file: Path | None = None
-    captions_file: Path | None = None
-    # Masks of your own, white where the hole is.
-    mask_dir: Path | None = None
-    # By default objects if there is ann_file, a folder if there is mask_dir, else mixed.
-    mask_type: MaskType | None = None
-    mask_ratio: tuple[float, float] = (0.1, 0.3)
-    image_size: int = 512
-    seed: int = 0
-    output: Path = Path("data_sample.png")
+    """Look at pictures with holes before training on them."""
+
+    image_dir: Path  # photographs, in this folder and below it
+    ann_file: Path | None = None  # COCO's instances: holes in the shape of objects
+    captions_file: Path | None = None  # COCO's captions
+    mask_dir: Path | None = None  # masks of your own, white where the hole is
+    mask_type: MaskType | None = None  # None: object if there is ann_file, folder if mask_dir, else mixed
+    mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest part of the picture that is a hole
+    image_size: int = 512  # pixels of the square crop
+    seed: int = 0  # of the holes
+    output: Path = Path("data_sample.png")  # the picture that is written
     # Pictures to show.
     count: int = 8
 
