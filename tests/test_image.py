@@ -1,18 +1,20 @@
 """Reading pictures of every mode, and files that are no pictures."""
 
+import struct
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ldm.data.image import (
     list_images,
     natural_key,
     photographs,
     read_image,
+    read_rgba,
     to_tensor,
     to_uint8,
     write_image,
@@ -114,6 +116,88 @@ def test_exif_turns_the_picture_upright(tmp_path, orientation):
     exif[0x0112] = orientation
     read = save(tmp_path / "e.jpg", Image.fromarray(np.ascontiguousarray(stored)), exif=exif, quality=95)
     assert read.shape == upright.shape and np.abs(read.astype(int) - upright).mean() < 2
+
+
+# Red, green and blue as XYZ under D50, the white of ICC profiles (columns).
+ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+GAMMA = 563 / 256  # of Adobe RGB (1998)
+
+
+def icc_profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """A display profile of version 2.1 (ICC.1:1998-09): header, table, tagged data."""
+    content, table, start = b"", b"", 132 + 12 * len(tags)
+    for name, data in tags.items():
+        table += struct.pack(">4sII", name, start + len(content), len(data))
+        content += data + bytes(-len(data) % 4)
+    header = struct.pack(">I4sI4s4s4s", start + len(content), b"", 0x02100000, b"mntr", space, b"XYZ ")
+    header += struct.pack(">6H4s", 2026, 1, 1, 0, 0, 0, b"acsp").ljust(44, b"\0")
+    header = (header + struct.pack(">3I", 63190, 65536, 54061)).ljust(128, b"\0")  # D50 in 1/65536
+    return header + struct.pack(">I", len(tags)) + table + content
+
+
+def xyz(values: np.ndarray) -> bytes:
+    return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(65536 * value) for value in values))
+
+
+CURVE = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(256 * GAMMA))
+WHITE = {b"wtpt": xyz([0.9642, 1.0, 0.8249])}
+ADOBE_RGB = icc_profile(
+    b"RGB ",
+    WHITE
+    | {name: xyz(column) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), ADOBE.T, strict=True)}
+    | {b"rTRC": CURVE, b"gTRC": CURVE, b"bTRC": CURVE},
+)
+
+
+def encoded(linear: np.ndarray) -> np.ndarray:
+    """Linear light in [0, 1] by the curve of sRGB (IEC 61966-2-1), in 0..255."""
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def adobe_in_srgb(image: np.ndarray) -> np.ndarray:
+    return encoded((image / 255) ** GAMMA @ (np.linalg.inv(SRGB) @ ADOBE).T)
+
+
+def test_colours_are_converted_by_the_icc_profile(tmp_path):
+    expected = adobe_in_srgb(RGB)
+    assert np.abs(expected - RGB).max() > 20
+    for name, options in (("a.png", {}), ("a.tif", {}), ("a.webp", {"lossless": True})):
+        read = save(tmp_path / name, Image.fromarray(RGB), icc_profile=ADOBE_RGB, **options)
+        assert np.abs(read - expected).max() < 2
+    half = np.dstack([RGB, np.full((8, 8), 128, np.uint8)])
+    read = save(tmp_path / "rgba.png", Image.fromarray(half), icc_profile=ADOBE_RGB)
+    assert np.abs(read - (128 * expected + 127 * 255) / 255).max() < 2
+    rgba = read_rgba(tmp_path / "rgba.png")
+    assert np.abs(rgba[..., :3] - expected).max() < 2 and (rgba[..., 3] == 128).all()
+    palette = Image.fromarray(RGB).quantize(16)
+    colours = np.array(palette.convert("RGB"))
+    read = save(tmp_path / "p.png", palette, icc_profile=ADOBE_RGB)
+    assert np.abs(read - adobe_in_srgb(colours)).max() < 2
+    grey = icc_profile(b"GRAY", WHITE | {b"kTRC": b"curv\0\0\0\0" + struct.pack(">IH", 1, round(256 * 1.8))})
+    read = save(tmp_path / "l.png", Image.fromarray(GREY), icc_profile=grey)
+    assert np.abs(read - encoded((GREY / 255) ** 1.8)[..., None]).max() < 2
+
+
+def test_a_photograph_in_adobe_rgb():
+    path = photographs(("rocket.jpg",))[0]
+    with Image.open(path) as image:
+        stored = np.array(image)
+    assert np.abs(read_image(path) - adobe_in_srgb(stored)).mean() < 1
+
+
+def test_profiles_that_change_nothing_or_cannot_be_used(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for number, data in enumerate((srgb, lab, b"no profile", ADOBE_RGB[:150], bytes(500))):
+        read = save(tmp_path / f"{number}.png", Image.fromarray(RGB), icc_profile=data)
+        assert np.array_equal(read, RGB), number
+    assert np.array_equal(  # a profile of another mode
+        save(tmp_path / "l.png", Image.fromarray(GREY), icc_profile=ADOBE_RGB)[..., 0], GREY
+    )
+    with Image.open(tmp_path / "2.png") as image:
+        assert image.info["icc_profile"] == b"no profile"  # it was there
 
 
 def test_broken_files_are_named(tmp_path):

@@ -1,14 +1,17 @@
 """Reading and writing pictures: the one place where files become arrays and arrays become files."""
 
+import io
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+SAME = 3  # of 255: an RGB profile that moves no colour farther is an sRGB
 # Photographs that come inside the scikit-image package, for demonstrations and tests.
 PHOTOGRAPHS = (
     "astronaut.png",
@@ -21,8 +24,9 @@ PHOTOGRAPHS = (
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read any picture as uint8 RGB (h, w, 3), turned upright by its EXIF tag, transparency over white.
+    """Read any picture as uint8 sRGB (h, w, 3), turned upright by its EXIF tag, transparency over white.
 
+    Colours are converted by an embedded ICC profile; a damaged one, or one of another mode, is passed over.
     16-bit and 32-bit integer greys are scaled by 65535, float greys are taken to be in [0, 1].
     Raises FileNotFoundError if there is no such file and ValueError if Pillow cannot decode it.
     """
@@ -38,11 +42,11 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_rgba(path: str | Path) -> np.ndarray | None:
-    """Read a picture that has transparency as uint8 (h, w, 4), upright; None if it has none."""
+    """Read a picture that has transparency as uint8 sRGB (h, w, 4), upright; None if it has none."""
     with Image.open(path) as image:
         if not image.has_transparency_data:
             return None
-        return np.array(ImageOps.exif_transpose(image).convert("RGBA"))
+        return np.array(_to_srgb(ImageOps.exif_transpose(image)).convert("RGBA"))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -57,6 +61,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            turned = turned and image.format != "TIFF"  # Pillow gives that upright already
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {path}: {error}") from error
     return (height, width) if turned else (width, height)
@@ -66,10 +71,38 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image).astype(np.float64) * (255.0 if image.mode == "F" else 255.0 / 65535.0)
         return np.repeat(np.rint(grey.clip(0, 255)).astype(np.uint8)[..., None], 3, axis=2)
+    image = _to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """RGB or RGBA by the picture's ICC profile; as it is, to the bit, without one or with an sRGB."""
+    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    transform = _transform_to_srgb(image.info.get("icc_profile") or b"", mode)
+    if transform is None:
+        return image
+    converted = transform.apply(image.convert(mode))
+    if image.has_transparency_data:
+        converted.putalpha(image.convert("RGBA").getchannel("A"))
+    return converted
+
+
+@lru_cache(maxsize=16)
+def _transform_to_srgb(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """None for an sRGB, and for a profile that is damaged or not of this mode."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (OSError, ImageCms.PyCMSError):
+        return None
+    if mode == "RGB":
+        colours = np.stack(np.mgrid[0:256:17, 0:256:17, 0:256:17], axis=-1).reshape(64, 64, 3)
+        moved = np.asarray(transform.apply(Image.fromarray(colours.astype(np.uint8))))
+        return transform if np.abs(moved - colours).max() > SAME else None
+    return transform
 
 
 def write_image(path: str | Path, image: np.ndarray, compress_level: int = 6) -> None:
