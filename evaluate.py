@@ -4,7 +4,8 @@
         --output report.json --html report.html
 
 PSNR and SSIM are of uint8 RGB images with a data range of 255, per image, then averaged (ldm/metrics.py).
-Pictures are matched by their path in the folder without its extension; in a GoPro tree by sequence and frame.
+Pictures are matched by their path in the folder without its extension; in a GoPro tree by sequence and frame,
+in a folder of tool_make_deblur_dataset.py by number.
 """
 
 import base64
@@ -28,6 +29,12 @@ from ldm.profile import PROFILE, cost_line, read_profile, weights_lines
 from ldm.settings import run_main
 
 WORST = 5
+# Folders of one kind inside a data set, and what the names in them begin with: GoPro's, then
+# tool_make_deblur_dataset.py's.
+FOLDERS = {
+    "blur": {"blur": "", "blur_images": "blur_"},
+    "sharp": {"sharp": "", "clear_images": "clear_"},
+}
 
 
 @dataclass
@@ -45,20 +52,21 @@ class Settings:
 
 
 def index_folder(folder: Path, kind: str, prefix: str = "", suffix: str = "") -> dict[str, Path]:
-    """Pictures of a folder by name: path without extension, prefix, suffix and any parent called `kind`.
+    """Pictures of a folder by name: path without extension, prefix, suffix and the FOLDERS of this kind.
 
-    Where some have a parent called `kind` (GoPro's blur and sharp), only these count.
-    Raises ValueError if two have one name, or none has the prefix and suffix.
+    Where some have such a parent only these count. Raises ValueError if two have one name, or none has the
+    prefix and suffix.
     """
+    begins = FOLDERS[kind]
     paths = {path: path.relative_to(folder) for path in list_images(folder)}
-    of_kind = {path: place for path, place in paths.items() if kind in place.parts[:-1]}
+    of_kind = {path: place for path, place in paths.items() if not begins.keys().isdisjoint(place.parts[:-1])}
     named: dict[str, Path] = {}
     for path, place in (of_kind or paths).items():
         stem = place.stem
         if not (stem.startswith(prefix) and stem.endswith(suffix)):
             continue
-        stem = stem.removeprefix(prefix).removesuffix(suffix)
-        name = "/".join([*(part for part in place.parts[:-1] if part != kind), stem])
+        stem = stem.removeprefix(prefix).removesuffix(suffix).removeprefix(begins.get(path.parent.name, ""))
+        name = "/".join([*(part for part in place.parts[:-1] if part not in begins), stem])
         if name in named:
             raise ValueError(f"{named[name]} and {path} have the same name, {name}")
         named[name] = path

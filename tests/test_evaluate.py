@@ -95,6 +95,26 @@ def test_a_gopro_tree_is_matched_by_sequence_and_frame(tmp_path):
     assert report["psnr_blurry"] == float("inf")
 
 
+def test_a_made_data_set_is_matched_by_number(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    made, restored = tmp_path / "made", tmp_path / "restored"
+    for place in ("clear_images/clear_", "blur_images/blur_"):
+        for number in range(2):
+            (made / place).parent.mkdir(parents=True, exist_ok=True)
+            write_image(made / f"{place}{number:06}.png", image)
+    write_image(made / "preview.png", image)
+    restored.mkdir()
+    write_image(restored / "deblurred_blur_000001.png", image // 2)
+    for sharp, blurry in ((made, made), (made / "clear_images", made / "blur_images")):
+        chosen = evaluate.Settings(restored, sharp, blurry, prefix="deblurred_blur_")
+        report, rows, files = evaluate.evaluate(chosen)
+        assert set(files) == {"000001"} and report["pairs"]["without_partner"]["sharp"] == 1
+        assert files["000001"]["blurry"] == made / "blur_images/blur_000001.png"
+    (restored / "blur_images").mkdir()  # what infer.py --input made --pattern "blur_images/*" leaves
+    (restored / "deblurred_blur_000001.png").rename(restored / "blur_images/deblurred_blur_000001.png")
+    assert set(evaluate.evaluate(evaluate.Settings(restored, made, prefix="deblurred_"))[2]) == {"000001"}
+
+
 def test_equal_pictures_are_written_as_json(folders):
     chosen = settings(folders, restored=folders / "sharp", prefix="", suffix="", output=folders / "r.json")
     evaluate.main(chosen)
