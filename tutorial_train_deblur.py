@@ -14,11 +14,10 @@ Judge by the grids and val/psnr, not by the training loss. After a stop the same
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import pytorch_lightning as pl
 import torch
-import tyro
 from torch.utils.data import Dataset
 
 from cldm.cache import with_cached_latents
@@ -29,7 +28,16 @@ from cldm.training import StreamData, check_start, fit, prepare_model, report
 from ldm.data.paired import BlurDataset, Pair, PairedDataset, find_pairs, split_pairs
 from ldm.data.pairs import check_sizes, has_pairs
 from ldm.data.stream import item_generator
-from ldm.settings import Devices, Precision, check_counts, run_main
+from ldm.settings import (
+    Accumulate,
+    BatchSize,
+    Devices,
+    MaxEpochs,
+    MaxSteps,
+    Precision,
+    check_counts,
+    run_main,
+)
 from ldm.validation import sharp_pairs
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset
@@ -65,11 +73,11 @@ class Settings:
     perceptual_loss_weight: float = 0.1  # of the VGG-19 distance among them
     deblur_crop: int = 32  # side of the decoded crop in latents (one is 8 pixels), 0 for the whole image
 
-    batch_size: int = 4  # of each device
-    accumulate_grad_batches: int = 1  # batches to one optimizer step
+    batch_size: BatchSize = 4  # of each device
+    accumulate_grad_batches: Accumulate = 1  # batches to one optimizer step
     learning_rate: float = 1e-5  # the same at every step
-    max_epochs: Annotated[int, tyro.conf.arg(aliases=["--num_epochs"])] = 10  # passes over the data
-    max_steps: int = -1  # optimizer steps; above 0 it replaces max_epochs
+    max_epochs: MaxEpochs = 10  # passes over the data
+    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
     seed: int = 0  # of the data's order, first weights and noise
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none

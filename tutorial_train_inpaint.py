@@ -34,7 +34,7 @@ from cldm.training import StreamData, check_start, fit, prepare_model, report
 from ldm.checkpoint import write_weights
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
-from ldm.settings import Devices, Precision, run_main
+from ldm.settings import Accumulate, BatchSize, Devices, MaxEpochs, MaxSteps, Precision, run_main
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -46,7 +46,8 @@ class Settings:
     demo: bool = False  # tiny networks, scikit-image's photographs, minutes on a CPU: checks the installation
     output_dir: str = ""  # an old run in it is resumed; empty: outputs/controlnet_inpainting_TIME
 
-    image_dir: str = "./training/coco/train2017"  # photographs, in this folder and below it
+    # photographs, in this folder and below it
+    image_dir: Annotated[str, tyro.conf.arg(aliases=["--data_root"])] = "./training/coco/train2017"
     ann_file: str = ""  # COCO's instances_*.json, for holes in the shape of objects
     captions_file: str = ""  # COCO's captions_*.json, for prompts
     mask_dir: str = ""  # masks of your own, white where the hole is
@@ -66,11 +67,11 @@ class Settings:
     sd_locked: bool = True  # False trains the UNet's decoder too: then use learning_rate 2e-6
     only_mid_control: bool = False  # steer the UNet's middle block only: faster, weaker
 
-    batch_size: int = 4  # of each device
-    accumulate_grad_batches: int = 1  # batches to one optimizer step
+    batch_size: BatchSize = 4  # of each device
+    accumulate_grad_batches: Accumulate = 1  # batches to one optimizer step
     learning_rate: float = 1e-5  # the same at every step
-    max_epochs: Annotated[int, tyro.conf.arg(aliases=["--num_epochs"])] = 100  # passes over the data
-    max_steps: int = -1  # optimizer steps; above 0 it replaces max_epochs
+    max_epochs: MaxEpochs = 100  # passes over the data
+    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
     seed: int = 0  # of the data's order, first weights and noise
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none

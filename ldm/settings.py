@@ -13,6 +13,7 @@ import tyro
 
 # Types of settings that go by more than one name.
 Devices = Annotated[int, tyro.conf.arg(aliases=["--gpus"])]
+MaxEpochs = Annotated[int, tyro.conf.arg(aliases=["--num_epochs"])]
 MaxSteps = Annotated[int, tyro.conf.arg(aliases=["--max_train_steps"])]
 BatchSize = Annotated[int, tyro.conf.arg(aliases=["--train_batch_size"])]
 Accumulate = Annotated[int, tyro.conf.arg(aliases=["--accumulate", "--gradient_accumulation_steps"])]

@@ -1,13 +1,18 @@
 """ControlLDM against the original's key manifests and numbers."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from omegaconf import OmegaConf
 
 from cldm.cldm import ControlLDM
+from cldm.model import read_config
+from cldm.training import prepare_model
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers import ddim_sigma, make_steps
 from ldm.modules.diffusionmodules.util import make_ddim_timesteps
@@ -209,6 +214,84 @@ def test_v_prediction_agrees_with_noise_prediction(model, reference):
     assert relative_error(model.predict_start_from_v(x_t, r["t"], v), r["x_start"]) < 1e-4
     assert relative_error(model.predict_eps_from_v(x_t, r["t"], v), r["noise"]) < 1e-4
     assert relative_error(model.predict_start_from_noise(x_t, r["t"], r["noise"]), r["x_start"]) < 1e-3
+
+
+@pytest.fixture
+def v_model() -> ControlLDM:
+    """The 768-px Stable Diffusion 2.1 of models/cldm_v21_768v.yaml with tiny networks."""
+    config = read_config("models/cldm_v21_768v.yaml")
+    small = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "context_dim": 24}
+    small |= {"attention_resolutions": [2], "num_head_channels": 16}
+    for name in ("unet_config", "control_stage_config"):
+        config["params"][name]["params"] |= small
+    config["params"]["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 1, 1]}
+    config["params"]["cond_stage_config"] = None
+    return fill(instantiate_from_config(config)).eval()
+
+
+def v_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def test_a_training_step_of_a_v_model_is_by_the_published_formula(v_model):
+    torch.manual_seed(0)
+    batch = {"jpg": torch.rand(2, 64, 64, 3) * 2 - 1, "hint": torch.rand(2, 64, 64, 3)}
+    batch |= {"txt": torch.randn(2, 7, 24), "seed": torch.tensor([5, 9])}
+    v_model.train()
+    loss, _ = v_model.shared_step(batch)
+    loss.backward()
+    assert gradients(v_model).keys() == {
+        f"control_model.{name}" for name, _ in v_model.control_model.named_parameters()
+    }
+    start, cond = v_model.get_input(batch)
+    noise, t = v_model.noise_of(batch, start, salt=1), v_model.timesteps_of(batch, 2)
+    scheduler = v_scheduler()
+    output = v_model.apply_model(scheduler.add_noise(start, noise, t), t, cond)
+    expected = (output - scheduler.get_velocity(start, noise, t)).square().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_sampling_a_v_model_equals_diffusers_scheduler(v_model):
+    torch.manual_seed(0)
+    x = x_T = torch.randn(2, 4, 8, 8)
+    cond = {"c_crossattn": [torch.randn(2, 7, 24)], "c_concat": [torch.rand(2, 3, 64, 64)]}
+    ours, _ = DDIMSampler(v_model).sample(5, 2, (4, 8, 8), cond, x_T=x_T)
+    scheduler = v_scheduler()
+    scheduler.set_timesteps(5)
+    for t in scheduler.timesteps:
+        x = scheduler.step(v_model.apply_model(x, t.expand(2), cond), t, x).prev_sample
+    assert relative_error(ours, x) < 1e-4
+
+
+def test_compiled_networks_take_the_same_step(v_model, monkeypatch):
+    """Traced as `--compile` does it, without its C++ (that takes minutes to build)."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend="aot_eager"))
+    batch = {"jpg": torch.rand(1, 64, 64, 3) * 2 - 1, "hint": torch.rand(1, 64, 64, 3)}
+    batch |= {"txt": torch.randn(1, 7, 24), "seed": torch.tensor([5])}
+    settings = {"sd_locked": True, "only_mid_control": False, "learning_rate": 1e-3, "optimizer": "adamw"}
+    settings |= {"gradient_checkpointing": False, "precision": "32"}
+    losses, steps = [], []
+    for compiled in (False, True):
+        model = copy.deepcopy(v_model).train()
+        prepare_model(model, SimpleNamespace(**settings, compile=compiled))
+        loss, _ = model.shared_step(batch)
+        loss.backward()
+        losses.append(loss.item())
+        steps.append(gradients(model))
+    assert model.control_model._compiled_call_impl and model.model.diffusion_model._compiled_call_impl
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert steps[0].keys() == steps[1].keys()
+    assert all(relative_error(steps[1][name], value) < 1e-3 for name, value in steps[0].items())
 
 
 def test_text_is_embedded_once_per_prompt(model):

@@ -9,20 +9,26 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import tyro
+from torch.utils.data import default_collate
 
 import tutorial_train_deblur
+import tutorial_train_inpaint
 from cldm import deblur
 from cldm.deblur import ChannelSpatialAttention, DeblurControlNet, add_attention, gradient_l1
+from cldm.logger import log_txt_as_img
 from cldm.model import create_model, open_control_model, read_config
 from ldm import checkpoint
-from ldm.data.image import read_image, write_image
+from ldm.data.image import read_image, to_uint8, write_image
+from ldm.metrics import psnr
 from ldm.util import instantiate_from_config
 from tests.fill import fill
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset
-from tutorial_train_deblur import Settings, main
+from tutorial_train_deblur import Settings, find_crops, main
 
 CONFIG = "models/cldm_tiny_deblur.yaml"
 
@@ -108,6 +114,34 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path):
     assert read_image(Path(settings.output_dir) / "images" / images[0]).std() > 10
 
 
+def tile(grid: np.ndarray, row: int, column: int) -> np.ndarray:
+    """One picture of a grid of 64-pixel squares."""
+    y, x = 4 + 68 * row, 4 + 68 * column
+    return grid[y : y + 64, x : x + 64].astype(int)
+
+
+def test_the_validation_grid_shows_blurry_restored_sharp_and_prompt(settings):
+    settings = replace(settings, val_fraction=0.4)
+    main(settings)
+    folder = Path(settings.output_dir)
+    grid = read_image(folder / "images" / "val_0000002.png")
+    assert grid.shape == (2 * 68 + 4, 4 * 68 + 4, 3)
+    _, held_out, pairs = find_crops(settings)
+    batch = default_collate([held_out[0], held_out[1]])
+    average = DeblurControlNet.load_from_checkpoint(folder / "checkpoints" / "last.ckpt")
+    restored = average.restore(batch, settings.val_ddim_steps)
+    prompt = to_uint8(log_txt_as_img((64, 64), [settings.prompt])[0])
+    scores = []
+    for row, pair in enumerate(pairs[-2:]):
+        sharp = read_image(pair.sharp)
+        assert (tile(grid, row, 0) == read_image(pair.blurry)).all()
+        assert abs(tile(grid, row, 1) - to_uint8(restored[row])).max() <= 1
+        assert (tile(grid, row, 2) == sharp).all()
+        assert (tile(grid, row, 3) == prompt).all()
+        scores.append(psnr(tile(grid, row, 1).astype(np.uint8), sharp))
+    assert float(rows(settings)[2]["val/psnr"]) == pytest.approx(np.mean(scores), abs=1e-3)
+
+
 def test_checkpoints_hold_what_is_trained_and_open_again(settings):
     main(settings)
     content = last(settings)
@@ -184,6 +218,37 @@ def test_other_settings_do_not_continue_a_run(settings):
     main(replace(settings, max_steps=1))
     with pytest.raises(ValueError, match="learning_rate was 0.0001, is 0.001"):
         main(replace(settings, learning_rate=1e-3))
+
+
+def test_a_run_with_the_old_names_of_settings_goes_on(settings):
+    main(replace(settings, max_steps=1))
+    path = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
+    content = checkpoint.load(path, mmap=False)
+    old = content["settings"]
+    old |= {"gpus": old.pop("devices"), "num_epochs": old.pop("max_epochs"), "precision": "32-true"}
+    checkpoint.save(path, content)
+    main(settings)
+    assert last(settings)["global_step"] == 2
+
+
+@pytest.mark.parametrize("script", [tutorial_train_deblur, tutorial_train_inpaint])
+def test_flags_go_by_all_their_names(script):
+    def read(line: str):
+        return tyro.cli(script.Settings, args=line.split(), use_underscores=True)
+
+    same = "--output_dir x --seed 1 --batch_size 2 --accumulate_grad_batches 3"
+    ours = read(f"--devices 2 --max_epochs 5 --precision bf16-mixed --max_steps 7 {same}")
+    assert ours == read(f"--gpus 2 --num_epochs 5 --precision bf16-mixed --max_steps 7 {same}")
+    assert (ours.devices, ours.max_epochs, ours.precision) == (2, 5, "bf16-mixed")
+    for precision in ("16", "bf16", "32", "16-mixed", "32-true"):
+        assert read(f"--precision {precision}").precision == precision
+
+
+def test_an_optimizer_that_is_not_installed_is_said_before_anything_is_loaded(settings, monkeypatch):
+    monkeypatch.setattr("cldm.training.find_spec", lambda name: None)
+    monkeypatch.setattr(tutorial_train_deblur, "load_state_dict", lambda path: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="adamw8bit needs a package: pip install bitsandbytes"):
+        main(replace(settings, optimizer="adamw8bit"))
 
 
 def test_unlocked_decoder_is_trained_and_saved(settings):
@@ -354,6 +419,24 @@ def test_cached_latents_train_as_fresh_ones_do_and_stale_ones_are_noticed(settin
 def test_half_precision_trains_on_finite_numbers(settings, precision):
     main(replace(settings, precision=precision, max_steps=1, gradient_checkpointing=True))
     assert all(torch.isfinite(value).all() for value in last(settings)["state_dict"].values())
+
+
+@pytest.mark.parametrize("part", ["loops", "optimizer_states", "random", "StreamData", "weight", "shape"])
+def test_a_checkpoint_that_is_not_whole_does_not_resume(settings, part):
+    settings = replace(settings, max_steps=1, val_fraction=0.0)
+    main(settings)
+    path = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
+    content = checkpoint.load(path, mmap=False)
+    weights, name = content["state_dict"], "control_model.zero_convs.0.0.weight"
+    if part == "weight":
+        del weights[name]
+    elif part == "shape":
+        weights[name] = weights[name][:1]
+    else:
+        del content[part]
+    checkpoint.save(path, content)
+    with pytest.raises(ValueError, match=f"last.ckpt .*{name if part in ('weight', 'shape') else part}"):
+        main(settings)
 
 
 def command(settings: Settings, *more: str) -> list[str]:

@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 import tool_make_mask
 import tutorial_train_inpaint
 from cldm import callbacks
 from cldm.inpaint import InpaintControlNet
+from cldm.logger import log_txt_as_img
 from cldm.model import create_model, open_control_model
 from ldm import checkpoint
-from ldm.data.image import read_image, write_image
+from ldm.data.image import read_image, to_uint8, write_image
 from tests.fill import fill
-from tests.test_deblur import same
-from tutorial_train_inpaint import Settings, cut_photographs, main, run_folder
+from tests.test_deblur import same, tile
+from tutorial_train_inpaint import Settings, cut_photographs, find_pictures, main, run_folder
 
 CONFIG = "models/cldm_tiny_inpaint.yaml"
 
@@ -109,6 +111,25 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, place, tmp_path):
     }  # fmt: skip
     assert read_image(folder / "images" / "val_0000002.png").shape == (2 * 68 + 4, 6 * 68 + 4, 3)
     assert any("tfevents" in path.name for path in (folder / "logs").iterdir())
+
+
+def test_the_validation_grid_shows_what_its_page_says(settings):
+    main(settings)
+    folder = Path(settings.output_dir)
+    grid = read_image(folder / "images" / "val_0000002.png")
+    _, held_out = find_pictures(settings)
+    batch = default_collate([held_out[0], held_out[1]])
+    result = open_control_model(folder / "final_model" / "model.ckpt").restore(batch, settings.val_ddim_steps)
+    prompt = to_uint8(log_txt_as_img((64, 64), [settings.prompt])[0])
+    for row in range(2):
+        truth = read_image(batch["path"][row])
+        hole = batch["mask"][row].numpy() > 0.5  # (64, 64, 1)
+        masked, mask, made, composite, shown_truth, text = (tile(grid, row, n) for n in range(6))
+        assert (masked == np.where(hole, 0, truth)).all()
+        assert (mask == 255 * hole).all() and 0 < hole.mean() < 1
+        assert abs(made - to_uint8(result[row])).max() <= 1
+        assert (composite == np.where(hole, made, truth)).all()
+        assert (shown_truth == truth).all() and (text == prompt).all()
 
 
 def test_what_a_run_leaves_opens_again(settings, place):
