@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageCms
 
 from ldm.data.image import (
+    image_size,
     list_images,
     natural_key,
     photographs,
@@ -198,6 +199,17 @@ def test_profiles_that_change_nothing_or_cannot_be_used(tmp_path):
     )
     with Image.open(tmp_path / "2.png") as image:
         assert image.info["icc_profile"] == b"no profile"  # it was there
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_the_size_is_known_without_reading(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.zeros((8, 20, 3), np.uint8)).save(path, exif=exif)
+    assert image_size(path) == (8, 20) and read_image(path, 0.00016).shape == (20, 8, 3)
+    with pytest.raises(ValueError, match=f"cannot read image .*a.{suffix}: it has 0.0 megapixels, more than"):
+        read_image(path, 0.00015)
 
 
 def test_broken_files_are_named(tmp_path):

@@ -23,18 +23,22 @@ PHOTOGRAPHS = (
 )
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, max_megapixels: float | None = None) -> np.ndarray:
     """Read any picture as uint8 sRGB (h, w, 3), turned upright by its EXIF tag, transparency over white.
 
     Colours are converted by an embedded ICC profile; a damaged one, or one of another mode, is passed over.
     16-bit and 32-bit integer greys are scaled by 65535, float greys are taken to be in [0, 1].
-    Raises FileNotFoundError if there is no such file and ValueError if Pillow cannot decode it.
+    Raises FileNotFoundError if there is no such file and ValueError if Pillow cannot decode it, or without
+    trying if it has more than `max_megapixels`.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"image not found: {path}")
     try:
         with Image.open(path) as image:
+            pixels = image.width * image.height / 1e6
+            if max_megapixels is not None and pixels > max_megapixels:
+                raise ValueError(f"it has {pixels:.1f} megapixels, more than {max_megapixels:g}")
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
