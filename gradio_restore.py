@@ -7,6 +7,7 @@ A system without weights says which file it wants and where that comes from. Mor
 """
 
 import html
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -191,7 +192,12 @@ class Page:
                         label=f"Picture, {limits}", file_types=["image"], height=160, elem_id="upload"
                     )
                     shown = gr.Image(
-                        label="Picture", visible=False, interactive=False, buttons=["fullscreen"], height=320
+                        label="Picture",
+                        visible=False,
+                        interactive=False,
+                        buttons=["fullscreen"],
+                        height=320,
+                        elem_id="shown",
                     )
                 with gr.Column(scale=3, min_width=320), gr.Tabs():
                     for name, system in self.workshop.systems.items():
@@ -341,8 +347,8 @@ class Page:
 
 
 class Doorkeeper:
-    """ASGI middleware that lets through what the page itself asks for and shuts gradio's other doors, such as
-    the one that fetches any address of the internet."""
+    """ASGI middleware that lets through what the page itself asks for and shuts gradio's other doors, above
+    all those through which the server would fetch any address of the internet, of any size."""
 
     OPEN = re.compile(
         r"/(config|theme\.css|favicon\.ico|manifest\.json|assets/.*|static/.*)?$"
@@ -355,10 +361,37 @@ class Doorkeeper:
         self.app = app
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        from starlette.requests import Request
         from starlette.responses import PlainTextResponse
 
         shut = scope["type"] == "http" and not self.OPEN.match(scope["path"])
+        if not shut and scope.get("path") == "/gradio_api/queue/join":
+            body = await Request(scope, receive).body()
+            shut = names_address(body)
+            parts = iter([{"type": "http.request", "body": body}])
+            later, receive = receive, lambda: read_again(parts, later)
         await (PlainTextResponse("not here", 403) if shut else self.app)(scope, receive, send)
+
+
+async def read_again(parts: Iterator[dict], later: Callable) -> dict:
+    """What a request still has to say: the `parts` that were read, then what comes later."""
+    return next(parts, None) or await later()
+
+
+def names_address(body: bytes) -> bool:
+    """Whether a `path` anywhere in json is an address of the internet; so is what is no json."""
+    found = False
+
+    def look(pairs: dict) -> dict:
+        nonlocal found
+        found |= "://" in str(pairs.get("path", ""))
+        return pairs
+
+    try:
+        json.loads(body, object_hook=look)
+    except ValueError:
+        return True
+    return found
 
 
 def main(settings: Settings) -> None:

@@ -134,16 +134,12 @@ def save(folder: Path, stem: str, image: np.ndarray) -> Path:
 def open_upload(path: Path, results: Path, max_megapixels: float) -> tuple[Path, np.ndarray]:
     """An uploaded picture as an upright PNG in `results`, and small enough to show: uint8 (h, w, 3 or 4).
 
-    Raises ValueError if it is too large, by its header alone, or cannot be read.
+    Raises ValueError if it is too large, by its header, or cannot be read.
     """
-    width, height = image_size(path)
-    if width * height > max_megapixels * 1e6:
-        raise ValueError(
-            f"{path.name} has {width} x {height} pixels, {width * height / 1e6:.1f} megapixels: "
-            f"this page takes up to {max_megapixels:g}"
-        )
-    image, rgba = read_image(path), read_rgba(path)
+    image = read_image(path, max_megapixels)
+    rgba = read_rgba(path)
     image = image if rgba is None else rgba
+    height, width = image.shape[:2]
     scale = min(1.0, PREVIEW / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return save(results, path.stem, image), cv2.resize(image, size, interpolation=cv2.INTER_AREA)

@@ -1,0 +1,555 @@
+"""The web page: what is behind it, its server, and the page itself in a real browser, on tiny networks."""
+
+import gc
+import json
+import os
+import re
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import weakref
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cldm.inpaint import distance_to
+from cldm.model import create_model, read_config
+from gradio_restore import Settings, list_systems, main, names_address
+from ldm import checkpoint
+from ldm.data.image import photographs, read_image, write_image
+from ldm.data.inpaint import read_mask
+from ldm.workshop import Stopped, System, Workshop, open_upload, save, save_mask
+from tests.fill import fill
+from train_srn import SRNDeblurNet, load_network, restore_image
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 90  # seconds that a busy machine may take for one thing
+BROWSER = [shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")]
+in_browser = pytest.mark.skipif(
+    None in BROWSER, reason="no chromium with its chromedriver here (Debian: chromium, chromium-driver)"
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Tiny networks: SRN and both ControlNets. There is no DBGAN, BGAN or Kontext."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    network = SRNDeblurNet(2, residual=True)
+    torch.nn.init.normal_(network.outblock.conv[0].weight, std=0.05)
+    checkpoint.write_weights(
+        folder / "srn.safetensors", network.state_dict(), {"settings": '{"residual": true}'}
+    )
+    for kind in ("deblur", "inpaint"):
+        config = f"models/cldm_tiny_{kind}.yaml"
+        content = {"state_dict": fill(create_model(config)).state_dict(), "config": read_config(config)}
+        checkpoint.save(folder / f"{kind}.ckpt", content)
+    return folder
+
+
+def make_settings(weights: Path, output_dir: Path) -> Settings:
+    return Settings(
+        output_dir=output_dir,
+        device="cpu",
+        max_megapixels=0.5,
+        max_upload_mb=1,
+        srn_path=weights / "srn.safetensors",
+        deblur_path=weights / "deblur.ckpt",
+        inpaint_path=weights / "inpaint.ckpt",
+        dbgan_path=weights / "dbgan.safetensors",
+        bgan_path=weights / "bgan.safetensors",
+        kontext_path=weights / "kontext",
+    )
+
+
+def photograph(height: int, width: int) -> np.ndarray:
+    return read_image(photographs()[0])[60 : 60 + height, 100 : 100 + width]
+
+
+def huge_header(path: Path, width: int, height: int) -> Path:
+    """A PNG of a few bytes that says it is that large."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IEND", b"")]
+    data = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    return path
+
+
+# ---- behind the page ---------------------------------------------------------------------------------------
+
+
+class Silent:
+    """A system whose network counts how often it is loaded and runs until it is stopped, or just once."""
+
+    def __init__(self, forever: bool = False):
+        self.forever, self.loaded, self.network, self.running = forever, 0, None, threading.Event()
+
+    def restorer(self):
+        self.loaded += 1
+        network = torch.nn.Linear(1, 1)
+        self.network = weakref.ref(network)
+
+        def restore(image, path):
+            while True:
+                network(torch.zeros(1, 1))
+                self.running.set()
+                if not self.forever:
+                    return image + np.uint8(self.add)
+
+        return restore
+
+
+def make_workshop(tmp_path: Path, **systems) -> tuple[Workshop, Path]:
+    (tmp_path / "results").mkdir()
+    write_image(tmp_path / "results" / "p.png", np.zeros((4, 5, 3), np.uint8))
+    systems = {name: System(name, "", options, (), (), "") for name, options in systems.items()}
+    return Workshop(systems, tmp_path / "results"), tmp_path / "results" / "p.png"
+
+
+def ignore(*_, **__):
+    pass
+
+
+def test_a_system_is_loaded_once_and_freed_for_another(tmp_path):
+    one, two = Silent(), Silent()
+    workshop, picture = make_workshop(tmp_path, one=one, two=two)
+    results = [workshop.restore("one", picture, {"add": add}, "page", ignore) for add in (3, 4)]
+    assert one.loaded == 1 and [int(read_image(path).max()) for path in results] == [3, 4]
+    assert one.network() is not None
+    workshop.restore("two", picture, {"add": 1}, "page", ignore)
+    gc.collect()
+    assert one.network() is None and two.network() is not None
+    workshop.restore("one", picture, {"add": 1}, "page", ignore)
+    assert one.loaded == 2 and workshop.jobs == [] and not workshop.turn.locked()
+
+
+def test_stop_ends_the_jobs_of_one_page_running_or_waiting(tmp_path):
+    endless, short = Silent(forever=True), Silent()
+    workshop, picture = make_workshop(tmp_path, endless=endless, short=short)
+    ends = {}
+
+    def job(name, page):
+        try:
+            ends[name, page] = workshop.restore(name, picture, {"add": 1}, page, ignore)
+        except Stopped:
+            ends[name, page] = "stopped"
+
+    threads = [threading.Thread(target=job, args=("endless", "a"), daemon=True)]
+    threads[0].start()
+    assert endless.running.wait(PATIENCE)
+    for page in ("a", "b"):
+        threads.append(threading.Thread(target=job, args=("short", page), daemon=True))
+        threads[-1].start()
+    while len(workshop.jobs) < 3:
+        time.sleep(0.01)
+    workshop.stop("a")
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert ends.pop(("short", "b")).is_file()
+    assert ends == {("endless", "a"): "stopped", ("short", "a"): "stopped"}
+    torch.nn.Linear(1, 1)(torch.zeros(1, 1))  # no hook stays behind
+
+
+def test_settings_of_a_tab_reach_the_loaded_network(weights, tmp_path):
+    settings = make_settings(weights, tmp_path)
+    workshop = Workshop(list_systems(settings), tmp_path)
+    picture = tmp_path / "p.png"
+    write_image(picture, photograph(64, 64))
+    values = {"num_inference_steps": 2, "guidance_scale": 1.0, "seed": 0, "strength": 1.0}
+    values |= {"scheduler": "ddim", "prompt": "x"}
+    steps = []
+
+    def run(**changes):
+        path = workshop.restore("deblur", picture, values | changes, "", lambda *a, **_: steps.append(a[0]))
+        return read_image(path)
+
+    first, restorer = run(), workshop.restorer
+    assert (0, 2) in steps and (1, 2) in steps
+    assert not np.array_equal(first, run(seed=1)) and not np.array_equal(first, run(num_inference_steps=3))
+    assert not np.array_equal(first, run(guidance_scale=3.0))
+    assert np.array_equal(first, run()) and workshop.restorer is restorer
+
+
+def test_uploads_are_bounded_and_become_upright_pngs(tmp_path):
+    image = photograph(40, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(image).save(tmp_path / "a photo.tif", exif=exif)
+    picture, small = open_upload(tmp_path / "a photo.tif", tmp_path, 1)
+    assert np.array_equal(read_image(picture), np.rot90(image, -1)) and small.shape == (60, 40, 3)
+    wide = np.dstack([np.zeros((2, 2000, 3), np.uint8), np.full((2, 2000), 7, np.uint8)])
+    write_image(tmp_path / "wide.png", wide)
+    picture, small = open_upload(tmp_path / "wide.png", tmp_path, 1)
+    assert small.shape == (1, 1280, 4) and np.array_equal(np.array(Image.open(picture)), wide)
+    with pytest.raises(ValueError, match=r"a photo.tif: it has 0.0 megapixels, more than 0.002"):
+        open_upload(tmp_path / "a photo.tif", tmp_path, 0.002)
+    with pytest.raises(ValueError, match="huge.png: it has 81.0 megapixels, more than 24"):
+        open_upload(huge_header(tmp_path / "huge.png", 9000, 9000), tmp_path, 24)
+    with pytest.raises(ValueError, match="cannot read image .*bomb.png"):
+        open_upload(huge_header(tmp_path / "bomb.png", 60000, 60000), tmp_path, 24)
+
+
+def test_names_of_results_stay_in_their_folder(tmp_path):
+    image = np.zeros((2, 2, 3), np.uint8)
+    paths = [save(tmp_path, stem, image) for stem in ("../../x/y", "北京 <b>", "..", "a" * 300, "a" * 300)]
+    assert len(set(paths)) == 5 and all(path.parent == tmp_path and path.is_file() for path in paths)
+    assert all(re.fullmatch(r"[\w-]+\.png", path.name) for path in paths)
+
+
+def test_strokes_become_a_mask(tmp_path):
+    write_image(tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8))
+    layer = np.zeros((20, 30, 4), np.uint8)
+    for drawing in (None, {"layers": []}, {"layers": [layer]}):
+        with pytest.raises(ValueError, match="nothing is painted"):
+            save_mask(drawing, tmp_path / "p.png")
+    layer[5:10, 20:, 3] = 1
+    mask = read_mask(save_mask({"layers": [layer]}, tmp_path / "p.png"))
+    assert mask.shape == (40, 60) and mask[10:20, 40:].all() and mask.sum() == 200
+
+
+def test_systems_say_what_they_want(weights, tmp_path):
+    systems = list_systems(make_settings(weights, tmp_path))
+    for name in ("srn", "deblur", "inpaint"):
+        assert systems[name].missing() == ""
+    for name, system in list_systems(Settings(output_dir=tmp_path)).items():
+        for path in system.wanted:
+            assert path.exists() or (str(path) in system.missing() and "docs/" in system.missing()), name
+        for page in re.findall(r"docs/\w+\.md", system.source):
+            assert (ROOT / page).is_file()
+        assert all(hasattr(system.options, option) for option in system.shown)
+    workshop = Workshop(systems, tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="DBGAN has no weights yet: it wants .*dbgan.safetensors. train_"
+    ):
+        workshop.restore("dbgan", tmp_path / "p.png", {}, "", ignore)
+    for change in ({"max_megapixels": 0}, {"max_upload_mb": 0}):
+        with pytest.raises(ValueError, match="max_megapixels must be above 0"):
+            main(Settings(output_dir=tmp_path / "none", **change))
+    assert not (tmp_path / "none").exists()
+
+
+def test_addresses_are_found_in_requests():
+    def body(path):
+        return json.dumps({"data": [{"a": {"path": path, "meta": {}}}, "http://x"]}).encode()
+
+    assert names_address(body("http://x/y.png")) and names_address(b"{") and names_address(b"")
+    assert names_address(body("http://x").replace(b"http", b"\\u0068ttp"))
+    assert not names_address(body("/tmp/x.png")) and not names_address(body(None))
+
+
+# ---- its server --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(weights, tmp_path_factory):
+    """The command that a user types, on a free port: its address and output folder."""
+    folder = tmp_path_factory.mktemp("web")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = vars(make_settings(weights, folder / "out")) | {"port": port}
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value)) if value != ""]
+    with open(folder / "errors.txt", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "gradio_restore.py", *flags],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
+            line = process.stdout.readline() if ready else ""
+            assert line.startswith(f"open http://127.0.0.1:{port}"), (folder / "errors.txt").read_text()
+            yield SimpleNamespace(url=f"http://127.0.0.1:{port}", folder=folder / "out", process=process)
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def request(url: str, body: bytes | None = None, kind: str = "application/json") -> tuple[int, str]:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(
+            urllib.request.Request(url, body, {"Content-Type": kind}), timeout=PATIENCE
+        ) as answer:
+            return answer.status, answer.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+
+
+def upload(url: str, name: str, content: bytes) -> tuple[int, str]:
+    head = f'--X\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
+    return request(
+        f"{url}/gradio_api/upload", head + content + b"\r\n--X--\r\n", "multipart/form-data; boundary=X"
+    )
+
+
+def test_nothing_outside_its_folder_is_read_or_written(server):
+    (server.folder / "secret.txt").write_text("secret")
+    (server.folder / "results" / "own.txt").write_text("mine")
+    api = f"{server.url}/gradio_api"
+    assert request(f"{api}/file={server.folder}/results/own.txt") == (200, "mine")
+    for path in (
+        "/etc/passwd",
+        ROOT / "README.md",
+        server.folder / "secret.txt",
+        "README.md",
+        "../README.md",
+    ):
+        assert request(f"{api}/file={path}")[0] == 403, path
+    for path in (f"{server.folder}/results/../secret.txt", f"{server.folder}/results/..%2Fsecret.txt"):
+        assert request(f"{api}/file={path}")[0] == 403, path
+    for door in ("file=http://example.com/", "file=HTTPS://example.com", "openapi.json", "info", "runs"):
+        assert request(f"{api}/{door}") == (403, "not here"), door
+    for door in ("process_recording", "vibe-edit", "run/predict", "call/restore"):
+        assert request(f"{api}/{door}", b"{}") == (403, "not here"), door
+    status, answer = upload(server.url, "../../../evil.png", b"x")
+    assert status == 200 and json.loads(answer)[0].startswith(f"{server.folder}/uploads/")
+
+
+def test_pictures_from_elsewhere_are_refused(server):
+    config = json.loads(request(f"{server.url}/config")[1])
+    number = next(d["id"] for d in config["dependencies"] if d["targets"][0][1] == "upload")
+    join = f"{server.url}/gradio_api/queue/join"
+
+    def ask(path):
+        file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        return request(join, json.dumps({"fn_index": number, "session_hash": "s", "data": [file]}).encode())
+
+    assert ask("http://example.com/x.png") == (403, "not here")
+    assert request(join, b"{") == (403, "not here")
+    assert ask(photographs()[0])[0] == 200
+    answer = request(f"{server.url}/gradio_api/queue/data?session_hash=s")[1]
+    assert "was not uploaded by a user" in answer and '"success":false' in answer
+
+
+def test_large_files_are_refused(server):
+    assert upload(server.url, "large.png", bytes(2**20 + 1))[0] == 413
+    assert upload(server.url, "fits.png", bytes(2**20 - 1))[0] == 200
+
+
+# ---- the page in a browser ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    from selenium import webdriver
+
+    folder = tmp_path_factory.mktemp("browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER[0]
+    for flag in (
+        "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        f"disable-component-update disable-sync disable-dev-shm-usage user-data-dir={folder / 'profile'}"
+    ).split():
+        options.add_argument(f"--{flag}")
+    (folder / "downloads").mkdir()
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder / "downloads")})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(BROWSER[1]))
+    driver.downloads = folder / "downloads"
+    yield driver
+    driver.quit()
+
+
+class Visitor:
+    """What a person does on the page."""
+
+    def __init__(self, driver, server, width: int = 1280, height: int = 1000):
+        self.driver, self.results = driver, server.folder / "results"
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.get("about:blank")
+        driver.get_log("performance")
+        driver.get(server.url)
+        self.wait(lambda: self.find("#start-srn"))
+
+    def find(self, css: str) -> list:
+        return self.driver.find_elements("css selector", css)
+
+    def wait(self, condition):
+        end = time.monotonic() + PATIENCE
+        while not (found := condition()):
+            assert time.monotonic() < end, self.driver.find_element("tag name", "body").text
+            time.sleep(0.05)
+        return found
+
+    def click(self, element) -> None:
+        self.driver.execute_script("arguments[0].click()", element)
+
+    def press(self, css: str) -> None:
+        self.click(self.wait(lambda: self.find(css))[0])
+
+    def upload(self, path: Path) -> None:
+        self.wait(lambda: self.find("#upload input[type=file]"))[0].send_keys(str(path))
+
+    def open(self, path: Path) -> None:
+        self.upload(path)
+        self.wait(lambda: self.find("#shown img"))
+
+    def tab(self, label: str) -> None:
+        for more in self.find(".overflow-menu > button"):  # on a phone most tabs are in a menu
+            if more.is_displayed() and label not in [tab.text for tab in self.find("button[role=tab]")]:
+                self.click(more)
+
+        def named():
+            tabs = self.find("button[role=tab], .overflow-dropdown button")
+            return [tab for tab in tabs if tab.is_displayed() and tab.text.strip() == label]
+
+        self.click(self.wait(named)[0])
+
+    def set_steps(self, steps: int) -> None:
+        boxes = self.wait(lambda: [b for b in self.find("input[type=number]") if b.is_displayed()])
+        boxes[0].clear()
+        boxes[0].send_keys(str(steps), "\ue004")
+
+    def told(self, text: str) -> str:
+        """Waits for a message that has `text` in it, and closes all."""
+
+        def messages():
+            return [m.text for m in self.find(".toast-body") if re.search(text, m.text)]
+
+        found = self.wait(messages)[0]
+        for button in self.find(".toast-close"):
+            self.click(button)
+        return found
+
+    def download(self, name: str) -> Path:
+        self.wait(lambda: self.find(f"#slider-{name} img"))
+        before = set(self.driver.downloads.iterdir())
+        self.press(f"a:has(#download-{name}), #download-{name}")
+
+        def arrived():
+            new = set(self.driver.downloads.iterdir()) - before
+            return [path for path in new if path.suffix == ".png"]
+
+        return self.wait(arrived)[0]
+
+    def requests(self) -> set[str]:
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return {url for url in sent if url.startswith(("http", "ws"))}
+
+
+@in_browser
+def test_a_picture_goes_up_and_its_result_comes_down(driver, server, weights, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(photograph(90, 130)).save(tmp_path / "a photo.jpg", exif=exif)
+    visitor = Visitor(driver, server)
+    visitor.press("#start-srn")
+    visitor.told("there is no picture yet: upload one")
+    visitor.open(tmp_path / "a photo.jpg")
+    visitor.press("#start-srn")
+    result = read_image(visitor.download("srn"))
+    network = load_network(weights / "srn.safetensors")
+    expected = restore_image(network, read_image(tmp_path / "a photo.jpg"), tile=1536, overlap=128)
+    assert result.shape == (130, 90, 3) and np.array_equal(result, expected)
+    assert all(url.startswith(server.url) for url in visitor.requests())  # no font or script from elsewhere
+
+
+@in_browser
+def test_the_brush_says_what_is_filled(driver, server, tmp_path):
+    from selenium.webdriver import ActionChains
+
+    write_image(tmp_path / "photo.png", photograph(240, 320))
+    visitor = Visitor(driver, server)
+    visitor.open(tmp_path / "photo.png")
+    visitor.tab("Inpaint")
+    visitor.set_steps(2)
+    visitor.press("#start-inpaint")
+    visitor.told("nothing is painted yet")
+    canvas = visitor.wait(lambda: visitor.find("#editor canvas"))[0]
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    time.sleep(0.5)  # scrolled, and the picture is drawn
+    stroke = ActionChains(driver).move_to_element(canvas).move_by_offset(-30, 0).click_and_hold()
+    stroke.move_by_offset(30, 0).move_by_offset(30, 0).release().perform()
+    time.sleep(0.5)
+    visitor.press("#start-inpaint")
+    result = read_image(visitor.download("inpaint"))
+    mask = read_mask(max(visitor.results.glob("photo_*_mask_*.png"), key=os.path.getmtime))
+    assert mask.shape == (240, 320) and 0.001 < mask.mean() < 0.2
+    y, x = (where.mean() for where in np.nonzero(mask))
+    assert (
+        abs(y - 120) < 12 and abs(x - 160) < 12 and np.ptp(np.nonzero(mask)[1]) > np.ptp(np.nonzero(mask)[0])
+    )
+    differs = (result != photograph(240, 320)).any(axis=-1)
+    assert differs[mask > 0].mean() > 0.9 and not differs[distance_to(mask) > 4].any()
+
+
+@in_browser
+def test_stop_ends_the_computation(driver, server, tmp_path):
+    write_image(tmp_path / "large.png", photograph(320, 400))
+    visitor = Visitor(driver, server)
+    visitor.open(tmp_path / "large.png")
+    visitor.tab("ControlNet")
+    visitor.set_steps(100)
+    visitor.press("#start-deblur")
+    visitor.wait(lambda: re.search(r"[1-9]\d*/100", visitor.find("#slider-deblur")[0].text))
+    visitor.press("#stop-deblur")
+    visitor.told("Stopped: nothing was written")
+    visitor.tab("SRN")
+    visitor.press("#start-srn")  # it would wait for its turn
+    visitor.download("srn")
+    assert not list(visitor.results.glob("large_*_deblur_*.png"))
+
+
+@in_browser
+def test_mistakes_are_told_in_sentences(driver, server, tmp_path):
+    (tmp_path / "broken.jpg").write_text("a text file")
+    (tmp_path / "cut.png").write_bytes(photographs()[0].read_bytes()[:20000])
+    write_image(tmp_path / "many.png", np.zeros((800, 700, 3), np.uint8))
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (600, 700, 3), np.uint8)).save(
+        tmp_path / "big.png"
+    )
+    for name, text in (
+        ("broken.jpg", "cannot read image broken.jpg: cannot identify"),
+        ("cut.png", "cannot read image cut.png: "),
+        ("many.png", "cannot read image many.png: it has 0.6 megapixels, more than 0.5"),
+        ("big.png", "exceed the maximum allowed size"),
+    ):
+        visitor = Visitor(driver, server)
+        visitor.upload(tmp_path / name)
+        said = visitor.told(text)
+        assert str(server.folder) not in said and "Traceback" not in said
+        assert not visitor.find("#shown img")
+    visitor = Visitor(driver, server)
+    write_image(tmp_path / "a.png", photograph(40, 40))
+    visitor.open(tmp_path / "a.png")
+    visitor.tab("DBGAN")
+    visitor.press("#start-dbgan")
+    visitor.told("DBGAN has no weights yet: it wants .*dbgan.safetensors. train_dbgan.py")
+
+
+@in_browser
+def test_all_systems_on_one_picture(driver, server, tmp_path):
+    write_image(tmp_path / "both.png", photograph(64, 64))
+    visitor = Visitor(driver, server, 390, 844)
+    visitor.open(tmp_path / "both.png")
+    visitor.tab("ControlNet")
+    visitor.set_steps(2)
+    visitor.tab("Compare")
+    visitor.press("#start-compare")
+    visitor.wait(lambda: len(visitor.find("#gallery .grid-wrap img")) == 3)
+    captions = [label.text for label in visitor.find("#gallery .caption-label")]
+    assert captions == ["picture", "SRN", "ControlNet"]
+    right = read_image(visitor.download("compare"))
+    written = max(visitor.results.glob("both_*_deblur_*.png"), key=os.path.getmtime)
+    assert np.array_equal(right, read_image(written))
+    width = driver.execute_script("return document.documentElement.scrollWidth")
+    assert width <= 390  # a phone needs no scrolling sideways
