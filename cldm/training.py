@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from cldm.callbacks import AtomicCheckpointIO, AverageWeights, Checkpoints
 from cldm.cldm import ControlLDM
 from cldm.logger import CsvRows, ImageLogger, Progress
+from cldm.model import listing
 from cldm.sharding import ShardedStrategy, check_sharding
 from ldm import checkpoint
 from ldm.data.stream import SampleStream
@@ -27,6 +28,19 @@ COUNTS = (  # settings that must be at least 1
     "batch_size accumulate_grad_batches devices num_nodes "
     "log_steps logger_freq save_steps val_steps val_ddim_steps"
 )
+PARTS = {  # of a checkpoint, with their types
+    "pytorch-lightning_version": str,
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "settings": dict,
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "callbacks": dict,
+    "random": dict,
+    "StreamData": dict,
+}
 # What a resumed run may set anew; anything else would make it another run. Checkpoints of earlier versions
 # have the devices as `gpus`, and max_epochs as `num_epochs`.
 MAY_CHANGE = set(
@@ -157,13 +171,28 @@ def comparable(settings: Any) -> dict:
     return {**values, "precision": lightning_precision(values.get("precision", "32"))}
 
 
+def check_parts(content: Mapping, model: ControlLDM, path: Path) -> None:
+    """Raise ValueError unless a checkpoint has what `fit` writes, and all trained tensors of this model."""
+    lacks = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
+    lacks += [name for name, value in content.items() if PARTS.get(name) is dict and not value]
+    lacks += [] if isinstance(content.get("ema", {}), dict) else ["ema"]
+    if lacks:
+        raise ValueError(f"{path} is damaged or from another script: it lacks {', '.join(lacks)}")
+    shapes = {name: getattr(value, "shape", None) for name, value in content["state_dict"].items()}
+    trained = {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
+    wrong = [name for name, shape in trained.items() if shapes.get(name) != shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit this model: {listing(wrong)} missing or of another shape")
+
+
 def fit(
     model: ControlLDM, data: StreamData, settings: Any, config: Mapping, more: Sequence[Callback] = ()
 ) -> pl.Trainer:
     """Train until the run's last step, from `output_dir`/checkpoints/last.ckpt if it is there.
 
     `more` callbacks are called after those that every run has.
-    Raises ValueError if that checkpoint was made with settings that may not change within a run.
+    Raises ValueError if that checkpoint was made with settings that may not change within a run, or is not
+    whole.
     """
     quiet_lightning()
     torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA
@@ -172,7 +201,8 @@ def fit(
     step = 0
     if last.is_file():
         content = checkpoint.load(last)
-        check_settings(comparable(content.get("settings", {})), comparable(settings), MAY_CHANGE, last)
+        check_parts(content, model, last)
+        check_settings(comparable(content["settings"]), comparable(settings), MAY_CHANGE, last)
         step = content["global_step"]
         del content  # it is mapped from the file, which is about to be replaced
         rank_zero_only(print)(f"resuming {last} at step {step}")

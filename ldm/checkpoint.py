@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -108,6 +108,29 @@ def read_weights(path: str | Path, device: str = "cpu") -> dict[str, torch.Tenso
     if not weights:
         raise ValueError(f"{path} is not a checkpoint: it holds no tensors")
     return weights
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Texts by name in a .safetensors file; {} if there are none. Raises ValueError for a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def read_settings(path: str | Path, name: str = "settings") -> dict:
+    """What the metadata of a .safetensors file hold as json under `name`, {} if nothing.
+
+    Raises ValueError that names the file if that is no dictionary.
+    """
+    try:
+        settings = json.loads(read_metadata(path).get(name, "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its metadata {name!r} are not json: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: its metadata {name!r} are not a dictionary")
+    return settings
 
 
 def describe(path: str | Path) -> dict:

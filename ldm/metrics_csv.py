@@ -12,12 +12,17 @@ class MetricsCsv:
     """A table with one column per metric that is on disk after every row.
 
     Opening it keeps the whole rows up to `step` and drops the rest: a run resumed there writes those again.
+    Raises ValueError that names the file if it is no such table.
     """
 
     def __init__(self, path: str | Path, step: int):
         self.path, self.columns = Path(path), []
         if self.path.is_file():
-            self._rewrite([row for row in self._rows() if int(row["step"]) <= step])
+            try:
+                rows = [row for row in self._rows() if int(row["step"]) <= step]
+            except (ValueError, TypeError, KeyError, csv.Error) as error:
+                raise ValueError(f"{path} is damaged (move it away to go on without it): {error}") from error
+            self._rewrite(rows)
 
     def _rows(self) -> list[dict]:
         if not self.path.is_file():

@@ -11,7 +11,6 @@ for batch in run.batches(run.loader(dataset, batch_size, steps, seed, num_worker
         run.save(score)                         # last.ckpt, and best.ckpt if none scored higher
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,6 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import TensorBoardLogger
-from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -233,14 +231,23 @@ class Run:
         if lacks:
             raise ValueError(f"{self.last_checkpoint} is from another script: it lacks {', '.join(lacks)}")
         check_settings(state["settings"], self.settings, may_change, self.last_checkpoint)
+        try:
+            self._restore(state)
+        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.last_checkpoint} does not fit this run or is damaged: {reason}"
+            ) from error
+        self.say(f"resuming {self.last_checkpoint} at step {self.step}")
+
+    def _restore(self, state: dict) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best = int(state["step"]), float(state["best"])
         if len(state["processes"]) == self.fabric.world_size:
             own = state["processes"][self.fabric.global_rank]
             self._sums, self._count = own["sums"], own["count"]
             checkpoint.restore_random_states(own["random"])
-        self.say(f"resuming {self.last_checkpoint} at step {self.step}")
 
     def finish(self, what_next: str) -> None:
         """Close the logs and say where everything is and what to run next."""
@@ -271,8 +278,7 @@ def read_trained(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """
     weights = checkpoint.read_weights(path)
     if Path(path).suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return weights, {"settings": json.loads((file.metadata() or {}).get("settings", "{}"))}
+        return weights, {"settings": checkpoint.read_settings(path)}
     content = checkpoint.load(path)
     averages = (content.get("ema") or {}).get("average", {})
     return {**weights, **averages}, {"settings": {}, **content}

@@ -517,12 +517,17 @@ def test_bad_settings(data, mode, changes, message):
 
 def test_bad_patches_stop_before_training(data):
     path = data / "bad.h5"
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", libver="latest") as file:
         file["sharp"] = np.zeros((4, 16, 16, 3), np.uint8)
     with pytest.raises(ValueError, match="bad.h5 has no patches 'blur', only sharp"):
         main(settings(data, "blur", blur_data=path))
     with h5py.File(path, "a") as file:
         file["blur"] = np.zeros((5, 16, 16, 3), np.uint8)
+    content = path.read_bytes()
+    path.write_bytes(content[:60] + b"\xff" + content[61:])  # in what names the patches
+    with pytest.raises(ValueError, match="bad.h5 is damaged or no HDF5 file"):
+        main(settings(data, "blur", blur_data=path))
+    path.write_bytes(content)
     with pytest.raises(ValueError, match="bad.h5 has 5 blurry and 4 sharp patches: no pairs"):
         main(settings(data, "paired", data=path, val_data=data / "data"))
     assert not (data / "run").exists()

@@ -91,6 +91,8 @@ def test_the_flat_file_is_used_and_a_stale_one_noticed(place, tmp_path, monkeypa
     monkeypatch.undo()
     source.write_text(source.read_text().replace("00dfe", "00df"))
     assert CocoRecords(source, "captions").of(0)[0].decode() == "größ 0."
+    again.file.write_bytes(again.file.read_bytes()[:50])
+    assert CocoRecords(source, "captions").of(0)[0].decode() == "größ 0."
     with pytest.warns(UserWarning, match="kept in memory"):
         assert len(CocoRecords(source, "captions", tmp_path / "no" / "x.safetensors").of(0)) == 5
 

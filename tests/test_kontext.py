@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm.checkpoint import write_weights
 from ldm.models.kontext import (
     FluxAutoencoder,
     cached_prompt,
@@ -200,6 +201,8 @@ def test_prompt_is_encoded_once(text_folder, tmp_path):
     first = cached_prompt(cache, text_folder, "old photograph")
     again = cached_prompt(cache, tmp_path / "no folder is needed", "old photograph")
     assert torch.equal(first["t5"], again["t5"]) and torch.equal(first["pooled"], again["pooled"])
+    write_weights(cache, {"t5": first["t5"]}, {"prompt": "old photograph"})
+    assert cached_prompt(cache, text_folder, "old photograph").keys() == {"t5", "pooled"}
     other = cached_prompt(cache, text_folder, "restore this")
     assert not torch.equal(first["t5"], other["t5"])
     with pytest.raises(FileNotFoundError, match="text_encoder/config.json MISSING"):

@@ -210,6 +210,16 @@ def test_foreign_files(tmp_path):
     save_file(weights, path)
     with pytest.raises(ValueError, match="not complete: lora_unet_double_blocks_0_img_attn_qkv"):
         load_lora(tiny_flux(), path)
+    stem = "lora_unet_double_blocks_0_img_attn_proj"
+    for name, value, message in (
+        ("lora_down.weight", torch.zeros(4, 64, 2), "not complete: lora_unet_double"),
+        ("lora_up.weight", torch.zeros(64, 9), "is damaged: .* is of rank 4 and of 9"),
+        ("alpha", torch.zeros(2), "is damaged: .*alpha is no number"),
+    ):
+        save_lora(path, random_lora(tiny_flux()), {})
+        save_file({**load_file(path), f"{stem}.{name}": value}, path)
+        with pytest.raises(ValueError, match=message):
+            load_lora(tiny_flux(), path)
     with pytest.raises(ValueError, match="must end in .safetensors"):
         load_lora(tiny_flux(), tmp_path / "last.ckpt")
     path.write_bytes(path.read_bytes()[:-50])

@@ -203,6 +203,10 @@ def test_other_settings_need_another_folder(tmp_path):
     with pytest.raises(ValueError, match="sources"):
         make_dataset(settings(tmp_path / "set", source_dir=str(photos(tmp_path / "photos", 1))))
     assert content(tmp_path / "set") == before
+    for text in ("{", "3", "[1]"):
+        (tmp_path / "set" / "settings.json").write_text(text)
+        with pytest.raises(ValueError, match="settings.json is damaged"):
+            make_dataset(settings(tmp_path / "set"))
 
 
 def test_command_line(tmp_path):

@@ -148,6 +148,32 @@ def test_other_settings_do_not_resume(tmp_path):
         train(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("state_dict", {"weight": torch.zeros(5, 5), "bias": torch.zeros(1)}),
+        ("state_dict", {"weight": torch.zeros(1, 2)}),
+        ("optimizer", {}),
+        ("ema", None),
+        ("processes", [{}]),
+        ("step", []),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, part, value):
+    train(tmp_path, steps=4)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint.save(path, {**checkpoint.load(path, mmap=False), part: value})
+    with pytest.raises(ValueError, match="last.ckpt does not fit this run or is damaged"):
+        train(tmp_path, steps=4)
+
+
+def test_metadata_that_are_no_settings_are_named(tmp_path):
+    for text in ("{", "[1]"):
+        checkpoint.write_weights(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, {"settings": text})
+        with pytest.raises(ValueError, match="w.safetensors is damaged: its metadata 'settings' are no"):
+            read_trained(tmp_path / "w.safetensors")
+
+
 def test_pictures_land_in_the_folder_of_the_run(tmp_path):
     run = Run(start_fabric(), tmp_path, {}, {"state_dict": nn.Linear(1, 1)})
     run.step = 12
@@ -219,6 +245,10 @@ def test_csv_drops_later_rows_and_a_torn_line(tmp_path):
     table.append({"step": 2, "b": 1.5})
     table.append({"step": 3, "a": 2.5})
     assert path.read_text() == "step,a,b\n1,0.5,\n2,,1.5\n3,2.5,\n"
+    with pytest.raises(ValueError, match="metrics.csv is damaged"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "metrics.csv").write_bytes(b"\xff\xfe\n\xff\n")
+        MetricsCsv(tmp_path / "other" / "metrics.csv", 2)
     path.write_text(path.read_text() + "2,7")  # killed in the middle of a row
     MetricsCsv(path, 2).append({"step": 3, "a": 4})
     assert path.read_text() == "step,a,b\n1,0.5,\n2,,1.5\n3,4,\n"

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from safetensors import safe_open
 from tqdm import tqdm
 
-from ldm.checkpoint import read_weights, write_weights
+from ldm.checkpoint import read_metadata, read_weights, write_weights
 
 FORMAT = "1"  # of the flat file; another number makes old files anew
 
@@ -53,10 +52,10 @@ class CocoRecords:
                 self.file, self.arrays = None, arrays
 
     def _is_fresh(self) -> bool:
-        if not self.file.is_file():
+        try:
+            return self.file.is_file() and read_metadata(self.file).get("key") == self.key
+        except ValueError:  # damaged: it is made anew
             return False
-        with safe_open(self.file, "np") as file:
-            return (file.metadata() or {}).get("key") == self.key
 
     def __getitem__(self, name: str) -> np.ndarray:
         """One of the arrays, mapped into memory where it is first wanted."""

@@ -21,12 +21,13 @@ def open_patches(path: str | Path) -> h5py.File:
         raise FileNotFoundError(f"file of patches not found: {path} (tool_make_dbgan_dataset.py makes one)")
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+        names, _ = list(file), dict(file.attrs)
+    except (OSError, KeyError, RuntimeError) as error:  # h5py's, for damage to what names the data
         raise ValueError(f"{path} is damaged or no HDF5 file: {error}") from error
     for key in KEYS:
         data = file.get(key)
         if not isinstance(data, h5py.Dataset):
-            raise ValueError(f"{path} has no patches {key!r}, only {', '.join(file) or 'nothing'}")
+            raise ValueError(f"{path} has no patches {key!r}, only {', '.join(names) or 'nothing'}")
         shape = data.shape
         if data.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or not shape[0]:
             raise ValueError(f"{path}: {key!r} must be uint8 (n, size, size, 3), is {data.dtype} {shape}")

@@ -12,11 +12,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.checkpoint import read_weights, write_weights
+from ldm.checkpoint import read_metadata, read_settings, read_weights, write_weights
 from ldm.data.image import to_tensor, to_uint8
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.encoders.modules import CLIPTextModel, tokenize
@@ -81,8 +81,7 @@ def load_flux(
     """
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     weights = read_weights(path)
-    with safe_open(path, framework="pt") as file:
-        sizes = json.loads((file.metadata() or {}).get("flux_params", "{}"))
+    sizes = read_settings(path, "flux_params")
     with torch.device("meta"):
         model = Flux(FluxParams(**sizes))
         check_weights(model, weights, path)
@@ -121,8 +120,7 @@ def save_flux(path: str | Path, model: Flux) -> None:
 def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> FluxAutoencoder:
     """The frozen autoencoder in float32, of the usual sizes unless the metadata holds "ddconfig"."""
     weights = read_weights(path)
-    with safe_open(path, framework="pt") as file:
-        config = json.loads((file.metadata() or {}).get("ddconfig", "{}"))
+    config = read_settings(path, "ddconfig")
     with torch.device("meta"):
         model = FluxAutoencoder(config)
     check_weights(model, weights, path)
@@ -183,9 +181,9 @@ def cached_prompt(
 ) -> dict[str, Tensor]:
     """What `encode_prompt` returns, from the file `cache` if that is of the same prompt, else put into it."""
     if Path(cache).is_file():
-        with safe_open(cache, framework="pt") as file:
-            if (file.metadata() or {}).get("prompt") == prompt:
-                return read_weights(cache)
+        found = read_weights(cache) if read_metadata(cache).get("prompt") == prompt else {}
+        if found.keys() == {"t5", "pooled"}:
+            return found
     embeddings = encode_prompt(folder, prompt, device)
     write_weights(cache, embeddings, {"prompt": prompt})
     return embeddings

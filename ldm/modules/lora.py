@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from ldm.checkpoint import read_weights, write_weights
+from ldm.checkpoint import read_metadata, read_weights, write_weights
 
 # Fused linears by name. A single block's linear1 holds q, k, v and half of its MLP, linear2 the other halves.
 ATTENTION, MLP, MODULATION = (
@@ -126,8 +125,7 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     foreign = [name for name in weights if not form.fullmatch(name)]
     if foreign:
         raise ValueError(f"{path} is not a LoRA of FLUX with kohya's names: it holds {foreign[0]}")
-    with safe_open(path, framework="pt") as file:
-        return weights, file.metadata() or {}
+    return weights, read_metadata(path)
 
 
 def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> tuple[nn.ModuleDict, dict[str, str]]:
@@ -141,14 +139,18 @@ def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> tuple[nn.M
     for stem in dict.fromkeys(key.partition(".")[0] for key in weights):
         down, up = weights.get(f"{stem}.lora_down.weight"), weights.get(f"{stem}.lora_up.weight")
         linear = block_linears(model).get(names.get(stem))
-        if linear is None or down is None or up is None:
+        if linear is None or down is None or up is None or down.ndim != 2 or up.ndim != 2:
             raise ValueError(f"{path} is a LoRA of another base, or not complete: {stem}")
+        if up.shape[1] != len(down):
+            raise ValueError(f"{path} is damaged: {stem} is of rank {len(down)} and of {up.shape[1]}")
         if (down.shape[1], up.shape[0]) != (linear.in_features, linear.out_features):
             sizes = (
                 f"{down.shape[1]} -> {up.shape[0]}, here it is {linear.in_features} -> {linear.out_features}"
             )
             raise ValueError(f"{path} is a LoRA of another base: {stem} is {sizes}")
         alpha = weights.setdefault(f"{stem}.alpha", torch.tensor(float(len(down))))
+        if alpha.numel() != 1:
+            raise ValueError(f"{path} is damaged: {stem}.alpha is no number")
         ranks[names[stem]] = (len(down), alpha.item())
     adapter = add_lora(model, ranks)
     adapter.load_state_dict(weights)
