@@ -41,10 +41,11 @@ class Checkpoints(Callback):
         self.best, self.last_step = -math.inf, -1
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if not torch.isfinite(outputs["loss"]):
+        bad = not torch.isfinite(outputs["loss"])
+        if trainer.strategy.reduce_boolean_decision(bad, all=False):  # all processes stop, none waits
             last = self.folder / "last.ckpt"
             kept = f"the last good checkpoint is {last}" if last.is_file() else "nothing was saved yet"
-            files = ", ".join(batch.get("path", ["unknown files"]))
+            files = ", ".join(batch.get("path", ["unknown files"])) if bad else "that of another process"
             raise ValueError(
                 f"training stopped: loss {float(outputs['loss'])} at step {trainer.global_step}; "
                 f"its batch: {files}; {kept}"
