@@ -406,30 +406,35 @@ def main(settings: Settings) -> None:
     import gradio as gr
     from starlette.middleware import Middleware
 
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none to download
+
     # Page; the workshop has a queue of its own, which Stop can leave
     page = Page(Workshop(list_systems(settings), results), settings).build()
     page.queue(default_concurrency_limit=16)
 
     # Server
-    page.launch(
-        server_name=settings.host,
-        server_port=settings.port,
-        share=False,
-        max_file_size=settings.max_upload_mb * 2**20,
-        allowed_paths=[str(results)],
-        app_kwargs={"middleware": [Middleware(Doorkeeper)]},
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no downloads
-        css=CSS,
-        footer_links=[],
-        show_error=True,
-        run_history=False,
-        enable_monitoring=False,
-        mcp_server=False,
-        ssr_mode=False,
-        pwa=False,
-        quiet=True,
-        prevent_thread_lock=True,
-    )
+    try:
+        page.launch(
+            server_name=settings.host,
+            server_port=settings.port,
+            share=False,
+            max_file_size=settings.max_upload_mb * 2**20,
+            allowed_paths=[str(results)],
+            app_kwargs={"middleware": [Middleware(Doorkeeper)]},
+            theme=theme,
+            css=CSS,
+            footer_links=[],
+            show_error=True,
+            run_history=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            ssr_mode=False,
+            pwa=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise OSError(f"cannot use port {settings.port} of {settings.host}: give another --port") from error
     print(f"open {page.local_url} (Ctrl+C ends it); pictures and results: {results}", flush=True)
     page.block_thread()
 
