@@ -475,6 +475,7 @@ def test_the_brush_says_what_is_filled(driver, server, tmp_path):
     visitor.press("#start-inpaint")
     visitor.told("nothing is painted yet")
     canvas = visitor.wait(lambda: visitor.find("#editor canvas"))[0]
+    visitor.wait(lambda: canvas.size["height"] > 100)
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
     time.sleep(0.5)  # scrolled, and the picture is drawn
     stroke = ActionChains(driver).move_to_element(canvas).move_by_offset(-30, 0).click_and_hold()
@@ -493,19 +494,31 @@ def test_the_brush_says_what_is_filled(driver, server, tmp_path):
 
 
 @in_browser
-def test_stop_ends_the_computation(driver, server, tmp_path):
+def test_stop_and_closing_the_page_end_the_computation(driver, server, tmp_path):
     write_image(tmp_path / "large.png", photograph(320, 400))
-    visitor = Visitor(driver, server)
-    visitor.open(tmp_path / "large.png")
-    visitor.tab("ControlNet")
-    visitor.set_steps(100)
-    visitor.press("#start-deblur")
-    visitor.wait(lambda: re.search(r"[1-9]\d*/100", visitor.find("#slider-deblur")[0].text))
+
+    def start_long_work():
+        visitor = Visitor(driver, server)
+        visitor.open(tmp_path / "large.png")
+        visitor.tab("ControlNet")
+        visitor.set_steps(100)
+        visitor.press("#start-deblur")
+        visitor.wait(lambda: re.search(r"[1-9]\d*/100", visitor.find("#slider-deblur")[0].text))
+        return visitor
+
+    def work_on(visitor):
+        visitor.tab("SRN")
+        visitor.press("#start-srn")  # it would wait for its turn
+        visitor.download("srn")
+
+    visitor = start_long_work()
     visitor.press("#stop-deblur")
     visitor.told("Stopped: nothing was written")
-    visitor.tab("SRN")
-    visitor.press("#start-srn")  # it would wait for its turn
-    visitor.download("srn")
+    work_on(visitor)
+    start_long_work()
+    visitor = Visitor(driver, server)
+    visitor.open(tmp_path / "large.png")
+    work_on(visitor)
     assert not list(visitor.results.glob("large_*_deblur_*.png"))
 
 
