@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ldm.checkpoint import describe, write_atomically
 from ldm.data.image import list_images, read_image, side_by_side
 from ldm.metrics import psnr, rgb_shift, ssim
-from ldm.profile import PROFILE, cost_line, read_profile, weights_lines
+from ldm.profile import PROFILE, cost_lines, read_profile, weights_lines
 from ldm.settings import run_main
 
 WORST = 5
@@ -165,7 +165,7 @@ def as_text(report: dict) -> str:
         lines.append(line)
     shift = " ".join(f"{value:+.2f}" for value in report["rgb_shift"])
     lines += [f"RGB shift {shift} (of 255)", f"worst     {', '.join(report['worst'])}"]
-    lines += [cost_line(report["profile"])] if "profile" in report else []
+    lines += cost_lines(report["profile"]) if "profile" in report else []
     lines += weights_lines(report["checkpoint"]) if "checkpoint" in report else []
     return "\n".join(lines)
 

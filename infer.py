@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ldm import checkpoint
 from ldm.data.image import EXTENSIONS, list_images, read_image, read_rgba, side_by_side, write_image
 from ldm.data.stream import item_seed
-from ldm.profile import PROFILE, cost_line, measure, weights_lines, write_profile
+from ldm.profile import PROFILE, cost_lines, measure, weights_lines, write_profile
 from ldm.settings import plain, run_main
 
 # What a subcommand makes: a function from a uint8 picture (h, w, 3) and its path to the restored picture.
@@ -396,7 +396,7 @@ def restore_files(files: Files) -> None:
     made = next(((source, target) for source, target in jobs if target.exists()), None)
     if files.profile and made:
         profile = profile_one(files, restore, *made)
-        print("\n".join([cost_line(profile), *weights_lines(profile["checkpoint"])]))
+        print("\n".join([*cost_lines(profile), *weights_lines(profile["checkpoint"])]))
     if failures:
         raise ValueError(f"{len(failures)} of {len(todo)} could not be restored: {'; '.join(failures[:3])}")
 

@@ -68,15 +68,15 @@ def peak_resident_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def cost_line(profile: dict) -> str:
-    """What `measure` found, for one of the pictures, as a line to print."""
+def cost_lines(profile: dict) -> list[str]:
+    """What `measure` found, for one of the pictures, as lines to print."""
     memory = profile["peak_memory"]
     held = "" if memory is None else f", at most {memory / 2**20:.0f} MiB ({profile['memory']})"
-    width, height = profile["size"]
-    return (
-        f"cost      {profile['macs'] / 1e9:.3f} GMAC and {profile['seconds']:.4f} s for {width} x {height} "
-        f"pixels{held}; {profile['device']}, torch {profile['torch']}"
-    )
+    size = "{} x {}".format(*profile["size"])
+    return [
+        f"cost      {profile['macs'] / 1e9:.3f} GMAC, {profile['seconds']:.4g} s for {size}{held}",
+        f"          on {profile['device']}, torch {profile['torch']}",
+    ]
 
 
 def weights_lines(about: dict) -> list[str]:
@@ -97,7 +97,7 @@ def read_profile(path: Path) -> dict:
     """What `infer.py --profile` wrote. Raises ValueError that names the file if it is something else."""
     try:
         profile = json.loads(path.read_text(encoding="utf-8"))
-        cost_line(profile)
+        cost_lines(profile)
         weights_lines(profile["checkpoint"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is no profile of infer.py, remove it or make it anew: {error!r}") from error
