@@ -225,7 +225,8 @@ class Page:
         gr.Markdown(lambda: f"**{system.missing()}**" if system.missing() else "")  # at every visit anew
         if name == "inpaint":
             self.editor = gr.ImageEditor(
-                label="Paint over what is to be filled",
+                label="Mask: paint here",
+                height=480,
                 sources=[],
                 transforms=[],
                 layers=False,
