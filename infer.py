@@ -9,7 +9,8 @@
     python infer.py inpaint --input_image photo.jpg --input_mask mask.png --output_dir filled
         --checkpoint_path outputs/RUN/final_model/model.ckpt
 
-Results are PNG files under the names of their sources; those that exist are not made again.
+Results are PNG files under the names of their sources; those that exist are not made again. `--profile` also
+measures what one picture costs, for evaluate.py.
 `python infer.py srn --help` lists the options.
 """
 
@@ -346,7 +347,10 @@ def list_jobs(files: Files) -> list[tuple[Path, Path]]:
     if files.input.is_dir():
         sources = [path for path in list_images(files.input) if not is_result(path, files)]
         if files.pattern != Files.pattern:
-            wanted = set(files.input.glob(files.pattern))
+            try:
+                wanted = set(files.input.glob(files.pattern))
+            except NotImplementedError as error:
+                raise ValueError(f"--pattern is relative to --input, not {files.pattern}") from error
             sources = [path for path in sources if path in wanted]
         names = [path.relative_to(files.input) for path in sources]
     elif files.input.is_file() and files.input.suffix.lower() in EXTENSIONS:
@@ -405,7 +409,7 @@ def restore_one(files: Files, restore: Restorer, source: Path, target: Path) -> 
     """Restore a picture and write the result; what is wrong if it cannot be read or is too large."""
     try:
         image = read_image(source)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:  # the second of a link that leads nowhere
         return [str(error)]
     try:
         restored = restore(image, source)

@@ -90,6 +90,7 @@ def test_one_picture_and_a_pattern(photos, weights):
 
 def test_a_broken_picture_stops_no_other(photos, weights, monkeypatch, capsys):
     (photos / "broken.jpg").write_text("a text file")
+    (photos / "gone.jpg").symlink_to("nowhere")
     arguments = ["--input", photos, "--output_dir", photos / "out", "--checkpoint_path", weights[0]]
     monkeypatch.setattr(sys, "argv", ["infer.py", "srn", *map(str, arguments), "--device", "cpu"])
     with pytest.raises(SystemExit) as stop:
@@ -97,7 +98,8 @@ def test_a_broken_picture_stops_no_other(photos, weights, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert stop.value.code == 1 and "3 restored" in captured.out
     last = captured.err.splitlines()[-1]
-    assert last.startswith("error: 1 of 4 could not be restored: ") and "broken.jpg" in last
+    assert last.startswith("error: 2 of 5 could not be restored: ")
+    assert "broken.jpg" in last and "gone.jpg" in last
 
 
 def test_a_picture_too_large_for_the_memory_stops_no_other(photos, weights, monkeypatch, capsys):
@@ -139,6 +141,8 @@ def test_bad_input(photos, weights, tmp_path):
         infer.restore_files(command(photos, weights, checkpoint_path=tmp_path / "none.ckpt"))
     with pytest.raises(FileNotFoundError, match=r"no picture in .* matches \*.gif"):
         infer.list_jobs(command(photos, weights, pattern="*.gif"))
+    with pytest.raises(ValueError, match="--pattern is relative to --input, not /a"):
+        infer.list_jobs(command(photos, weights, pattern="/a*.png"))
     with pytest.raises(ValueError, match="the result of .*a.png would overwrite .*a.png: give another"):
         infer.list_jobs(command(photos, weights, output_dir=photos, output_prefix=""))
     write_image(photos / "a.jpg", np.zeros((4, 4, 3), np.uint8))
