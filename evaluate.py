@@ -85,7 +85,7 @@ def score(name: str, paths: dict[str, Path]) -> dict:
         if "blurry" in images:
             row["psnr_blurry"] = psnr(images["blurry"], sharp)
             row["ssim_blurry"] = ssim(images["blurry"], sharp)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:  # the second of a link that leads nowhere
         return {"name": name, "skipped": str(error)}
     return row
 

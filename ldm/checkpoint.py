@@ -104,7 +104,8 @@ def read_weights(path: str | Path, device: str = "cpu") -> dict[str, torch.Tenso
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     content = load(path, device)
     content = content.get("state_dict", content)
-    weights = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    values = content.items() if isinstance(content, dict) else ()
+    weights = {name: value for name, value in values if isinstance(value, torch.Tensor) and name == str(name)}
     if not weights:
         raise ValueError(f"{path} is not a checkpoint: it holds no tensors")
     return weights

@@ -95,3 +95,7 @@ def test_damage_is_named(tmp_path):
     (tmp_path / "empty.ckpt").touch()
     with pytest.raises(ValueError, match=r"empty.ckpt is damaged"):
         checkpoint.load(tmp_path / "empty.ckpt")
+    for content in ({}, {"a": 1}, {3: torch.zeros(1)}, {"state_dict": [torch.zeros(1)]}, {"state_dict": "x"}):
+        torch.save(content, tmp_path / "none.ckpt")
+        with pytest.raises(ValueError, match=r"none.ckpt is not a checkpoint: it holds no tensors"):
+            checkpoint.read_weights(tmp_path / "none.ckpt")

@@ -72,6 +72,10 @@ def test_what_cannot_be_scored_is_named(folders, capsys):
     assert "3 found, 1 used, 2 skipped; without partner: 1 sharp" in printed
     assert "skipped coffee: images of different shapes" in printed
     assert "skipped rocket: cannot read image" in printed
+    (folders / "sharp" / "rocket.png").unlink()
+    (folders / "sharp" / "rocket.png").symlink_to("nowhere")
+    evaluate.main(settings(folders, blurry=None))
+    assert "1 used, 2 skipped" in capsys.readouterr().out
     (folders / "restored" / "deblurred_astronaut_x.png").unlink()
     with pytest.raises(ValueError, match="none of 2 pairs can be scored: .*different shapes"):
         evaluate.main(settings(folders, blurry=None))

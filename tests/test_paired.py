@@ -148,6 +148,7 @@ def test_list_file_with_tabs_spaces_and_quotes(tmp_path):
         ("my x.png my y.png", "list.txt:2: expected two paths, got 4.*tab"),
         ('"x.png y.png', "list.txt:2: No closing quotation"),
         ("x.png gone.png", "list.txt:2: image not found: .*gone.png"),
+        (f"x.png {'x' * 5000}.png", "list.txt:2: image not found: "),
         ("sharp/1.png x.png", "list.txt:2: the blurry picture comes first"),
     ],
 )

@@ -1,6 +1,7 @@
 """Pairs of a blurry and a sharp picture: finding them on disk, splitting them by source."""
 
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def _unquote(where: str, line: str) -> list[str]:
 def _existing(where: str, root: str | Path, *names: str) -> list[Path]:
     paths = [Path(root) / name for name in names]
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):  # False as well for names that no file can have
             raise FileNotFoundError(f"{where}: image not found: {path}")
     return paths
 
