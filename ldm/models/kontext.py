@@ -182,8 +182,8 @@ def cached_prompt(
     """What `encode_prompt` returns, from the file `cache` if that is of the same prompt, else put into it."""
     if Path(cache).is_file():
         found = read_weights(cache) if read_metadata(cache).get("prompt") == prompt else {}
-        if found.keys() == {"t5", "pooled"}:
-            return found
+        if {name: value.ndim for name, value in found.items()} == {"t5": 3, "pooled": 2}:
+            return found  # otherwise it is damaged and made anew
     embeddings = encode_prompt(folder, prompt, device)
     write_weights(cache, embeddings, {"prompt": prompt})
     return embeddings
