@@ -1,0 +1,132 @@
+"""Malformed inputs for every script: each case ends in one clear sentence, or is read as it should be.
+
+benchmarks/input_slots.py lists the places where a script reads a user's file, benchmarks/damage.py what can
+be wrong with one. `campaign` runs damaged file after damaged file through the scripts. Whatever happens,
+there is no traceback, no hang, no output half-written, no temporary file left, and no code from a file is
+run. Besides: bad files end the script with exit code 1 and one line that begins with "error: " and names the
+file, or are skipped and counted where that is the contract; unusual but valid ones are read.
+"""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.damage import MARKER
+from benchmarks.input_slots import SLOTS, Case, make_ready
+from benchmarks.tiny_runs import Result, must, run, script
+from ldm import checkpoint
+from ldm.data.image import read_image
+
+SECONDS = 90  # until a script is said to hang
+
+
+# ---- what a case may not do ------------------------------------------------------------------------------
+
+
+def complaint(result: Result) -> str:
+    """What is wrong with the way a script ended; empty if nothing is."""
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    if result.code is None:
+        return f"it hangs for {SECONDS} s"
+    if result.code not in (0, 1):
+        return f"exit code {result.code}"
+    if "Traceback (most recent" in result.err + result.out:
+        return "a traceback"
+    if result.code == 1 and (len(errors) != 1 or lines[-1] != errors[0]):
+        return f"{len(errors)} lines begin with error:, and the last is {lines[-1:]}"
+    if result.code == 0 and errors:
+        return "an error line and exit code 0"
+    return ""
+
+
+def half_done(folder: Path, victim: Path) -> str:
+    """The first output that cannot be read, temporary file or sign of code that was run."""
+    for path in folder.rglob("*"):
+        if path.name.endswith(".tmp"):
+            return f"left {path.name}"
+        if path.name == MARKER:
+            return "code from a file was run"
+        if path == victim or "out" not in path.parts or not path.is_file():
+            continue
+        try:
+            read_any(path)
+        except (ValueError, OSError) as error:
+            return f"half-written: {error}"
+    return ""
+
+
+def read_any(path: Path) -> None:
+    if path.suffix == ".png":
+        read_image(path)
+    elif path.suffix in (".ckpt", ".safetensors"):
+        checkpoint.read_weights(path)
+    elif path.suffix == ".h5":
+        h5py.File(path).close()
+
+
+def judge(case: Case, verdict: str, result: Result) -> str:
+    """What is wrong with the end of a case; empty if nothing is."""
+    problem = complaint(result)
+    if problem or verdict == "either":
+        return problem
+    if case.remade:
+        return "not made anew" if result.code else ""
+    if verdict == "odd":
+        fails = result.code == 1 or bool(case.skips) and case.skips in result.out
+        return "refused, though valid" if fails else ""
+    if case.skips:
+        named = case.skips in result.out + result.err and case.victim.name in result.out + result.err
+        return "" if named else f"not skipped and counted: {case.skips!r} and the name are not printed"
+    if result.code == 0:
+        return "not noticed"
+    missing = [path.name for path in case.results if not path.is_file()]
+    if missing:
+        return f"others were not done: {', '.join(missing)}"
+    last = result.err.strip().splitlines()[-1]
+    return "" if case.victim.name in last else f"the error does not name {case.victim.name}"
+
+
+def try_one(number: int, seed: int, place: Path, work: Path) -> tuple[str, str, Result]:
+    """Case `number` of a seed: its name, what is wrong (nothing: empty), how the script ended."""
+    rng = np.random.default_rng([seed, number])
+    chosen = SLOTS[number % len(SLOTS)]
+    verdicts = [name for name in chosen.kind for _ in range(3 if name == "bad" else 2)]
+    verdict = verdicts[int(rng.integers(len(verdicts)))]
+    ways = chosen.kind[verdict]
+    harm = ways[int(rng.integers(len(ways)))]
+    folder = work / f"{number:04d}"
+    folder.mkdir(parents=True)
+    case = chosen.build(folder, place)
+    must(run(lambda: harm(case.victim, rng), work / "harm"))
+    if harm.__name__ in case.ignores:
+        verdict = "either"
+    result = run(script(case.arguments), work / f"{number:04d}_log", SECONDS)
+    problem = judge(case, verdict, result)
+    if not problem:
+        checked = run(lambda: print(half_done(folder, case.victim)), work / "check")
+        problem = checked.out.strip() or checked.err
+    return f"{chosen.name}: {harm.__name__} ({verdict})", problem, result
+
+
+def campaign(place: Path, work: Path, seed: int, count: int) -> bool:
+    """Run `count` cases; prints those that end wrongly and a summary; whether there is none."""
+    make_ready(place, work)
+    tally, problems = Counter(), 0
+    for number in tqdm(range(count), unit="case", disable=None):
+        name, problem, result = try_one(number, seed, place, work)
+        tally[{0: "read or skipped", 1: "refused in one sentence"}.get(result.code, "other")] += not problem
+        problems += bool(problem)
+        if problem:
+            end = " | ".join(result.err.strip().splitlines()[-3:])[-600:]
+            tqdm.write(f"case {number} {name}: {problem}\n    {end}")
+        else:
+            shutil.rmtree(work / f"{number:04d}")
+    print(
+        f"{count} malformed or unusual inputs in {len(SLOTS)} places: {dict(tally)}, {problems} ended wrongly"
+    )
+    return not problems

@@ -1,0 +1,367 @@
+"""What a training run survives: kills at any moment, a disk that fills up, malformed inputs.
+
+    python -m benchmarks.faults kills --seed 0 --count 200     # about 15 minutes on one core
+    python -m benchmarks.faults disk --seed 0                  # 3 minutes; a small tmpfs where one may mount
+    python -m benchmarks.faults inputs --seed 0 --count 500    # 10 minutes, see benchmarks/bad_inputs.py
+    python -m benchmarks.faults all
+
+All five trainers at tiny size, as a user runs them. Everything follows from the seed but for the machine's
+own timing. Exit code 1 if anything is lost, unreadable or different. Results are in docs/reliability.md.
+"""
+
+import csv
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from benchmarks import bad_inputs
+from benchmarks.tiny_runs import (  # first: it sees to it that there is one thread
+    TRAINERS,
+    Result,
+    command,
+    kill,
+    make_place,
+    must,
+    prepare_output,
+    run,
+    script,
+    start,
+    wait,
+)
+from ldm import checkpoint
+from ldm.data.image import read_image
+
+DIFFERS = {"output_dir", "num_workers"}  # settings in which the runs that are compared differ
+TIMES = ("images/s", "tokens/s")  # columns that no two runs share
+PARTS = "state_dict discriminators optimizer optimizer_states scheduler ema random processes step global_step"
+
+
+@dataclass
+class Settings:
+    """Kill, starve and feed badly."""
+
+    what: tyro.conf.Positional[Literal["kills", "disk", "inputs", "all"]] = "all"
+    seed: int = 0
+    count: int = 0  # of kills or inputs; 0 takes 200 and 500
+    trainers: tuple[str, ...] = TRAINERS  # for kills and disk
+    folder: Path | None = None  # keep everything here; None takes a temporary folder
+
+
+# ---- looking at a run's folder ---------------------------------------------------------------------------
+
+
+def saved(folder: Path) -> list[Path]:
+    """Files under their final names, as paths in the folder."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
+
+
+def check_files(folder: Path) -> None:
+    """Read everything that is saved. Raises ValueError or OSError for a file that cannot be read."""
+    for name in saved(folder):
+        path = folder / name
+        if path.suffix == ".ckpt":
+            checkpoint.load(path)
+        elif path.suffix == ".safetensors":
+            checkpoint.read_weights(path)
+        elif path.suffix == ".png":
+            read_image(path)
+
+
+def steps_saved(folder: Path) -> dict[str, int]:
+    """The step of each last.ckpt."""
+    contents = {str(path): checkpoint.load(path) for path in folder.rglob("last.ckpt")}
+    return {path: content.get("step", content.get("global_step")) for path, content in contents.items()}
+
+
+def check_progress(folder: Path, before: Path) -> None:
+    """All files can be read, and no checkpoint is older than `before`, a file of numbers, says."""
+    check_files(folder)
+    now = steps_saved(folder)
+    for line in before.read_text().splitlines() if before.exists() else ():
+        step, path = line.split(" ", 1)
+        if now.get(path, -1) < int(step):
+            raise ValueError(f"{path} was of step {step} and is of step {now.get(path)}")
+    before.write_text("".join(f"{step} {path}\n" for path, step in now.items()))
+
+
+def same(a: object, b: object) -> bool:
+    """Equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def check_equal(whole: Path, parts: Path) -> None:
+    """Raise ValueError that names the first thing in which two finished runs differ."""
+    names = [[n for n in saved(folder) if "events.out" not in n.name] for folder in (whole, parts)]
+    if names[0] != names[1]:
+        raise ValueError(f"other files: {', '.join(map(str, set(names[0]) ^ set(names[1])))}")
+    for name in names[0]:
+        a, b = whole / name, parts / name
+        if name.suffix == ".ckpt":
+            a, b = checkpoint.load(a), checkpoint.load(b)
+            wrong = [part for part in PARTS.split() if not same(a.get(part), b.get(part))]
+            if wrong:
+                raise ValueError(f"{name} differs in {', '.join(wrong)}")
+        elif name.suffix == ".safetensors":
+            if not same(checkpoint.read_weights(a), checkpoint.read_weights(b)):
+                raise ValueError(f"{name} differs")
+        elif name.suffix == ".csv":
+            if rows(a) != rows(b):
+                raise ValueError(f"{name} differs: {rows(a)} {rows(b)}")
+        elif name.suffix == ".png" and a.read_bytes() != b.read_bytes():
+            raise ValueError(f"{name} differs")
+
+
+def rows(path: Path) -> list[dict]:
+    with open(path) as file:
+        return [
+            {name: value for name, value in row.items() if not name.endswith(TIMES)}
+            for row in csv.DictReader(file)
+        ]
+
+
+# ---- kills -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When: `at` of a whole run's duration, or `late` seconds after the nth file's writing began."""
+
+    at: float | None
+    nth: int
+    late: float
+    workers: int
+
+
+def plan(seed: int, trainer: str) -> Iterator[Kill]:
+    """Endless; half of the kills are in the middle of a save."""
+    rng = np.random.default_rng([seed, TRAINERS.index(trainer)])
+    while True:
+        at = None if rng.random() < 0.5 else float(rng.uniform(0.02, 1))
+        yield Kill(at, int(rng.integers(1, 8)), float(rng.uniform(0, 0.002)), int(rng.integers(2)))
+
+
+def half_written(folder: Path, known: dict[str, int] | None = None) -> dict[str, int]:
+    """Temporary files, with their times, of writes in progress or killed; without those that are `known`."""
+    found = {}
+    for root, _, names in os.walk(folder):
+        for path in (os.path.join(root, name) for name in names if name.endswith(".tmp")):
+            try:
+                found[path] = os.stat(path).st_mtime_ns
+            except FileNotFoundError:
+                continue  # written meanwhile
+    return {path: changed for path, changed in found.items() if changed != (known or {}).get(path)}
+
+
+def await_moment(pid: int, folder: Path, kill_at: Kill, seconds: float) -> bool:
+    """Wait until it is time to kill; False if the process ends before."""
+    if kill_at.at is not None:
+        return not _ended(pid, time.monotonic() + kill_at.at * seconds)
+    left, end = half_written(folder), time.monotonic() + 60
+    seen, before = 0, {}
+    while time.monotonic() < end:
+        now = half_written(folder, left)
+        seen, before = seen + len(now.keys() - before.keys()), now
+        if seen >= kill_at.nth:
+            time.sleep(kill_at.late)
+            return True
+        if _ended(pid, time.monotonic() + 0.0002):
+            return False
+    raise RuntimeError(f"process {pid} hangs")
+
+
+def _ended(pid: int, until: float) -> bool:
+    while True:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return True
+        if time.monotonic() >= until:
+            return False
+        time.sleep(max(0.0, min(0.002, until - time.monotonic())))
+
+
+def kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar: tqdm) -> Counter:
+    """Kill a trainer `count` times, run it to its end after every few kills, and compare.
+
+    Raises RuntimeError with the reason if something is lost, unreadable or different.
+    """
+    whole, log, tally = work / "whole", work / "log", Counter()
+    prepare_output(trainer, place, whole)
+    begin = time.monotonic()
+    must(run(script(command(trainer, place, whole)), log))
+    seconds = time.monotonic() - begin
+    moments, rng = plan(seed, trainer), np.random.default_rng([seed, TRAINERS.index(trainer), 1])
+    while tally["kills"] < count:
+        folder = work / f"run{tally['runs']}"
+        prepare_output(trainer, place, folder)
+        for _ in range(int(rng.integers(1, 9))):
+            if tally["kills"] == count:
+                break
+            moment, before = next(moments), half_written(folder)
+            pid = start(script(command(trainer, place, folder, moment.workers)), log)
+            if not await_moment(pid, folder, moment, seconds):
+                must(Result(wait(pid, 1), "", log.with_suffix(".err").read_text()))
+                break  # it was faster: compare
+            if kill(pid) == -9:
+                tally["kills"] += 1
+                tally["while writing a file"] += bool(half_written(folder, before))
+                bar.update()
+            must(run(partial(check_progress, folder, work / f"steps{tally['runs']}"), log))
+        must(run(script(command(trainer, place, folder, int(rng.integers(2)))), log))
+        must(run(partial(check_equal, whole, folder), log))
+        tally["runs"] += 1
+        shutil.rmtree(folder)
+    return tally
+
+
+def run_kills(settings: Settings, place: Path, work: Path) -> bool:
+    """Prints a line for each trainer; whether all is well."""
+    count, fine = settings.count or 200, True
+    shares = [count // len(settings.trainers)] * len(settings.trainers)
+    shares[0] += count - sum(shares)
+    with tqdm(total=count, unit="kill", disable=None) as bar:
+        for trainer, share in zip(settings.trainers, shares, strict=True):
+            try:
+                tally = kills(trainer, place, work / trainer, settings.seed, share, bar)
+                writing = tally["while writing a file"]
+                text = f"{tally['kills']} kills, {writing} of them while a file was written; "
+                text += f"{tally['runs']} runs completed, all equal to the uninterrupted one"
+            except RuntimeError as error:
+                fine, text = False, f"FAILED: {error}"
+            tqdm.write(f"{trainer:8} {text}")
+    return fine
+
+
+# ---- a full disk -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int = 256) -> Iterator[bool]:
+    """`folder` as a file system of its own; False if one may not mount here."""
+    folder.mkdir(parents=True)
+    options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    try:
+        mounted = not subprocess.run(["mount", *options], capture_output=True).returncode
+    except FileNotFoundError:
+        mounted = False
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(file: Path, leave: int) -> None:
+    """Write a file until the file system has so many bytes left."""
+    space = os.statvfs(file.parent)
+    with open(file, "wb") as stream:
+        stream.write(bytes(max(0, space.f_bavail * space.f_frsize - leave)))
+
+
+def limited(work: Callable[[], None], size: int) -> Callable[[], None]:
+    """`work` in a process that may write no file larger than `size` bytes."""
+
+    def run_limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        work()
+
+    return run_limited
+
+
+def fill_disk(trainer: str, place: Path, work: Path, part: float, nth: int) -> str:
+    """Kill a run after its nth save, leave it `part` of a checkpoint's size to write, run it, then run it
+    with space enough; the error message. Raises RuntimeError if something is lost or different."""
+    log, whole = work / "log", work / "whole"
+    if not whole.exists():
+        prepare_output(trainer, place, whole)
+        must(run(script(command(trainer, place, whole)), log))
+    with small_disk(work / "disk") as mounted:
+        folder = work / "disk" / "run"
+        go = script(command(trainer, place, folder))
+        begun = False
+        while not begun:  # one that has ended before its nth save begins again
+            shutil.rmtree(folder, ignore_errors=True)
+            prepare_output(trainer, place, folder)
+            pid = start(go, log)
+            begun = await_moment(pid, folder, Kill(None, nth, 0.05, 0), 0)
+            kill(pid)
+            nth = max(1, nth - 2)
+        must(run(partial(check_progress, folder, work / "steps"), log))
+        for leftover in half_written(folder):
+            os.unlink(leftover)
+        size = max((path.stat().st_size for path in whole.rglob("*.ckpt")), default=0)
+        if mounted:
+            fill(work / "disk" / "filler", int(part * size))
+        result = run(go if mounted else limited(go, int(part * size)), log)
+        problem = bad_inputs.complaint(result)
+        finished = result.code == 0 and "finished at step" in result.out  # what it lacked was small
+        if problem or result.code != 1 and not finished:
+            raise RuntimeError(f"on a full disk: exit code {result.code}, {problem}: {result.err[-3000:]}")
+        (work / "disk" / "filler").unlink(missing_ok=True)
+        must(run(partial(check_progress, folder, work / "steps"), log))
+        must(run(go, log))
+        must(run(partial(check_equal, whole, folder), log))
+    shutil.rmtree(work / "disk")
+    (work / "steps").unlink()
+    return "nothing: there was space enough" if finished else result.err.strip().splitlines()[-1]
+
+
+def run_disk(settings: Settings, place: Path, work: Path, cases: int = 6) -> bool:
+    """Prints a line for each trainer; whether all is well."""
+    fine = True
+    for trainer in settings.trainers:
+        rng = np.random.default_rng([settings.seed, TRAINERS.index(trainer), 2])
+        messages = Counter()
+        try:
+            for n in range(cases):
+                part = 0.0 if n == 0 else float(rng.uniform(0, 0.9))
+                message = fill_disk(trainer, place, work / f"disk_{trainer}", part, int(rng.integers(1, 12)))
+                messages[message.replace(str(work), "")] += 1
+            print(f"{trainer:8} {cases} full disks: nothing lost, all runs equal after it. It said, e.g.:")
+            print(f"         {messages.most_common(1)[0][0]}", flush=True)
+        except RuntimeError as error:
+            fine = False
+            print(f"{trainer:8} FAILED: {error}", flush=True)
+    return fine
+
+
+def main(settings: Settings) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit is a promise for CPUs, and processes are forked
+    print(f"seed {settings.seed}", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = settings.folder or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        must(run(partial(make_place, work / "place"), work / "log"))
+        fine = True
+        if settings.what in ("kills", "all"):
+            fine &= run_kills(settings, work / "place", work / "kills")
+        if settings.what in ("disk", "all"):
+            fine &= run_disk(settings, work / "place", work)
+        if settings.what in ("inputs", "all"):
+            fine &= bad_inputs.campaign(work / "place", work / "inputs", settings.seed, settings.count or 500)
+    sys.exit(0 if fine else 1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, use_underscores=True))

@@ -1,0 +1,326 @@
+"""The places where scripts read a file that a user gives, for benchmarks/bad_inputs.py."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.damage import ANY, H5, JSON, JSON_LINES, LIST, PICTURE, TEXT, WEIGHTS, YAML, Damage
+from benchmarks.tiny_runs import ROOT, TRAINERS, command, must, prepare_output, run, script
+from ldm import checkpoint
+from ldm.data.coco import CocoRecords
+from ldm.data.image import write_image
+
+IN_EMA = ("shape_changed", "tensor_missing")  # the averaged weights are used, not those that are damaged
+Build = Callable[[Path, Path], "Case"]
+
+
+@dataclass
+class Case:
+    """A command, the file in it that is damaged, and what is special about the place.
+
+    `skips` is what the script prints instead of failing if the file is bad. `ignores` are kinds of damage
+    that need not be noticed there. A file that is `remade` does no harm. `results` are made all the same.
+    """
+
+    arguments: list[object]
+    victim: Path
+    skips: str = ""
+    ignores: tuple[str, ...] = ()
+    remade: bool = False
+    results: tuple[Path, ...] = ()
+
+
+@dataclass
+class Slot:
+    """`build` makes a case from its folder, where outputs go to `out`, and the folder of good things."""
+
+    name: str
+    kind: dict[str, list[Damage]]
+    build: Build
+
+
+def make_ready(place: Path, work: Path, names: Iterable[str] = (*TRAINERS, "cached")) -> None:
+    """Trained files of these runs, masks and annotations to damage, below `place`."""
+    work.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        trainer, options = (name, {}) if name in TRAINERS else ("deblur", {"cache_latents": True})
+        if not (place / "runs" / name).exists():
+            must(run(script(short(trainer, place, place / "runs" / name, **options)), work / "ready"))
+    if not (place / "coco").exists():
+        must(run(partial(_make_more, place), work / "ready"))
+
+
+def _make_more(place: Path) -> None:
+    (place / "coco").mkdir()
+    (place / "masks").mkdir()
+    names = [f"{number:03d}.png" for number in range(8)]
+    images = [{"id": n, "file_name": name, "height": 64, "width": 64} for n, name in enumerate(names)]
+    square = [[9, 9, 40, 9, 40, 40, 9, 40]]
+    objects = [{"id": n, "image_id": n, "iscrowd": 0, "segmentation": square} for n in range(7)]
+    code = {"size": [64, 64], "counts": [100, 900, 3096]}
+    objects.append({"id": 7, "image_id": 7, "iscrowd": 0, "segmentation": code})
+    captions = [{"id": n, "image_id": n, "caption": f"picture {n}"} for n in range(8)]
+    for name, annotations in (("instances", objects), ("captions", captions)):
+        content = {"images": images, "annotations": annotations}
+        (place / "coco" / f"{name}.json").write_text(json.dumps(content))
+    for number, name in enumerate(names):
+        mask = np.zeros((64, 64, 3), np.uint8)
+        mask[10 : 30 + number, 10:40] = 255
+        write_image(place / "masks" / name, mask)
+    base = checkpoint.read_weights(place / "deblur.safetensors")
+    checkpoint.save(
+        place / "base.ckpt",
+        {"state_dict": {n: v.clone() for n, v in base.items() if not n.startswith("control_model.")}},
+    )
+    shutil.copy(ROOT / "models" / "cldm_tiny_deblur.yaml", place / "config.yaml")
+    pairs = sorted((place / "gopro").glob("*/blur/*.png"))
+    lines = [f"{path} {str(path).replace('/blur/', '/sharp/')}" for path in pairs]
+    (place / "pairs.txt").write_text("".join(f"{line}\n" for line in lines))
+    records = [dict(zip(("blur_image", "clear_image"), line.split(), strict=True)) for line in lines]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def short(name: str, place: Path, output: Path, **changes: object) -> list[str]:
+    """A run of a trainer that reads everything once."""
+    few = {
+        "deblur": {"max_steps": 4, "val_steps": 4, "logger_freq": 4, "save_steps": 2},
+        "inpaint": {"max_steps": 4, "val_steps": 4, "logger_freq": 4, "save_steps": 4},
+        "srn": {"epochs": 1, "val_images": 9},
+        "dbgan": {"blur_epochs": 1, "epochs": 1, "pretrain_epochs": 0, "val_images": 9},
+        "kontext": {"max_train_steps": 4, "save_every": 4},
+    }[name]
+    prepare_output(name, place, output)
+    return command(name, place, output, **{**few, **changes})
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A copy of a file or a tree that the case may damage."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    return target
+
+
+# ---- trainers --------------------------------------------------------------------------------------------
+
+
+def training(
+    name: str, flag: str, source: str, victim: str = "", stage: str = "", **changes: object
+) -> Build:
+    """A trainer whose `flag` is a copy of `source`, in which the file `victim` is damaged."""
+
+    def build(folder: Path, place: Path) -> Case:
+        copy = copied(place / source, folder / Path(source).name)
+        arguments = short(name, place, folder / "out", **{flag: copy, **_in_place(changes, place)})
+        if stage:
+            arguments[1] = stage
+        return Case(arguments, copy / victim if victim else copy)
+
+    return build
+
+
+def _in_place(changes: dict, place: Path) -> dict:
+    return {name: place / value[1:] if str(value)[:1] == "@" else value for name, value in changes.items()}
+
+
+def resumed(name: str, victim: str, kept: str = "", remade: bool = False, **changes: object) -> Build:
+    """A trainer that goes on in a folder in which the file `victim` is damaged."""
+
+    def build(folder: Path, place: Path) -> Case:
+        copied(place / "runs" / (kept or name), folder / "out")
+        arguments = short(name, place, folder / "out", **changes)
+        return Case(arguments, folder / "out" / victim, ignores=("dangling_link",), remade=remade)
+
+    return build
+
+
+def annotations_cached(folder: Path, place: Path) -> Case:
+    copy = copied(place / "coco", folder / "coco") / "instances.json"
+    must(run(lambda: CocoRecords(copy, "objects"), folder / "log"))
+    arguments = short("inpaint", place, folder / "out", ann_file=copy)
+    return Case(arguments, copy.with_name("instances.objects.safetensors"), remade=True)
+
+
+# ---- other scripts ---------------------------------------------------------------------------------------
+
+
+WEIGHTS_OF = {
+    "srn": "runs/srn/srn_deblur.safetensors",
+    "dbgan": "runs/dbgan/deblur/dbgan.safetensors",
+    "bgan": "runs/dbgan/blur/bgan.safetensors",
+    "deblur": "runs/deblur/checkpoints/best.ckpt",
+    "inpaint": "runs/inpaint/final_model/model.ckpt",
+    "kontext": "runs/kontext/lora.safetensors",
+}
+
+
+def restoring(name: str, victim: str, weights: str = "") -> Build:
+    """infer.py on one picture; `victim` is "picture", "mask", "weights" or a file of the model folder."""
+
+    def build(folder: Path, place: Path) -> Case:
+        source = place / (weights or WEIGHTS_OF[name])
+        files = {
+            "picture": copied(place / "photos" / "001.png", folder / "photo.png"),
+            "mask": copied(place / "masks" / "001.png", folder / "mask.png"),
+            "weights": copied(source, folder / source.name),
+        }
+        flag = "--input_image" if name == "inpaint" else "--input"
+        arguments = ["infer.py", name, flag, files["picture"], "--output_dir", folder / "out"]
+        arguments += ["--lora_path" if name == "kontext" else "--checkpoint_path", files["weights"]]
+        if name in ("deblur", "inpaint", "kontext"):
+            arguments += ["--num_inference_steps", 1]
+        if name == "inpaint":
+            arguments += ["--input_mask", files["mask"], "--resolution", 64]
+        if name == "kontext":
+            copied(place / "prompt.safetensors", folder / "prompt.safetensors")
+            arguments += ["--pretrained_model_name_or_path", copied(place / "flux", folder / "flux")]
+        averaged = victim == "weights" and source.suffix == ".ckpt"
+        path = files[victim] if victim in files else folder / victim
+        return Case(arguments, path, ignores=IN_EMA if averaged else ())
+
+    return build
+
+
+def folder_restored(folder: Path, place: Path) -> Case:
+    """infer.py on a folder: what cannot be read is named in the end, and stops no other."""
+    names = ("000", "001", "002")
+    for name in names:
+        copied(place / "photos" / f"{name}.png", folder / "photos" / f"{name}.png")
+    arguments = ["infer.py", "srn", "--input", folder / "photos", "--output_dir", folder / "out"]
+    arguments += ["--checkpoint_path", place / WEIGHTS_OF["srn"]]
+    results = tuple(folder / "out" / f"deblurred_{name}.png" for name in ("000", "002"))
+    return Case(arguments, folder / "photos" / "001.png", results=results)
+
+
+def scored(kind: str) -> Build:
+    """evaluate.py: a pair that cannot be read is skipped and counted."""
+
+    def build(folder: Path, place: Path) -> Case:
+        arguments = ["evaluate.py"]
+        for name in ("restored", "sharp", "blurry"):
+            for number in range(3):
+                source = place / "photos" / f"{number:03d}.png"
+                copied(source, folder / name / source.name)
+            arguments += [f"--{name}", folder / name]
+        (folder / "out").mkdir()
+        arguments += ["--output", folder / "out" / "report.json", "--html", folder / "out" / "report.html"]
+        return Case(arguments, folder / kind / "001.png", skips="1 skipped")
+
+    return build
+
+
+def weights_described(folder: Path, place: Path) -> Case:
+    case = scored("sharp")(folder, place)
+    weights = copied(place / WEIGHTS_OF["srn"], folder / "srn.safetensors")
+    ignores = (*IN_EMA, "other_file", "no_dictionary")
+    return Case([*case.arguments, "--checkpoint_path", weights], weights, ignores=ignores)
+
+
+def pairs_made(victim: str) -> Build:
+    """tool_make_deblur_dataset.py, with a source or a file of the folder that it goes on in damaged."""
+
+    def build(folder: Path, place: Path) -> Case:
+        for number in range(3):
+            copied(place / "photos" / f"{number:03d}.png", folder / "photos" / f"{number:03d}.png")
+        arguments = ["tool_make_deblur_dataset.py", "--source_dir", folder / "photos", "--image_size", 32]
+        arguments += ["--output_dir", folder / "out", "--num_samples", 6, "--workers", 1]
+        if victim != "source":
+            must(run(script(arguments), folder / "log"))
+            made_again = ("line_missing", "dangling_link", "empty")
+            return Case(arguments, folder / "out" / victim, ignores=made_again)
+        return Case(arguments, folder / "photos" / "001.png", skips="sources were not used")
+
+    return build
+
+
+def patches_made(folder: Path, place: Path) -> Case:
+    copied(place / "gopro", folder / "gopro")
+    arguments = ["tool_make_dbgan_dataset.py", "--blur_train_path", folder / "out" / "train.h5"]
+    arguments += ["--deblur_train_data", folder / "gopro", "--patch_size", 32]
+    return Case(arguments, folder / "gopro" / "GOPR1" / "blur" / "000001.png")
+
+
+def mask_made(folder: Path, place: Path) -> Case:
+    photo = copied(place / "photos" / "001.png", folder / "photo.png")
+    return Case(["tool_make_mask.py", folder / "out" / "mask.png", "--image", photo], photo)
+
+
+def control_added(folder: Path, place: Path) -> Case:
+    (folder / "out").mkdir()
+    base = copied(place / "base.ckpt", folder / "base.ckpt")
+    config = ROOT / "models" / "cldm_tiny_deblur.yaml"
+    return Case(["tool_add_control.py", base, folder / "out" / "control.ckpt", "--config", config], base)
+
+
+def control_exported(folder: Path, place: Path) -> Case:
+    (folder / "out").mkdir()
+    weights = copied(place / WEIGHTS_OF["deblur"], folder / "best.ckpt")
+    arguments = ["tool_export_control.py", weights, folder / "out" / "control.safetensors"]
+    return Case(arguments, weights, ignores=IN_EMA)
+
+
+WEIGHTS_MAY = {"either": [*WEIGHTS["bad"], *WEIGHTS["either"]]}  # without encoders none can be made anew
+CACHE = {"bad": ANY["bad"]}
+SLOTS = [
+    Slot(
+        "deblur --data_root", PICTURE, training("deblur", "data_root", "pairs", "blur_images/blur_000003.png")
+    ),
+    Slot("inpaint --image_dir", PICTURE, training("inpaint", "image_dir", "photos", "003.png")),
+    Slot("inpaint --mask_dir", PICTURE, training("inpaint", "mask_dir", "masks", "003.png")),
+    Slot("srn --data", PICTURE, training("srn", "data", "gopro", "GOPR1/blur/000001.png")),
+    Slot(
+        "dbgan paired --data", PICTURE, training("dbgan", "data", "gopro", "GOPR1/sharp/000001.png", "paired")
+    ),
+    Slot("dbgan blur --blur_data", PICTURE, training("dbgan", "blur_data", "real", "002.png", "blur")),
+    Slot("kontext --hr_root", PICTURE, training("kontext", "hr_root", "photos", "003.png")),
+    *(Slot(f"infer {name} picture", PICTURE, restoring(name, "picture")) for name in WEIGHTS_OF),
+    Slot("infer inpaint mask", PICTURE, restoring("inpaint", "mask")),
+    Slot("infer srn folder", PICTURE, folder_restored),
+    *(Slot(f"evaluate --{kind}", PICTURE, scored(kind)) for kind in ("restored", "sharp", "blurry")),
+    Slot("tool_make_deblur_dataset source", PICTURE, pairs_made("source")),
+    Slot("tool_make_dbgan_dataset picture", PICTURE, patches_made),
+    Slot("tool_make_mask --image", PICTURE, mask_made),
+    Slot("deblur --data_root list", JSON_LINES, training("deblur", "data_root", "pairs", "blur_types.json")),
+    Slot("srn --data json lines", JSON_LINES, training("srn", "data", "pairs.jsonl")),
+    Slot("srn --data list", LIST, training("srn", "data", "pairs.txt")),
+    Slot("tool_make_deblur_dataset list", JSON_LINES, pairs_made("blur_types.json")),
+    Slot("tool_make_deblur_dataset settings", JSON, pairs_made("settings.json")),
+    Slot("srn metrics.csv", TEXT, resumed("srn", "logs/metrics.csv")),
+    Slot("deblur --config_path", YAML, training("deblur", "config_path", "config.yaml")),
+    Slot("inpaint --ann_file", JSON, training("inpaint", "ann_file", "coco/instances.json")),
+    Slot("inpaint --captions_file", JSON, training("inpaint", "captions_file", "coco/captions.json")),
+    Slot("inpaint annotations, cached", ANY, annotations_cached),
+    Slot(
+        "dbgan paired --data h5", H5, training("dbgan", "data", "train.h5", "", "paired", val_data="@gopro")
+    ),
+    Slot("dbgan --val_data h5", H5, training("dbgan", "val_data", "valid.h5", "", "paired")),
+    Slot("dbgan --blur_data h5", H5, training("dbgan", "blur_data", "train.h5", "", "blur")),
+    Slot(
+        "deblur latents, cached",
+        CACHE,
+        resumed("deblur", "cache/train_latents.h5", "cached", remade=True, cache_latents=True),
+    ),
+    *(Slot(f"infer {name} weights", WEIGHTS, restoring(name, "weights")) for name in WEIGHTS_OF),
+    Slot("infer srn checkpoint", WEIGHTS, restoring("srn", "weights", "runs/srn/checkpoints/last.ckpt")),
+    Slot("infer kontext transformer", WEIGHTS, restoring("kontext", "flux/flux1-kontext-dev.safetensors")),
+    Slot("infer kontext autoencoder", WEIGHTS, restoring("kontext", "flux/ae.safetensors")),
+    Slot("infer kontext prompt", WEIGHTS_MAY, restoring("kontext", "prompt.safetensors")),
+    Slot("deblur --resume_path", WEIGHTS, training("deblur", "resume_path", "deblur.safetensors")),
+    Slot("inpaint --resume_path", WEIGHTS, training("inpaint", "resume_path", "inpaint.safetensors")),
+    Slot("inpaint --init_control", WEIGHTS, training("inpaint", "init_control", WEIGHTS_OF["inpaint"])),
+    Slot("dbgan --bgan_path", WEIGHTS, training("dbgan", "bgan_path", WEIGHTS_OF["bgan"], "", "deblur")),
+    Slot("kontext --resume_lora", WEIGHTS, training("kontext", "resume_lora", WEIGHTS_OF["kontext"])),
+    *(
+        Slot(f"{name} resumed", WEIGHTS, resumed(name, "checkpoints/last.ckpt"))
+        for name in TRAINERS
+        if name != "dbgan"
+    ),
+    Slot("dbgan resumed", WEIGHTS, resumed("dbgan", "blur/checkpoints/last.ckpt")),
+    Slot("evaluate --checkpoint_path", WEIGHTS, weights_described),
+    Slot("tool_add_control", WEIGHTS, control_added),
+    Slot("tool_export_control", WEIGHTS, control_exported),
+]

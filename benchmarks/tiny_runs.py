@@ -1,0 +1,254 @@
+"""The five trainers at a size at which a whole run takes seconds, and processes that run a script.
+
+Used by the fault and the memory benchmarks. A process is forked from one that has imported everything: it
+starts in milliseconds, and is killed, limited and measured as any other.
+"""
+
+import atexit
+import multiprocessing.util
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # no pool of threads may exist where a process is forked
+
+import numpy as np
+import torch
+
+import evaluate  # noqa: F401  (imported once, here, for all processes)
+import infer  # noqa: F401
+import tool_add_control  # noqa: F401
+import tool_export_control  # noqa: F401
+import tool_make_dbgan_dataset
+import tool_make_mask  # noqa: F401
+import train_kontext_lora
+import tutorial_train_deblur  # noqa: F401
+from cldm.model import create_model
+from ldm import checkpoint
+from ldm.data.image import photographs, read_image, write_image
+from ldm.modules.image_degradation.blur import random_blur
+from tool_make_deblur_dataset import Settings as PairSettings
+from tool_make_deblur_dataset import make_dataset
+from tutorial_train_inpaint import cut_photographs
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+TRAINERS = ("deblur", "inpaint", "srn", "dbgan", "kontext")
+
+
+# ---- processes -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """How a process ended: exit code (-9 after kill -9, None if it did not end in time) and its output."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+def script(arguments: Iterable[object]) -> Callable[[], None]:
+    """A call of `python SCRIPT ARGUMENTS`, as a function."""
+    name, *rest = map(str, arguments)
+
+    def run() -> None:
+        sys.argv = [name, *rest]
+        os.chdir(ROOT)
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+
+    return run
+
+
+def start(work: Callable[[], None], log: Path) -> int:
+    """Run `work` in a process group of its own, its output in LOG.out and LOG.err; returns its id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setsid()
+        for stream, suffix in ((1, ".out"), (2, ".err")):
+            file = os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, stream)
+        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+        code = _call(work)
+    finally:
+        os._exit(code)  # never back into the copy of what called fork
+
+
+def _call(work: Callable[[], None]) -> int:
+    """What the interpreter does: run, print what nobody caught, clean up; the exit code."""
+    code = 0
+    atexit._clear()  # what is to be done at this process's own end only
+    atexit.register(multiprocessing.util._exit_function)
+    try:
+        work()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def wait(pid: int, seconds: float) -> int | None:
+    """Exit code of a process, minus the signal that ended it, or None if it runs for longer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return None
+
+
+def kill(pid: int) -> int:
+    """kill -9 of a process, then of its workers; its exit code: -9, or its own if it was faster."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it has not called setsid yet, or has ended
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def run(work: Callable[[], None], log: Path, seconds: float = 120) -> Result:
+    """Run `work` to its end, or kill it after so many seconds; workers that outlive it are ended."""
+    pid = start(work, log)
+    code = wait(pid, seconds)
+    if code is None:
+        kill(pid)
+    else:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    texts = (log.with_suffix(suffix).read_text(errors="replace") for suffix in (".out", ".err"))
+    return Result(code, *texts)
+
+
+def must(result: Result) -> Result:
+    """Raises RuntimeError if a process that should succeed did not."""
+    if result.code != 0:
+        raise RuntimeError(f"exit code {result.code}: {result.err[-2000:]}")
+    return result
+
+
+# ---- data and commands -----------------------------------------------------------------------------------
+
+
+def make_place(place: Path) -> None:
+    """Everything that the tiny runs start from, below `place`."""
+    place.mkdir(parents=True, exist_ok=True)
+    make_dataset(PairSettings(output_dir=str(place / "pairs"), num_samples=8, image_size=64, workers=1))
+    cut_photographs(place / "photos", 8)
+    cut_photographs(place / "real", 6)
+    for kind in ("deblur", "inpaint"):
+        torch.manual_seed(0)
+        model = create_model(ROOT / "models" / f"cldm_tiny_{kind}.yaml")
+        checkpoint.write_weights(place / f"{kind}.safetensors", model.state_dict())
+    for number, name in enumerate(("coffee.png", "rocket.jpg", "astronaut.png")):
+        image = read_image(photographs((name,))[0])
+        for frame in range(3):
+            sharp = image[100 + frame : 148 + frame, 200:256]
+            blurry = random_blur(
+                sharp, np.random.default_rng(10 * number + frame), ["motion_blur"], scale=0.3
+            )[0]
+            for kind, picture in (("blur", blurry), ("sharp", sharp)):
+                folder = place / "gopro" / f"GOPR{number}" / kind
+                folder.mkdir(parents=True, exist_ok=True)
+                write_image(folder / f"{frame:06d}.png", picture)
+    tool_make_dbgan_dataset.main(  # pairs
+        tool_make_dbgan_dataset.Settings(
+            place / "train.h5",
+            place / "valid.h5",
+            deblur_train_data=place / "gopro",
+            deblur_valid_data=place / "gopro",
+            patch_size=32,
+        )
+    )
+    train_kontext_lora.write_tiny_folder(place / "flux", place / "prompt.safetensors", "restore")
+
+
+def command(name: str, place: Path, output_dir: Path, workers: int = 0, **changes: object) -> list[str]:
+    """The command of a tiny run of a trainer; `changes` are flags, True and False for switches."""
+    control = {
+        "image_size": 64,
+        "val_samples": 2,
+        "batch_size": 2,
+        "learning_rate": 1e-4,
+        "max_steps": 6,
+        "log_steps": 1,
+        "logger_freq": 3,
+        "save_steps": 1,
+        "val_steps": 2,
+        "val_ddim_steps": 1,
+        "ema_decay": 0.9,
+        "resume_path": place / f"{name}.safetensors",
+        "config_path": ROOT / "models" / f"cldm_tiny_{name}.yaml",
+    }
+    gopro = {
+        "val_fraction": 0.3,
+        "log_epoch": 1,
+        "crop_size": 16,
+        "val_crop": 32,
+        "val_images": 2,
+        "batch_size": 2,
+    }
+    dbgan = {"blocks": 1, "blur_blocks": 1, "discriminator_width": 2, "perceptual_loss_weight": 0}
+    dbgan |= {"blur_epochs": 3, "pretrain_epochs": 1, "epochs": 2, "accumulate": 1, "pool_size": 3}
+    kontext = {"hr_root": place / "photos", "pretrained_model_name_or_path": place / "flux"}
+    kontext |= {"instance_prompt": "restore", "resolution": 32, "rank": 2, "train_batch_size": 2}
+    kontext |= {"gradient_accumulation_steps": 1, "max_train_steps": 6, "learning_rate": 3e-3}
+    kontext |= {"save_every": 1, "preview_images": 1, "preview_steps": 1, "dropout": 0.1}
+    start = {
+        "deblur": ["tutorial_train_deblur.py"],
+        "inpaint": ["tutorial_train_inpaint.py"],
+        "srn": ["train_srn.py"],
+        "dbgan": ["train_dbgan.py", "all"],
+        "kontext": ["train_kontext_lora.py"],
+    }[name]
+    flags = {
+        "deblur": control
+        | {"data_root": place / "pairs", "perceptual_loss_weight": 0, "deblur_crop": 4, "val_fraction": 0.2},
+        "inpaint": control | {"image_dir": place / "photos", "precision": "32"},
+        "srn": gopro | {"data": place / "gopro", "width": 2, "epochs": 4},
+        "dbgan": gopro
+        | dbgan
+        | {"data": place / "gopro", "blur_data": place / "real", "width": 4, "learning_rate": 1e-3},
+        "kontext": kontext,
+    }[name]
+    flags |= {"output_dir": output_dir, "num_workers": workers, **changes}
+    return [*start, *as_flags(flags)]
+
+
+def as_flags(flags: dict[str, object]) -> list[str]:
+    """--name value for each; True and False are --name and --no_name."""
+    words = []
+    for name, value in flags.items():
+        words += (
+            [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", value]
+        )
+    return [str(word) for word in words]
+
+
+def prepare_output(name: str, place: Path, output_dir: Path) -> None:
+    """What a tiny run expects in its folder: Kontext's prompt, for want of text encoders."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if name == "kontext":
+        (output_dir / "prompt.safetensors").write_bytes((place / "prompt.safetensors").read_bytes())

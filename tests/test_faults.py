@@ -1,0 +1,125 @@
+"""The fault campaign of benchmarks/faults.py in short: kills, a full disk, malformed inputs."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tqdm import tqdm
+
+from benchmarks import bad_inputs, damage, faults, input_slots
+from benchmarks.tiny_runs import Result, command, make_place, must, prepare_output, run, script
+from ldm import checkpoint
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked: no CUDA")
+# Places to read damaged files in, quick ones of every kind, by their names in SLOTS.
+QUICK = (
+    "srn --data",
+    "dbgan blur --blur_data",
+    "kontext --hr_root",
+    "infer srn folder",
+    "evaluate --sharp",
+    "tool_make_deblur_dataset source",
+    "tool_make_mask --image",
+    "srn --data json lines",
+    "srn --data list",
+    "dbgan paired --data h5",
+    "infer srn weights",
+    "infer kontext weights",
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """What tiny runs start from; made in a process of its own, so that this one stays without threads."""
+    folder = tmp_path_factory.mktemp("faults")
+    must(run(partial(make_place, folder / "place"), folder / "log"))
+    return folder / "place"
+
+
+@pytest.mark.parametrize(("trainer", "count"), [("srn", 3), ("kontext", 3)])
+def test_killed_runs_end_like_the_uninterrupted_one(place, tmp_path, trainer, count):
+    tally = faults.kills(trainer, place, tmp_path, 3, count, tqdm(disable=True))
+    assert tally["kills"] == count and tally["runs"] >= 1
+
+
+def test_a_full_disk_loses_nothing(place, tmp_path):
+    said = faults.fill_disk("srn", place, tmp_path, part=0.0, nth=4)
+    assert said.startswith("error: ") and ("No space left" in said or "cannot" in said)
+
+
+@pytest.fixture(scope="module")
+def ready(place, tmp_path_factory) -> Path:
+    """The same with trained files."""
+    input_slots.make_ready(place, tmp_path_factory.mktemp("ready"), ("srn", "kontext"))
+    return place
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_malformed_inputs_end_in_a_sentence_or_are_read(ready, tmp_path, number, monkeypatch):
+    quick = [slot for slot in input_slots.SLOTS if slot.name in QUICK]
+    assert len(quick) == len(QUICK)
+    monkeypatch.setattr(bad_inputs, "SLOTS", quick)
+    name, problem, result = bad_inputs.try_one(number, 5, ready, tmp_path)
+    assert not problem, f"{name}: {result.err}"
+
+
+# ---- the campaign itself would notice
+
+
+def test_differences_and_losses_are_noticed(place, tmp_path):
+    prepare_output("srn", place, tmp_path / "a")
+    must(run(script(command("srn", place, tmp_path / "a")), tmp_path / "log"))
+    must(run(script(command("srn", place, tmp_path / "b", learning_rate=2e-4)), tmp_path / "log"))
+    with pytest.raises(ValueError, match="checkpoints/best.ckpt differs in state_dict"):
+        faults.check_equal(tmp_path / "a", tmp_path / "b")
+    steps = tmp_path / "steps"
+    faults.check_progress(tmp_path / "a", steps)
+    path = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    content = path.read_bytes()
+    checkpoint.save(path, {**checkpoint.load(path, mmap=False), "step": 3})
+    with pytest.raises(ValueError, match="last.ckpt was of step 12 and is of step 3"):
+        faults.check_progress(tmp_path / "a", steps)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        faults.check_progress(tmp_path / "a", steps)
+    path.unlink()
+    with pytest.raises(ValueError, match="other files: checkpoints/last.ckpt"):
+        faults.check_equal(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("code", "err", "expected"),
+    [
+        (1, "warning\nerror: cannot read x.png\n", ""),
+        (0, "", ""),
+        (None, "", "it hangs"),
+        (-11, "", "exit code -11"),
+        (1, "Traceback (most recent call last):\nKeyError: 1\n", "a traceback"),
+        (1, "nothing\n", "0 lines begin with error:"),
+        (1, "error: a\nerror: b\n", "2 lines begin with error:"),
+        (0, "error: a\n", "an error line and exit code 0"),
+    ],
+)
+def test_bad_ends_are_noticed(code, err, expected):
+    assert bad_inputs.complaint(Result(code, "", err)).startswith(expected)
+    assert bool(bad_inputs.complaint(Result(code, "", err))) == bool(expected)
+
+
+def test_what_is_left_behind_is_noticed(tmp_path):
+    (tmp_path / "out").mkdir()
+    victim = tmp_path / "out" / "a.png"
+    victim.write_bytes(b"\x89PNG")
+    assert bad_inputs.half_done(tmp_path, victim) == ""
+    assert bad_inputs.half_done(tmp_path, tmp_path / "b.png").startswith("half-written: cannot read image")
+    (tmp_path / damage.MARKER).touch()
+    assert bad_inputs.half_done(tmp_path, victim) == "code from a file was run"
+
+
+def test_a_hostile_pickle_would_run(tmp_path):
+    """It is a real one: torch.load without weights_only runs it."""
+    path = tmp_path / "a.ckpt"
+    damage.hostile_pickle(path, np.random.default_rng(0))
+    run(partial(torch.load, path, weights_only=False), tmp_path / "log")
+    assert (tmp_path / damage.MARKER).exists()
