@@ -14,6 +14,7 @@ measures what one picture costs, for evaluate.py.
 `python infer.py srn --help` lists the options.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -387,10 +388,9 @@ def restore_files(files: Files) -> None:
     """Restore every picture that has no result yet; a broken one is named in the end and stops no other."""
     jobs = list_jobs(files)
     todo = [(source, target) for source, target in jobs if files.overwrite or not target.exists()]
-    try:  # before a large model is loaded
-        files.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot make the folder {files.output_dir}: {error.strerror}") from error
+    there = next(folder for folder in (files.output_dir, *files.output_dir.parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):  # found before a large model is loaded
+        raise ValueError(f"--output_dir {files.output_dir}: {there} is no folder that can be written to")
     restore = files.restorer() if todo or files.profile else None
     failures = []
     for source, target in (progress := tqdm(todo, "restoring", unit="image")):

@@ -151,8 +151,8 @@ def test_bad_input(photos, weights, tmp_path):
     with pytest.raises(ValueError, match="tile 64 and overlap 128"):
         infer.restore_files(command(photos / "a.png", weights, tile=64))
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="cannot make the folder .*file: File exists"):
-        infer.restore_files(command(photos / "a.png", weights, output_dir=tmp_path / "file"))
+    with pytest.raises(ValueError, match="--output_dir .*file/out: .*file is no folder that can be written"):
+        infer.restore_files(command(photos / "a.png", weights, output_dir=tmp_path / "file" / "out"))
     other = tmp_path / "other.safetensors"
     write_weights(other, {"unet.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="holds no SRN-DeblurNet: its first key is unet.weight"):
