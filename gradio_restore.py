@@ -30,18 +30,18 @@ class Settings:
     """Serve a web page that restores pictures with any of the systems here."""
 
     host: str = "127.0.0.1"  # this machine only; 0.0.0.0 lets all others in, and there is no password
-    port: int = 7860
+    port: int = 7860  # of the page's address
     output_dir: Path = Path("outputs/web")  # the page reads and writes pictures nowhere else
     max_megapixels: float = 24.0  # of a picture
     max_upload_mb: int = 40  # of its file
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
     precision: Literal["32", "16", "bf16"] = "32"  # of the computation (Kontext chooses itself); 32 is exact
 
-    srn_path: Path = Path("models/srn_deblur.safetensors")
-    dbgan_path: Path = Path("outputs/dbgan/deblur/dbgan.safetensors")
-    bgan_path: Path = Path("outputs/dbgan/blur/bgan.safetensors")
-    deblur_path: Path = Path("outputs/deblur/checkpoints/best.ckpt")
-    inpaint_path: Path = Path("outputs/inpaint/final_model/model.ckpt")
+    srn_path: Path = Path("models/srn_deblur.safetensors")  # weights of SRN-DeblurNet
+    dbgan_path: Path = Path("outputs/dbgan/deblur/dbgan.safetensors")  # weights of DBGAN
+    bgan_path: Path = Path("outputs/dbgan/blur/bgan.safetensors")  # weights of BGAN
+    deblur_path: Path = Path("outputs/deblur/checkpoints/best.ckpt")  # the deblurring ControlNet
+    inpaint_path: Path | None = None  # the inpainting ControlNet; None takes the newest run's in outputs/
     base_path: Path | None = None  # Stable Diffusion for these two; None takes the file that they name
     kontext_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
     lora_path: Path | None = Path("outputs/kontext_lora/lora.safetensors")  # of Kontext; None: no LoRA
@@ -55,6 +55,9 @@ def list_systems(settings: Settings) -> dict[str, System]:
     exact = {**same, "precision": settings.precision}
     sampling = ("num_inference_steps", "guidance_scale", "seed")
     bases = () if base is None else (base,)
+    runs = "controlnet_inpainting_{}/final_model/model.ckpt"
+    newest = max(Path("outputs").glob(runs.format("*")), default=Path("outputs") / runs.format("TIME"))
+    inpaint = settings.inpaint_path or newest
     loras = () if settings.lora_path is None else (settings.lora_path,)
     made = "{} makes it; --{}_path says where it is."
     return {
@@ -85,9 +88,9 @@ def list_systems(settings: Settings) -> dict[str, System]:
         "inpaint": System(
             "Inpaint",
             "A ControlNet on Stable Diffusion fills what you paint over. All else stays as it is.",
-            infer.Inpaint(**exact, input_mask=folder, checkpoint_path=settings.inpaint_path, base_path=base),
+            infer.Inpaint(**exact, input_mask=folder, checkpoint_path=inpaint, base_path=base),
             (*sampling, "scheduler", "strength", "mask_blur", "prompt"),
-            (settings.inpaint_path, *bases),
+            (inpaint, *bases),
             made.format("tutorial_train_inpaint.py (docs/inpaint.md)", "inpaint"),
         ),
         "kontext": System(

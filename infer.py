@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from zlib import crc32
 
 import numpy as np
@@ -138,15 +138,26 @@ class Deblur(Files):
 
 
 @dataclass(kw_only=True)
-class SRN(Files):
+class OnePass(Files):
+    """Options of networks that make a picture in one pass."""
+
+    tile: int = 1536  # larger pictures go through in squares of that size; 0 = always in one piece
+    overlap: int = 128  # pixels over which the squares are blended
+    precision: Literal["32", "16", "bf16"] = "32"  # of the computation; 32 is exact
+
+    def how(self) -> dict[str, Any]:
+        """These options as ldm.tiling.restore_picture takes them."""
+        names = ("precision", "tile", "overlap", "progress")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(kw_only=True)
+class SRN(OnePass):
     """Deblur with SRN-DeblurNet (docs/srn.md)."""
 
     checkpoint_path: Path = Path("models/srn_deblur.safetensors")  # or a .ckpt or .pth
     output_prefix: str = "deblurred_"  # before the names of the results
-    tile: int = 1536  # larger pictures go through in squares of that size; 0 = always in one piece
-    overlap: int = 128  # pixels over which the squares are blended
     self_ensemble: bool = False  # mean over the 8 flips and turns: a little better, 8 times slower
-    precision: Literal["32", "16", "bf16"] = "32"  # of the computation; 32 is exact
 
     def restorer(self) -> Restorer:
         from train_srn import load_network, restore_image
@@ -157,14 +168,7 @@ class SRN(Files):
                 "give its srn_deblur.safetensors as --checkpoint_path"
             )
         network = load_network(self.checkpoint_path).to(self.torch_device())
-        return lambda image, path: restore_image(
-            network,
-            image,
-            precision=self.precision,
-            tile=self.tile,
-            overlap=self.overlap,
-            self_ensemble=self.self_ensemble,
-        )
+        return lambda image, path: restore_image(network, image, self.self_ensemble, **self.how())
 
 
 @dataclass(kw_only=True)
@@ -283,34 +287,26 @@ class Inpaint(Files):
 
 
 @dataclass(kw_only=True)
-class DBGAN(Files):
+class DBGAN(OnePass):
     """Deblur with a DBGAN of train_dbgan.py (docs/dbgan.md)."""
 
     checkpoint_path: Path  # dbgan.safetensors of a run, or its last.ckpt or best.ckpt
     output_prefix: str = "deblurred_"  # before the names of the results
-    tile: int = 1536  # larger pictures go through in squares of that size; 0 = always in one piece
-    overlap: int = 128  # pixels over which the squares are blended
-    precision: Literal["32", "16", "bf16"] = "32"  # of the computation; 32 is exact
 
     def restorer(self) -> Restorer:
         from train_dbgan import load_generator, restore_image
 
         network = load_generator(self.checkpoint_path, "deblur").to(self.torch_device())
-        return lambda image, path: restore_image(
-            network, image, precision=self.precision, tile=self.tile, overlap=self.overlap
-        )
+        return lambda image, path: restore_image(network, image, **self.how())
 
 
 @dataclass(kw_only=True)
-class BGAN(Files):
+class BGAN(OnePass):
     """Make realistic blur from sharp photographs with a BGAN of train_dbgan.py (docs/dbgan.md)."""
 
     checkpoint_path: Path  # bgan.safetensors of a run, or its last.ckpt or best.ckpt
     output_prefix: str = "blurred_"  # before the names of the results
     seed: int = 0  # with the file's name it decides on the blur
-    tile: int = 1536  # larger pictures go through in squares of that size; 0 = always in one piece
-    overlap: int = 128  # pixels over which the squares are blended
-    precision: Literal["32", "16", "bf16"] = "32"  # of the computation; 32 is exact
 
     def restorer(self) -> Restorer:
         from train_dbgan import blur_image, load_generator
@@ -318,9 +314,8 @@ class BGAN(Files):
         network = load_generator(self.checkpoint_path, "blur").to(self.torch_device())
 
         def blur(image: np.ndarray, path: Path) -> np.ndarray:
-            options = {"precision": self.precision, "tile": self.tile, "overlap": self.overlap}
             seed = item_seed(self.seed, crc32(path.name.encode()))
-            return blur_image(network, image, seed, **options)
+            return blur_image(network, image, seed, **self.how())
 
         return blur
 

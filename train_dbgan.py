@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -238,11 +238,11 @@ def export(generators: nn.ModuleDict, kind: str, settings: Settings, path: Path)
 
 
 def restore_image(
-    network: nn.Module, image: np.ndarray, noise: Tensor | None = None, **options: str | int
+    network: nn.Module, image: np.ndarray, noise: Tensor | None = None, **options: Any
 ) -> np.ndarray:
     """Deblur a uint8 picture (h, w, 3) of any size, or blur it if there is a `noise` (1, 4), in eval mode.
 
-    `options` are `precision`, `tile` and `overlap` of ldm.tiling.restore_picture.
+    `options` are those of ldm.tiling.restore_picture.
     """
     device = next(network.parameters()).device
     extra = () if noise is None else (noise.to(device),)
@@ -260,7 +260,7 @@ def restore_image(
         network.train(training)
 
 
-def blur_image(network: nn.Module, image: np.ndarray, seed: int, **options: str | int) -> np.ndarray:
+def blur_image(network: nn.Module, image: np.ndarray, seed: int, **options: Any) -> np.ndarray:
     """Blur a uint8 picture (h, w, 3) by BGAN with the noise of this seed; `options` as in `restore_image`."""
     noise = torch.randn(1, NOISE, generator=item_generator(seed))
     return restore_image(network, image, noise=noise, **options)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -242,11 +242,11 @@ def restore(network: nn.Module, blurry: Tensor) -> Tensor:
 
 
 def restore_image(
-    network: SRNDeblurNet, blurry: np.ndarray, self_ensemble: bool = False, **options: str | int
+    network: SRNDeblurNet, blurry: np.ndarray, self_ensemble: bool = False, **options: Any
 ) -> np.ndarray:
     """Restore a uint8 picture (h, w, 3) of any size on the network's device.
 
-    `options` are `precision`, `tile` and `overlap` of ldm.tiling.restore_picture. `self_ensemble` averages
+    `options` are those of ldm.tiling.restore_picture. `self_ensemble` averages
     over the 8 flips and turns.
     """
 

@@ -67,11 +67,12 @@ def restore_picture(
     precision: str = "32",
     tile: int = 0,
     overlap: int = 64,
+    progress: Callable = iter,
 ) -> np.ndarray:
     """A uint8 picture (h, w, 3) through `restore`: (1, 3, h, w) in [-1, 1] on `device` -> the same.
 
     With `tile` above 0 the picture goes through in squares of that size, blended over `overlap` pixels, in
-    memory that its size no longer counts for.
+    memory that its size no longer counts for; `progress` wraps the list of them, as tqdm does.
     """
     dtype = half_dtype(precision)
 
@@ -80,4 +81,4 @@ def restore_picture(
             return restore(part.to(device)).float()
 
     whole = to_tensor(image)[None]  # (1, 3, h, w)
-    return to_uint8((restore_tiled(whole, run, tile, overlap) if tile else run(whole))[0])
+    return to_uint8((restore_tiled(whole, run, tile, overlap, progress) if tile else run(whole))[0])

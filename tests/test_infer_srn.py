@@ -103,7 +103,7 @@ def test_a_broken_picture_stops_no_other(photos, weights, monkeypatch, capsys):
 
 
 def test_a_picture_too_large_for_the_memory_stops_no_other(photos, weights, monkeypatch, capsys):
-    def short_of_memory(network, image, **options):
+    def short_of_memory(network, image, *options, **more):
         if image.shape == (37, 50, 3):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return image

@@ -351,9 +351,7 @@ def test_examples_only(folder, tmp_path):
 
 def test_demo(tmp_path, capsys):
     main(
-        Settings(
-            demo=True, output_dir=tmp_path, max_steps=2, resolution=32, num_workers=0, preview_images=1
-        )
+        Settings(demo=True, output_dir=tmp_path, max_steps=2, resolution=32, num_workers=0, preview_images=1)
     )
     printed = capsys.readouterr().out
     assert "changes a picture by" in printed and "python infer.py kontext" in printed

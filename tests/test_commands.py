@@ -1,0 +1,214 @@
+"""What the pages promise: every command in them is understood, every flag exists, every knob is explained."""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+
+from benchmarks import tiny_runs
+from ldm import checkpoint
+from ldm.data import demo
+from ldm.data.image import write_image
+from ldm.models.kontext import write_tiny_folder
+from train_srn import SRNDeblurNet
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    *sorted(ROOT.glob("README*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "training" / "README.md",
+]
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*.py"), *(ROOT / "ldm" / "data").glob("*.py")]
+    if "run_main(" in path.read_text(encoding="utf-8")
+)
+
+
+def settings_of(script):
+    """What a script reads from its command line: a dataclass, or one for each subcommand."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    return getattr(module, "COMMANDS", None) or module.Settings
+
+
+def parse(settings, words):
+    """The settings of a command line; SystemExit if a flag does not exist or a value cannot be read."""
+    read = tyro.extras.subcommand_cli_from_dict if isinstance(settings, dict) else tyro.cli
+    return read(settings, args=words, use_underscores=True)
+
+
+def explanations(settings):
+    """Name of each option -> its line in --help."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        parse(settings, ["--help"])
+    lines = text.getvalue().splitlines()
+    column = next(line.index("show this help") for line in lines if "show this help" in line)
+    found, option = {}, None
+    for line in lines:
+        if re.match(r"\W{0,4}--?\w", line):
+            option = line.strip("│ ").split()[0].rstrip(",")
+            found[option] = line[column:] if line[column - 1] == " " else ""
+        elif option and not line[:column].strip("│ "):
+            found[option] += line[column:]
+    return {name: re.sub(r"\((default|required).*", "", line).strip("│ ") for name, line in found.items()}
+
+
+def all_settings():
+    for script in SCRIPTS:
+        settings = settings_of(script)
+        if isinstance(settings, dict):
+            yield from ((f"{script} {name}", one) for name, one in settings.items())
+        else:
+            yield script, settings
+
+
+def commands():
+    """(page, command) of every command line for this project's scripts, in the pages' order."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        found = re.findall(r"^(?: {4}|.*&& .*)?.*?(?<!`)python [\w/.]+\.py\b.*$", text, re.M)
+        found += re.findall(r"`(python [\w/.]+\.py [^`]+)`", text)
+        yield from ((page.name, " ".join(line.split())) for line in found)
+
+
+def split(line):
+    """Script and words of a command line."""
+    script, *words = shlex.split(line[line.rindex("python ") :], comments=True)[1:]
+    return script, words
+
+
+COMMANDS = {}
+for where, command in commands():
+    COMMANDS.setdefault(command, where)
+COMMANDS = [*COMMANDS.items()]
+IDS = [f"{page}: {line[:60]}" for line, page in COMMANDS]
+
+
+@pytest.mark.parametrize(("line", "page"), COMMANDS, ids=IDS)
+def test_every_command_in_the_pages_is_understood(line, page):
+    script, words = split(line)
+    if words != ["--help"]:
+        parse(settings_of(script), words)
+
+
+@cache
+def flags_of(settings):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        parse(settings, ["--help"])
+    return {*re.findall(r"--\w+", text.getvalue())}
+
+
+OTHERS = """python torch-backend no-project allow-existing logdir nodes ntasks-per-node gpus-per-node nnodes
+nproc_per_node node_rank master_addr master_port""".split()  # of uv, tensorboard, srun and torchrun
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_named_in_a_page_exists(page):
+    known = set().union(*(flags_of(settings) for _, settings in all_settings()))
+    benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    for flag in sorted({*re.findall(r"(?<![\w-])--([a-z][\w-]+)", page.read_text(encoding="utf-8"))}):
+        of_benchmark = re.search(rf"--{flag}\b|^ +{flag}: ", benchmarks, re.M)
+        assert f"--{flag}" in known or flag in OTHERS or of_benchmark, f"{page.name}: --{flag}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_knob_has_a_line_of_its_own_in_the_help(script):
+    for name, settings in all_settings():
+        if name.split()[0] == script:
+            lines = explanations(settings)
+            assert "--help" in lines or "-h" in lines
+            silent = [option for option, line in lines.items() if not line]
+            assert not silent, f"{name}: {silent}"
+            assert len({*lines.values()}) == len(lines), f"{name}: {sorted(lines.values())}"
+
+
+# ---- commands that are run, with tiny networks on small pictures: these flags come behind their own
+
+TINY = ROOT / "models" / "cldm_tiny_deblur.yaml"
+FEW = "--batch_size 2 --num_workers 0 --precision 32"
+CONTROL = (
+    f"{FEW} --image_size 64 --max_steps 2 --save_steps 2 --val_samples 2 --val_steps 2 --val_ddim_steps 1"
+)
+PLAIN = f"{FEW} --max_steps 1 --crop_size 16 --val_images 1 --val_crop 32 --no_compile"
+SMALL = {
+    "tutorial_train_deblur.py": f"{CONTROL} --config_path {TINY} --val_fraction 0.3 --deblur_crop 4 "
+    "--perceptual_loss_weight 0",
+    "tutorial_train_inpaint.py": f"{CONTROL} --config_path {TINY.with_stem('cldm_tiny_inpaint')}",
+    "train_srn.py": f"{PLAIN} --width 2",
+    "train_dbgan.py": f"{PLAIN} --width 4 --blocks 1 --blur_blocks 1 --discriminator_width 2 --accumulate 1 "
+    "--perceptual_loss_weight 0",
+    "train_kontext_lora.py": "--max_steps 1 --resolution 32 --rank 2 --batch_size 1 --accumulate 1 "
+    "--num_workers 0 --preview_images 1 --preview_steps 1",
+    "tool_add_control.py": f"--config {TINY} --overwrite",
+    "tool_export_control.py": "--overwrite",
+    "infer.py": "--overwrite",
+    "tool_make_deblur_dataset.py": "--num_samples 8 --image_size 64 --workers 1 --blur_scale 0.3",
+    "tool_make_dbgan_dataset.py": "--patch_size 32",
+}
+ELSEWHERE = ("srun ", "torchrun ", "gradio_restore.py")  # several machines; a server, which has its own test
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder that holds, tiny, what the commands name."""
+    folder = tmp_path_factory.mktemp("commands")
+    place = folder / "place"
+    tiny_runs.make_place(place)
+    copies = {"gopro": "gopro/train gopro/test training/GOPRO_Large/train training/GOPRO_Large/test"}
+    copies |= {
+        "photos": "PHOTOS photos photos/train photos/held_out my_photos sharp_photos clean damaged",
+        "real": "RWBI/train RWBI/valid",
+    }
+    copies |= {"gopro/GOPR0/blur": "BLURRY photos/blur", "gopro/GOPR0/sharp": "SHARP photos/sharp"}
+    for source, names in copies.items():
+        for name in names.split():
+            shutil.copytree(place / source, folder / name)
+    (folder / "restored").mkdir()
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    write_image(folder / "photo.jpg", picture)
+    for path in (folder / "SHARP").iterdir():
+        shutil.copy(path, folder / "restored" / f"deblurred_{path.name}")
+    for kind, run in (("deblur", "deblur_demo"), ("deblur", "walk"), ("inpaint", "inpaint_demo")):
+        (folder / "outputs" / run).mkdir(parents=True)
+        weights = checkpoint.read_weights(place / f"{kind}.safetensors")
+        base = {name: value for name, value in weights.items() if not name.startswith("control_model.")}
+        checkpoint.write_weights(folder / "outputs" / run / "tiny_diffusion.safetensors", base)
+    (folder / "models").mkdir()
+    checkpoint.write_weights(folder / "models" / "v1-5-pruned.ckpt", base)
+    checkpoint.write_weights(folder / "models" / "srn_deblur.safetensors", SRNDeblurNet(2).state_dict())
+    prompt, flux = "restore this degraded photograph", folder / "models" / "FLUX.1-Kontext-dev"
+    (folder / "outputs" / "kontext_lora").mkdir()
+    for path in ("outputs/kontext_lora/prompt.safetensors", "restored/.prompt.safetensors"):
+        write_tiny_folder(flux, folder / path, prompt)
+    return folder
+
+
+@pytest.mark.parametrize(("line", "page"), COMMANDS, ids=IDS)
+def test_every_command_runs(line, page, workplace, monkeypatch, capsys):
+    """In the pages' order, in one folder: what one command makes another uses."""
+    if any(word in line for word in ELSEWHERE) or line.endswith("--help"):
+        pytest.skip("not for one process on a CPU")
+    script, words = split(line)
+    if script == "infer.py" and words[0] in ("deblur", "inpaint", "kontext"):
+        words += ["--num_inference_steps", "1"]
+    if script == "tutorial_train_inpaint.py" and "--demo" not in words:
+        words += ["--output_dir", "RUN"]
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(demo, "LEAVES", 20)
+    module = importlib.import_module(script.removesuffix(".py"))
+    main = module.restore_files if script == "infer.py" else module.main
+    settings = parse(settings_of(script), [*words, *SMALL.get(script, "").split()])
+    if script.startswith("train_"):  # the pages show several runs with one output folder
+        for part in ("checkpoints", "blur", "deblur"):
+            shutil.rmtree(settings.output_dir / part, ignore_errors=True)
+    main(settings)
