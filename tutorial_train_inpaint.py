@@ -29,7 +29,7 @@ from cldm.cache import with_cached_latents
 from cldm.callbacks import Snapshots, keep_model
 from cldm.demo import demo_settings, make_demo_start
 from cldm.inpaint import widen_hint
-from cldm.model import create_filled_model, load_state_dict, read_config, read_control
+from cldm.model import create_filled_model, listing, load_state_dict, read_config, read_control
 from cldm.training import StreamData, check_start, fit, prepare_model, report
 from ldm.checkpoint import write_weights
 from ldm.data.image import list_images, photographs, read_image, write_image
@@ -175,6 +175,11 @@ def starting_weights(settings: Settings) -> dict[str, torch.Tensor]:
         control = {name: value for name, value in control.items() if name.startswith("control_model.")}
         if not control:
             raise ValueError(f"{settings.init_control} holds no ControlNet")
+        missing = [name for name in weights if name.startswith("control_model.") and name not in control]
+        if missing:
+            raise ValueError(
+                f"{settings.init_control} is not a whole ControlNet: it lacks {listing(missing)}"
+            )
         weights = {**weights, **control}
     return widen_hint(weights, settings.hint_channels)
 

@@ -189,7 +189,7 @@ VALUES = [None, -1, 0, 1e30, 10**12, "x", "", [], {}, True, [[1]], [[0, 0, 1]], 
 
 def value_changed(path: Path, rng: np.random.Generator) -> None:
     """One value somewhere in a json file, or in a file of json lines, is another or is gone."""
-    lines = path.read_text().splitlines() if path.suffix != ".json" or _is_lines(path) else [path.read_text()]
+    lines = path.read_text().splitlines() if _is_lines(path) else [path.read_text()]
     number = int(rng.integers(len(lines)))
     content = json.loads(lines[number])
     node = content
@@ -209,7 +209,11 @@ def value_changed(path: Path, rng: np.random.Generator) -> None:
 
 
 def _is_lines(path: Path) -> bool:
-    return len(path.read_text().splitlines()) > 1
+    try:
+        json.loads(path.read_text())
+        return False
+    except json.JSONDecodeError:
+        return True
 
 
 JSON = {"bad": ANY["bad"], "either": [*[value_changed] * 6, bytes_changed, utf16]}

@@ -109,7 +109,13 @@ def copied(source: Path, target: Path) -> Path:
 
 
 def training(
-    name: str, flag: str, source: str, victim: str = "", stage: str = "", **changes: object
+    name: str,
+    flag: str,
+    source: str,
+    victim: str = "",
+    stage: str = "",
+    ignores: tuple[str, ...] = (),
+    **changes: object,
 ) -> Build:
     """A trainer whose `flag` is a copy of `source`, in which the file `victim` is damaged."""
 
@@ -118,7 +124,7 @@ def training(
         arguments = short(name, place, folder / "out", **{flag: copy, **_in_place(changes, place)})
         if stage:
             arguments[1] = stage
-        return Case(arguments, copy / victim if victim else copy)
+        return Case(arguments, copy / victim if victim else copy, ignores=ignores)
 
     return build
 
@@ -264,6 +270,7 @@ def control_exported(folder: Path, place: Path) -> Case:
 
 
 WEIGHTS_MAY = {"either": [*WEIGHTS["bad"], *WEIGHTS["either"]]}  # without encoders none can be made anew
+CONTROL = "runs/inpaint/final_model/controlnet.safetensors"
 CACHE = {"bad": ANY["bad"]}
 SLOTS = [
     Slot(
@@ -298,7 +305,7 @@ SLOTS = [
         "dbgan paired --data h5", H5, training("dbgan", "data", "train.h5", "", "paired", val_data="@gopro")
     ),
     Slot("dbgan --val_data h5", H5, training("dbgan", "val_data", "valid.h5", "", "paired")),
-    Slot("dbgan --blur_data h5", H5, training("dbgan", "blur_data", "train.h5", "", "blur")),
+    Slot("dbgan --blur_data h5", H5, training("dbgan", "blur_data", "train.h5", "", "blur", ("h5_fewer",))),
     Slot(
         "deblur latents, cached",
         CACHE,
@@ -311,7 +318,7 @@ SLOTS = [
     Slot("infer kontext prompt", WEIGHTS_MAY, restoring("kontext", "prompt.safetensors")),
     Slot("deblur --resume_path", WEIGHTS, training("deblur", "resume_path", "deblur.safetensors")),
     Slot("inpaint --resume_path", WEIGHTS, training("inpaint", "resume_path", "inpaint.safetensors")),
-    Slot("inpaint --init_control", WEIGHTS, training("inpaint", "init_control", WEIGHTS_OF["inpaint"])),
+    Slot("inpaint --init_control", WEIGHTS, training("inpaint", "init_control", CONTROL)),
     Slot("dbgan --bgan_path", WEIGHTS, training("dbgan", "bgan_path", WEIGHTS_OF["bgan"], "", "deblur")),
     Slot("kontext --resume_lora", WEIGHTS, training("kontext", "resume_lora", WEIGHTS_OF["kontext"])),
     *(

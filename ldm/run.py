@@ -228,6 +228,7 @@ class Run:
             return
         state = checkpoint.load(self.last_checkpoint)
         lacks = [name for name in (*self.parts, "step", "settings", "processes") if name not in state]
+        lacks += [] if isinstance(state.get("settings", {}), dict) else ["settings"]
         if lacks:
             raise ValueError(f"{self.last_checkpoint} is from another script: it lacks {', '.join(lacks)}")
         check_settings(state["settings"], self.settings, may_change, self.last_checkpoint)

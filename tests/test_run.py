@@ -146,6 +146,10 @@ def test_other_settings_do_not_resume(tmp_path):
     with pytest.raises(ValueError, match=r"it lacks optimizer"):
         checkpoint.save(tmp_path / "checkpoints/last.ckpt", {"state_dict": {}})
         train(tmp_path)
+    with pytest.raises(ValueError, match=r"it lacks settings"):
+        parts = ("state_dict", "optimizer", "ema", "precision", "step", "settings", "processes")
+        checkpoint.save(tmp_path / "checkpoints/last.ckpt", dict.fromkeys(parts, "x"))
+        train(tmp_path)
 
 
 @pytest.mark.parametrize(
