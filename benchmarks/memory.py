@@ -39,16 +39,16 @@ class Settings:
     csv: Path | None = None  # write all samples here
 
 
-def changes(trainer: str) -> tuple[dict[str, object], tuple[int, ...]]:
-    """Flags for 2,000 steps, and the lengths of the progress bars that count them."""
+def changes(trainer: str) -> tuple[dict[str, object], int]:
+    """Flags for 2,000 steps, and the length of the progress bar that counts them."""
     if trainer == "srn":  # 3 steps an epoch
-        return {"epochs": 667, "log_epoch": 33}, (2001,)
-    if trainer == "dbgan":  # both stages
-        return {"blur_epochs": 334, "pretrain_epochs": 166, "epochs": 167, "log_epoch": 33}, (1002, 999)
+        return {"epochs": 667, "log_epoch": 33}, 2001
+    if trainer == "dbgan":  # the stage of most networks; another stage has a worker of its own
+        return {"mode": "blur", "blur_epochs": 667, "log_epoch": 33}, 2001
     if trainer == "kontext":
-        return {"max_train_steps": STEPS, "save_every": 100}, (STEPS,)
+        return {"max_train_steps": STEPS, "save_every": 100}, STEPS
     every = dict.fromkeys(("save_steps", "val_steps", "logger_freq"), 100)
-    return {"max_steps": STEPS, "log_steps": 50, **every}, (STEPS,)
+    return {"max_steps": STEPS, "log_steps": 50, **every}, STEPS
 
 
 def resident(pid: int) -> float:
@@ -68,25 +68,26 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def steps_done(log: Path, totals: tuple[int, ...]) -> int:
-    """What the progress bars of these lengths have counted so far."""
-    text = log.read_text(errors="replace")
-    return sum(max(map(int, re.findall(rf"\b(\d+)/{total} \[", text)), default=0) for total in totals)
+def steps_done(log: Path, total: int) -> int:
+    """What the progress bar of this length has counted so far."""
+    return max(map(int, re.findall(rf"\b(\d+)/{total} \[", log.read_text(errors="replace"))), default=0)
 
 
 def watch(trainer: str, place: Path, work: Path) -> Iterator[tuple[int, float, float]]:
     """Step, MiB of the main process, MiB of its workers, four times a second until the run ends."""
-    flags, totals = changes(trainer)
+    flags, total = changes(trainer)
     output = work / trainer
     prepare_output(trainer, place, output)
-    arguments = [sys.executable, *command(trainer, place, output, 1, **flags)]
+    mode = flags.pop("mode", None)
+    words = [word if word != "all" else mode for word in command(trainer, place, output, 1, **flags)]
+    arguments = [sys.executable, *words]
     log = work / f"{trainer}.log"
     with open(log, "w") as stream:
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=stream, stderr=stream, env={**os.environ})
         while process.poll() is None:
             time.sleep(0.25)
             workers = sum(map(resident, children(process.pid)))
-            yield steps_done(log, totals), resident(process.pid), workers
+            yield steps_done(log, total), resident(process.pid), workers
     if process.returncode:
         raise RuntimeError(f"{trainer}: exit code {process.returncode}: {log.read_text()[-2000:]}")
 
