@@ -7,16 +7,29 @@ restoring is one image. Shown are the median of several repeats, synchronised, a
 memory. Cases alternate, so that what else the machine does hits all of them alike.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import tyro
 from torch.nn import functional as F
 
 from ldm.run import start_fabric
-from train_srn import Settings, SRNDeblurNet, make_optimizer, restore, train_step
+from train_srn import Settings as TrainSettings
+from train_srn import SRNDeblurNet, make_optimizer, restore, train_step
+
+CUDA = torch.cuda.is_available()
+
+
+@dataclass
+class Settings:
+    """Time SRN-DeblurNet's training step and its restoring."""
+
+    batch_size: int = 16 if CUDA else 2  # of the training step
+    repeats: int = 20 if CUDA else 3  # of each case
+    size: tuple[int, int] = (720, 1280) if CUDA else (360, 640)  # height and width to restore
 
 
 def training(
@@ -29,7 +42,7 @@ def training(
         network.to(memory_format=torch.channels_last)
     if compiled:
         network.compile()
-    optimizer = make_optimizer(network, Settings())
+    optimizer = make_optimizer(network, TrainSettings())
     network, optimizer = fabric.setup(network, optimizer)
     sharp = torch.rand(batch_size, 3, crop, crop, device=fabric.device) * 2 - 1
     batch = {"blurry": F.avg_pool2d(sharp, 5, 1, 2), "sharp": sharp}
@@ -53,58 +66,53 @@ def restoring(h: int, w: int, precision: str, channels_last: bool, compiled: boo
     return run
 
 
-def measure(
-    cases: dict[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, tuple[float, float]]:
+def measure(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
     """Median seconds and peak GiB (0 on a CPU) of each case."""
     seconds, memory = {name: [] for name in cases}, dict.fromkeys(cases, 0.0)
     for run in cases.values():
-        for _ in range(3 if device.type == "cuda" else 1):  # compile, choose kernels
+        for _ in range(3 if CUDA else 1):  # compile, choose kernels
             run()
     for _ in range(repeats):
         for name, run in cases.items():
-            if device.type == "cuda":
+            if CUDA:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             run()
-            if device.type == "cuda":
+            if CUDA:
                 torch.cuda.synchronize()
                 memory[name] = torch.cuda.max_memory_allocated() / 2**30
             seconds[name].append(time.perf_counter() - start)
     return {name: (statistics.median(values), memory[name]) for name, values in seconds.items()}
 
 
-def show(title: str, results: dict[str, tuple[float, float]], images: int) -> None:
+def show(title: str, results: dict[str, tuple[float, float]], count: int, unit: str = "images") -> None:
     print(title)
     plain = next(iter(results.values()))[0]
     for name, (seconds, memory) in results.items():
-        rate = f"{1e3 * seconds:9.1f} ms {images / seconds:8.2f} images/s {plain / seconds:5.2f} x"
+        rate = f"{1e3 * seconds:9.1f} ms {count / seconds:8.2f} {unit}/s {plain / seconds:5.2f} x"
         print(f"  {name:32} {rate}" + (f" {memory:6.2f} GiB" if memory else ""))
 
 
-def main() -> None:
-    cuda = torch.cuda.is_available()
-    size = (720, 1280) if cuda else (360, 640)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--batch_size", type=int, default=16 if cuda else 2)
-    parser.add_argument("--repeats", type=int, default=20 if cuda else 3)
-    parser.add_argument("--size", type=int, nargs=2, default=size, help="height and width to restore")
-    options = parser.parse_args()
-    forms = {"float32": ("32", False, False), "float32 channels_last": ("32", True, False)}
-    if cuda:
-        forms |= {"bf16": ("bf16", False, False), "bf16 channels_last": ("bf16", True, False)}
-        forms |= {"bf16 channels_last compiled": ("bf16", True, True)}
-    device = torch.device("cuda" if cuda else "cpu")
-    about = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+def forms() -> dict[str, tuple[str, bool, bool]]:
+    """Precision, channels_last and compile of each case, by name; says on what it runs."""
+    about = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
     print(f"{about}, torch {torch.__version__}")
-    cases = {name: training(options.batch_size, 256, *form) for name, form in forms.items()}
-    results = measure(cases, options.repeats, device)
-    show(f"training, batch {options.batch_size}, crop 256", results, options.batch_size)
+    found = {"float32": ("32", False, False), "float32 channels_last": ("32", True, False)}
+    if CUDA:
+        found |= {"bf16": ("bf16", False, False), "bf16 channels_last": ("bf16", True, False)}
+        found |= {"bf16 channels_last compiled": ("bf16", True, True)}
+    return found
+
+
+def main(settings: Settings) -> None:
+    batch_size, repeats, (h, w) = settings.batch_size, settings.repeats, settings.size
+    cases = {name: training(batch_size, 256, *form) for name, form in forms().items()}
+    show(f"training, batch {batch_size}, crop 256", measure(cases, repeats), batch_size)
     del cases
-    cases = {name: restoring(*options.size, *form) for name, form in forms.items()}
-    show(f"restoring {options.size[1]} x {options.size[0]}", measure(cases, options.repeats, device), 1)
+    cases = {name: restoring(h, w, *form) for name, form in forms().items()}
+    show(f"restoring {w} x {h}", measure(cases, repeats), 1)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Settings, use_underscores=True))

@@ -29,13 +29,17 @@ PAGES = [
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*.py"), *(ROOT / "ldm" / "data").glob("*.py")]
-    if "run_main(" in path.read_text(encoding="utf-8")
+    if "    run_main(" in path.read_text(encoding="utf-8")
 )
+
+
+def module_of(script):
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
 
 
 def settings_of(script):
     """What a script reads from its command line: a dataclass, or one for each subcommand."""
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    module = module_of(script)
     return getattr(module, "COMMANDS", None) or module.Settings
 
 
@@ -75,15 +79,16 @@ def commands():
     """(page, command) of every command line for this project's scripts, in the pages' order."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        found = re.findall(r"^(?: {4}|.*&& .*)?.*?(?<!`)python [\w/.]+\.py\b.*$", text, re.M)
-        found += re.findall(r"`(python [\w/.]+\.py [^`]+)`", text)
+        script = r"python (?:[\w/.]+\.py\b|-m (?:benchmarks|ldm)\.[\w.]*\w)"
+        found = re.findall(rf"^(?: {{4}}|.*&& .*)?.*?(?<!`){script}.*$", text, re.M)
+        found += re.findall(rf"`({script}[^`]*)`", text)
         yield from ((page.name, " ".join(line.split())) for line in found)
 
 
 def split(line):
     """Script and words of a command line."""
     script, *words = shlex.split(line[line.rindex("python ") :], comments=True)[1:]
-    return script, words
+    return (words[0], words[1:]) if script == "-m" else (script, words)
 
 
 COMMANDS = {}
@@ -96,7 +101,7 @@ IDS = [f"{page}: {line[:60]}" for line, page in COMMANDS]
 @pytest.mark.parametrize(("line", "page"), COMMANDS, ids=IDS)
 def test_every_command_in_the_pages_is_understood(line, page):
     script, words = split(line)
-    if words != ["--help"]:
+    if words not in ([], ["--help"]):
         parse(settings_of(script), words)
 
 
@@ -155,7 +160,8 @@ SMALL = {
     "tool_make_deblur_dataset.py": "--num_samples 8 --image_size 64 --workers 1 --blur_scale 0.3",
     "tool_make_dbgan_dataset.py": "--patch_size 32",
 }
-ELSEWHERE = ("srun ", "torchrun ", "gradio_restore.py")  # several machines; a server, which has its own test
+# several machines; a server, which has its own test; minutes
+ELSEWHERE = ("srun ", "torchrun ", "gradio_restore.py", "-m benchmarks.")
 
 
 @pytest.fixture(scope="module")
@@ -196,16 +202,16 @@ def workplace(tmp_path_factory):
 @pytest.mark.parametrize(("line", "page"), COMMANDS, ids=IDS)
 def test_every_command_runs(line, page, workplace, monkeypatch, capsys):
     """In the pages' order, in one folder: what one command makes another uses."""
-    if any(word in line for word in ELSEWHERE) or line.endswith("--help"):
-        pytest.skip("not for one process on a CPU")
     script, words = split(line)
+    if any(word in line for word in ELSEWHERE) or words in ([], ["--help"]):
+        pytest.skip("not for one process on a CPU")
     if script == "infer.py" and words[0] in ("deblur", "inpaint", "kontext"):
         words += ["--num_inference_steps", "1"]
     if script == "tutorial_train_inpaint.py" and "--demo" not in words:
         words += ["--output_dir", "RUN"]
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(demo, "LEAVES", 20)
-    module = importlib.import_module(script.removesuffix(".py"))
+    module = module_of(script)
     main = module.restore_files if script == "infer.py" else module.main
     settings = parse(settings_of(script), [*words, *SMALL.get(script, "").split()])
     if script.startswith("train_"):  # the pages show several runs with one output folder
