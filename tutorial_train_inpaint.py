@@ -175,10 +175,13 @@ def starting_weights(settings: Settings) -> dict[str, torch.Tensor]:
         control = {name: value for name, value in control.items() if name.startswith("control_model.")}
         if not control:
             raise ValueError(f"{settings.init_control} holds no ControlNet")
-        missing = [name for name in weights if name.startswith("control_model.") and name not in control]
-        if missing:
+        hint = "control_model.input_hint_block.0.weight"  # may have a channel more or less
+        own = {n: v.shape for n, v in weights.items() if n.startswith("control_model.") and n != hint}
+        wrong = [name for name, shape in own.items() if name not in control or control[name].shape != shape]
+        if wrong or hint not in control:
             raise ValueError(
-                f"{settings.init_control} is not a whole ControlNet: it lacks {listing(missing)}"
+                f"{settings.init_control} is no ControlNet for {settings.resume_path}: it lacks, or has "
+                f"another shape for, {listing(wrong or [hint])}"
             )
         weights = {**weights, **control}
     return widen_hint(weights, settings.hint_channels)

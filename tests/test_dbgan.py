@@ -523,6 +523,10 @@ def test_bad_patches_stop_before_training(data):
         main(settings(data, "blur", blur_data=path))
     with h5py.File(path, "a") as file:
         file["blur"] = np.zeros((5, 16, 16, 3), np.uint8)
+    with h5py.File(data / "small.h5", "w") as file:
+        file["sharp"] = file["blur"] = np.zeros((2, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="small.h5: patches of 8 pixels cannot be scored"):
+        main(settings(data, "paired", val_data=data / "small.h5"))
     content = path.read_bytes()
     path.write_bytes(content[:60] + b"\xff" + content[61:])  # in what names the patches
     with pytest.raises(ValueError, match="bad.h5 is damaged or no HDF5 file"):

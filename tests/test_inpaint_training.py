@@ -152,12 +152,12 @@ def test_what_a_run_leaves_opens_again(settings, place):
     wide = last(more)["state_dict"]["control_model.input_hint_block.0.weight"]
     assert wide.shape[1] == 4 and wide[:, 3].abs().max() > 0
     assert (wide[:, :3] - control["control_model.input_hint_block.0.weight"]).abs().max() < 1e-3
-    torn = {name: value for name, value in control.items() if name != "control_model.zero_convs.0.0.bias"}
-    checkpoint.write_weights(folder / "torn.safetensors", torn)
-    with pytest.raises(
-        ValueError, match="torn.safetensors is not a whole ControlNet: .*zero_convs.0.0.bias$"
-    ):
-        main(replace(more, init_control=str(folder / "torn.safetensors")))
+    name = "control_model.zero_convs.0.0.bias"
+    torn = {key: value for key, value in control.items() if key != name}
+    for wrong in (torn, {**control, name: torch.zeros(3)}):
+        checkpoint.write_weights(folder / "torn.safetensors", wrong)
+        with pytest.raises(ValueError, match="torn.safetensors is no ControlNet for .*zero_convs.0.0.bias$"):
+            main(replace(more, init_control=str(folder / "torn.safetensors")))
 
 
 def test_one_batch_can_be_learnt(place):

@@ -171,6 +171,12 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, part, value):
         train(tmp_path, steps=4)
 
 
+def test_an_average_that_is_none_is_named(tmp_path):
+    checkpoint.save(tmp_path / "a.ckpt", {"state_dict": {"x": torch.zeros(1)}, "ema": 1.5})
+    with pytest.raises(ValueError, match="a.ckpt is damaged: its average of the weights is a float"):
+        read_trained(tmp_path / "a.ckpt")
+
+
 def test_metadata_that_are_no_settings_are_named(tmp_path):
     for text in ("{", "[1]"):
         checkpoint.write_weights(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, {"settings": text})

@@ -12,6 +12,7 @@ from ldm.data.pairs import Pair, find_pairs, split_pairs
 from ldm.validation import HeldOut, middle
 
 KEYS = ("sharp", "blur")  # of the file: uint8 (n, size, size, 3) each
+SMALLEST = 11  # pixels that SSIM needs
 SUFFIXES = (".h5", ".hdf5")
 
 
@@ -192,6 +193,10 @@ class HeldOutPatches(HeldOut):
     def __init__(self, path: str | Path, limit: int, seed: int, crop: int = 0):
         self.blurry, self.sharp = Patches(path, "blur"), Patches(path, "sharp")
         check_paired(self.blurry, self.sharp)
+        if self.sharp.size < SMALLEST:
+            raise ValueError(
+                f"{path}: patches of {self.sharp.size} pixels cannot be scored, it takes {SMALLEST}"
+            )
         names = [Path(self.blurry.name(index)) for index in range(len(self.blurry))]
         super().__init__([Pair(name, Path(f"{name} sharp")) for name in names], limit, seed, crop)
         order = np.random.default_rng(seed).permutation(len(names))
