@@ -236,7 +236,7 @@ def pairs_made(victim: str) -> Build:
         arguments += ["--output_dir", folder / "out", "--num_samples", 6, "--workers", 1]
         if victim != "source":
             must(run(script(arguments), folder / "log"))
-            made_again = ("line_missing", "dangling_link", "empty")
+            made_again = ("line_missing", "line_long", "line_surrogate", "dangling_link", "empty")
             return Case(arguments, folder / "out" / victim, ignores=made_again)
         return Case(arguments, folder / "photos" / "001.png", skips="sources were not used")
 

@@ -79,7 +79,7 @@ def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
         if code:
             raise ValueError(f"{path} holds code, not only weights, and is not loaded: {code[1]}") from error
         raise ValueError(f"{path} is damaged or not a checkpoint") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError, TypeError) as error:
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary")

@@ -281,8 +281,8 @@ def read_trained(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     if Path(path).suffix == ".safetensors":
         return weights, {"settings": checkpoint.read_settings(path)}
     content = checkpoint.load(path)
-    ema = content.get("ema") or {}
-    if not isinstance(ema, dict):
-        raise ValueError(f"{path} is damaged: its average of the weights is a {type(ema).__name__}")
-    averages = ema.get("average", {})
-    return {**weights, **averages}, {"settings": {}, **content}
+    for name in ("ema", "settings"):
+        content[name] = content.get(name) or {}
+        if not isinstance(content[name], dict):
+            raise ValueError(f"{path} is damaged: its {name} are a {type(content[name]).__name__}")
+    return {**weights, **content["ema"].get("average", {})}, content

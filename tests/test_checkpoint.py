@@ -99,3 +99,9 @@ def test_damage_is_named(tmp_path):
         torch.save(content, tmp_path / "none.ckpt")
         with pytest.raises(ValueError, match=r"none.ckpt is not a checkpoint: it holds no tensors"):
             checkpoint.read_weights(tmp_path / "none.ckpt")
+    checkpoint.save(tmp_path / "cut.ckpt", {"state_dict": {"x": torch.zeros(5000)}})
+    whole = (tmp_path / "cut.ckpt").read_bytes()
+    for length in (1, 100, 5000, len(whole) - 100):
+        (tmp_path / "cut.ckpt").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut.ckpt is damaged"):
+            checkpoint.load(tmp_path / "cut.ckpt")

@@ -118,6 +118,14 @@ def test_jsonl_of_the_dataset_tool(tmp_path):
         ('{"clear_image": "a.png"}', "blur_types.json:2: expected an object with .*blur_image"),
         ('{"clear_image": "a.png", "blur_image": 3}', "blur_types.json:2: expected"),
         ('["a.png"]', "blur_types.json:2: expected an object"),
+        (
+            '{"clear_image": "a.png", "blur_image": "a.png", "blur_type": 3}',
+            "json:2: blur_type and source must",
+        ),
+        (
+            '{"clear_image": "a.png", "blur_image": "a.png", "source": []}',
+            "json:2: blur_type and source must",
+        ),
         ('{"clear_image": "a.png", "blur_image": "no.png"}', "blur_types.json:2: image not found: .*no.png"),
     ],
 )

@@ -171,9 +171,10 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, part, value):
         train(tmp_path, steps=4)
 
 
-def test_an_average_that_is_none_is_named(tmp_path):
-    checkpoint.save(tmp_path / "a.ckpt", {"state_dict": {"x": torch.zeros(1)}, "ema": 1.5})
-    with pytest.raises(ValueError, match="a.ckpt is damaged: its average of the weights is a float"):
+@pytest.mark.parametrize("part", ["ema", "settings"])
+def test_parts_of_a_checkpoint_that_are_something_else_are_named(tmp_path, part):
+    checkpoint.save(tmp_path / "a.ckpt", {"state_dict": {"x": torch.zeros(1)}, part: 1.5})
+    with pytest.raises(ValueError, match=f"a.ckpt is damaged: its {part} are a float"):
         read_trained(tmp_path / "a.ckpt")
 
 

@@ -124,6 +124,8 @@ def json_lines(file: Path) -> Iterator[tuple[str, dict]]:
         names = [record.get(key) for key in ("blur_image", "clear_image")] if isinstance(record, dict) else []
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{where}: expected an object with the paths blur_image and clear_image")
+        if not all(isinstance(record.get(key, ""), str) for key in ("blur_type", "source")):
+            raise ValueError(f"{where}: blur_type and source must be texts")
         yield where, record
 
 
