@@ -203,6 +203,37 @@ def test_wrong_options(place, options, message):
             '"annotations": [{"id": 5, "image_id": 1, "segmentation": [[1, 1, 5, 1, 5, 5]]}]}',
             "no height and width",
         ),
+        (
+            '{"images": [{"id": 1, "file_name": "0.png", "height": 9, "width": 1000000}],'
+            '"annotations": [{"id": 5, "image_id": 1, "segmentation": [[1, 1, 5, 1, 5, 5]]}]}',
+            "annotation 5 .*1000000 x 9 pixels",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "0.png", "height": 9, "width": 9e40}],'
+            '"annotations": [{"id": 5, "image_id": 1, "segmentation": [[1, 1, 5, 1, 5, 5]]}]}',
+            "a.json: an entry cannot be read",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "0.png", "height": 9, "width": 9}],'
+            '"annotations": [{"id": 5, "image_id": 1, "segmentation": [[1, 1, 5, 1, 5, 1e30]]}]}',
+            "annotation 5 .*far outside of the picture",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "0.png", "height": 9, "width": 9}],'
+            '"annotations": [{"id": 5, "image_id": 1, "segmentation": [[1, 1, 5, 1, 5, NaN]]}]}',
+            "annotation 5 .*is no number",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "0.png", "height": 8, "width": 9}],'
+            '"annotations": [{"id": 5, "image_id": 1, "segmentation": {"size": [8, 9], "counts": [71]}}]}',
+            "annotation 5 .*run lengths",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "0.png", "height": 8, "width": 9}],'
+            '"annotations": [{"id": 5, "image_id": 1, "segmentation": {"size": [8, 9], "counts": [-1, 73]}}'
+            "]}",
+            "annotation 5 .*run lengths",
+        ),
     ],
 )
 def test_broken_annotations_are_named(place, tmp_path, text, message):

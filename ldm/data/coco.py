@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import read_metadata, read_weights, write_weights
 
+LARGEST = 2**16  # pixels: pycocotools would take memory without end for shapes beyond
 FORMAT = "1"  # of the flat file; another number makes old files anew
 
 
@@ -108,8 +109,11 @@ def flatten(content: dict, record_of: Callable[[dict, int, int], bytes], path: P
         sizes = [(int(image.get("height", 0)), int(image.get("width", 0))) for image in content["images"]]
         names = [Path(image["file_name"]).name for image in content["images"]]
         owners = [images.get(annotation["image_id"], -1) for annotation in content["annotations"]]
+        places = np.array(sizes, np.int32).reshape(-1, 2)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not in COCO's format: an entry has no {error}") from error
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: an entry cannot be read: {error}") from error
     owners = np.array(owners, np.int64)
     order = np.argsort(owners, kind="stable")[(owners < 0).sum() :]
     records, counts = [], np.zeros(len(images) + 1, np.int64)
@@ -129,7 +133,7 @@ def flatten(content: dict, record_of: Callable[[dict, int, int], bytes], path: P
         "records": joined(records),
         "record_starts": np.cumsum([0, *map(len, records)], dtype=np.int64),
         "first": np.cumsum(counts),
-        "sizes": np.array(sizes, np.int32).reshape(-1, 2),
+        "sizes": places,
     }
 
 
@@ -145,15 +149,22 @@ def object_record(annotation: dict, height: int, width: int) -> bytes:
         return b""
     if height < 1 or width < 1:
         raise ValueError("its picture has no height and width")
+    if max(height, width) > LARGEST:
+        raise ValueError(f"its picture is said to have {width} x {height} pixels")
     if isinstance(shape, dict):
         size = [int(side) for side in shape["size"]]
         if size != [height, width]:
             raise ValueError(f"its mask is {size}, the picture {[height, width]} (height, width)")
+        counts = shape["counts"]
+        if isinstance(counts, list) and (min(counts) < 0 or sum(counts) != height * width):
+            raise ValueError("its run lengths do not add up to its picture")
         code = coco_mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
     else:
         polygons = [polygon for polygon in shape if len(polygon) >= 6]
         if not polygons:
             return b""
+        if not all(np.abs(np.array(polygon, float)).max() <= LARGEST for polygon in polygons):
+            raise ValueError("a corner of its shape is no number, or far outside of the picture")
         code = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     counts = code["counts"]
     return counts.encode() if isinstance(counts, str) else counts
