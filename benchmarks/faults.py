@@ -348,6 +348,7 @@ def run_disk(settings: Settings, place: Path, work: Path, cases: int = 6) -> boo
 
 def main(settings: Settings) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit is a promise for CPUs, and processes are forked
+    tqdm.monitor_interval = 0  # no second thread where processes are forked
     print(f"seed {settings.seed}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         work = settings.folder or Path(temporary)

@@ -21,6 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # no pool of threads may exist where a proc
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import evaluate  # noqa: F401  (imported once, here, for all processes)
 import infer  # noqa: F401
@@ -75,6 +76,7 @@ def start(work: Callable[[], None], log: Path) -> int:
     if pid:
         return pid
     code = 70
+    tqdm.set_lock(threading.RLock())  # the common one would stay locked where it is killed
     try:
         os.setsid()
         for stream, suffix in ((1, ".out"), (2, ".err")):
