@@ -81,10 +81,15 @@ def region_errors(result: torch.Tensor, truth: torch.Tensor, mask: torch.Tensor)
 
 
 def widen_hint(weights: Mapping[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
-    """A state dict whose hint has at least `channels` channels: the new ones start at weight zero."""
+    """A state dict whose hint has at least `channels` channels: the new ones start at weight zero.
+
+    Weights of something else stay as they are.
+    """
     name = "control_model.input_hint_block.0.weight"
+    if name not in weights or weights[name].ndim != 4 or weights[name].shape[1] >= channels:
+        return dict(weights)
     missing = channels - weights[name].shape[1]
-    return {**weights, name: F.pad(weights[name], (0, 0, 0, 0, 0, missing))} if missing > 0 else dict(weights)
+    return {**weights, name: F.pad(weights[name], (0, 0, 0, 0, 0, missing))}
 
 
 # ---- whole photographs -------------------------------------------------------------------------------------

@@ -210,6 +210,7 @@ def test_a_wider_hint_starts_as_the_same_model(model):
     ]
     assert torch.allclose(*outputs, atol=1e-5)
     assert widen_hint(model.state_dict(), 3).keys() == model.state_dict().keys()
+    assert widen_hint({"a": torch.zeros(1)}, 4).keys() == {"a"}
     result = inpaint_image(wide.eval(), photograph(64, 64), hole_in(64, 64), OPTIONS)
     assert result.shape == (64, 64, 3)
 
