@@ -82,7 +82,8 @@ def start(work: Callable[[], None], log: Path) -> int:
         for stream, suffix in ((1, ".out"), (2, ".err")):
             file = os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, stream)
-        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+        sys.stdout = open(1, "w", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # as Python does
         code = _call(work)
     finally:
         os._exit(code)  # never back into the copy of what called fork
