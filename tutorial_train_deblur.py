@@ -38,6 +38,7 @@ from ldm.settings import (
     check_counts,
     run_main,
 )
+from ldm.util import flush_denormals
 from ldm.validation import sharp_pairs
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset
@@ -216,6 +217,7 @@ def main(settings: Settings) -> None:
 
     # Seed and data
     pl.seed_everything(settings.seed, verbose=False)
+    flush_denormals()
     if settings.demo:
         make_dataset(MakeSettings(output_dir=DEMO["data_root"], num_samples=240, image_size=64))
     train, validation, pairs = find_crops(settings)

@@ -35,6 +35,7 @@ from ldm.checkpoint import write_weights
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
 from ldm.settings import Accumulate, BatchSize, Devices, MaxEpochs, MaxSteps, Precision, run_main
+from ldm.util import flush_denormals
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -239,6 +240,7 @@ def main(settings: Settings) -> None:
 
     # Seed and data
     pl.seed_everything(settings.seed, verbose=False)
+    flush_denormals()
     if settings.demo:
         cut_photographs(Path(DEMO["image_dir"]), 240)
     train, validation = find_pictures(settings)

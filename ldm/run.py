@@ -29,6 +29,7 @@ from ldm.data.image import write_image
 from ldm.data.stream import SampleStream
 from ldm.metrics_csv import MetricsCsv
 from ldm.settings import check_settings, lightning_precision, plain
+from ldm.util import flush_denormals
 
 CHECK_EVERY = 10  # steps between two looks at the losses: each look waits for the device
 
@@ -38,6 +39,7 @@ def start_fabric(devices: int = 1, num_nodes: int = 1, precision: str = "32", se
 
     Raises ValueError for a precision other than 32, 16 and bf16, or Lightning's names of these.
     """
+    flush_denormals()
     fabric = Fabric(devices=devices, num_nodes=num_nodes, precision=lightning_precision(precision))
     fabric.launch()
     fabric.seed_everything(seed, verbose=False)
