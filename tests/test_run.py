@@ -312,3 +312,8 @@ def test_an_error_in_a_loader_worker_is_one_line_too(monkeypatch, capsys, tmp_pa
     with pytest.raises(SystemExit):
         run_main(main, Settings)
     assert capsys.readouterr().err.splitlines()[-1] == "error: ValueError: cannot read image broken.png"
+
+
+def test_denormals_are_flushed():
+    start_fabric()
+    assert (torch.tensor([1e-30]) * 1e-10).item() == 0.0
