@@ -399,6 +399,8 @@ def names_address(body: bytes) -> bool:
 
 
 def main(settings: Settings) -> None:
+    if not 0 < settings.port < 2**16:
+        raise ValueError(f"port must lie in 1 ... 65535, not {settings.port}")
     if settings.max_megapixels <= 0 or settings.max_upload_mb < 1:
         raise ValueError("max_megapixels must be above 0 and max_upload_mb at least 1")
 

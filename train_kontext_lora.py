@@ -283,6 +283,8 @@ def check(settings: Settings) -> None:
     check_counts(settings, f"{counts} preview_images preview_steps")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"dropout must lie in 0 ... 1, not {settings.dropout}")
+    if not settings.hr_root.exists():
+        raise FileNotFoundError(f"no clean photographs at {settings.hr_root}: give --hr_root (or try --demo)")
     processes = settings.devices * settings.num_nodes
     if settings.shard_base and (processes < 2 or settings.base_precision == "fp8"):
         raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")

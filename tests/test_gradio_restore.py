@@ -236,6 +236,8 @@ def test_systems_say_what_they_want(weights, tmp_path):
         FileNotFoundError, match="DBGAN has no weights yet: it wants .*dbgan.safetensors. train_"
     ):
         workshop.restore("dbgan", tmp_path / "p.png", {}, "", ignore)
+    with pytest.raises(ValueError, match="port must lie in 1 ... 65535, not 99999"):
+        main(Settings(output_dir=tmp_path / "none", port=99999))
     for change in ({"max_megapixels": 0}, {"max_upload_mb": 0}):
         with pytest.raises(ValueError, match="max_megapixels must be above 0"):
             main(Settings(output_dir=tmp_path / "none", **change))

@@ -395,3 +395,5 @@ def test_bad_files(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no images"):
         main(make_settings(folder, tmp_path / "d", hr_root=tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError, match="no clean photographs at .*nowhere: give --hr_root"):
+        main(make_settings(folder, tmp_path / "e", hr_root=tmp_path / "nowhere"))

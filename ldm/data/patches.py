@@ -154,7 +154,9 @@ def open_pairs(
     if is_patches(val_data):
         return dataset, sharp, HeldOutPatches(val_data, *limits)
     if not (val_data or held_out):
-        raise ValueError("nothing to evaluate on: give --val_data, or --data or --sharp_dir as folders")
+        raise ValueError(
+            "nothing to evaluate on: give --val_data, or --data or --sharp_dir as folders (or try --demo)"
+        )
     return dataset, sharp, HeldOut(held_out or find_pairs(val_data), *limits)
 
 
