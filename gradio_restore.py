@@ -22,7 +22,7 @@ import infer
 from ldm.settings import run_main
 from ldm.workshop import Stopped, System, Workshop, open_upload, painted, save_mask
 
-# ---- settings: edit here, or override on the command line -------------------------------------------------
+# ---- settings: edit here, or override on the command line --------------------------------------------------
 
 
 @dataclass

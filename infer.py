@@ -31,6 +31,7 @@ from ldm.data.image import EXTENSIONS, list_images, read_image, read_rgba, side_
 from ldm.data.stream import item_seed
 from ldm.profile import PROFILE, cost_lines, measure, weights_lines, write_profile
 from ldm.settings import plain, run_main
+from ldm.util import half_dtype
 
 # What a subcommand makes: a function from a uint8 picture (h, w, 3) and its path to the restored picture.
 Restorer = Callable[[np.ndarray, Path], np.ndarray]
@@ -52,8 +53,8 @@ class Files:
     LESS_MEMORY: ClassVar[str] = "a --tile of 768 or less"  # what helps if a picture is too large
 
     def restorer(self) -> Restorer:
-        """Load the network. Called once there is something to do; what it returns reads all options that are
-        not about loading at every call, so that they may change."""
+        """Load the network; called once there is something to do. What it returns reads the options anew for
+        every picture, so that they may change; those about loading are read here alone."""
         raise NotImplementedError
 
     def progress(self, steps: list) -> Iterable:
@@ -110,7 +111,7 @@ class Deblur(Files):
 
         device = self.torch_device()
         model = open_control_model(self.checkpoint_path, self.base_path, self.config_path).to(device)
-        half = {"16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
+        half = half_dtype(self.precision)
         if half is not None:
             model.model.diffusion_model.to(half)
             model.control_model.to(half)
@@ -188,7 +189,9 @@ class Kontext(Files):
     LESS_MEMORY = "a smaller --resolution"
 
     def weights(self) -> Path:
-        return self.lora_path or self.pretrained_model_name_or_path / "flux1-kontext-dev.safetensors"
+        from ldm.models.kontext import TRANSFORMER
+
+        return self.lora_path or self.pretrained_model_name_or_path / TRANSFORMER
 
     def restorer(self) -> Restorer:
         from ldm.models.kontext import load_restorer
@@ -261,7 +264,7 @@ class Inpaint(Files):
             find_mask(self.input_mask, self.name_of(source))
         device = self.torch_device()
         model = open_control_model(self.checkpoint_path, self.base_path, self.config_path).to(device)
-        half = {"16": torch.float16, "bf16": torch.bfloat16}.get(self.precision)
+        half = half_dtype(self.precision)
         names = [field.name for field in fields(Inpainting) if hasattr(self, field.name)]
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:

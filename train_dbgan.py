@@ -55,7 +55,7 @@ from ldm.settings import (
 from ldm.tiling import pad_to_multiple, restore_picture
 from ldm.validation import HeldOut, Spectra, line, report
 
-# ---- settings: edit here, or override on the command line -------------------------------------------------
+# ---- settings: edit here, or override on the command line --------------------------------------------------
 
 
 @dataclass
@@ -151,7 +151,7 @@ SOFT_REAL, SOFT_FAKE = 0.9, 0.1  # soft labels of the least-squares discriminato
 NOISE = 4  # numbers that BGAN draws for a picture
 
 
-# ---- networks: values in [0, 1], h and w multiples of `multiple`, results not clamped --------------------
+# ---- networks: values in [0, 1], h and w multiples of `multiple`, results not clamped ----------------------
 
 
 class DenseBlock(nn.Module):
@@ -270,7 +270,7 @@ def to_unit(image: Tensor) -> Tensor:
     return (image + 1) / 2  # [-1, 1] -> [0, 1]
 
 
-# ---- losses ----------------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------------------
 
 
 def relativistic_d_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -423,7 +423,7 @@ def learning_rate_factor(step: int, phases: list[int], last: float) -> float:
     return last + (1 - last) * (1 + math.cos(math.pi * min(1, step / phases[0]))) / 2
 
 
-# ---- data ------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 
 def make_data(settings: Settings, stage: str) -> tuple[Dataset, HeldOut]:
@@ -448,7 +448,7 @@ def make_data(settings: Settings, stage: str) -> tuple[Dataset, HeldOut]:
 def check(settings: Settings) -> None:
     """Raise ValueError for numbers that cannot be."""
     check_counts(settings, "blur_epochs epochs batch_size accumulate_grad_batches log_epoch")
-    check_counts(settings, "width blocks blur_blocks discriminator_width")
+    check_counts(settings, "width blocks blur_blocks discriminator_width devices num_nodes")
     if settings.crop_size < 16 or settings.crop_size % 16:
         raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
     processes = settings.devices * settings.num_nodes
@@ -464,7 +464,7 @@ def check(settings: Settings) -> None:
         raise ValueError(f"generated_fraction must lie in [0, 1], not {settings.generated_fraction}")
 
 
-# ---- the whole run -------------------------------------------------------------------------------------
+# ---- the whole run -----------------------------------------------------------------------------------------
 
 
 STAGES = {  # what is trained, and by which losses
@@ -474,9 +474,11 @@ STAGES = {  # what is trained, and by which losses
 }
 # Settings that only another stage reads: they may change.
 UNUSED = {
-    "paired": "bgan_path blur_epochs pretrain_epochs pool_size blur_data".split(),
-    "blur": "bgan_path pretrain_epochs epochs generated_fraction content_loss_weight vgg_file".split(),
-    "deblur": "blur_epochs pool_size blur_data cycle_loss_weight identity_loss_weight".split(),
+    "paired": "bgan_path blur_epochs pretrain_epochs pool_size blur_data cycle_loss_weight "
+    "identity_loss_weight".split(),
+    "blur": "bgan_path pretrain_epochs epochs generated_fraction content_loss content_loss_weight "
+    "perceptual_loss_weight adversarial_loss_weight vgg_file".split(),
+    "deblur": "blur_epochs pool_size blur_data val_blur_data cycle_loss_weight identity_loss_weight".split(),
 }
 
 
@@ -599,8 +601,9 @@ def train(
         run.log(values | report(scores, baseline))
         run.save(score=scores["psnr"])
         run.say(f"{stage} epoch {run.step // steps_per_epoch}: {line(values, scores, baseline)}")
-    what = "dbgan" if "deblur" in stage or stage == "paired" else "bgan"
-    run.finish(f"python infer.py {what} --checkpoint_path {folder / what}.safetensors --input FOLDER ...")
+    what, where = ("bgan", "blurred") if stage == "blur" else ("dbgan", "restored")
+    weights = folder / f"{what}.safetensors"
+    run.finish(f"python infer.py {what} --checkpoint_path {weights} --input PHOTOS --output_dir {where}")
 
 
 def export_all(generators: nn.ModuleDict, settings: Settings, folder: Path, suffix: str) -> None:

@@ -50,7 +50,7 @@ from ldm.modules.perceptual import PerceptualLoss
 from ldm.run import Run, average_gradients, start_fabric
 from ldm.settings import Accumulate, BatchSize, Devices, MaxSteps, check_counts, run_main, with_defaults
 
-# ---- settings: edit here, or override on the command line -------------------------------------------------
+# ---- settings: edit here, or override on the command line --------------------------------------------------
 
 
 @dataclass
@@ -148,7 +148,9 @@ MAY_CHANGE = {
     "validation_root",
     *(name for name in Settings.__dataclass_fields__ if name.startswith("preview_")),
 }
-# ---- loss ----------------------------------------------------------------------------------------------
+
+
+# ---- loss and optimizer ------------------------------------------------------------------------------------
 
 
 def draw_noise(seeds: Iterable[int], shape: tuple, sampling: str) -> tuple[Tensor, Tensor]:
@@ -243,7 +245,7 @@ def make_optimizer(adapter: nn.ModuleDict, settings: Settings) -> torch.optim.Op
     return AdamW8bit(adapter.parameters(), **values)
 
 
-# ---- the whole run ---------------------------------------------------------------------------------------
+# ---- data and previews -------------------------------------------------------------------------------------
 
 
 def preview(
@@ -279,10 +281,10 @@ def make_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
 
 def check(settings: Settings) -> None:
     """Raise ValueError for a value that would fail only later."""
-    counts = "rank batch_size accumulate_grad_batches max_steps save_steps perceptual_every"
-    check_counts(settings, f"{counts} preview_images preview_steps")
+    check_counts(settings, "rank batch_size accumulate_grad_batches max_steps save_steps devices num_nodes")
+    check_counts(settings, "perceptual_every preview_images preview_steps")
     if not 0 <= settings.dropout < 1:
-        raise ValueError(f"dropout must lie in 0 ... 1, not {settings.dropout}")
+        raise ValueError(f"dropout must lie in [0, 1), not {settings.dropout}")
     if not settings.hr_root.exists():
         raise FileNotFoundError(f"no clean photographs at {settings.hr_root}: give --hr_root (or try --demo)")
     processes = settings.devices * settings.num_nodes
@@ -290,6 +292,9 @@ def check(settings: Settings) -> None:
         raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
     if settings.perceptual_crop < 16 or settings.perceptual_crop % 8:
         raise ValueError(f"perceptual_crop must be 16, 24, 32, ..., not {settings.perceptual_crop}")
+
+
+# ---- networks and training step ----------------------------------------------------------------------------
 
 
 def load_models(folder: Path, settings: Settings, device: torch.device) -> tuple[FluxAutoencoder, Flux]:
@@ -358,7 +363,7 @@ def add_trained_lora(model: Flux, settings: Settings, device: torch.device) -> n
 
 def update(
     fabric: Fabric, adapter: nn.ModuleDict, optimizer: torch.optim.Optimizer, rate: float, s: Settings
-):
+) -> None:
     """One optimizer step. The base is frozen, so that only the LoRA's gradients pass between processes."""
     average_gradients(fabric, optimizer)
     nn.utils.clip_grad_norm_(adapter.parameters(), s.max_grad_norm)
@@ -370,6 +375,9 @@ def update(
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     return {"memory_gb": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+
+# ---- the whole run -----------------------------------------------------------------------------------------
 
 
 def main(settings: Settings) -> None:
@@ -445,7 +453,7 @@ def main(settings: Settings) -> None:
         check_demo(settings, run)
     run.finish(
         f"python infer.py kontext --pretrained_model_name_or_path {settings.pretrained_model_name_or_path} "
-        f"--lora_path {settings.output_dir / 'lora.safetensors'} --input FILE_OR_FOLDER --output_dir restored"
+        f"--lora_path {settings.output_dir / 'lora.safetensors'} --input PHOTOS --output_dir restored"
     )
 
 
@@ -458,7 +466,7 @@ def save_outputs(adapter: nn.ModuleDict, settings: Settings, step: int) -> None:
         save_lora(settings.output_dir / name, adapter, metadata, dtype)
 
 
-# ---- demonstration -------------------------------------------------------------------------------------
+# ---- demonstration -----------------------------------------------------------------------------------------
 
 
 def make_demo(settings: Settings) -> Settings:

@@ -2,7 +2,7 @@
 
 Tao, Gao, Shen, Wang, Jia: Scale-recurrent Network for Deep Image Deblurring, CVPR 2018.
 
-    python train_srn.py --data training/GoPro/train --val_data training/GoPro/test --precision bf16
+    python train_srn.py --data GOPRO_Large/train --val_data GOPRO_Large/test --precision bf16
     python train_srn.py --sharp_dir my_photos       # no pairs: the blur is made on the fly
     python train_srn.py --demo                      # minutes on two CPU cores, needs no data at all
 
@@ -33,7 +33,7 @@ from ldm.settings import BatchSize, Devices, MaxSteps, Precision, check_counts, 
 from ldm.tiling import pad_to_multiple, restore_picture
 from ldm.validation import HeldOut, line, report, sharp_pairs
 
-# ---- settings: edit here, or override on the command line -------------------------------------------------
+# ---- settings: edit here, or override on the command line --------------------------------------------------
 
 
 @dataclass
@@ -101,7 +101,7 @@ DEMO = {
 MAY_CHANGE = "devices num_nodes num_workers log_epoch cache channels_last compile".split()
 
 
-# ---- network -------------------------------------------------------------------------------------------
+# ---- network -----------------------------------------------------------------------------------------------
 
 
 class ResBlock(nn.Module):
@@ -282,7 +282,7 @@ def export(checkpoint: Path, path: Path) -> None:
     write_half(path, weights, {name: content["settings"][name] for name in names})
 
 
-# ---- loss and training step ----------------------------------------------------------------------------
+# ---- loss and training step --------------------------------------------------------------------------------
 
 
 def scale_losses(restored: Sequence[Tensor], sharp: Sequence[Tensor]) -> list[Tensor]:
@@ -319,7 +319,7 @@ def learning_rate_factor(step: int, steps_per_epoch: int, steps: int, settings: 
     return 0.3 ** (step // steps_per_epoch // 500)
 
 
-# ---- data ----------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 
 class Together:
@@ -372,7 +372,7 @@ def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:
     return BlurDataset(sources, crop, seed, augment=True, **blur), validation
 
 
-# ---- the whole run -------------------------------------------------------------------------------------
+# ---- the whole run -----------------------------------------------------------------------------------------
 
 
 def main(settings: Settings) -> None:
@@ -431,7 +431,7 @@ def main(settings: Settings) -> None:
     weights = settings.output_dir / "srn_deblur.safetensors"
     if fabric.is_global_zero:
         export(run.best_checkpoint, weights)
-    run.finish(f"python infer.py srn --checkpoint_path {weights} --input FOLDER --output_dir restored")
+    run.finish(f"python infer.py srn --checkpoint_path {weights} --input PHOTOS --output_dir restored")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from ldm.validation import sharp_pairs
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset
 
-# ---- settings: edit here, or override on the command line -------------------------------------------------
+# ---- settings: edit here, or override on the command line --------------------------------------------------
 
 
 @dataclass
@@ -123,7 +123,7 @@ DEMO = {
 DEMO_STEPS = 300, 300  # of teaching the tiny autoencoder, then the tiny UNet
 
 
-# ---- data ----------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 
 class DeblurDataset(Dataset):

@@ -132,7 +132,7 @@ def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpain
     paths = list_images(settings.image_dir)
     if not 0 <= settings.val_samples < len(paths):
         raise ValueError(
-            f"val_samples must be less than the {len(paths)} pictures, not {settings.val_samples}"
+            f"val_samples must be 0 ... {len(paths) - 1}, less than the pictures, not {settings.val_samples}"
         )
     held_out = set(
         np.random.default_rng(settings.seed).permutation(len(paths))[: settings.val_samples].tolist()

@@ -47,7 +47,6 @@ from benchmarks.tiny_runs import (  # first: it sees to it that there is one thr
 from ldm import checkpoint
 from ldm.data.image import read_image
 
-DIFFERS = {"output_dir", "num_workers"}  # settings in which the runs that are compared differ
 TIMES = ("images/s", "tokens/s")  # columns that no two runs share
 PARTS = "state_dict discriminators optimizer optimizer_states scheduler ema random processes step global_step"
 

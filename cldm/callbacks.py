@@ -44,10 +44,10 @@ class Checkpoints(Callback):
         bad = not torch.isfinite(outputs["loss"])
         if trainer.strategy.reduce_boolean_decision(bad, all=False):  # all processes stop, none waits
             last = self.folder / "last.ckpt"
-            kept = f"the last good checkpoint is {last}" if last.is_file() else "nothing was saved yet"
+            kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved yet"
             files = ", ".join(batch.get("path", ["unknown files"])) if bad else "that of another process"
             raise ValueError(
-                f"training stopped: loss {float(outputs['loss'])} at step {trainer.global_step}; "
+                f"training stopped: loss = {float(outputs['loss'])} at step {trainer.global_step}; "
                 f"its batch: {files}; {kept}"
             )
         step = trainer.global_step

@@ -19,7 +19,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion, image_of
 from ldm.modules.diffusionmodules.model import AttnBlock, ResnetBlock
 from ldm.settings import with_defaults
 
-LEARNING_RATE = 3e-3
+BATCH_SIZE, LEARNING_RATE = 8, 3e-3
 
 
 def demo_settings(settings: Any, demo: Mapping[str, Any], lacking: str) -> Any:
@@ -44,12 +44,7 @@ def make_demo_start(path: str | Path, config: Mapping, dataset: Dataset, steps: 
 
 
 def make_demo_base(
-    path: Path,
-    config: Mapping,
-    dataset: Dataset,
-    autoencoder_steps: int,
-    unet_steps: int,
-    batch_size: int = 8,
+    path: Path, config: Mapping, dataset: Dataset, autoencoder_steps: int, unet_steps: int
 ) -> None:
     """Train the autoencoder, then the UNet of `config` on the images (`jpg`) of `dataset`, and save them.
 
@@ -64,7 +59,7 @@ def make_demo_base(
     start_linear(model.first_stage_model)
     model.to(memory_format=torch.channels_last)
     stream = SampleStream(len(dataset), seed=0)
-    batches = iter(DataLoader(dataset, batch_size, sampler=stream))
+    batches = iter(DataLoader(dataset, BATCH_SIZE, sampler=stream))
 
     autoencoder = model.first_stage_model.requires_grad_(True)
     for batch, update in lessons(autoencoder, batches, autoencoder_steps, "teaching a tiny autoencoder"):

@@ -1,4 +1,4 @@
-"""What the ControlNet scripts share: data in a resumable order, checkpoints, EMA, Lightning's Trainer."""
+"""What the ControlNet scripts share: checks, data in a resumable order, Lightning's Trainer, the summary."""
 
 import logging
 import math
@@ -23,6 +23,7 @@ from cldm.sharding import ShardedStrategy, check_sharding
 from ldm import checkpoint
 from ldm.data.stream import SampleStream
 from ldm.settings import check_counts, check_settings, lightning_precision, plain
+from ldm.util import half_dtype
 
 COUNTS = (  # settings that must be at least 1
     "batch_size accumulate_grad_batches devices num_nodes "
@@ -47,7 +48,6 @@ MAY_CHANGE = set(
     "output_dir max_steps max_epochs num_epochs gpus devices num_nodes strategy num_workers compile "
     "gradient_checkpointing log_steps logger_freq save_steps val_steps val_ddim_steps".split()
 )
-HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 def quiet_lightning() -> None:
@@ -140,7 +140,7 @@ def prepare_model(model: ControlLDM, settings: Any) -> None:
     model.learning_rate, model.optimizer = settings.learning_rate, settings.optimizer
     unet = model.model.diffusion_model
     model.control_model.use_checkpoint = unet.use_checkpoint = settings.gradient_checkpointing
-    half = HALF.get(lightning_precision(settings.precision))
+    half = half_dtype(settings.precision)
     if half == torch.float16 and not torch.cuda.is_available():
         half = torch.bfloat16  # as Lightning does
     if half is not None and settings.sd_locked:
@@ -153,9 +153,10 @@ def prepare_model(model: ControlLDM, settings: Any) -> None:
         unet.compile()
 
 
-def samples_per_step(s: Any) -> int:
+def samples_per_step(settings: Any) -> int:
     """Samples in one optimizer step, over all processes."""
-    return s.batch_size * s.accumulate_grad_batches * s.devices * s.num_nodes
+    processes = settings.devices * settings.num_nodes
+    return settings.batch_size * settings.accumulate_grad_batches * processes
 
 
 def steps_of(settings: Any, samples: int) -> int:

@@ -86,6 +86,7 @@ def plain(settings: Any) -> dict:
 
 
 def check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> None:
+    """Raise ValueError if settings `saved` in the checkpoint `path` differ from those of the run now."""
     names = sorted({*saved, *now} - may_change)
     differ = [(name, saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)]
     if differ:

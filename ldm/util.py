@@ -1,4 +1,4 @@
-"""Building objects from yaml (`target` names a class, `params` its arguments), and types from their names."""
+"""Objects from yaml (`target` names a class, `params` its arguments); denormals and 16-bit types."""
 
 import importlib
 from collections.abc import Mapping

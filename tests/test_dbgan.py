@@ -503,6 +503,7 @@ def test_nan_stops_the_run(data, monkeypatch):
         ("blur", {"batch_size": 6, "val_data": "data"}, "5 images for `blur` are fewer than a batch of 6"),
         ("all", {"crop_size": 24}, "crop_size must be a multiple of 16, not 24"),
         ("all", {"devices": 4}, "batch_size 2 cannot be shared by 4 processes"),
+        ("all", {"devices": 0}, "devices must be at least 1"),
         ("all", {"accumulate_grad_batches": 0}, "accumulate_grad_batches must be at least 1"),
         ("all", {"generated_fraction": 1.5}, "generated_fraction must lie in"),
         ("all", {"last_learning_rate": 1.0}, "last_learning_rate"),
@@ -544,6 +545,14 @@ def test_another_bgan_does_not_resume(data):
     )
     with pytest.raises(ValueError, match="blurrer was"):
         main(settings(data, "deblur", bgan_path=data / "b.safetensors"))
+
+
+def test_what_a_stage_does_not_read_may_change(data):
+    main(settings(data, "blur", perceptual_loss_weight=1.0))
+    main(settings(data, "all", content_loss="mse", adversarial_loss_weight=0.5))
+    assert (data / "run" / "deblur" / "dbgan.safetensors").is_file()
+    with pytest.raises(ValueError, match="other settings: cycle_loss_weight was 10.0, is 1.0"):
+        main(settings(data, "blur", perceptual_loss_weight=1.0, cycle_loss_weight=1.0))
 
 
 def test_files_that_are_no_generators(tmp_path):

@@ -389,7 +389,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_pictures(settings
 
     monkeypatch.setattr(DeblurControlNet, "shared_step", broken)
     with pytest.raises(
-        ValueError, match=r"loss nan at step 1; its batch: .*blur_\d+\.png, .*last good checkpoint"
+        ValueError, match=r"loss = nan at step 1; its batch: .*blur_\d+\.png, .*last good checkpoint"
     ):
         main(settings)
     assert (Path(settings.output_dir) / "checkpoints" / "last.ckpt").read_bytes() == before

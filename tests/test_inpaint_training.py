@@ -218,7 +218,7 @@ def test_a_run_has_its_own_folder(settings, monkeypatch):
         ({"precision": "8"}, "precision must be one of 32, 16, bf16"),
         ({"image_size": 100}, "multiple of 64, not 100"),
         ({"mask_ratio": (0.4, 0.2)}, "mask ratio"),
-        ({"val_samples": 6}, "val_samples must be less than the 6 pictures"),
+        ({"val_samples": 6}, "val_samples must be 0 ... 5, less than the pictures"),
         ({"hint_channels": 5}, "hint_channels must be 3 or 4"),
         ({"save_steps": 0}, "save_steps must be at least 1"),
         ({"ann_file": "none.json"}, "none.json"),

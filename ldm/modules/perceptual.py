@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision.models import VGG19_Weights, vgg19
 
-from ldm.checkpoint import read_weights
+from ldm.checkpoint import fill, read_weights
 
 FILE = Path("models/vgg19-dcbb9e9d.pth")  # the name torchvision gives it
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, images in [0, 1]
@@ -54,14 +54,12 @@ class PerceptualLoss(nn.Module):
 
 def _read_features(file: Path) -> nn.Module:
     if Path(file).is_file():
-        network = vgg19()
-        network.load_state_dict(read_weights(file))
-        return network
+        return fill(vgg19(), read_weights(file), file)
     try:
         return vgg19(weights=VGG19_Weights.IMAGENET1K_V1, progress=True)
     except (URLError, OSError) as error:
         raise FileNotFoundError(
             f"the perceptual loss needs VGG-19: put torchvision's {Path(file).name} at {file} "
-            f"({VGG19_Weights.IMAGENET1K_V1.url}), or switch the term off with a weight of 0 "
-            f"(--perceptual_loss_weight 0). Its download failed: {error}"
+            f"({VGG19_Weights.IMAGENET1K_V1.url}), or switch the term off "
+            f"(--perceptual_loss_weight 0; Kontext: --no_perceptual_loss). Its download failed: {error}"
         ) from error
