@@ -48,7 +48,16 @@ from ldm.modules.flux import Flux, predict_velocity, shift_timesteps
 from ldm.modules.lora import load_lora, make_lora, merge, save_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.run import Run, average_gradients, start_fabric
-from ldm.settings import Accumulate, BatchSize, Devices, MaxSteps, check_counts, run_main, with_defaults
+from ldm.settings import (
+    Accumulate,
+    BatchSize,
+    Devices,
+    MaxSteps,
+    check_counts,
+    check_optimizer,
+    run_main,
+    with_defaults,
+)
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -238,10 +247,8 @@ def make_optimizer(adapter: nn.ModuleDict, settings: Settings) -> torch.optim.Op
     values = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(adapter.parameters(), **values)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError("--optimizer adamw8bit needs a package: pip install bitsandbytes") from error
+    from bitsandbytes.optim import AdamW8bit
+
     return AdamW8bit(adapter.parameters(), **values)
 
 
@@ -283,6 +290,9 @@ def check(settings: Settings) -> None:
     """Raise ValueError for a value that would fail only later."""
     check_counts(settings, "rank batch_size accumulate_grad_batches max_steps save_steps devices num_nodes")
     check_counts(settings, "perceptual_every preview_images preview_steps")
+    check_optimizer(settings.optimizer)
+    if not 0 < settings.ema_decay < 1:
+        raise ValueError(f"ema_decay must lie between 0 and 1, not {settings.ema_decay}")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), not {settings.dropout}")
     if not settings.hr_root.exists():

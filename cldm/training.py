@@ -4,7 +4,6 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from cldm.model import listing
 from cldm.sharding import ShardedStrategy, check_sharding
 from ldm import checkpoint
 from ldm.data.stream import SampleStream
-from ldm.settings import check_counts, check_settings, lightning_precision, plain
+from ldm.settings import check_counts, check_optimizer, check_settings, lightning_precision, plain
 from ldm.util import half_dtype
 
 COUNTS = (  # settings that must be at least 1
@@ -78,8 +77,7 @@ def check_start(settings: Any) -> None:
         raise ValueError("ema_decay must lie in [0, 1), prompt_dropout in [0, 1]")
     if settings.cache_latents and settings.use_augmentation:
         raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation")
-    if settings.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-        raise ValueError("--optimizer adamw8bit needs a package: pip install bitsandbytes")
+    check_optimizer(settings.optimizer)
     if settings.strategy == "fsdp":
         check_sharding(settings)
     if not settings.demo and not Path(settings.resume_path).is_file():

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,6 +67,12 @@ def check_counts(settings: Any, names: str) -> None:
     for name in names.split():
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+
+
+def check_optimizer(name: str) -> None:
+    """Raise ValueError for adamw8bit where the package that it comes from is not installed."""
+    if name == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise ValueError("--optimizer adamw8bit needs a package: pip install bitsandbytes")
 
 
 def lightning_precision(precision: str) -> str:

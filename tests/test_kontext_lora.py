@@ -369,6 +369,7 @@ def test_demo(tmp_path, capsys):
             "unknown degradation rain: choose from downsample",
         ),
         ({"dropout": 1.0}, "dropout"),
+        ({"ema_decay": 0.0}, "ema_decay must lie between 0 and 1, not 0.0"),
         ({"preview_steps": 0}, "preview_steps must be at least 1"),
         ({"perceptual_crop": 100}, "perceptual_crop"),
         ({"shard_base": True}, "--shard_base needs --devices 2"),
@@ -378,6 +379,13 @@ def test_demo(tmp_path, capsys):
 def test_bad_values(folder, tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         main(make_settings(folder, tmp_path, **values))
+
+
+def test_an_optimizer_that_is_not_installed_is_said_before_anything_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("train_kontext_lora.load_models", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="adamw8bit needs a package: pip install bitsandbytes"):
+        main(make_settings(folder, tmp_path, optimizer="adamw8bit"))
 
 
 def test_bad_files(folder, tmp_path):

@@ -15,7 +15,7 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float = 0.9999):
         if not 0 < decay < 1:
-            raise ValueError(f"EMA decay must lie between 0 and 1, not {decay}")
+            raise ValueError(f"ema_decay must lie between 0 and 1, not {decay}")
         self.decay, self.updates = decay, 0
         self.average = {
             name: parameter.detach().float().clone()
