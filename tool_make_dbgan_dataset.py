@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, read_image
-from ldm.data.pairs import find_pairs
-from ldm.data.patches import KEYS, open_patches, sharp_images
+from ldm.data.pairs import find_pairs, sharp_pairs
+from ldm.data.patches import KEYS, open_patches
 from ldm.settings import run_main
 
 CHUNK = 1  # patches in a chunk: they are read one by one, in any order
@@ -66,7 +66,7 @@ def main(settings: Settings) -> None:
 def find_sources(blurred: Path | None, gopro: Path) -> tuple[dict[str, list[Path]], bool]:
     """The pictures of each key, and whether they are pairs."""
     if blurred:
-        return {"sharp": sharp_images(gopro), "blur": list_images(blurred)}, False
+        return {"sharp": [pair.sharp for pair in sharp_pairs(gopro)], "blur": list_images(blurred)}, False
     pairs = find_pairs(gopro)
     return {"sharp": [pair.sharp for pair in pairs], "blur": [pair.blurry for pair in pairs]}, True
 

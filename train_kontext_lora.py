@@ -55,6 +55,7 @@ from ldm.settings import (
     MaxSteps,
     check_counts,
     check_optimizer,
+    plain,
     run_main,
     with_defaults,
 )
@@ -420,7 +421,8 @@ def main(settings: Settings) -> None:
     optimizer = make_optimizer(adapter, settings)
     ema = EMA(adapter, settings.ema_decay)
     parts = {"state_dict": adapter, "optimizer": optimizer, "ema": ema}
-    run = Run(fabric, settings.output_dir, settings, parts, MAY_CHANGE)
+    known = {**plain(settings), "samples": len(dataset)}
+    run = Run(fabric, settings.output_dir, known, parts, MAY_CHANGE)
     count = sum(parameter.numel() for parameter in adapter.parameters())
     run.say(f"{len(dataset)} pictures an epoch; {count / 1e6:.2f} M LoRA parameters on {len(adapter)} layers")
 

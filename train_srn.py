@@ -25,13 +25,14 @@ from torch.utils.data import Dataset
 from ldm.checkpoint import fill, write_half
 from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs
-from ldm.data.paired import BlurDataset, ImageFiles, Pair, PairedDataset, find_pairs, split_pairs
+from ldm.data.paired import BlurDataset, ImageFiles, PairedDataset
+from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.run import Run, read_trained, start_fabric
 from ldm.settings import BatchSize, Devices, MaxSteps, Precision, check_counts, plain, run_main, with_defaults
 from ldm.tiling import pad_to_multiple, restore_picture
-from ldm.validation import HeldOut, line, report, sharp_pairs
+from ldm.validation import HeldOut, line, report
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 

@@ -25,8 +25,8 @@ from cldm.deblur import add_attention
 from cldm.demo import demo_settings, make_demo_start
 from cldm.model import create_filled_model, load_state_dict, read_config
 from cldm.training import StreamData, check_start, fit, prepare_model, report
-from ldm.data.paired import BlurDataset, Pair, PairedDataset, find_pairs, split_pairs
-from ldm.data.pairs import check_sizes, has_pairs
+from ldm.data.paired import BlurDataset, PairedDataset
+from ldm.data.pairs import Pair, check_sizes, find_pairs, has_pairs, sharp_pairs, split_pairs
 from ldm.data.stream import item_generator
 from ldm.settings import (
     Accumulate,
@@ -39,7 +39,6 @@ from ldm.settings import (
     run_main,
 )
 from ldm.util import flush_denormals
-from ldm.validation import sharp_pairs
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset
 

@@ -197,15 +197,17 @@ def fit(
     torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA
     folder = Path(settings.output_dir)
     last = folder / "checkpoints" / "last.ckpt"
-    step = 0
+    step, samples = 0, len(data.train)
     if last.is_file():
         content = checkpoint.load(last)
         check_parts(content, model, last)
-        check_settings(comparable(content["settings"]), comparable(settings), MAY_CHANGE, last)
+        before = {"samples": samples, **content["settings"]}
+        check_settings(comparable(before), {**comparable(settings), "samples": samples}, MAY_CHANGE, last)
         step = content["global_step"]
         del content  # it is mapped from the file, which is about to be replaced
         rank_zero_only(print)(f"resuming {last} at step {step}")
-    about = {"config": dict(config), "base": str(settings.resume_path), "settings": plain(settings)}
+    known = {**plain(settings), "samples": samples}
+    about = {"config": dict(config), "base": str(settings.resume_path), "settings": known}
     val_steps = settings.val_steps if data.held_out is not None else 0
     callbacks = [
         *([AverageWeights(settings.ema_decay)] if settings.ema_decay else []),

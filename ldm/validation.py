@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.image import list_images, read_image, side_by_side
+from ldm.data.image import read_image, side_by_side
 from ldm.data.paired import at_least
 from ldm.data.pairs import Pair
 from ldm.metrics import psnr, radial_power, rgb_shift, spectrum_distance, ssim
@@ -15,11 +14,6 @@ from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
 from ldm.run import Run
 
 SPECTRUM = 128  # pixels, of the squares whose spectra are compared
-
-
-def sharp_pairs(folder: str | Path | None) -> list[Pair]:
-    """Each picture below a folder, paired with itself: that is how one that is to be blurred is written."""
-    return [Pair(path, path, group=str(path)) for path in list_images(folder)] if folder else []
 
 
 class HeldOut:

@@ -21,9 +21,8 @@ from torchvision.models import vgg19
 import infer
 import train_dbgan as script
 from ldm import checkpoint
-from ldm.data.image import photographs, read_image, to_tensor, write_image
+from ldm.data.image import list_images, photographs, read_image, to_tensor, write_image
 from ldm.data.pairs import find_pairs
-from ldm.data.patches import sharp_images
 from ldm.metrics import radial_power, spectrum_distance
 from ldm.run import start_fabric
 from ldm.validation import HeldOut, Spectra
@@ -637,7 +636,7 @@ def test_demo_data_and_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "LEAVES", 2)
     chosen = script.demo_settings(Settings(demo=True, output_dir=tmp_path, width=8))
     assert chosen.width == 8 and chosen.blur_blocks == 1 and chosen.data == tmp_path / "data" / "train"
-    sharp, blurry = (sharp_images(tmp_path / "data" / "train" / kind) for kind in ("sharp", "blur"))
+    sharp, blurry = (list_images(tmp_path / "data" / "train" / kind) for kind in ("sharp", "blur"))
     assert [path.name for path in sharp] == [path.name for path in blurry] and len(sharp) > 10
     real = {path.name for path in (tmp_path / "data" / "real").iterdir()}
     assert not real & {path.name for path in sharp}  # other scenes

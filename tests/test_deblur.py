@@ -1,8 +1,10 @@
 """The deblurring ControlNet: its losses, and its training as a user runs it, at tiny size."""
 
 import csv
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -220,11 +222,23 @@ def test_other_settings_do_not_continue_a_run(settings):
         main(replace(settings, learning_rate=1e-3))
 
 
+def test_other_data_do_not_continue_a_run(settings, tmp_path):
+    data = shutil.copytree(settings.data_root, tmp_path / "data")
+    settings = replace(settings, data_root=str(data))
+    main(replace(settings, max_steps=1))
+    pairs = (data / "blur_types.json").read_text().splitlines()
+    pairs = [line for line in pairs if json.loads(line)["source"] != json.loads(pairs[0])["source"]]
+    (data / "blur_types.json").write_text("\n".join(pairs))
+    with pytest.raises(ValueError, match=r"samples was \d+, is \d+"):
+        main(settings)
+
+
 def test_a_run_with_the_old_names_of_settings_goes_on(settings):
     main(replace(settings, max_steps=1))
     path = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
     content = checkpoint.load(path, mmap=False)
     old = content["settings"]
+    del old["samples"]
     old |= {"gpus": old.pop("devices"), "num_epochs": old.pop("max_epochs"), "precision": "32-true"}
     checkpoint.save(path, content)
     main(settings)

@@ -102,6 +102,15 @@ def test_a_killed_run_resumes_exactly(folder, tmp_path):
         main(replace(broken, rank=8))
 
 
+def test_other_data_do_not_continue_a_run(folder, tmp_path):
+    photos = shutil.copytree(folder / "photos", tmp_path / "photos")
+    settings = make_settings(folder, tmp_path / "run", hr_root=photos, max_steps=1)
+    main(settings)
+    shutil.copy(photos / "coffee.png", photos / "again.png")
+    with pytest.raises(ValueError, match="samples was 2, is 3"):
+        main(settings)
+
+
 def test_accumulated_steps_equal_one_large_batch(folder, tmp_path):
     common = {"dropout": 0.0, "max_steps": 2}
     main(make_settings(folder, tmp_path / "a", batch_size=4, **common))

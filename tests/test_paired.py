@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ldm.data import paired
 from ldm.data.image import photographs, read_image, to_tensor, write_image
 from ldm.data.paired import BlurDataset, ImageFiles, Pair, PairedDataset, find_pairs, split_pairs
-from ldm.data.pairs import match_folders
+from ldm.data.pairs import match_folders, sharp_pairs
 from ldm.data.stream import SampleStream, item_seed
 
 
@@ -376,3 +376,24 @@ def test_sharp_source_may_be_anything_with_a_name():
     assert torch.equal(one["blurry"], other["blurry"]) and one["path"] == other["path"]
     with pytest.raises(ValueError, match="zoom"):
         BlurDataset(files, size=32, seed=0, blur_types=["zoom"])
+
+
+def test_sharp_pictures_of_a_tree_and_of_a_folder(tmp_path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    for name in ("GOPR1/sharp/1.png", "GOPR1/blur/1.png", "GOPR1/sharp/2.png", "GOPR2/sharp/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_image(tmp_path / name, picture)
+    found = sharp_pairs(tmp_path)
+    assert [pair.sharp.relative_to(tmp_path).as_posix() for pair in found] == [
+        "GOPR1/sharp/1.png",
+        "GOPR1/sharp/2.png",
+        "GOPR2/sharp/1.png",
+    ]
+    assert all(pair.blurry == pair.sharp for pair in found)
+    assert [Path(pair.group).name for pair in found] == ["GOPR1", "GOPR1", "GOPR2"]
+    (tmp_path / "GOPR1/sharp/more").mkdir()
+    write_image(tmp_path / "GOPR1/sharp/more/3.png", picture)
+    found = sharp_pairs(tmp_path / "GOPR1" / "sharp")  # the folder itself may have that name
+    assert [pair.sharp.name for pair in found] == ["1.png", "2.png", "3.png"]
+    assert len({pair.group for pair in found}) == 3
+    assert sharp_pairs(None) == []

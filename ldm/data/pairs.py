@@ -193,6 +193,23 @@ def check_sizes(pairs: Sequence[Pair]) -> None:
             )
 
 
+def sharp_pairs(folder: str | Path | None) -> list[Pair]:
+    """Each sharp picture below a folder, paired with itself: that is how one to be blurred is written.
+
+    In a GoPro tree these are the pictures in folders named `sharp`, a sequence being one group; elsewhere
+    they are all pictures, each a group of its own. Without a folder there are none.
+    """
+    if folder is None:
+        return []
+    paths, top = list_images(folder), Path(folder)
+    in_tree = [path for path in paths if path.parent.name == "sharp" and path.parent != top]
+    sequences = {path: path.parent.parent for path in in_tree}
+    return [
+        Pair(path, path, group=str(path if sequences.get(path, top) == top else sequences[path]))
+        for path in in_tree or paths
+    ]
+
+
 def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Training pairs and held-out pairs: `fraction` of the groups (at least one), chosen by `seed`.
 

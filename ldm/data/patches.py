@@ -8,7 +8,7 @@ import numpy as np
 
 from ldm.data.image import list_images
 from ldm.data.paired import CropDataset, ImageFiles, Key, PairedDataset, at_least
-from ldm.data.pairs import Pair, find_pairs, split_pairs
+from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
 from ldm.validation import HeldOut, middle
 
 KEYS = ("sharp", "blur")  # of the file: uint8 (n, size, size, 3) each
@@ -78,12 +78,6 @@ def open_source(path: str | Path, key: str, cache: bool = False) -> Source:
     return Patches(path, key) if is_patches(path) else ImageFiles(list_images(path), cache)
 
 
-def sharp_images(folder: str | Path) -> list[Path]:
-    """Pictures below a folder; in a GoPro tree those of its folders `sharp`."""
-    paths = list_images(folder)
-    return [path for path in paths if path.parent.name == "sharp"] or paths
-
-
 class SourceDataset(CropDataset):
     """Crops of two sources: number n with number n if `paired`, else each sharp one with any blurry one.
 
@@ -146,7 +140,7 @@ def open_pairs(
         sharp = Patches(data, "sharp")
         dataset = SourceDataset(Patches(data, "blur"), sharp, size, seed, paired=True, **look)
     elif data or sharp_dir:
-        pairs = find_pairs(data) if data else [Pair(p, p, group=str(p)) for p in sharp_images(sharp_dir)]
+        pairs = find_pairs(data) if data else sharp_pairs(sharp_dir)
         if not val_data:
             pairs, held_out = split_pairs(pairs, val_fraction, seed)
         sharp = ImageFiles([pair.sharp for pair in pairs], cache)
@@ -172,7 +166,7 @@ def open_unpaired(
         raise ValueError("the stage `blur` needs --blur_data: real blurred photographs (or try --demo)")
     blurry = open_source(blur_data, "blur", cache)
     if sharp_dir:
-        sharp = ImageFiles(sharp_images(sharp_dir), cache)
+        sharp = ImageFiles([pair.sharp for pair in sharp_pairs(sharp_dir)], cache)
     elif sharp is None and is_patches(blur_data):
         sharp = Patches(blur_data, "sharp")
     if sharp is None:
