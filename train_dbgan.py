@@ -106,7 +106,7 @@ class Settings:
     learning_rate: float = 1e-4  # at the start, by a cosine down to
     last_learning_rate: float = 1e-6  # at the end
     pool_size: int = 50  # earlier pictures that the discriminators of `blur` see again; 0 = none
-    ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used
+    ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used; 0 for none
     seed: int = 0  # of the data's order, first weights and noise
 
     precision: Precision = "32"  # bf16 or 16: mixed, faster on GPUs
@@ -460,6 +460,8 @@ def check(settings: Settings) -> None:
         )
     if settings.pretrain_epochs < 0 or settings.pool_size < 0:
         raise ValueError("pretrain_epochs and pool_size must be at least 0")
+    if not 0 <= settings.ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), not {settings.ema_decay}")
     if not 0 <= settings.generated_fraction <= 1:
         raise ValueError(f"generated_fraction must lie in [0, 1], not {settings.generated_fraction}")
 

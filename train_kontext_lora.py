@@ -104,7 +104,7 @@ class Settings:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 1.0  # highest global norm of the gradients
-    ema_decay: float = 0.99  # of the averaged LoRA, which is what previews use and files hold
+    ema_decay: float = 0.99  # of the averaged LoRA, which previews use and files hold; 0 for none
     # noise levels trained most
     timestep_sampling: Literal["logit_normal", "uniform", "shifted"] = "logit_normal"
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"  # of the noise levels' losses
@@ -292,8 +292,8 @@ def check(settings: Settings) -> None:
     check_counts(settings, "rank batch_size accumulate_grad_batches max_steps save_steps devices num_nodes")
     check_counts(settings, "perceptual_every preview_images preview_steps")
     check_optimizer(settings.optimizer)
-    if not 0 < settings.ema_decay < 1:
-        raise ValueError(f"ema_decay must lie between 0 and 1, not {settings.ema_decay}")
+    if not 0 <= settings.ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), not {settings.ema_decay}")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), not {settings.dropout}")
     if not settings.hr_root.exists():
@@ -413,9 +413,9 @@ def main(settings: Settings) -> None:
         cache = settings.output_dir / "prompt.safetensors"
         prompt = cached_prompt(cache, folder, settings.instance_prompt, fabric.device)
     prompt = {name: value.to(fabric.device) for name, value in prompt.items()}
+    distance = PerceptualLoss().to(fabric.device) if settings.perceptual_loss else None
     autoencoder, model = load_models(folder, settings, fabric.device)
     adapter = add_trained_lora(model, settings, fabric.device)
-    distance = PerceptualLoss().to(fabric.device) if settings.perceptual_loss else None
 
     # Optimizer, average, resume
     optimizer = make_optimizer(adapter, settings)

@@ -69,7 +69,7 @@ class Settings:
     learning_rate: float = 1e-4  # at the start
     schedule: Literal["step", "power"] = "step"  # 0.3^(epoch // 500), or the authors' (1 - t/T)^0.3
     lstm_clip: float = 3.0  # highest global norm of the ConvLSTM's gradients
-    ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used
+    ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used; 0 for none
     seed: int = 0  # of the data's order, first weights and noise
 
     precision: Precision = "32"  # bf16 or 16: mixed, faster on GPUs
@@ -343,17 +343,22 @@ class Together:
         return source.name((epoch, own))
 
 
-def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:
-    """The training set and what is held out: given, or a part of the data, or scikit-image's photographs."""
-    check_counts(settings, "epochs batch_size log_epoch width")
-    crop, seed, data = settings.crop_size, settings.seed, settings.data
-    if crop < 16 or crop % 16:
-        raise ValueError(f"crop_size must be a multiple of 16, not {crop}")
-    if not (data or settings.sharp_dir or settings.dead_leaves):
+def check(settings: Settings) -> None:
+    """Raise ValueError for a setting that would fail only later."""
+    check_counts(settings, "epochs batch_size log_epoch width devices num_nodes")
+    if settings.crop_size < 16 or settings.crop_size % 16:
+        raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
+    if not 0 <= settings.ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), not {settings.ema_decay}")
+    if not (settings.data or settings.sharp_dir or settings.dead_leaves):
         raise ValueError("nothing to train on: give --data, --sharp_dir or --dead_leaves (or try --demo)")
-    if data and settings.dead_leaves:
+    if settings.data and settings.dead_leaves:
         raise ValueError("--dead_leaves goes with --sharp_dir or alone, not with the pairs of --data")
 
+
+def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:
+    """The training set and what is held out: given, or a part of the data, or scikit-image's photographs."""
+    crop, seed, data = settings.crop_size, settings.seed, settings.data
     pairs = find_pairs(data, settings.sharp_dir) if data else sharp_pairs(settings.sharp_dir)
     if settings.val_data:
         held_out = find_pairs(settings.val_data, settings.val_sharp_dir)
@@ -379,6 +384,7 @@ def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:
 def main(settings: Settings) -> None:
     if settings.demo:
         settings = with_defaults(settings, DEMO)
+    check(settings)
 
     # Seed and devices
     fabric = start_fabric(settings.devices, settings.num_nodes, settings.precision, settings.seed)

@@ -504,6 +504,7 @@ def test_nan_stops_the_run(data, monkeypatch):
         ("all", {"devices": 4}, "batch_size 2 cannot be shared by 4 processes"),
         ("all", {"devices": 0}, "devices must be at least 1"),
         ("all", {"accumulate_grad_batches": 0}, "accumulate_grad_batches must be at least 1"),
+        ("all", {"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), not 1.0"),
         ("all", {"generated_fraction": 1.5}, "generated_fraction must lie in"),
         ("all", {"last_learning_rate": 1.0}, "last_learning_rate"),
     ],

@@ -378,7 +378,7 @@ def test_demo(tmp_path, capsys):
             "unknown degradation rain: choose from downsample",
         ),
         ({"dropout": 1.0}, "dropout"),
-        ({"ema_decay": 0.0}, "ema_decay must lie between 0 and 1, not 0.0"),
+        ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), not 1.0"),
         ({"preview_steps": 0}, "preview_steps must be at least 1"),
         ({"perceptual_crop": 100}, "perceptual_crop"),
         ({"shard_base": True}, "--shard_base needs --devices 2"),

@@ -317,3 +317,14 @@ def test_an_error_in_a_loader_worker_is_one_line_too(monkeypatch, capsys, tmp_pa
 def test_denormals_are_flushed():
     start_fabric()
     assert (torch.tensor([1e-30]) * 1e-10).item() == 0.0
+
+
+def test_an_average_with_a_decay_of_0_is_the_parameters():
+    network = nn.Linear(3, 2)
+    ema = EMA(network, 0.0)
+    with torch.no_grad():
+        network.weight.add_(torch.randn(2, 3))
+    ema.update(network)
+    assert torch.equal(ema.average["weight"], network.weight)
+    with pytest.raises(ValueError, match="ema_decay must lie in"):
+        EMA(network, 1.0)

@@ -10,12 +10,13 @@ from torch import nn
 class EMA:
     """Average of the trainable parameters of `module`, kept in float32 on their device.
 
-    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the average is useful from the start.
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the average is useful from the start. A
+    decay of 0 is no average: it equals the parameters.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.9999):
-        if not 0 < decay < 1:
-            raise ValueError(f"ema_decay must lie between 0 and 1, not {decay}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), not {decay}")
         self.decay, self.updates = decay, 0
         self.average = {
             name: parameter.detach().float().clone()
