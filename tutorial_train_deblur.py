@@ -217,7 +217,7 @@ def main(settings: Settings) -> None:
     # Seed and data
     pl.seed_everything(settings.seed, verbose=False)
     flush_denormals()
-    if settings.demo:
+    if settings.demo and settings.data_root == DEMO["data_root"]:
         make_dataset(MakeSettings(output_dir=DEMO["data_root"], num_samples=240, image_size=64))
     train, validation, pairs = find_crops(settings)
     if settings.demo:

@@ -241,7 +241,7 @@ def main(settings: Settings) -> None:
     # Seed and data
     pl.seed_everything(settings.seed, verbose=False)
     flush_denormals()
-    if settings.demo:
+    if settings.demo and settings.image_dir == DEMO["image_dir"]:
         cut_photographs(Path(DEMO["image_dir"]), 240)
     train, validation = find_pictures(settings)
     if settings.demo:
