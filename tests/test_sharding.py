@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from cldm.model import open_control_model
 from cldm.sharding import split_like, whole
 from ldm import checkpoint
 from ldm.data.image import read_image
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from tests.test_deblur import last, make_place, rows, same, small_settings
 from tutorial_train_deblur import Settings, main
 
@@ -24,13 +27,13 @@ def run_rank(rank: int, port: int, runs: list[Settings]) -> None:
         main(settings)
 
 
-def run_on_two(runs: list[Settings]) -> None:
-    """One run after the other, on the same two processes."""
+def run_on_two(work: Callable, *arguments: object) -> None:
+    """`work(rank, port, *arguments)` in each of two processes, which must both end well and in time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = multiprocessing.get_context("spawn").Process
-    processes = [start(target=run_rank, args=(rank, port, runs)) for rank in range(2)]
+    processes = [start(target=work, args=(rank, port, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -52,7 +55,7 @@ def done(tmp_path_factory) -> dict[str, Settings]:
     again = {f"{name}_resumed": replace(s, output_dir=s.output_dir + "_resumed") for name, s in runs.items()}
     stopped = [replace(settings, max_steps=1) for settings in again.values()]
     main(one)
-    run_on_two([*runs.values(), *stopped, *again.values()])
+    run_on_two(run_rank, [*runs.values(), *stopped, *again.values()])
     return {"one": one, **runs, **again}
 
 
@@ -123,3 +126,24 @@ def test_what_split_weights_cannot_do_is_refused(tmp_path, change, message):
     settings = Settings(resume_path=str(tmp_path / "start"), strategy="fsdp", devices=2)
     with pytest.raises(ValueError, match=message):
         main(replace(settings, **change))
+
+
+def run_with_nan_in_rank_1(rank: int, port: int, settings: Settings, answers: Path) -> None:
+    if rank == 1:
+        step = LatentDiffusion.training_step
+        LatentDiffusion.training_step = lambda *arguments: step(*arguments) * float("nan")
+    try:
+        run_rank(rank, port, [settings])
+    except ValueError as error:
+        (answers / f"{rank}.txt").write_text(str(error))
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_them_all(tmp_path):
+    settings = replace(
+        small_settings(make_place(tmp_path), tmp_path), devices=2, max_steps=3, val_fraction=0.0
+    )
+    run_on_two(run_with_nan_in_rank_1, settings, tmp_path)
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert "training stopped" in first and "its batch: that of another process" in first
+    assert "loss = nan at step" in second and ".png" in second
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()

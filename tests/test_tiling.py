@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.tiling import pad_to_multiple, restore_tiled, tile_starts
+from ldm.tiling import pad_to_multiple, restore_picture, restore_tiled, tile_starts
 
 
 def test_padding_repeats_the_edge():
@@ -45,3 +46,18 @@ def test_tiles_smaller_than_their_overlap_are_refused():
     for tile, overlap in ((0, 0), (16, 16), (16, -1)):
         with pytest.raises(ValueError, match=f"tile {tile} and overlap {overlap}"):
             restore_tiled(torch.zeros(1, 1, 8, 8), lambda x: x, tile, overlap)
+
+
+def test_a_picture_reports_its_tiles_and_keeps_its_values():
+    image = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    seen = []
+
+    def progress(corners):
+        seen.extend(corners)
+        return corners
+
+    cpu = torch.device("cpu")
+    whole = restore_picture(image, lambda part: part, cpu)
+    tiled = restore_picture(image, lambda part: part, cpu, tile=32, overlap=8, progress=progress)
+    assert np.array_equal(whole, image) and np.array_equal(tiled, image)
+    assert seen == [(y, x) for y in (0, 8) for x in (0, 24, 38)]

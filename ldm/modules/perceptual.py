@@ -12,7 +12,7 @@ from ldm.checkpoint import fill, read_weights
 
 FILE = Path("models/vgg19-dcbb9e9d.pth")  # the name torchvision gives it
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, images in [0, 1]
-RELU1_2, RELU2_2, RELU3_3, RELU5_4 = 3, 8, 15, 35  # positions in torchvision's `features`
+RELU1_2, RELU2_2, RELU3_3 = 3, 8, 15  # positions in torchvision's `features`
 
 
 class PerceptualLoss(nn.Module):
