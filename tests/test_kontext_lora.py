@@ -21,6 +21,7 @@ from ldm.models.kontext import (
     load_flux,
     load_restorer,
     restore_image,
+    write_small_folder,
     write_tiny_folder,
 )
 from ldm.modules.flux import pack, shift_timesteps, unpack
@@ -100,6 +101,19 @@ def test_a_killed_run_resumes_exactly(folder, tmp_path):
         assert all(torch.equal(value, files[1][key]) for key, value in files[0].items())
     with pytest.raises(ValueError, match="rank was 4, is 8"):
         main(replace(broken, rank=8))
+
+
+def test_a_base_of_other_sizes_is_trained_and_used(folder, tmp_path):
+    settings = make_settings(folder, tmp_path / "run", max_steps=1)
+    settings.pretrained_model_name_or_path = tmp_path / "model"
+    write_tiny_folder(tmp_path / "model", settings.output_dir / "prompt.safetensors", "restore", channels=6)
+    main(settings)
+    restore = load_restorer(tmp_path / "model", settings.output_dir / "lora.safetensors")
+    image = read_image(folder / "photos" / "coffee.png")
+    assert restore(image, steps=1).shape == image.shape
+    model = load_flux(tmp_path / "model" / TRANSFORMER)
+    with pytest.raises(ValueError, match="in_channels must be 4 x 16 z_channels, not 24"):
+        write_small_folder(tmp_path / "other", model, load_autoencoder(folder / "model" / "ae.safetensors"))
 
 
 def test_other_data_do_not_continue_a_run(folder, tmp_path):

@@ -51,12 +51,17 @@ def check_folder(folder: str | Path, files: Iterable[str]) -> Path:
 
 
 class FluxAutoencoder(AutoencoderKL):
-    """Image (b, 3, 8h, 8w) in [-1, 1] <-> latent (b, 16, h, w) of about unit variance."""
+    """Image (b, 3, 8h, 8w) in [-1, 1] <-> latent (b, 16, h, w) of about unit variance.
+
+    `config` are the arguments of Encoder and Decoder, if they are not FLUX's.
+    """
 
     scale_factor, shift_factor = 0.3611, 0.1159
 
     def __init__(self, config: dict | None = None):
-        super().__init__(config or AUTOENCODER_CONFIG, use_quant_conv=False)
+        config = dict(config or AUTOENCODER_CONFIG)
+        super().__init__(config, use_quant_conv=False)
+        self.config = config
 
     def encode(self, image: Tensor) -> Tensor:
         """The mode of the posterior, shifted and scaled."""
@@ -255,23 +260,46 @@ def load_restorer(
     return partial(restore_image, model, autoencoder, embeddings)
 
 
-def write_tiny_folder(folder: str | Path, cache: str | Path, prompt: str, seed: int = 0) -> None:
+def write_small_folder(folder: str | Path, flux: Flux, autoencoder: FluxAutoencoder) -> None:
+    """The two networks of a model folder, of any sizes: these the files name themselves (their metadata).
+
+    Written are the transformer (flux1-kontext-dev.safetensors, metadata "flux_params": the fields of
+    `FluxParams`) and the autoencoder (ae.safetensors, "ddconfig": the arguments of its Encoder, with any
+    z_channels; 8 pixels are one of the latent's, which the scale and shift of FLUX must bring to about unit
+    variance). in_channels of the transformer is 4 z_channels. To embed prompts the folder also needs
+    TEXT_FILES: text_encoder/ (CLIP, hidden_size = vec_in_dim), text_encoder_2/ (T5, d_model =
+    context_in_dim) and tokenizer_2/, whose sizes their config.json give; without them a run needs
+    prompt.safetensors, as `cached_prompt` writes it, in its output folder. Raises ValueError if the two
+    networks do not fit together.
+    """
+    channels = autoencoder.config["z_channels"]
+    if flux.params.in_channels != 4 * channels:
+        raise ValueError(f"in_channels must be 4 x {channels} z_channels, not {flux.params.in_channels}")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_flux(Path(folder) / TRANSFORMER, flux)
+    metadata = {"ddconfig": json.dumps(dict(autoencoder.config))}
+    write_weights(Path(folder) / AUTOENCODER, autoencoder.state_dict(), metadata)
+
+
+def write_tiny_folder(
+    folder: str | Path, cache: str | Path, prompt: str, seed: int = 0, channels: int = 16
+) -> None:
     """A transformer and an autoencoder of random weights and toy sizes, for demonstrations and tests.
 
     `cache` is what `cached_prompt` then finds for `prompt`: 16 random tokens instead of text encoders.
     """
     generator = torch.Generator().manual_seed(seed)
-    sizes = FluxParams(64, 64, 32, 48, 128, 4.0, 4, depth=2, depth_single_blocks=4, axes_dim=(8, 12, 12))
-    config = {"ch": 32, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_channels": 16}
+    width = 4 * channels
+    sizes = FluxParams(
+        width, width, 32, 48, 128, 4.0, 4, depth=2, depth_single_blocks=4, axes_dim=(8, 12, 12)
+    )
+    config = {"ch": 32, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_channels": channels}
     flux, autoencoder = Flux(sizes), FluxAutoencoder(config)
     for parameter in (*flux.parameters(), *autoencoder.parameters()):
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
         else:  # biases, and the weights of norms
             nn.init.constant_(parameter, float((parameter == 1).all()))
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_flux(Path(folder) / TRANSFORMER, flux)
-    metadata = {"ddconfig": json.dumps(config)}
-    write_weights(Path(folder) / AUTOENCODER, autoencoder.state_dict(), metadata)
+    write_small_folder(folder, flux, autoencoder)
     t5, pooled = (torch.randn(shape, generator=generator) for shape in ((1, 16, 48), (1, 32)))
     write_weights(cache, {"t5": t5, "pooled": pooled}, {"prompt": prompt})
