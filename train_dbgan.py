@@ -10,7 +10,7 @@ The same command again resumes a stopped run. Published for GoPro: 31.10 dB. Mor
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,9 @@ from ldm.modules.gan import (
     judge,
     least_squares,
 )
+from ldm.modules.mprnet import EDGE_WEIGHT, MPRNet, edge_loss
 from ldm.modules.perceptual import FILE, PerceptualLoss
+from ldm.modules.sftnet import SFTNet
 from ldm.run import Run, average_gradients, read_trained, start_fabric
 from ldm.settings import (
     Accumulate,
@@ -58,6 +60,9 @@ from ldm.validation import HeldOut, Spectra, line, report
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
 
+Generator = Literal["dbgan", "srresnet", "deblurgan", "mprnet", "sftnet"]
+
+
 @dataclass
 class Settings:
     """Train BGAN (sharp to blurry) and DBGAN (blurry to sharp)."""
@@ -73,20 +78,20 @@ class Settings:
     val_blur_data: Path | None = None  # real blurred photographs to compare BGAN's with; None: --blur_data
     val_fraction: float = 0.05  # without val_data: the part of the data that is held out (whole sequences)
     val_images: int = 32  # evaluate on at most that many, drawn once
-    val_crop: int = 0  # evaluate on that many pixels in the middle; 0 = whole images
+    val_crop: int = 256  # evaluate on that many pixels in the middle; 0 = whole images: far slower
     crop_size: int = 128  # of training images, a multiple of 16
     color_jitter: float = 0.1  # the same for both pictures of an item: against a tint of the results
     cache: bool = False  # keep all training images decoded in memory
 
-    generator: Literal["dbgan", "srresnet", "deblurgan"] = "dbgan"  # the network that deblurs
+    generator: Generator = "dbgan"  # the network that deblurs; docs/dbgan.md has the papers' sizes
     width: int = 64  # channels of the generators
-    blocks: int = 16  # of the deblurring generator
+    blocks: int = 16  # of the deblurring generator; mprnet: of each part of its third stage
     blur_blocks: int = 9  # of BGAN
     sampling: bool = False  # work at half resolution: 4 times less to compute
     batch_norm: bool = False  # in BGAN; the paper has it, colours are steadier without
     discriminator_width: int = 64  # channels of the discriminators' first layer
 
-    init_std: float = 0.01  # deviation of the generators' first weights; narrow networks want more
+    init_std: float = 0.01  # deviation of first weights (not of mprnet, sftnet); narrow networks want more
     content_loss: Literal["l1", "mse"] = "l1"  # distance of pixels
     perceptual_loss_weight: float = 1.0  # 0: VGG-19 is not needed
     content_loss_weight: float = 0.005  # alpha
@@ -146,7 +151,7 @@ DEMO = {
     "log_epoch": 2,
 }
 # What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
-MAY_CHANGE = "mode devices num_nodes num_workers cache channels_last compile log_epoch".split()
+MAY_CHANGE = "mode val_crop devices num_nodes num_workers cache channels_last compile log_epoch".split()
 SOFT_REAL, SOFT_FAKE = 0.9, 0.1  # soft labels of the least-squares discriminators
 NOISE = 4  # numbers that BGAN draws for a picture
 
@@ -211,11 +216,12 @@ def make_generator(kind: str, form: dict) -> nn.Module:
     """The generator `blur` or `deblur` of some settings."""
     if kind == "blur":
         return BGANGenerator(form["width"], form["blur_blocks"], form["sampling"], form["batch_norm"])
-    if form["generator"] == "dbgan":
-        return DBGANGenerator(form["width"], form["blocks"], form["sampling"])
-    return {"srresnet": SRResNet, "deblurgan": DeblurGANGenerator}[form["generator"]](
-        form["width"], form["blocks"]
-    )
+    name, width, blocks = form["generator"], form["width"], form["blocks"]
+    if name == "dbgan":
+        return DBGANGenerator(width, blocks, form["sampling"])
+    if name == "mprnet":
+        return MPRNet(width, width // 2, width // 3, blocks)
+    return {"srresnet": SRResNet, "deblurgan": DeblurGANGenerator, "sftnet": SFTNet}[name](width, blocks)
 
 
 FORM = ("generator", "width", "blocks", "blur_blocks", "sampling", "batch_norm")
@@ -249,7 +255,8 @@ def restore_image(
 
     def run(part: Tensor) -> Tensor:
         h, w = part.shape[2:]
-        restored = network.forward(pad_to_multiple(to_unit(part), network.multiple), *extra)  # not compiled
+        padded = pad_to_multiple(to_unit(part), network.multiple)
+        restored = final(network.forward(padded, *extra))  # not compiled
         return restored[..., :h, :w].clamp(0, 1) * 2 - 1
 
     training = network.training
@@ -268,6 +275,11 @@ def blur_image(network: nn.Module, image: np.ndarray, seed: int, **options: Any)
 
 def to_unit(image: Tensor) -> Tensor:
     return (image + 1) / 2  # [-1, 1] -> [0, 1]
+
+
+def final(made: Tensor | list[Tensor]) -> Tensor:
+    """The picture that counts: of a network of several stages, which gives a list, the first."""
+    return made[0] if isinstance(made, list) else made
 
 
 # ---- losses ------------------------------------------------------------------------------------------------
@@ -308,75 +320,90 @@ def draw_noise(like: Tensor) -> Tensor:
     return torch.randn(len(like), NOISE).to(like)  # drawn on the CPU: the same on every device
 
 
-def content_loss(made: Tensor, real: Tensor, settings: Settings) -> Tensor:
+def content_loss(made: Tensor | list[Tensor], real: Tensor, settings: Settings) -> Tensor:
+    """Distance of the pixels; of several stages the sum, with the edges' as in MPRNet's equation 1."""
     distance = F.l1_loss if settings.content_loss == "l1" else F.mse_loss
+    if isinstance(made, list):
+        return sum(distance(x.float(), real) + EDGE_WEIGHT * edge_loss(x.float(), real) for x in made)
     return distance(made.float(), real)
 
 
 def relativistic_losses(
-    players: Players, name: str, made: Tensor, real: Tensor, alpha: float, settings: Settings
+    players: Players,
+    name: str,
+    made: Tensor | list[Tensor],
+    real: Tensor,
+    alpha: float,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """Losses of a discriminator and of the generator that `made` comes from (paper, section 3).
 
     The generator's is perceptual + alpha * content + beta * relativistic. Both can be minimised in one
     backward: `made` is detached for the first, the discriminator frozen for the second.
     """
-    discriminator = players.discriminators[name]
-    loss_d = relativistic_d_loss(*judge(discriminator, real, made.detach()))
+    discriminator, shown = players.discriminators[name], final(made)
+    loss_d = relativistic_d_loss(*judge(discriminator, real, shown.detach()))
     with frozen(discriminator):
-        adversarial = relativistic_g_loss(*judge(discriminator, real, made))
+        adversarial = relativistic_g_loss(*judge(discriminator, real, shown))
     loss_g = alpha * content_loss(made, real, settings) + settings.adversarial_loss_weight * adversarial
     if players.perceptual:
-        distance = players.perceptual(made * 2 - 1, real * 2 - 1).mean()
+        distance = players.perceptual(shown * 2 - 1, real * 2 - 1).mean()
         loss_g = loss_g + settings.perceptual_loss_weight * distance
     return loss_d, loss_g
 
 
-def content_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> dict[str, Tensor]:
+# Each of these yields its losses in terms that share no graph: `train_step` is done with one before the next
+# is computed, which takes a third of the memory in `blur`.
+Terms = Iterator[dict[str, Tensor]]
+
+
+def content_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """DBGAN before it meets a discriminator."""
     blurry = blurred_again(players.blurrer, settings, blurry, sharp)
-    return {"total_loss": content_loss(players.generators["deblur"](blurry), sharp, settings)}
+    yield {"total_loss": content_loss(players.generators["deblur"](blurry), sharp, settings)}
 
 
-def deblur_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> dict[str, Tensor]:
+def deblur_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """DBGAN against its discriminator (paper, equations of RDBL)."""
     blurry = blurred_again(players.blurrer, settings, blurry, sharp)
     restored = players.generators["deblur"](blurry)
     alpha = settings.content_loss_weight
     loss_d, loss_g = relativistic_losses(players, "sharp", restored, sharp, alpha, settings)
-    return {"loss_d": loss_d, "total_loss": loss_g}
+    yield {"loss_d": loss_d, "total_loss": loss_g}
 
 
-def paired_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> dict[str, Tensor]:
+def paired_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """Both networks on pairs; DBGAN sees what BGAN makes as well."""
     made = players.generators["blur"](sharp, draw_noise(sharp))
     alpha = 0.0 if players.perceptual else settings.content_loss_weight  # BGAN's has no content term
-    loss_d_blur, loss_g_blur = relativistic_losses(players, "blur", made, blurry, alpha, settings)
+    loss_d, loss_g = relativistic_losses(players, "blur", made, blurry, alpha, settings)
+    yield {"loss_d_blur": loss_d, "loss_g": loss_g}
     blurry = mix(made.detach().clamp(0, 1), blurry, settings.generated_fraction)
-    found = deblur_losses(replace(players, blurrer=None), settings, blurry, sharp)
-    losses = {"loss_d_blur": loss_d_blur, "loss_d_sharp": found["loss_d"]}
-    return {**losses, "loss_g": loss_g_blur + found["total_loss"]}
+    for found in deblur_losses(replace(players, blurrer=None), settings, blurry, sharp):
+        yield {"loss_d_sharp": found["loss_d"], "loss_g": found["total_loss"]}
 
 
-def unpaired_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> dict[str, Tensor]:
+def unpaired_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """BGAN and a network back, without pairs: least-squares GAN, cycles, identity (Zhu et al. 2017)."""
-    blur, deblur = (players.generators[name] for name in ("blur", "deblur"))
-    made = {"blur": blur(sharp, draw_noise(sharp)), "sharp": deblur(blurry)}
-    losses, adversarial = {}, 0.0
-    for name, real in (("blur", blurry), ("sharp", sharp)):
-        discriminator = players.discriminators[name]
-        real_scores, fake_scores = judge(discriminator, real, players.pools[name](made[name]))
-        loss = least_squares(real_scores, SOFT_REAL) + least_squares(fake_scores, SOFT_FAKE)
-        losses[f"loss_d_{name}"] = loss / 2
+
+    def blur(image: Tensor) -> Tensor:
+        return players.generators["blur"](image, draw_noise(image))
+
+    def deblur(image: Tensor) -> Tensor:
+        return final(players.generators["deblur"](image))
+
+    ways = [("blur", blur, deblur, sharp, blurry), ("sharp", deblur, blur, blurry, sharp)]
+    for name, there, back, source, real in ways:
+        made, discriminator = there(source), players.discriminators[name]
+        real_scores, fake_scores = judge(discriminator, real, players.pools[name](made))
+        loss_d = least_squares(real_scores, SOFT_REAL) + least_squares(fake_scores, SOFT_FAKE)
         with frozen(discriminator):
-            _, fake_scores = judge(discriminator, real, made[name])
-        adversarial = adversarial + least_squares(fake_scores, SOFT_REAL)
-    cycle = F.l1_loss(deblur(made["blur"]).float(), sharp)
-    cycle = cycle + F.l1_loss(blur(made["sharp"], draw_noise(sharp)).float(), blurry)
-    same = F.l1_loss(blur(blurry, draw_noise(sharp)).float(), blurry)
-    same = same + F.l1_loss(deblur(sharp).float(), sharp)
-    loss_g = adversarial + settings.cycle_loss_weight * cycle + settings.identity_loss_weight * same
-    return {**losses, "loss_g": loss_g}
+            _, fake_scores = judge(discriminator, real, made)
+        cycle = F.l1_loss(back(made).float(), source)
+        loss_g = least_squares(fake_scores, SOFT_REAL) + settings.cycle_loss_weight * cycle
+        yield {f"loss_d_{name}": loss_d / 2, "loss_g": loss_g}
+    for _, there, _, _, real in ways:
+        yield {"loss_g": settings.identity_loss_weight * F.l1_loss(there(real).float(), real)}
 
 
 def blurred_again(blurrer: nn.Module | None, settings: Settings, blurry: Tensor, sharp: Tensor) -> Tensor:
@@ -398,17 +425,21 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: dict,
     parts: int,
-    losses: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    losses: Callable[[Tensor, Tensor], Terms],
 ) -> dict[str, Tensor]:
     """One step of all networks on the mean gradient of `parts` equal parts of a batch; the mean losses."""
     optimizer.zero_grad()
     sums: dict[str, Tensor] = {}
     pieces = (to_unit(batch[name]).chunk(parts) for name in ("blurry", "sharp"))
     for blurry, sharp in zip(*pieces, strict=True):
-        with fabric.autocast():
-            found = losses(blurry, sharp)
-        fabric.backward(sum(found.values()) / parts)
-        sums = {name: sums.get(name, 0) + value.detach() / parts for name, value in found.items()}
+        terms = losses(blurry, sharp)
+        while True:
+            with fabric.autocast():
+                found = next(terms, None)
+            if found is None:
+                break
+            fabric.backward(sum(found.values()) / parts)
+            sums |= {name: sums.get(name, 0) + value.detach() / parts for name, value in found.items()}
     average_gradients(fabric, optimizer)  # DDP's wrapper cannot run a network twice in a step
     optimizer.step()
     return sums
@@ -491,7 +522,7 @@ def make_players(
     generators, discriminators = (names.split() for names in STAGES[stage][:2])
     form, width = plain(settings), settings.discriminator_width
     players = Players(
-        nn.ModuleDict({n: initialise(make_generator(n, form), settings.init_std) for n in generators}),
+        nn.ModuleDict({n: begin(make_generator(n, form), settings) for n in generators}),
         nn.ModuleDict({n: initialise(Discriminator(width)) for n in discriminators}),
         {name: ImagePool(settings.pool_size) for name in discriminators},
         perceptual,
@@ -503,6 +534,11 @@ def make_players(
     if stage == "deblur" and settings.generated_fraction:
         players.blurrer = load_generator(bgan_path(settings), "blur").requires_grad_(False).to(device)
     return players
+
+
+def begin(generator: nn.Module, settings: Settings) -> nn.Module:
+    """First weights: the paper's, or what a network from elsewhere is made with."""
+    return generator if isinstance(generator, MPRNet | SFTNet) else initialise(generator, settings.init_std)
 
 
 def bgan_path(settings: Settings) -> Path:

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import h5py
 import numpy as np
@@ -24,9 +25,11 @@ from ldm import checkpoint
 from ldm.data.image import list_images, photographs, read_image, to_tensor, write_image
 from ldm.data.pairs import find_pairs
 from ldm.metrics import radial_power, spectrum_distance
+from ldm.modules.mprnet import MPRNet
+from ldm.modules.sftnet import SFT, SFTNet
 from ldm.run import start_fabric
 from ldm.validation import HeldOut, Spectra
-from tests.fill import fill
+from tests.fill import draw, fill, relative_error
 from train_dbgan import (
     BGANGenerator,
     DBGANGenerator,
@@ -41,6 +44,7 @@ from train_dbgan import (
 )
 
 ROOT = Path(__file__).parent.parent
+REFERENCE = Path(__file__).parent / "reference"
 TINY = {
     "crop_size": 16,
     "width": 4,
@@ -113,7 +117,69 @@ def test_the_papers_networks():
     assert sum(isinstance(m, nn.BatchNorm2d) for m in discriminator.modules()) == 7
 
 
-@pytest.mark.parametrize("name", ["dbgan", "srresnet", "deblurgan"])
+def test_mprnet_is_the_authors():
+    """Names, shapes and count at full size; numbers of a tiny one, filled by name."""
+    manifest = json.loads((REFERENCE / "mprnet_keys.json").read_text())
+    network = MPRNet()
+    assert {name: list(value.shape) for name, value in network.state_dict().items()} == manifest["full"]
+    assert sum(p.numel() for p in network.parameters()) == 20_127_073
+    full = script.make_generator("deblur", {"generator": "mprnet", "width": 96, "blocks": 8})
+    assert {n: v.shape for n, v in full.state_dict().items()} == {
+        n: v.shape for n, v in network.state_dict().items()
+    }
+    network = fill(MPRNet(8, 4, 4, 2, 4)).eval()
+    assert {name: list(value.shape) for name, value in network.state_dict().items()} == manifest["tiny"]
+    expected = np.load(REFERENCE / "generators.npz")
+    with torch.no_grad():
+        outputs = network(torch.sigmoid(draw("input:image2", (1, 3, 32, 48))))
+    for number, output in enumerate(outputs):
+        assert relative_error(output, expected[f"mprnet.tiny.{number}"]) < 1e-4
+
+
+def test_the_average_of_mprnets_one_activation_reaches_all_its_names():
+    """The EMA knows it by its first name; a checkpoint has it under all."""
+    network = MPRNet(8, 4, 4, 1)
+    weights = network.state_dict()
+    first, *others = [name for name in weights if weights[name].shape == (1,)]
+    network.load_state_dict({**weights, first: torch.tensor([0.7])})
+    found = [network.state_dict()[name].item() for name in others]
+    assert len(found) > 10 and found == pytest.approx([0.7] * len(found))
+
+
+def test_several_stages_train_with_the_sum_of_their_losses():
+    torch.manual_seed(0)
+    made, real = [torch.rand(2, 3, 16, 16) for _ in range(3)], torch.rand(2, 3, 16, 16)
+    edges = []
+    for one in made:
+        x = F.pad(one - real, (1, 1, 1, 1))
+        laplacian = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
+        laplacian = (laplacian - 4 * x[..., 1:-1, 1:-1])[..., 1:-1, 1:-1]
+        edges.append((laplacian.square() + 1e-6).sqrt().mean())
+    expected = sum(F.l1_loss(one, real) for one in made) + 0.05 * sum(edges)
+    assert script.content_loss(made, real, Settings()).item() == pytest.approx(expected.item(), rel=1e-5)
+    players, chosen = make("deblur", generator="mprnet", width=8)
+    summed(script.deblur_losses(players, chosen, **batch()))["total_loss"].backward()
+    assert gradients(players.generators["deblur"].stage1_decoder) > 0
+
+
+def test_sftnet_is_told_of_the_blur():
+    """Conditions change what the trunk does; those of a picture depend on that picture alone."""
+    network = fill(SFTNet(8, 2)).eval()
+    x = torch.rand(2, 3, 32, 48)
+    with torch.no_grad():
+        assert network(x).shape == x.shape
+        assert torch.allclose(network(x)[:1], network(x[:1]), atol=1e-5)
+        before = network(x)
+        network.conditions[0].weight.mul_(2)
+        assert not torch.allclose(network(x), before, atol=1e-3)
+        layer, features, conditions = SFT(4), torch.rand(1, 4, 8, 8), torch.rand(1, 32, 2, 2)
+        for maps in (layer.scale, layer.shift):
+            nn.init.zeros_(maps[2].weight)
+            nn.init.ones_(maps[2].bias)
+        assert torch.allclose(layer(features, conditions), features * 2 + 1)
+
+
+@pytest.mark.parametrize("name", get_args(script.Generator))
 @pytest.mark.parametrize("sampling", [False, True])
 def test_every_generator_takes_any_size(name, sampling):
     form = {"generator": name, "width": 4, "blocks": 1, "sampling": sampling}
@@ -124,7 +190,7 @@ def test_every_generator_takes_any_size(name, sampling):
     whole = restore_image(network.eval(), image[:32, :48])
     x = (to_tensor(image[:32, :48])[None] + 1) / 2
     with torch.no_grad():
-        expected = (network(x)[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        expected = (script.final(network(x))[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     assert np.abs(whole.astype(int) - expected).max() <= 1
 
 
@@ -195,6 +261,14 @@ def batch(b=2):
     return {"blurry": F.avg_pool2d(sharp, 3, 1, 1), "sharp": sharp}
 
 
+def summed(terms):
+    """The losses of a step from its terms."""
+    losses = {}
+    for term in terms:
+        losses |= {name: losses.get(name, 0) + value for name, value in term.items()}
+    return losses
+
+
 def gradients(network):
     return sum(p.grad.abs().sum().item() for p in network.parameters() if p.grad is not None)
 
@@ -211,7 +285,7 @@ def test_each_loss_teaches_its_own_networks(stage, of_d, of_g):
     """The adversarial part alone reaches every generator, and no discriminator; theirs no generator."""
     none = {"content_loss_weight": 0.0, "cycle_loss_weight": 0.0, "identity_loss_weight": 0.0}
     players, chosen = make(stage, adversarial_loss_weight=1.0, **none)
-    losses = script.STAGES[stage][2][-1](players, chosen, **batch())
+    losses = summed(script.STAGES[stage][2][-1](players, chosen, **batch()))
     assert set(losses) == {*of_d, of_g}
     losses[of_g].backward(retain_graph=True)
     assert all(gradients(network) > 0 for network in players.generators.values())
@@ -225,13 +299,13 @@ def test_each_loss_teaches_its_own_networks(stage, of_d, of_g):
 
 def test_content_stage_has_no_discriminator():
     players, chosen = make("deblur", adversarial_loss_weight=1.0)
-    found = script.content_losses(players, chosen, **batch())
+    (found,) = script.content_losses(players, chosen, **batch())
     restored = players.generators["deblur"](batch()["blurry"])
     assert found["total_loss"].item() == pytest.approx(F.l1_loss(restored, batch()["sharp"]).item())
     found["total_loss"].backward()
     assert gradients(players.generators) > 0 and gradients(players.discriminators) == 0
-    squared = script.content_losses(players, replace(chosen, content_loss="mse"), **batch())["total_loss"]
-    assert squared.item() == pytest.approx(F.mse_loss(restored, batch()["sharp"]).item())
+    (squared,) = script.content_losses(players, replace(chosen, content_loss="mse"), **batch())
+    assert squared["total_loss"].item() == pytest.approx(F.mse_loss(restored, batch()["sharp"]).item())
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +322,7 @@ def test_the_weights_of_the_terms(vgg_file):
     weights = {"content_loss_weight": 0.005, "adversarial_loss_weight": 0.01, "perceptual_loss_weight": 1.0}
     players, chosen = make("deblur", perceptual, **weights)
     x = batch()
-    total = script.deblur_losses(players, chosen, **x)["total_loss"].item()
+    total = summed(script.deblur_losses(players, chosen, **x))["total_loss"].item()
     restored = players.generators["deblur"](x["blurry"])
     d = players.discriminators["sharp"]
     adversarial = relativistic_g_loss(*d(torch.cat([x["sharp"], restored])).chunk(2)).item()
@@ -260,7 +334,7 @@ def test_the_weights_of_the_terms(vgg_file):
     with pytest.MonkeyPatch.context() as patch:
         own = script.relativistic_losses
         patch.setattr(script, "relativistic_losses", lambda *a: (seen.append((a[1], a[4])), own(*a))[1])
-        script.paired_losses(players, chosen, **x)
+        summed(script.paired_losses(players, chosen, **x))
     assert seen == [("blur", 0.0), ("sharp", 0.005)]
 
 
@@ -269,7 +343,7 @@ def test_unpaired_losses_are_their_formulas():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "draw_noise", lambda like: torch.zeros(len(like), 4))
         x = batch()
-        found = script.unpaired_losses(players, chosen, **x)
+        found = summed(script.unpaired_losses(players, chosen, **x))
         deblur = players.generators["deblur"]
         blur = partial(players.generators["blur"], noise=torch.zeros(2, 4))
         made_b, made_s = blur(x["sharp"]), deblur(x["blurry"])
@@ -301,6 +375,51 @@ def test_image_pool():
     assert torch.equal(other(torch.full((4, 1), -1.0)), expected)
     x = torch.rand(2, 3)
     assert torch.equal(ImagePool(0)(x), x)
+
+
+def test_a_resumed_image_pool_follows_its_batch_to_the_device():
+    """A checkpoint is read to the CPU; the fakes of a resumed run are elsewhere (here on `meta`)."""
+    torch.manual_seed(0)
+    pool = ImagePool(2)
+    pool.load_state_dict({"images": [torch.zeros(3, 4, 4), torch.ones(3, 4, 4)]})
+    for _ in range(4):
+        assert pool(torch.empty(4, 3, 4, 4, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("stage", ["blur", "paired"])
+def test_terms_one_by_one_give_the_same_gradients_in_less_memory(stage):
+    """Backward term by term is backward of the sum; what is kept for it at once is at most half."""
+
+    def step(split):
+        players, chosen = make(stage, blur_blocks=2, blocks=2, pool_size=1, generated_fraction=0.5)
+        torch.manual_seed(3)
+        held, highest = [0], [0]
+
+        class Saved(list):  # for backward; a plain list cannot be watched
+            def __init__(self, tensor):
+                super().__init__([tensor])
+                held[0] += tensor.nbytes
+                highest[0] = max(highest[0], held[0])
+
+            def __del__(self):
+                held[0] -= self[0].nbytes
+
+        images = {name: (value * 256).round() / 256 for name, value in batch().items()}  # exact in [-1, 1]
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved[0]):
+            if split:
+                optimizer = fabric.setup_optimizers(torch.optim.SGD(players.generators.parameters(), lr=0.0))
+                losses = partial(script.STAGES[stage][2][-1], players, chosen)
+                images = {name: value * 2 - 1 for name, value in images.items()}
+                script.train_step(fabric, optimizer, images, 1, losses)
+            else:
+                sum(summed(script.STAGES[stage][2][-1](players, chosen, **images)).values()).backward()
+        grads = [p.grad for n in (players.generators, players.discriminators) for p in n.parameters()]
+        return highest[0], grads
+
+    fabric = start_fabric()
+    (whole, expected), (split, found) = step(False), step(True)
+    assert split < 0.6 * whole
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
@@ -380,7 +499,9 @@ def test_max_steps_replaces_the_epochs_of_every_phase(data):
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"generator": "srresnet"}, {"generator": "deblurgan", "sampling": True}]
+    "extra",
+    [{}, {"generator": "srresnet"}, {"generator": "deblurgan", "sampling": True}]
+    + [{"generator": name, "precision": "bf16", "channels_last": True} for name in ("mprnet", "sftnet")],
 )
 def test_paired(data, extra):
     main(settings(data, "paired", blur_data=None, **extra))

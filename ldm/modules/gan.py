@@ -103,7 +103,7 @@ class ImagePool:
                 self.images.append(fake.clone())
             elif self.size and torch.rand(()) < 0.5:
                 index = int(torch.randint(self.size, ()))
-                fake, self.images[index] = self.images[index], fake.clone()
+                fake, self.images[index] = self.images[index].to(fake), fake.clone()  # resumed: on the CPU
             chosen.append(fake)
         return torch.stack(chosen)
 
