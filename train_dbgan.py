@@ -52,7 +52,6 @@ from ldm.settings import (
     check_counts,
     plain,
     run_main,
-    with_defaults,
 )
 from ldm.tiling import pad_to_multiple, restore_picture
 from ldm.validation import HeldOut, Spectra, line, report
@@ -123,8 +122,13 @@ class Settings:
     log_epoch: int = 1  # evaluate and save every so many epochs
 
 
+DEMO_DATA = Path("outputs/dbgan_demo/data")
 DEMO = {
-    "output_dir": Path("outputs/dbgan_demo"),
+    "output_dir": DEMO_DATA.parent,
+    "data": DEMO_DATA / "train",
+    "blur_data": DEMO_DATA / "real",
+    "val_data": DEMO_DATA / "valid",
+    "val_blur_data": DEMO_DATA / "valid" / "blur",
     "val_crop": 256,
     "crop_size": 48,
     "color_jitter": 0.2,
@@ -546,13 +550,14 @@ def bgan_path(settings: Settings) -> Path:
 
 
 def main(settings: Settings) -> None:
-    if settings.demo:
-        settings = demo_settings(settings)
     check(settings)
     stages = ["blur", "deblur"] if settings.mode == "all" else [settings.mode]
 
     # What would fail later fails now: data, BGAN, VGG-19
     fabric = start_fabric(settings.devices, settings.num_nodes, settings.precision, settings.seed)
+    given = (settings.data, settings.val_data, settings.blur_data)
+    if settings.demo and DEMO_DATA in [path.parent for path in given if path]:
+        write_demo(DEMO_DATA)
     data = {stage: make_data(settings, stage) for stage in stages}
     if settings.mode == "deblur" and settings.generated_fraction and not bgan_path(settings).is_file():
         raise FileNotFoundError(
@@ -651,18 +656,5 @@ def export_all(generators: nn.ModuleDict, settings: Settings, folder: Path, suff
         export(generators, kind, settings, folder / f"{name}{suffix}.safetensors")
 
 
-def demo_settings(settings: Settings) -> Settings:
-    """The demonstration's settings and data, except where the user gave others."""
-    folder = (
-        DEMO["output_dir"] if settings.output_dir == Settings.output_dir else settings.output_dir
-    ) / "data"
-    made = {**DEMO, "data": folder / "train", "val_data": folder / "valid", "blur_data": folder / "real"}
-    made["val_blur_data"] = folder / "valid" / "blur"
-    chosen = with_defaults(settings, made)
-    if folder in (chosen.data.parent, chosen.val_data.parent, chosen.blur_data.parent):
-        write_demo(folder)
-    return chosen
-
-
 if __name__ == "__main__":
-    run_main(main, Settings)
+    run_main(main, Settings, DEMO)

@@ -13,7 +13,7 @@ Forge. The files that the model folder needs, memory and time are in docs/kontex
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from ldm.data.degraded import DegDataset, example_sheet
-from ldm.data.image import photographs, read_image, to_uint8, write_image
+from ldm.data.image import list_images, photographs, read_image, to_uint8, write_image
 from ldm.data.stream import item_generator
 from ldm.metrics import psnr
 from ldm.models.kontext import (
@@ -57,7 +57,6 @@ from ldm.settings import (
     check_optimizer,
     plain,
     run_main,
-    with_defaults,
 )
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
@@ -131,8 +130,11 @@ class Settings:
     preview_guidance: float = 2.5  # guidance of a preview
 
 
+DEMO_DIR = Path("outputs/kontext_demo")
 DEMO = {
-    "output_dir": Path("outputs/kontext_demo"),
+    "output_dir": DEMO_DIR,
+    "pretrained_model_name_or_path": DEMO_DIR / "tiny_model",
+    "hr_root": DEMO_DIR / "photos",
     "resolution": 64,
     "lora_targets": "all",
     "batch_size": 4,
@@ -393,7 +395,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 def main(settings: Settings) -> None:
     if settings.demo:
-        settings = make_demo(settings)
+        make_demo(settings)
     check(settings)
 
     # Seed and devices
@@ -481,20 +483,22 @@ def save_outputs(adapter: nn.ModuleDict, settings: Settings, step: int) -> None:
 # ---- demonstration -----------------------------------------------------------------------------------------
 
 
-def make_demo(settings: Settings) -> Settings:
-    """A tiny model folder with random weights and photographs, below the output folder; the settings."""
-    settings = with_defaults(settings, DEMO)
-    folder, photos = settings.output_dir / "tiny_model", settings.output_dir / "photos"
-    photos.mkdir(parents=True, exist_ok=True)
-    for path in photographs():
-        write_image(photos / f"{path.stem}.png", cv2.resize(read_image(path), None, fx=0.5, fy=0.5))
-    write_tiny_folder(folder, settings.output_dir / "prompt.safetensors", settings.instance_prompt)
-    return replace(settings, pretrained_model_name_or_path=folder, hr_root=photos)
+def make_demo(settings: Settings) -> None:
+    """Write photographs and a tiny model folder with random weights, where the user gave no others."""
+    if settings.hr_root == DEMO["hr_root"]:
+        settings.hr_root.mkdir(parents=True, exist_ok=True)
+        for path in photographs():
+            image = cv2.resize(read_image(path), None, fx=0.5, fy=0.5)
+            write_image(settings.hr_root / f"{path.stem}.png", image)
+    if settings.pretrained_model_name_or_path == DEMO["pretrained_model_name_or_path"]:
+        prompt = settings.output_dir / "prompt.safetensors"
+        prompt.parent.mkdir(parents=True, exist_ok=True)
+        write_tiny_folder(settings.pretrained_model_name_or_path, prompt, settings.instance_prompt)
 
 
 def check_demo(settings: Settings, run: Run) -> None:
     """Load the file that was saved into a fresh model, merge it, and say what either changes."""
-    folder, image = settings.pretrained_model_name_or_path, read_image(settings.hr_root / "chelsea.png")
+    folder, image = settings.pretrained_model_name_or_path, read_image(list_images(settings.hr_root)[0])
     autoencoder, model = load_models(folder, settings, run.fabric.device)
     prompt = cached_prompt(settings.output_dir / "prompt.safetensors", folder, settings.instance_prompt)
     prompt = {name: value.to(run.fabric.device) for name, value in prompt.items()}
@@ -510,4 +514,4 @@ def check_demo(settings: Settings, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, Settings)
+    run_main(main, Settings, DEMO)

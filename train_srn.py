@@ -30,7 +30,7 @@ from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.run import Run, read_trained, start_fabric
-from ldm.settings import BatchSize, Devices, MaxSteps, Precision, check_counts, plain, run_main, with_defaults
+from ldm.settings import BatchSize, Devices, MaxSteps, Precision, check_counts, plain, run_main
 from ldm.tiling import pad_to_multiple, restore_picture
 from ldm.validation import HeldOut, line, report
 
@@ -382,8 +382,6 @@ def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:
 
 
 def main(settings: Settings) -> None:
-    if settings.demo:
-        settings = with_defaults(settings, DEMO)
     check(settings)
 
     # Seed and devices
@@ -442,4 +440,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, Settings)
+    run_main(main, Settings, DEMO)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from cldm.cache import with_cached_latents
 from cldm.deblur import add_attention
-from cldm.demo import demo_settings, make_demo_start
+from cldm.demo import announce_demo, make_demo_start
 from cldm.model import create_filled_model, load_state_dict, read_config
 from cldm.training import StreamData, check_start, fit, prepare_model, report
 from ldm.data.paired import BlurDataset, PairedDataset
@@ -206,7 +206,7 @@ def main(settings: Settings) -> None:
     """Train, then say where everything is."""
     # Settings: what can be wrong is found before anything is loaded
     if settings.demo:
-        settings = demo_settings(settings, DEMO, "is no restorer")
+        announce_demo("is no restorer")
     check(settings)
     config = read_config(settings.config_path)
     with_attention = "WithAttention" if settings.use_attention else ""
@@ -249,4 +249,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, Settings)
+    run_main(main, Settings, DEMO)

@@ -27,7 +27,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from cldm.cache import with_cached_latents
 from cldm.callbacks import Snapshots, keep_model
-from cldm.demo import demo_settings, make_demo_start
+from cldm.demo import announce_demo, make_demo_start
 from cldm.inpaint import widen_hint
 from cldm.model import create_filled_model, listing, load_state_dict, read_config, read_control
 from cldm.training import StreamData, check_start, fit, prepare_model, report
@@ -230,7 +230,7 @@ def main(settings: Settings) -> None:
     """Train, then say where everything is."""
     # Settings: what can be wrong is found before anything is loaded
     if settings.demo:
-        settings = demo_settings(settings, DEMO, "invents nothing good")
+        announce_demo("invents nothing good")
     check_start(settings)
     if settings.hint_channels not in (3, 4):
         raise ValueError(f"hint_channels must be 3 or 4, not {settings.hint_channels}")
@@ -273,4 +273,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, Settings)
+    run_main(main, Settings, DEMO)

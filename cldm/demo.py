@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +16,17 @@ from ldm.data.stream import SampleStream
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion, image_of
 from ldm.modules.diffusionmodules.model import AttnBlock, ResnetBlock
-from ldm.settings import with_defaults
 
 BATCH_SIZE, LEARNING_RATE = 8, 3e-3
 
 
-def demo_settings(settings: Any, demo: Mapping[str, Any], lacking: str) -> Any:
-    """The demonstration's settings, except where the user gave others; says what it is and what it is not."""
+def announce_demo(lacking: str) -> None:
+    """Say what the demonstration is and what it is not; threads are limited to one."""
     rank_zero_only(print)(
         "This demonstration checks the installation: a tiny model learns for a few minutes. It shows every "
         f"stage of training and {lacking}; that takes Stable Diffusion's weights and a GPU."
     )
     torch.set_num_threads(1)  # tiny networks: more threads would only wait for each other
-    return with_defaults(settings, demo)
 
 
 def make_demo_start(path: str | Path, config: Mapping, dataset: Dataset, steps: tuple[int, int]) -> None:

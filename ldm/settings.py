@@ -4,8 +4,8 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,17 +22,18 @@ Precision = Literal["32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed"]
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
-def run_main(main: Callable[[Any], None], settings: type | dict[str, type]) -> None:
+def run_main(
+    main: Callable[[Any], None], settings: type | dict[str, type], demo: Mapping[str, Any] | None = None
+) -> None:
     """Read `settings` from the command line, call `main`; a user's mistake is one line and exit code 1.
 
-    A dictionary of settings makes its names subcommands. With TRACEBACK=1 in the environment the whole
-    traceback is shown instead of the line.
+    A dictionary of settings makes its names subcommands; `demo` is what --demo stands for (read_settings).
+    With TRACEBACK=1 in the environment the whole traceback is shown instead of the line.
     """
-    read = tyro.extras.subcommand_cli_from_dict if isinstance(settings, dict) else tyro.cli
     if not os.environ.get("TRACEBACK"):
         threading.excepthook = _report_once
     try:
-        main(read(settings, use_underscores=True))
+        main(read_settings(settings, demo))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
@@ -53,13 +54,21 @@ def _report_once(problem: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(problem)
 
 
-def with_defaults(settings: Any, values: Mapping[str, Any]) -> Any:
-    """`settings` with these values, except where the user gave others than the dataclass's own."""
-    own = type(settings)()
-    untouched = {
-        name: value for name, value in values.items() if getattr(settings, name) == getattr(own, name)
-    }
-    return replace(settings, **untouched)
+def read_settings(
+    settings: type | dict[str, type],
+    demo: Mapping[str, Any] | None = None,
+    words: Sequence[str] | None = None,
+) -> Any:
+    """The settings that the command line (or `words`) gives; SystemExit with a message if it cannot be read.
+
+    Where it has --demo, the values of `demo` are the defaults: every flag beside it counts.
+    """
+    if isinstance(settings, dict):
+        return tyro.extras.subcommand_cli_from_dict(settings, args=words, use_underscores=True)
+    chosen = tyro.cli(settings, args=words, use_underscores=True)
+    if demo and chosen.demo:
+        return tyro.cli(settings, args=words, default=settings(demo=True, **demo), use_underscores=True)
+    return chosen
 
 
 def check_counts(settings: Any, names: str) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tyro
 
 from benchmarks import tiny_runs
 from ldm import checkpoint
 from ldm.data import demo
 from ldm.data.image import write_image
 from ldm.models.kontext import write_tiny_folder
+from ldm.settings import read_settings
 from train_srn import SRNDeblurNet
 
 ROOT = Path(__file__).parent.parent
@@ -43,17 +43,11 @@ def settings_of(script):
     return getattr(module, "COMMANDS", None) or module.Settings
 
 
-def parse(settings, words):
-    """The settings of a command line; SystemExit if a flag does not exist or a value cannot be read."""
-    read = tyro.extras.subcommand_cli_from_dict if isinstance(settings, dict) else tyro.cli
-    return read(settings, args=words, use_underscores=True)
-
-
 def explanations(settings):
     """Name of each option -> its line in --help."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-        parse(settings, ["--help"])
+        read_settings(settings, words=["--help"])
     lines = text.getvalue().splitlines()
     column = next(line.index("show this help") for line in lines if "show this help" in line)
     found, option = {}, None
@@ -102,14 +96,14 @@ IDS = [f"{page}: {line[:60]}" for line, page in COMMANDS]
 def test_every_command_in_the_pages_is_understood(line, page):
     script, words = split(line)
     if words not in ([], ["--help"]):
-        parse(settings_of(script), words)
+        read_settings(settings_of(script), words=words)
 
 
 @cache
 def flags_of(settings):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-        parse(settings, ["--help"])
+        read_settings(settings, words=["--help"])
     return {*re.findall(r"--\w+", text.getvalue())}
 
 
@@ -213,7 +207,8 @@ def test_every_command_runs(line, page, workplace, monkeypatch, capsys):
     monkeypatch.setattr(demo, "LEAVES", 20)
     module = module_of(script)
     main = module.restore_files if script == "infer.py" else module.main
-    settings = parse(settings_of(script), [*words, *SMALL.get(script, "").split()])
+    words += SMALL.get(script, "").split()
+    settings = read_settings(settings_of(script), getattr(module, "DEMO", None), words)
     if script.startswith("train_"):  # the pages show several runs with one output folder
         for part in ("checkpoints", "blur", "deblur"):
             shutil.rmtree(settings.output_dir / part, ignore_errors=True)

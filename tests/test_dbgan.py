@@ -756,12 +756,11 @@ def test_demo_data_and_flags(tmp_path, monkeypatch):
     import ldm.data.demo as demo
 
     monkeypatch.setattr(demo, "LEAVES", 2)
-    chosen = script.demo_settings(Settings(demo=True, output_dir=tmp_path, width=8))
-    assert chosen.width == 8 and chosen.blur_blocks == 1 and chosen.data == tmp_path / "data" / "train"
-    sharp, blurry = (list_images(tmp_path / "data" / "train" / kind) for kind in ("sharp", "blur"))
+    monkeypatch.chdir(tmp_path)
+    main(Settings(demo=True, **script.DEMO | {"mode": "blur", "max_steps": 1, "width": 8, "num_workers": 0}))
+    data = tmp_path / "outputs" / "dbgan_demo" / "data"
+    sharp, blurry = (list_images(data / "train" / kind) for kind in ("sharp", "blur"))
     assert [path.name for path in sharp] == [path.name for path in blurry] and len(sharp) > 10
-    real = {path.name for path in (tmp_path / "data" / "real").iterdir()}
+    real = {path.name for path in (data / "real").iterdir()}
     assert not real & {path.name for path in sharp}  # other scenes
-    assert (
-        json.dumps(sorted(path.name for path in (tmp_path / "data/valid/sharp").iterdir())).count("png") == 9
-    )
+    assert json.dumps(sorted(path.name for path in (data / "valid/sharp").iterdir())).count("png") == 9

@@ -490,10 +490,10 @@ def test_two_processes_take_the_steps_of_one(settings, tmp_path):
 def test_the_demonstration_runs_through_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tutorial_train_deblur, "DEMO_STEPS", (3, 3))
-    main(Settings(demo=True, max_steps=2))
+    main(Settings(demo=True, **tutorial_train_deblur.DEMO | {"max_steps": 2}))
     start = Path("outputs/deblur_demo/control_tiny_ini.safetensors")
     stamp = start.stat().st_mtime_ns
-    main(Settings(demo=True, max_steps=3))
+    main(Settings(demo=True, **tutorial_train_deblur.DEMO | {"max_steps": 3}))
     printed = capsys.readouterr().out
     assert "is no restorer" in printed and "resuming" in printed and "finished at step 3" in printed
     assert start.stat().st_mtime_ns == stamp

@@ -372,10 +372,10 @@ def test_examples_only(folder, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_demo(tmp_path, capsys):
-    main(
-        Settings(demo=True, output_dir=tmp_path, max_steps=2, resolution=32, num_workers=0, preview_images=1)
-    )
+def test_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = {"max_steps": 2, "resolution": 32, "num_workers": 0, "preview_images": 1}
+    main(Settings(demo=True, **script.DEMO | few))
     printed = capsys.readouterr().out
     assert "changes a picture by" in printed and "python infer.py kontext" in printed
     assert "lora_path" in printed

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 import train_srn
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
-from ldm.settings import with_defaults
 from tests.fill import draw, fill, relative_error
 from train_srn import Settings, SRNDeblurNet, load_network, main, pyramid, restore, scale_losses
 
@@ -230,11 +229,6 @@ def test_max_steps_replaces_epochs(tmp_path, capsys):
     main(Settings(output_dir=tmp_path, max_steps=3, num_workers=0, schedule="power", **chosen))
     state = checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")
     assert state["step"] == 3 and state["scheduler"]["_last_lr"] == [0.0]
-
-
-def test_the_demo_is_small_and_flags_still_count():
-    chosen = with_defaults(Settings(demo=True, width=4), train_srn.DEMO)
-    assert (chosen.width, chosen.residual, chosen.dead_leaves) == (4, True, train_srn.DEMO["dead_leaves"])
 
 
 def test_files_with_module_in_their_keys_load(network, tmp_path):
