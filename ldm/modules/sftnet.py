@@ -1,8 +1,8 @@
 """SFTNet: a residual trunk whose features are scaled and shifted by what a small network says of the blur.
 
 Wang, Yu, Dong, Loy: Recovering Realistic Texture in Image Super-Resolution by Deep Spatial Feature Transform,
-CVPR 2018. There the conditions come from a segmentation; here they are made from the blurry picture. The trunk
-is SRResNet's (Ledig et al. 2017) without normalisation and upsampling, with a residual to the input.
+CVPR 2018. There the conditions come from a segmentation; here they are made from the blurry picture. The
+trunk is SRResNet's (Ledig et al. 2017) without normalisation and upsampling, with a residual to the input.
 """
 
 from torch import Tensor, nn
