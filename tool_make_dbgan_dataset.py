@@ -6,17 +6,19 @@ Real blurred photographs and sharp ones, no pairs (for the stage that learns to 
         --blur_train_data RWBI/train --blur_valid_data RWBI/valid \
         --deblur_train_data gopro/train --deblur_valid_data gopro/valid
 
-Without --blur_train_data and --blur_valid_data the two files hold the pairs of the GoPro trees instead.
+Without --blur_train_data and --blur_valid_data the two files hold the pairs of the GoPro trees instead; with
+--by_focus --deblur_train_data FOLDER the parts of ordinary photographs that are in focus, and those that are not.
 
 A file has `sharp` and `blur`, uint8 (n, 128, 128, 3), chunked, and attributes that say how it was made. It is
 written as a stream and appears under its name only when it is whole.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import cv2
 import h5py
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +30,7 @@ from ldm.data.patches import KEYS, open_patches
 from ldm.settings import run_main
 
 CHUNK = 1  # patches in a chunk: they are read one by one, in any order
+CONTRAST, SHARP, SOFT = 6.0, 0.45, 0.36  # limits of `focus`, chosen by looking at 32 photographs
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Settings:
     blur_valid_data: Path | None = None  # the same for validation
     deblur_train_data: Path | None = None  # GoPro tree; beside real blurred photographs any folder will do
     deblur_valid_data: Path | None = None  # and for validation
+    by_focus: bool = False  # photographs have both: parts in focus are `sharp`, those out of focus `blur`
     patch_size: int = 128  # width and height of the patches in pixels
     stride: int = 0  # pixels from one patch to the next; 0: patch_size, so that they do not overlap
 
@@ -58,27 +62,40 @@ def main(settings: Settings) -> None:
     ]
     if not files[0][2]:
         raise ValueError("give --deblur_train_data: the folder of the sharp photographs, or the GoPro tree")
-    todo = [(path, find_sources(blurred, gopro)) for path, blurred, gopro in files if gopro]
+    if settings.by_focus and (settings.blur_train_data or settings.blur_valid_data):
+        raise ValueError(
+            "--by_focus takes blurred parts from the sharp photographs: no --blur_train_data then"
+        )
+    todo = [
+        (path, find_sources(blurred, gopro, settings.by_focus)) for path, blurred, gopro in files if gopro
+    ]
     for path, (sources, paired) in todo:
-        make_file(path, sources, paired, settings.patch_size, settings.stride or settings.patch_size)
+        size, stride = settings.patch_size, settings.stride or settings.patch_size
+        make_file(path, sources, paired, size, stride, settings.by_focus)
 
 
-def find_sources(blurred: Path | None, gopro: Path) -> tuple[dict[str, list[Path]], bool]:
+def find_sources(blurred: Path | None, gopro: Path, by_focus: bool) -> tuple[dict[str, list[Path]], bool]:
     """The pictures of each key, and whether they are pairs."""
+    if by_focus:
+        photographs = [pair.sharp for pair in sharp_pairs(gopro)]
+        return {"sharp": photographs, "blur": photographs}, False
     if blurred:
         return {"sharp": [pair.sharp for pair in sharp_pairs(gopro)], "blur": list_images(blurred)}, False
     pairs = find_pairs(gopro)
     return {"sharp": [pair.sharp for pair in pairs], "blur": [pair.blurry for pair in pairs]}, True
 
 
-def make_file(path: Path, sources: dict[str, list[Path]], paired: bool, size: int, stride: int) -> None:
+def make_file(
+    path: Path, sources: dict[str, list[Path]], paired: bool, size: int, stride: int, by_focus: bool = False
+) -> None:
     """Write one file, or say that it is there already.
 
-    Raises ValueError if the file there was made otherwise, if pictures of a pair differ in size, or if a
-    picture is smaller than a patch.
+    Raises ValueError if the file there was made otherwise, if pictures of a pair differ in size, if a
+    picture is smaller than a patch, or if nothing is out of focus (or in it).
     """
     names = "\n".join(f"{key} {source}" for key in KEYS for source in sources[key])
     made_by = {"paired": paired, "patch_size": size, "stride": stride}
+    made_by |= {"by_focus": True} if by_focus else {}  # files from before know nothing of it
     made_by["sources"] = sha256(names.encode()).hexdigest()[:16]
     if path.exists():
         return check_finished(path, made_by)
@@ -117,7 +134,13 @@ def write(path: Path, sources: dict[str, list[Path]], made_by: dict) -> None:
                 maxshape=(None, size, size, 3),
                 chunks=(CHUNK, size, size, 3),
             )
-            shapes[key] = [append(data, image, size, stride) for image in read(key, sources[key], size)]
+            choose = (in_focus if key == "sharp" else out_of_focus) if made_by.get("by_focus") else None
+            images = read(key, sources[key], size)
+            shapes[key] = [append(data, image, size, stride, choose) for image in images]
+            if not len(data):
+                raise ValueError(
+                    f"no part of {len(sources[key])} photographs is {'in' if key == 'sharp' else 'out of'} focus"
+                )
         if made_by["paired"]:
             check_sizes(sources, shapes)
 
@@ -130,12 +153,51 @@ def read(key: str, paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
         yield image
 
 
-def append(data: h5py.Dataset, image: np.ndarray, size: int, stride: int) -> tuple[int, ...]:
-    """Add the patches of a picture (h, w, 3), row by row; returns its shape."""
+def append(
+    data: h5py.Dataset,
+    image: np.ndarray,
+    size: int,
+    stride: int,
+    choose: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> tuple[int, ...]:
+    """Add the patches of a picture (h, w, 3), row by row, those that `choose` takes; returns its shape."""
     patches = cut(image, size, stride)
-    data.resize(len(data) + len(patches), axis=0)
-    data[-len(patches) :] = patches
+    patches = patches[choose(patches)] if choose else patches
+    before = len(data)
+    data.resize(before + len(patches), axis=0)
+    data[before:] = patches
     return image.shape
+
+
+def in_focus(patches: np.ndarray) -> np.ndarray:
+    """Which of the patches (n, size, size, 3) of a photograph are sharp."""
+    sharpness, contrast = focus(patches)
+    return (contrast > CONTRAST) & (sharpness > SHARP)
+
+
+def out_of_focus(patches: np.ndarray) -> np.ndarray:
+    """Which of the patches of a photograph are blurred: they have edges, but wide ones, and a tenth of the
+    photograph's parts with edges is sharp. What is blurred all over may be soft by nature, as clouds are."""
+    sharpness, contrast = focus(patches)
+    edges = contrast > CONTRAST
+    has_focus = edges.any() and np.quantile(sharpness[edges], 0.9) > SHARP
+    return edges & (sharpness < SOFT) & has_focus
+
+
+def focus(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sharpness and contrast (n,) of patches (n, size, size, 3).
+
+    Contrast is the mean step between neighbours at a quarter of the size, in grey levels; sharpness the mean
+    step at full size by it: about 1/4 where edges are wider than a few pixels, 1/2 to 1 where they are sharp.
+    """
+    full = [cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY).astype(np.float32) for patch in patches]
+    quarter = [cv2.resize(grey, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA) for grey in full]
+    fine, coarse = (np.array([mean_step(grey) for grey in greys]) for greys in (full, quarter))
+    return fine / np.maximum(coarse, 1e-6), coarse
+
+
+def mean_step(grey: np.ndarray) -> float:
+    return float(sum(np.abs(np.diff(grey, axis=axis)).mean() for axis in (0, 1)))
 
 
 def cut(image: np.ndarray, size: int, stride: int) -> np.ndarray:

@@ -2,6 +2,7 @@ import multiprocessing
 import pickle
 import sys
 
+import cv2
 import h5py
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_again_is_nothing_to_do(folders, capsys):
 def test_a_half_written_file_never_has_the_name(folders, monkeypatch):
     original, calls = tool.append, []
 
-    def interrupted(data, image, size, stride):
+    def interrupted(data, image, size, stride, *more):
         calls.append(data)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -193,8 +194,37 @@ def test_bad_files(folders):
         Patches(path, "sharp")
 
 
+def test_photographs_are_parted_by_their_focus(tmp_path):
+    """What is out of focus beside what is in focus becomes `blur`; what is flat or always soft does not."""
+    sharp = read_image(photographs(("coffee.png",))[0])[:384, :256]
+    soft = cv2.GaussianBlur(sharp, None, 5)
+    half = np.concatenate([sharp, soft, np.full_like(sharp[:, :128], 99)], axis=1)
+    (tmp_path / "photos").mkdir()
+    write_image(tmp_path / "photos" / "half.png", half)
+    write_image(tmp_path / "photos" / "soft.png", soft)
+    chosen = {"deblur_train_data": tmp_path / "photos", "by_focus": True, "patch_size": 128}
+    paths = {f"blur_{part}_path": tmp_path / f"{part}.h5" for part in ("train", "valid")}
+    tool.main(tool.Settings(**chosen, **paths))
+    own, other = (tool.cut(image, 128, 128) for image in (sharp, soft))
+    with open_patches(tmp_path / "train.h5") as file:
+        for key, patches in (("sharp", own), ("blur", other)):
+            found = [patch.tobytes() for patch in file[key][:]]
+            assert set(found) <= {patch.tobytes() for patch in patches}
+            assert len(found) == len(set(found)) >= 3
+        assert not file.attrs["paired"] and file.attrs["by_focus"]
+    with pytest.raises(ValueError, match=r"train.h5 was made otherwise \(patch_size was 128, is 64"):
+        tool.main(tool.Settings(**{**chosen, "patch_size": 64}, **paths))
+    (tmp_path / "photos" / "half.png").unlink()
+    paths["blur_train_path"] = tmp_path / "soft.h5"
+    with pytest.raises(ValueError, match="no part of 1 photographs is in focus"):
+        tool.main(tool.Settings(**chosen, **paths))
+    with pytest.raises(ValueError, match="no --blur_train_data then"):
+        tool.main(tool.Settings(**chosen, **paths, blur_train_data=tmp_path))
+
+
 def test_the_command_line(folders, monkeypatch, capsys):
-    words = [f"--{key}={value}" for key, value in vars(settings(folders, unpaired=True)).items()]
+    given = vars(settings(folders, unpaired=True))
+    words = [f"--{key}={value}" for key, value in given.items() if key != "by_focus"]
     monkeypatch.setattr(sys, "argv", ["tool_make_dbgan_dataset.py", *words])
     run_main(tool.main, tool.Settings)
     assert "valid.h5: 12 sharp and 12 blurry patches" in capsys.readouterr().out
