@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from cldm.model import family, listing, read_control
+from cldm.model import family, hint_latent_channels, listing, read_control
 from ldm.checkpoint import write_weights
 from ldm.settings import run_main
 
@@ -32,7 +32,7 @@ class Settings:
     prefix: str = PREFIX
     """what each name begins with; "" for bare names"""
     allow_extra: bool = False
-    """export all the same what other tools leave out: hint attention, a trained UNet decoder"""
+    """export all the same what other tools leave out: hint attention, hint latent, a trained UNet decoder"""
     overwrite: bool = False
     """replace the output if it exists"""
 
@@ -46,7 +46,7 @@ def main(settings: Settings) -> None:
         raise ValueError(f"{output} exists already: remove it or pass --overwrite")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output folder not found: {output.parent}")
-    weights, _ = read_control(settings.checkpoint_path)
+    weights, content = read_control(settings.checkpoint_path)
     control = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
     if "zero_convs.0.0.weight" not in control:
         raise ValueError(f"{settings.checkpoint_path} holds no ControlNet: it is {family(weights)}")
@@ -61,6 +61,12 @@ def main(settings: Settings) -> None:
         raise ValueError(
             f"{settings.checkpoint_path} was trained with --no_sd_locked: its ControlNet belongs to a "
             "changed UNet and restores differently with another. Pass --allow_extra to export it all the same"
+        )
+    latent = hint_latent_channels(weights, content.get("config"))
+    if latent > 0 and not settings.allow_extra:
+        raise ValueError(
+            f"{settings.checkpoint_path} was trained with --hint_as_latent: its input has {latent} "
+            "channels that other tools do not give it. Pass --allow_extra to export it all the same"
         )
     dtype = torch.float16 if settings.half else torch.float32
     content = {settings.prefix + name: value.to(dtype) for name, value in control.items()}

@@ -12,6 +12,7 @@ Method: ControlNet (Zhang et al. 2023) with the blurry photograph as hint, plus 
 Judge by the grids and val/psnr, not by the training loss. After a stop the same command resumes exactly.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,10 +22,11 @@ import torch
 from torch.utils.data import Dataset
 
 from cldm.cache import with_cached_latents
-from cldm.deblur import add_attention
+from cldm.deblur import add_attention, add_hint_latent
 from cldm.demo import announce_demo, make_demo_start
 from cldm.model import create_filled_model, load_state_dict, read_config
 from cldm.training import StreamData, check_start, fit, prepare_model, report
+from ldm.data.captions import check_captions, read_caption
 from ldm.data.paired import BlurDataset, PairedDataset
 from ldm.data.pairs import Pair, check_sizes, find_pairs, has_pairs, sharp_pairs, split_pairs
 from ldm.data.stream import item_generator
@@ -58,7 +60,8 @@ class Settings:
     image_size: int = 512  # pixels of the square crop, a multiple of 64
     val_fraction: float = 0.05  # part of the source photographs held out for validation, 0 for none
     val_samples: int = 16  # validate on at most that many pairs
-    prompt: str = "a sharp, detailed, high-quality photograph"  # {blur_type} in it becomes "motion blur" etc.
+    # of pairs without a caption in their json line or in NAME.txt; {blur_type} becomes "motion blur" etc.
+    prompt: str = "a sharp, detailed, high-quality photograph"
     prompt_dropout: float = 0.1  # part of the training prompts that is left empty, so that guidance works
     use_augmentation: bool = False  # random crop, flips, turns and colour jitter, alike for both pictures
     blur_on_the_fly: bool = False  # take only the sharp pictures, and blur them anew every time
@@ -67,6 +70,7 @@ class Settings:
     resume_path: str = "./models/control_sd15_ini.ckpt"  # Stable Diffusion + ControlNet: tool_add_control.py
     config_path: str = "./models/cldm_v15_deblur.yaml"  # yaml of the model
     use_attention: bool = False  # channel and spatial attention on the hint features; no other tool reads it
+    hint_as_latent: bool = False  # the ControlNet also sees the hint's latent; no other tool reads that
     sd_locked: bool = True  # False trains the UNet's decoder too: then use learning_rate 2e-6
     only_mid_control: bool = False  # steer the UNet's middle block only: faster, weaker
     deblur_loss_weight: float = 1.0  # of the losses on the decoded image; 0 switches them off
@@ -75,7 +79,12 @@ class Settings:
 
     batch_size: BatchSize = 4  # of each device
     accumulate_grad_batches: Accumulate = 1  # batches to one optimizer step
-    learning_rate: float = 1e-5  # the same at every step
+    learning_rate: float = 1e-5  # the highest, at the end of the warm-up
+    # its course after the warm-up
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = 0  # steps over which the learning rate rises
+    weight_decay: float = 0.01  # of AdamW
+    max_grad_norm: float = 0.0  # highest global norm of the gradients, 0 for no limit
     max_epochs: MaxEpochs = 10  # passes over the data
     max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
     seed: int = 0  # of the data's order, first weights and noise
@@ -96,6 +105,7 @@ class Settings:
     save_steps: int = 500  # to a checkpoint
     val_steps: int = 500  # to a validation
     val_ddim_steps: int = 20  # sampling steps of each validation picture
+    val_strength: float = 1.0  # below 1 they start from the blurry picture, noised by so much
 
 
 DEMO = {
@@ -129,10 +139,11 @@ class DeblurDataset(Dataset):
     """Crops under the names that a ControlNet's training expects.
 
     Items: jpg (h, w, 3) sharp in [-1, 1], hint (h, w, 3) blurry in [0, 1], txt the prompt, path, seed.
+    `prompts` has those of pictures with a caption, by their path; the others have `prompt`.
     """
 
-    def __init__(self, crops: Dataset, prompt: str, prompt_dropout: float = 0.0):
-        self.crops, self.prompt, self.prompt_dropout = crops, prompt, prompt_dropout
+    def __init__(self, crops: Dataset, prompt: str, prompt_dropout: float, prompts: Mapping[str, str]):
+        self.crops, self.prompt, self.prompt_dropout, self.prompts = crops, prompt, prompt_dropout, prompts
 
     def __len__(self) -> int:
         return len(self.crops)
@@ -142,16 +153,23 @@ class DeblurDataset(Dataset):
         dropped = torch.rand((), generator=item_generator(item["seed"] + 5)) < self.prompt_dropout
         return {
             "jpg": item["sharp"].permute(1, 2, 0),
-            "txt": "" if dropped else fill_prompt(self.prompt, item["blur_type"]),
+            "txt": "" if dropped else self.prompt_of(item["path"], item["blur_type"]),
             "hint": (item["blurry"].permute(1, 2, 0) + 1) / 2,
             "path": item["path"],
             "seed": item["seed"],
         }
 
+    def prompt_of(self, path: str | Path, blur_type: str) -> str:
+        """The prompt of a pair: {blur_type} in it becomes "motion blur" and the like."""
+        prompt = self.prompts.get(str(path), self.prompt)
+        return prompt.replace("{blur_type}", blur_type.replace("_", " ") or "blur")
 
-def fill_prompt(prompt: str, blur_type: str) -> str:
-    """The prompt of a pair: {blur_type} in it becomes "motion blur" and the like."""
-    return prompt.replace("{blur_type}", blur_type.replace("_", " ") or "blur")
+
+def find_captions(pairs: list[Pair]) -> dict[str, str]:
+    """Captions of pairs that have one, by the path of the blurry picture."""
+    check_captions([path for pair in pairs for path in (pair.sharp, pair.blurry)])
+    captions = {str(pair.blurry): pair.caption or read_caption(pair.sharp, pair.blurry) for pair in pairs}
+    return {path: caption for path, caption in captions.items() if caption}
 
 
 def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]:
@@ -185,11 +203,14 @@ def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]
 
     jitter = 0.1 * settings.use_augmentation
     train = crops(pairs, settings.blur_on_the_fly, augment=settings.use_augmentation, color_jitter=jitter)
-    train = DeblurDataset(train, settings.prompt, settings.prompt_dropout)
+    captions = find_captions([*pairs, *few])
+    if settings.blur_on_the_fly:
+        captions |= {str(p.sharp): captions[str(p.blurry)] for p in pairs if str(p.blurry) in captions}
+    train = DeblurDataset(train, settings.prompt, settings.prompt_dropout, captions)
     if not few:
         return train, None, pairs
     validation = crops(few, few[0].blurry == few[0].sharp)
-    return train, DeblurDataset(validation, settings.prompt), [*pairs, *few]
+    return train, DeblurDataset(validation, settings.prompt, 0.0, captions), [*pairs, *few]
 
 
 def check(settings: Settings) -> None:
@@ -198,6 +219,8 @@ def check(settings: Settings) -> None:
     check_counts(settings, "val_samples")
     if settings.deblur_crop < 0:
         raise ValueError(f"deblur_crop must not be negative, but is {settings.deblur_crop}")
+    if not 0 < settings.val_strength <= 1:
+        raise ValueError(f"val_strength must lie in (0, 1], not {settings.val_strength}")
     if settings.cache_latents and settings.blur_on_the_fly:
         raise ValueError("--cache_latents needs crops that stay: --no_blur_on_the_fly")
 
@@ -227,14 +250,16 @@ def main(settings: Settings) -> None:
     weights = load_state_dict(settings.resume_path)
     if settings.use_attention:
         weights = add_attention(weights)
+    if settings.hint_as_latent:
+        config, weights = add_hint_latent(config, weights)
     model = create_filled_model(config, weights, settings.resume_path)
-    model.validation_ddim_steps = settings.val_ddim_steps
+    model.validation_ddim_steps, model.validation_strength = settings.val_ddim_steps, settings.val_strength
     if settings.deblur_loss_weight and settings.perceptual_loss_weight:
         model.load_perceptual()
 
     # Latents and embeddings, if they are to be computed once
     if settings.cache_latents:
-        prompts = {"", *(fill_prompt(settings.prompt, pair.blur_type) for pair in pairs)}
+        prompts = {"", *(train.prompt_of(pair.blurry, pair.blur_type) for pair in pairs)}
         files = [pair.sharp for pair in pairs]
         train, validation = with_cached_latents(model, [train, validation], files, prompts, settings)
 

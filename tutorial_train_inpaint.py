@@ -56,7 +56,7 @@ class Settings:
     mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest part of the picture that is a hole
     image_size: int = 512  # pixels of the square crop, a multiple of 64
     use_augmentation: bool = True  # crops anywhere, flipped half the time; else from the middle
-    prompt: str = ""  # of pictures without captions
+    prompt: str = ""  # of pictures without captions, which are in captions_file or in NAME.txt beside them
     prompt_dropout: float = 0.5  # part of the training prompts that is left empty
     val_samples: int = 16  # pictures held out for validation, 0 for none
     num_workers: int = 4  # processes that read and decode pictures
@@ -70,7 +70,12 @@ class Settings:
 
     batch_size: BatchSize = 4  # of each device
     accumulate_grad_batches: Accumulate = 1  # batches to one optimizer step
-    learning_rate: float = 1e-5  # the same at every step
+    learning_rate: float = 1e-5  # the highest, at the end of the warm-up
+    # its course after the warm-up
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = 0  # steps over which the learning rate rises
+    weight_decay: float = 0.01  # of AdamW
+    max_grad_norm: float = 0.0  # highest global norm of the gradients, 0 for no limit
     max_epochs: MaxEpochs = 100  # passes over the data
     max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
     seed: int = 0  # of the data's order, first weights and noise
@@ -254,7 +259,8 @@ def main(settings: Settings) -> None:
 
     # Latents and embeddings, if they are to be computed once
     if settings.cache_latents:
-        prompts = None if settings.captions_file else {"", settings.prompt}  # captions: too many to remember
+        captions = settings.captions_file or train.captions_beside  # too many to remember
+        prompts = None if captions else {"", settings.prompt}
         files = [*train.paths, *(validation.paths if validation else [])]
         train, validation = with_cached_latents(model, [train, validation], files, prompts, settings)
 

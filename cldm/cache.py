@@ -21,7 +21,10 @@ from ldm.models.diffusion.ddpm import image_of
 
 
 class CachedLatents(Dataset):
-    """`dataset` with each item's `moments` (8, h, w) beside it, from an h5 file that `cache_latents` made."""
+    """`dataset` with each item's `moments` (8, h, w) beside it, from an h5 file that `cache_latents` made.
+
+    The mean of its hint's latent, `hint_mean` (4, h, w), too if the model has a use for it.
+    """
 
     def __init__(self, dataset: Dataset, path: Path):
         self.dataset, self.path, self.file = dataset, path, None
@@ -33,7 +36,8 @@ class CachedLatents(Dataset):
         if self.file is None:  # opened in the worker that reads
             self.file = h5py.File(self.path, "r")
         index = key[1] if isinstance(key, tuple) else key
-        return {**self.dataset[key], "moments": torch.from_numpy(self.file["moments"][index]).float()}
+        latents = {name: torch.from_numpy(self.file[name][index]).float() for name in self.file}
+        return {**self.dataset[key], **latents}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "file": None}
@@ -76,16 +80,26 @@ def _is_fresh(path: Path, key: str) -> bool:
 def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str, device: str) -> None:
     autoencoder = model.first_stage_model.to(device)
     with h5py.File(path, "w") as file:
-        start, moments = 0, None
+        start = 0
         for batch in tqdm(batches, desc="caching latents", dynamic_ncols=True):
             posterior = autoencoder.encode(image_of(batch, model.first_stage_key).to(device))
-            values = torch.cat([posterior.mean, posterior.logvar], dim=1).cpu().numpy().astype(np.float16)
-            if moments is None:
-                shape = (len(batches.dataset), *values.shape[1:])
-                moments = file.create_dataset("moments", shape, np.float16, chunks=(1, *values.shape[1:]))
-            moments[start : start + len(values)] = values
-            start += len(values)
+            latents = {"moments": torch.cat([posterior.mean, posterior.logvar], dim=1)}
+            if needs_hint(model):
+                hint = model.hint_of(batch)[:, :3].to(device) * 2 - 1
+                latents["hint_mean"] = autoencoder.encode(hint).mode()
+            for name, values in latents.items():
+                shape = values.shape[1:]
+                kept = file.require_dataset(
+                    name, (len(batches.dataset), *shape), np.float16, exact=True, chunks=(1, *shape)
+                )
+                kept[start : start + len(values)] = values.cpu().numpy().astype(np.float16)
+            start += len(posterior.mean)
         file.attrs["key"] = key
+
+
+def needs_hint(model: ControlLDM) -> bool:
+    """Whether the hint's latent has a use: for the ControlNet, or as the start of validation's samples."""
+    return model.sees_hint_latent or model.validation_strength < 1
 
 
 def drop_encoders(model: ControlLDM, prompts: set[str] | None) -> None:
@@ -115,6 +129,8 @@ def with_cached_latents(
 
     base = stamp(settings.resume_path)[1:]
     about = {"files": [stamp(path) for path in files], "size": settings.image_size, "model": base}
+    if needs_hint(model):
+        about["hint"] = "mean"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = settings.batch_size, settings.num_workers, device
     cached = []

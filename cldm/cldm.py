@@ -1,6 +1,6 @@
 """ControlNet (Zhang, Rao & Agrawala 2023): a trained copy of the UNet's encoder steers the frozen UNet."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,10 +19,16 @@ class ControlNet(UNetEncoder):
     """UNet encoder that also sees a hint, and gives one feature map for each skip and one for the middle.
 
     Arguments as UNetEncoder, plus the number of the hint's channels. The hint is 8 times the latents' size.
+    With `hint_latent_channels` its latent also enters, beside x (as in DiffBIR, Lin et al. 2024, sec. 3.2).
     """
 
-    def __init__(self, *, hint_channels: int = 3, **encoder_arguments):
-        super().__init__(**encoder_arguments)
+    def __init__(
+        self, *, in_channels: int, hint_channels: int = 3, hint_latent_channels: int = 0, **encoder_arguments
+    ):
+        super().__init__(in_channels=in_channels + hint_latent_channels, **encoder_arguments)
+        self.hint_latent_channels = hint_latent_channels
+        if hint_latent_channels:  # training begins from what the network does without them
+            nn.init.zeros_(self.input_blocks[0][0].weight[:, in_channels:])
         widths = [hint_channels, 16, 16, 32, 32, 96, 96, 256]
         strides = [1, 1, 2, 1, 2, 1, 2]
         layers = []
@@ -40,14 +46,22 @@ class ControlNet(UNetEncoder):
         return self.run(self.input_hint_block, hint.to(self.time_embed[0].weight.dtype))
 
     def forward(
-        self, x: torch.Tensor, hint: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor
+        self,
+        x: torch.Tensor,
+        hint: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        hint_latent: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """x (b, 4, h, w), hint (b, hint_channels, 8h, 8w) in [0, 1], timesteps (b,), context (b, m, d).
+        """x (b, 4, h, w), hint (b, hint_channels, 8h, 8w) in [0, 1], timesteps (b,), context (b, m, d), and
+        hint_latent (b, hint_latent_channels, h, w), scaled as x is, if there are such channels.
 
         Raises ValueError if the hint does not fit x.
         """
         if hint.shape[-2:] != (8 * x.shape[-2], 8 * x.shape[-1]):
             raise ValueError(f"a hint of {tuple(hint.shape)} does not fit latents of {tuple(x.shape)}")
+        if hint_latent is not None:
+            x = torch.cat([x, hint_latent.to(x.dtype)], dim=1)
         outputs, middle, _ = self.encode(x, timesteps, context, self.hint_features(hint))
         controls = [convolve(h) for convolve, h in zip(self.zero_convs, outputs, strict=True)]
         return [*controls, self.middle_block_out(middle)]
@@ -93,12 +107,19 @@ class ControlLDM(LatentDiffusion):
         self.control_model = instantiate_from_config(control_stage_config)
         self.control_key, self.only_mid_control = control_key, only_mid_control
         self.control_scales: Sequence[float] | None = None
-        self.learning_rate, self.optimizer = 1e-5, "adamw"
+        self.learning_rate, self.optimizer, self.weight_decay = 1e-5, "adamw", 0.01
+        self.learning_rate_factor: Callable[[int], float] | None = None  # of step 0, 1, ...; None: always 1
+        self.fused_optimizer = True
         self.prompt = ""  # what it was trained with, in a model that open_control_model opened
         self.strict_loading = False  # our checkpoints leave out what is frozen
-        self.validation_ddim_steps = 20
+        self.validation_ddim_steps, self.validation_strength = 20, 1.0
         self.validation_images: dict[str, torch.Tensor] = {}
         self.sd_locked = True
+
+    @property
+    def sees_hint_latent(self) -> bool:
+        """Whether the ControlNet takes the hint's latent too."""
+        return self.control_model.hint_latent_channels > 0
 
     @property
     def sd_locked(self) -> bool:
@@ -126,16 +147,33 @@ class ControlLDM(LatentDiffusion):
         """The hint (b, c, 8h, 8w) of a batch."""
         return image_of(batch, self.control_key)
 
+    def hint_latent(self, cond: Mapping) -> torch.Tensor:
+        """cond["c_latent"], or else the scaled latent (b, c, h, w) of the RGB hint in cond["c_concat"]."""
+        if cond.get("c_latent") is not None:
+            return cond["c_latent"]
+        hint = torch.cat(list(cond["c_concat"]), dim=1).to(self.device)
+        return self.scale_factor * self.encode_first_stage(hint[:, :3] * 2 - 1).mode().float()
+
+    def hint_cond(self, batch: Mapping) -> dict:
+        """The hint's part of a batch's conditioning; its unscaled latent may be in the batch: `hint_mean`."""
+        cond = {"c_concat": [self.hint_of(batch)]}
+        if "hint_mean" in batch:
+            return {**cond, "c_latent": self.scale_factor * batch["hint_mean"]}
+        return {**cond, "c_latent": self.hint_latent(cond) if self.sees_hint_latent else None}
+
     def get_input(self, batch: Mapping) -> tuple[torch.Tensor, dict]:
         latents, cond = super().get_input(batch)
-        return latents, {**cond, "c_concat": [self.hint_of(batch)]}
+        return latents, {**cond, **self.hint_cond(batch)}
 
     def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Mapping) -> torch.Tensor:
         """The UNet's output; cond["c_concat"] holds hints (b, c, 8h, 8w) and may be None: no control then."""
         context = torch.cat(cond["c_crossattn"], dim=1)
         control = None
         if cond.get("c_concat") is not None:
-            control = self.control_model(x_noisy, torch.cat(cond["c_concat"], dim=1), t, context)
+            hint, latent = torch.cat(cond["c_concat"], dim=1), None
+            if self.sees_hint_latent:
+                latent = self.hint_latent(cond)
+            control = self.control_model(x_noisy, hint, t, context, latent)
             if self.control_scales is not None:
                 control = [scale * h for scale, h in zip(self.control_scales, control, strict=True)]
         return self.model.diffusion_model(x_noisy, t, context, control, self.only_mid_control)
@@ -148,10 +186,17 @@ class ControlLDM(LatentDiffusion):
                 from bitsandbytes.optim import AdamW8bit
             except ImportError as error:
                 raise ValueError("optimizer adamw8bit needs a package: pip install bitsandbytes") from error
-            return AdamW8bit(parameters, lr=self.learning_rate)
+            return AdamW8bit(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         if self.optimizer != "adamw":
             raise ValueError(f"optimizer must be adamw or adamw8bit, not {self.optimizer!r}")
-        return torch.optim.AdamW(parameters, lr=self.learning_rate, fused=True)
+        options = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        return torch.optim.AdamW(parameters, **options, fused=self.fused_optimizer)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rate, which follows from the step alone: nothing has to be resumed."""
+        if self.learning_rate_factor is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * self.learning_rate_factor(self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep only what is trained: the frozen weights are in the base file."""
@@ -190,17 +235,21 @@ class ControlLDM(LatentDiffusion):
         With a guidance scale other than 1 the unconditional call sees `negative_prompt` and the same hint.
         `sampling` goes to DDIMSampler.sample (eta, method, strength, x0, mask, x_T, generator).
         """
-        hint = torch.cat([h.to(self.device) for h in cond["c_concat"]], dim=1).expand(batch_size, -1, -1, -1)
+        hint = torch.cat([h.to(self.device) for h in cond["c_concat"]], dim=1)
+        control = {"c_concat": [hint.expand(batch_size, -1, -1, -1)]}
+        if self.sees_hint_latent:
+            latent = self.hint_latent({**cond, "c_concat": [hint]}).to(self.device)
+            control["c_latent"] = latent.expand(batch_size, -1, -1, -1)
+        hint = control["c_concat"][0]
 
         def embed(prompt: str | Sequence[str] | torch.Tensor) -> torch.Tensor:
             prompt = [prompt] if isinstance(prompt, str) else prompt
             return self.get_learned_conditioning(prompt).expand(batch_size, -1, -1)
 
         text = torch.cat([embed(prompt) for prompt in cond["c_crossattn"]], dim=1)
-        cond = {"c_concat": [hint], "c_crossattn": [text]}
-        uncond = None
+        cond, uncond = {**control, "c_crossattn": [text]}, None
         if unconditional_guidance_scale != 1.0:
-            uncond = {"c_concat": [hint], "c_crossattn": [embed(negative_prompt)]}
+            uncond = {**control, "c_crossattn": [embed(negative_prompt)]}
         channels = self.model.diffusion_model.out[-1].out_channels
         shape = (channels, hint.shape[-2] // 8, hint.shape[-1] // 8)
         return DDIMSampler(self).sample(
@@ -215,13 +264,16 @@ class ControlLDM(LatentDiffusion):
 
     @torch.no_grad()
     def restore(self, batch: Mapping, ddim_steps: int, guidance_scale: float = 1.0) -> torch.Tensor:
-        """Images (b, 3, 8h, 8w) in [-1, 1] sampled for a batch's hints and prompts from each item's noise."""
+        """Images (b, 3, 8h, 8w) in [-1, 1] sampled for a batch's hints and prompts from each item's noise, or
+        with `validation_strength` below 1 from the hint with so much of it."""
         hint = self.hint_of(batch)
         channels = self.model.diffusion_model.out[-1].out_channels
         like = hint.new_empty(len(hint), channels, hint.shape[-2] // 8, hint.shape[-1] // 8)
-        cond = {"c_concat": [hint], "c_crossattn": [batch[self.cond_stage_key]]}
-        noise = self.noise_of(batch, like, salt=4)
-        latents = self.sample(cond, len(hint), ddim_steps, guidance_scale, x_T=noise)
+        cond = {**self.hint_cond(batch), "c_crossattn": [batch[self.cond_stage_key]]}
+        sampling = {"x_T": self.noise_of(batch, like, salt=4), "strength": self.validation_strength}
+        if self.validation_strength < 1:
+            sampling["x0"] = self.hint_latent(cond)
+        latents = self.sample(cond, len(hint), ddim_steps, guidance_scale, **sampling)
         return self.decode_first_stage(latents).clamp(-1, 1)
 
     @torch.no_grad()

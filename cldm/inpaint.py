@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cldm.cldm import ControlLDM
+from cldm.model import widen_input
 from ldm.data.image import to_tensor, to_uint8
 from ldm.data.inpaint import make_hint
 from ldm.metrics import psnr, ssim
@@ -81,15 +82,8 @@ def region_errors(result: torch.Tensor, truth: torch.Tensor, mask: torch.Tensor)
 
 
 def widen_hint(weights: Mapping[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
-    """A state dict whose hint has at least `channels` channels: the new ones start at weight zero.
-
-    Weights of something else stay as they are.
-    """
-    name = "control_model.input_hint_block.0.weight"
-    if name not in weights or weights[name].ndim != 4 or weights[name].shape[1] >= channels:
-        return dict(weights)
-    missing = channels - weights[name].shape[1]
-    return {**weights, name: F.pad(weights[name], (0, 0, 0, 0, 0, missing))}
+    """A state dict whose hint has at least `channels` channels (see cldm.model.widen_input)."""
+    return widen_input(weights, "control_model.input_hint_block.0.weight", channels)
 
 
 # ---- whole photographs -------------------------------------------------------------------------------------

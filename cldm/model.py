@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -14,6 +15,7 @@ from ldm.run import read_trained
 from ldm.util import instantiate_from_config
 
 UNET, CONTROL = "model.diffusion_model.", "control_model."
+FIRST = "input_blocks.0.0.weight"  # of both
 SHOWN = 6  # how many names an error lists
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 
@@ -177,6 +179,35 @@ def fresh_weights(config: Mapping) -> dict[str, torch.Tensor]:
     return {**fresh, **{CONTROL + name: value for name, value in control.items()}}
 
 
+def widen_input(weights: Mapping[str, torch.Tensor], name: str, channels: int) -> dict[str, torch.Tensor]:
+    """A state dict whose convolution `name` takes at least `channels`: the new ones have weight zero.
+
+    Weights of something else stay as they are.
+    """
+    if name not in weights or weights[name].ndim != 4 or weights[name].shape[1] >= channels:
+        return dict(weights)
+    missing = channels - weights[name].shape[1]
+    return {**weights, name: F.pad(weights[name], (0, 0, 0, 0, 0, missing))}
+
+
+def hint_latent_channels(weights: Mapping[str, torch.Tensor], config: Mapping | None = None) -> int:
+    """How many channels of the hint's latent a ControlNet takes beside x, judged by the UNet's in the same
+    state dict, or by the configuration it was trained with; 0 if neither is there."""
+    if config:
+        return config["params"]["control_stage_config"]["params"].get("hint_latent_channels", 0)
+    if not {CONTROL + FIRST, UNET + FIRST} <= weights.keys():
+        return 0
+    return weights[CONTROL + FIRST].shape[1] - weights[UNET + FIRST].shape[1]
+
+
+def with_hint_latent(config: Mapping, channels: int) -> dict:
+    """The configuration of a ControlLDM whose ControlNet takes so many channels of the hint's latent."""
+    params = config["params"]
+    stage = params["control_stage_config"]
+    stage = {**stage, "params": {**stage["params"], "hint_latent_channels": channels}}
+    return {**config, "params": {**params, "control_stage_config": stage}}
+
+
 def read_control(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """`ldm.run.read_trained`; a ControlNet's bare names get their prefix, `control_model.`"""
     weights, content = read_trained(path)
@@ -209,6 +240,8 @@ def open_control_model(
         config = read_config(config_path or config_for(weights, path))
     if any(".hint_attention." in name for name in weights):
         config = {**config, "target": "cldm.deblur.DeblurControlNetWithAttention"}
+    if hint_latent_channels(weights) > 0:
+        config = with_hint_latent(config, hint_latent_channels(weights))
     model = create_filled_model(config, weights, path).eval()
     model.prompt = content["settings"].get("prompt", "")
     return model

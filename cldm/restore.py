@@ -51,15 +51,15 @@ def deblur_image(
     tiles = Tiles(size, tile // 8 or max(size), overlap // 8 if tile else 0)
 
     text = model.get_learned_conditioning([sampling.prompt])
-    cond = {"c_concat": [hint], "c_crossattn": [text]}
+    start = None
+    if sampling.strength < 1 or model.sees_hint_latent:
+        start = tiles.blend(lambda y, x: model.encode_first_stage(pixels[..., times8(y), times8(x)]).mode())
+        start = start.float() * model.scale_factor
+    cond = {"c_concat": [hint], "c_latent": start, "c_crossattn": [text]}
     uncond = None
     if sampling.guidance_scale != 1.0:
         empty = model.get_learned_conditioning([sampling.negative_prompt])
-        uncond = {"c_concat": [hint], "c_crossattn": [empty]}
-    start = None
-    if sampling.strength < 1:
-        start = tiles.blend(lambda y, x: model.encode_first_stage(pixels[..., times8(y), times8(x)]).mode())
-        start = start * model.scale_factor
+        uncond = {**cond, "c_crossattn": [empty]}
     model.control_scales = [sampling.control_scale] * (len(model.control_model.zero_convs) + 1)
     latents, _ = TiledSampler(model, tiles).sample(
         sampling.steps,
@@ -68,7 +68,7 @@ def deblur_image(
         cond,
         unconditional_guidance_scale=sampling.guidance_scale,
         unconditional_conditioning=uncond,
-        x0=start,
+        x0=start,  # put to use where strength is below 1
         strength=sampling.strength,
         generator=torch.Generator().manual_seed(sampling.seed),
         method=sampling.method,
@@ -125,8 +125,11 @@ class TiledSampler(DDIMSampler):
 
 
 def cut(cond: Mapping, ys: slice, xs: slice) -> dict:
-    """A conditioning whose hints are cut to a window of latents."""
-    return {**cond, "c_concat": [hint[..., times8(ys), times8(xs)] for hint in cond["c_concat"]]}
+    """A conditioning whose hints, and their latent if there is one, are cut to a window of latents."""
+    latent = cond.get("c_latent")
+    latent = None if latent is None else latent[..., ys, xs]
+    hints = [hint[..., times8(ys), times8(xs)] for hint in cond["c_concat"]]
+    return {**cond, "c_concat": hints, "c_latent": latent}
 
 
 def times8(window: slice) -> slice:

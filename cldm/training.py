@@ -4,6 +4,8 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,8 @@ PARTS = {  # of a checkpoint, with their types
 # have the devices as `gpus`, and max_epochs as `num_epochs`.
 MAY_CHANGE = set(
     "output_dir max_steps max_epochs num_epochs gpus devices num_nodes strategy num_workers compile "
-    "gradient_checkpointing log_steps logger_freq save_steps val_steps val_ddim_steps".split()
+    "gradient_checkpointing log_steps logger_freq save_steps val_steps val_ddim_steps "
+    "val_strength".split()
 )
 
 
@@ -73,6 +76,9 @@ def check_start(settings: Any) -> None:
         raise ValueError(f"val_ddim_steps must be at most 1000, not {settings.val_ddim_steps}")
     if settings.image_size % 64 or settings.image_size <= 0:
         raise ValueError(f"image_size must be a multiple of 64, not {settings.image_size}")
+    for name in ("learning_rate", "lr_warmup_steps", "weight_decay", "max_grad_norm"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise ValueError(f"{name} must not be negative, but is {getattr(settings, name)}")
     if not 0 <= settings.ema_decay < 1 or not 0 <= settings.prompt_dropout <= 1:
         raise ValueError("ema_decay must lie in [0, 1), prompt_dropout in [0, 1]")
     if settings.cache_latents and settings.use_augmentation:
@@ -136,6 +142,9 @@ def prepare_model(model: ControlLDM, settings: Any) -> None:
     """Make a model ready for training; frozen parts are stored in half precision if the run computes so."""
     model.sd_locked, model.only_mid_control = settings.sd_locked, settings.only_mid_control
     model.learning_rate, model.optimizer = settings.learning_rate, settings.optimizer
+    model.weight_decay = settings.weight_decay
+    # the fused kernel scales float16's gradients itself, too late for them to be clipped
+    model.fused_optimizer = half_dtype(settings.precision) != torch.float16 or not settings.max_grad_norm
     unet = model.model.diffusion_model
     model.control_model.use_checkpoint = unet.use_checkpoint = settings.gradient_checkpointing
     half = half_dtype(settings.precision)
@@ -164,20 +173,40 @@ def steps_of(settings: Any, samples: int) -> int:
     return math.ceil(settings.max_epochs * samples / samples_per_step(settings))
 
 
+def learning_rate_factor(step: int, settings: Any, steps: int) -> float:
+    """What the learning rate is multiplied by in step 0, 1, 2, ... of a run of so many `steps`."""
+    warmup = settings.lr_warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
+        settings.lr_scheduler
+    ]
+
+
 def comparable(settings: Any) -> dict:
     """Settings as `check_settings` compares them: one spelling of the precision."""
     values = plain(settings)
     return {**values, "precision": lightning_precision(values.get("precision", "32"))}
 
 
-def check_parts(content: Mapping, model: ControlLDM, path: Path) -> None:
-    """Raise ValueError unless a checkpoint has what `fit` writes, and all trained tensors of this model."""
+def unsaid(settings: Any) -> dict:
+    """Defaults of the script's settings: what a checkpoint of an earlier version, which lacks them, did."""
+    return {field.name: field.default for field in fields(settings)}
+
+
+def check_parts(content: Mapping, path: Path) -> None:
+    """Raise ValueError unless a checkpoint has what `fit` writes."""
     lacks = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
     lacks += [name for name, value in content.items() if PARTS.get(name) is dict and not value]
     lacks += [] if isinstance(content.get("ema", {}), dict) else ["ema"]
     if lacks:
         raise ValueError(f"{path} is damaged or from another script: it lacks {', '.join(lacks)}")
-    shapes = {name: getattr(value, "shape", None) for name, value in content["state_dict"].items()}
+
+
+def check_shapes(weights: Mapping[str, Any], model: ControlLDM, path: Path) -> None:
+    """Raise ValueError unless a checkpoint's weights are those that this model trains."""
+    shapes = {name: getattr(value, "shape", None) for name, value in weights.items()}
     trained = {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
     wrong = [name for name, shape in trained.items() if shapes.get(name) != shape]
     if wrong:
@@ -200,9 +229,10 @@ def fit(
     step, samples = 0, len(data.train)
     if last.is_file():
         content = checkpoint.load(last)
-        check_parts(content, model, last)
-        before = {"samples": samples, **content["settings"]}
+        check_parts(content, last)
+        before = {"samples": samples, **unsaid(settings), **content["settings"]}
         check_settings(comparable(before), {**comparable(settings), "samples": samples}, MAY_CHANGE, last)
+        check_shapes(content["state_dict"], model, last)
         step = content["global_step"]
         del content  # it is mapped from the file, which is about to be replaced
         rank_zero_only(print)(f"resuming {last} at step {step}")
@@ -220,15 +250,19 @@ def fit(
     strategy = ShardedStrategy() if settings.strategy == "fsdp" else settings.strategy
     if settings.only_mid_control and settings.devices * settings.num_nodes > 1 and isinstance(strategy, str):
         strategy = "ddp_find_unused_parameters_true"
+    steps = steps_of(settings, samples)
+    if settings.lr_scheduler != "constant" or settings.lr_warmup_steps:
+        model.learning_rate_factor = partial(learning_rate_factor, settings=settings, steps=steps)
     trainer = pl.Trainer(
         accelerator="auto",
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=strategy,
         precision=lightning_precision(settings.precision),
-        max_steps=steps_of(settings, len(data.train)),
+        max_steps=steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.max_grad_norm or None,
         val_check_interval=settings.val_steps * settings.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         limit_val_batches=None if data.held_out is not None else 0,

@@ -17,17 +17,27 @@ import torch
 import tyro
 from torch.utils.data import default_collate
 
+import tool_export_control
 import tutorial_train_deblur
 import tutorial_train_inpaint
 from cldm import deblur
-from cldm.deblur import ChannelSpatialAttention, DeblurControlNet, add_attention, gradient_l1
+from cldm.deblur import (
+    ChannelSpatialAttention,
+    DeblurControlNet,
+    add_attention,
+    add_hint_latent,
+    gradient_l1,
+)
 from cldm.logger import log_txt_as_img
 from cldm.model import create_model, open_control_model, read_config
+from cldm.restore import Sampling, deblur_image
+from cldm.training import learning_rate_factor, prepare_model
 from ldm import checkpoint
 from ldm.data.image import read_image, to_uint8, write_image
 from ldm.metrics import psnr
+from ldm.models.autoencoder import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
-from tests.fill import fill
+from tests.fill import fill, relative_error
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset
 from tutorial_train_deblur import Settings, find_crops, main
@@ -238,7 +248,8 @@ def test_a_run_with_the_old_names_of_settings_goes_on(settings):
     path = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
     content = checkpoint.load(path, mmap=False)
     old = content["settings"]
-    del old["samples"]
+    for name in ("samples", "hint_as_latent", "lr_scheduler", "weight_decay", "max_grad_norm"):
+        del old[name]
     old |= {"gpus": old.pop("devices"), "num_epochs": old.pop("max_epochs"), "precision": "32-true"}
     checkpoint.save(path, content)
     main(settings)
@@ -304,6 +315,127 @@ def test_attention_starts_as_the_plain_model_and_is_trained(settings, place):
     attention = open_control_model(path).control_model.hint_attention
     assert attention.gate.abs().max() > 0
     assert (attention.spatial.weight != 0).any()
+
+
+def test_the_hint_as_latent_starts_as_the_plain_model(place):
+    start, config = checkpoint.read_weights(place / "start.safetensors"), read_config(CONFIG)
+    plain, (wide, weights) = create_model(CONFIG), add_hint_latent(config, start)
+    plain.load_state_dict(start)
+    model = instantiate_from_config(wide)
+    assert model.control_model.input_blocks[0][0].weight[:, 16:].abs().max() == 0
+    model.load_state_dict(weights)
+    cond = {"c_crossattn": [torch.randn(1, 7, 32)], "c_concat": [torch.rand(1, 3, 64, 64)]}
+    noisy, t = torch.randn(1, 16, 8, 8), torch.tensor([500])
+    assert relative_error(model.apply_model(noisy, t, cond), plain.apply_model(noisy, t, cond)) < 1e-5
+    torch.nn.init.normal_(model.control_model.input_blocks[0][0].weight)
+    given = {**cond, "c_latent": model.hint_latent(cond)}
+    assert torch.equal(model.apply_model(noisy, t, given), model.apply_model(noisy, t, cond))
+    given["c_latent"] = torch.zeros(1, 16, 8, 8)
+    assert not torch.equal(model.apply_model(noisy, t, given), model.apply_model(noisy, t, cond))
+
+
+def test_the_hint_as_latent_is_trained_cached_kept_and_used(settings, tmp_path):
+    settings = replace(settings, hint_as_latent=True, use_attention=True, val_strength=0.5)
+    main(replace(settings, max_steps=1, val_steps=1))
+    main(replace(settings, val_steps=1))
+    cached = replace(settings, cache_latents=True, val_steps=1, output_dir=str(tmp_path / "cached"))
+    main(cached)
+    for name in ("train/loss_simple", "val/loss", "val/psnr"):  # float16 latents against float32 ones
+        pairs = [(a[name], b[name]) for a, b in zip(rows(settings), rows(cached), strict=True) if a[name]]
+        assert pairs and all(float(a) == pytest.approx(float(b), rel=2e-2) for a, b in pairs)
+    path = Path(cached.output_dir) / "checkpoints" / "last.ckpt"
+    model = open_control_model(path)
+    assert model.control_model.input_blocks[0][0].weight[:, 16:].abs().max() > 0
+    image = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
+    whole, tiles = (
+        deblur_image(model, image, Sampling("", steps=2, tile=tile, overlap=0)) for tile in (0, 64)
+    )
+    assert whole.shape == tiles.shape == image.shape
+    model.hint_latent = lambda cond: torch.zeros(1, 16, 8, 16)  # it matters
+    model.encode_first_stage = lambda image: DiagonalGaussianDistribution(torch.zeros(1, 32, 8, 16))
+    assert (deblur_image(model, image, Sampling("", steps=2)) != whole).any()
+    # other runs and other tools are told
+    with pytest.raises(ValueError, match="hint_as_latent was True, is False"):
+        main(replace(cached, hint_as_latent=False))
+    export = tool_export_control.Settings(path, tmp_path / "control.safetensors")
+    with pytest.raises(ValueError, match="hint attention|--use_attention"):
+        tool_export_control.main(export)
+    content = checkpoint.load(path, mmap=False)
+    weights = {name: v for name, v in content["state_dict"].items() if "hint_attention" not in name}
+    checkpoint.save(tmp_path / "plain.ckpt", {**content, "state_dict": weights, "ema": None})
+    export.checkpoint_path = tmp_path / "plain.ckpt"
+    with pytest.raises(ValueError, match="trained with --hint_as_latent: its input has 16 channels"):
+        tool_export_control.main(export)
+    export.allow_extra = True
+    tool_export_control.main(export)  # which names no configuration: the shapes tell
+    opened = open_control_model(export.output_path, cached.resume_path, CONFIG)
+    assert opened.sees_hint_latent
+
+
+def test_learning_rate_decay_and_clipping_are_those_of_the_settings(settings):
+    settings = replace(settings, weight_decay=0.1, max_grad_norm=1e-3, lr_scheduler="cosine")
+    settings = replace(settings, lr_warmup_steps=2, val_fraction=0.0, ema_decay=0.0)
+    for steps, factor in ((1, 0.5), (2, 1.0), (6, 0.5 * (1 + np.cos(np.pi * 3 / 4)))):
+        main(replace(settings, max_steps=steps))
+        optimizer = last(settings)["optimizer_states"][0]
+        (group,) = optimizer["param_groups"]
+        assert group["lr"] == pytest.approx(1e-4 * factor) and group["weight_decay"] == 0.1
+        if steps == 1:
+            moments = [state["exp_avg"].double() for state in optimizer["state"].values()]
+            norm = torch.stack([moment.norm() for moment in moments]).norm() / (1 - group["betas"][0])
+            assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "end"), [("constant", 1.0), ("linear", 0.0), ("cosine", 0.0)])
+def test_learning_rate_schedules(name, end):
+    settings = Settings(lr_scheduler=name, lr_warmup_steps=4)
+    rates = [learning_rate_factor(step, settings, 100) for step in range(102)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[-1] == rates[-2] == pytest.approx(end)
+    assert rates[52] == pytest.approx((1 + end) / 2)
+
+
+def test_gradients_of_float16_can_be_clipped():
+    """The fused kernel would scale float16's gradients back by itself, after the clipping."""
+    model = create_model(CONFIG)
+    for precision, norm, fused in (("16", 1.0, False), ("16", 0.0, True), ("bf16", 1.0, True)):
+        prepare_model(model, Settings(precision=precision, max_grad_norm=norm))
+        optimizer = model.configure_optimizers()
+        assert fused == bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def captioned(folder: Path, data: str) -> Path:
+    """A copy of the data, its first line with a caption."""
+    data = Path(shutil.copytree(data, folder / "captioned"))
+    lines = [json.loads(line) for line in (data / "blur_types.json").read_text().splitlines()]
+    lines[0]["text"] = "a cat after {blur_type}"
+    (data / "blur_types.json").write_text("\n".join(map(json.dumps, lines)))
+    return data
+
+
+def test_pairs_may_have_captions(settings, tmp_path):
+    data = captioned(tmp_path, settings.data_root)
+    pairs = [json.loads(line) for line in (data / "blur_types.json").read_text().splitlines()]
+    (data / pairs[1]["clear_image"]).with_suffix(".txt").write_text("two\nlines \u00e9", encoding="utf-8")
+    settings = replace(settings, data_root=str(data), val_fraction=0.0, prompt_dropout=0.0)
+    train, _, _ = find_crops(settings)
+    texts = [train[n]["txt"] for n in range(8)]
+    kind = pairs[0]["blur_type"].replace("_", " ")
+    assert texts == [f"a cat after {kind}", "two lines \u00e9", *[settings.prompt] * 6]
+    dropped, _, _ = find_crops(replace(settings, prompt_dropout=1.0))
+    assert {dropped[n]["txt"] for n in range(8)} == {""}
+    main(replace(settings, cache_latents=True, max_steps=1))
+    (data / pairs[2]["blur_image"]).with_suffix(".txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"blur_\d+.txt is not text in UTF-8"):
+        find_crops(settings)
+
+
+def test_a_caption_must_be_a_text(settings, tmp_path):
+    data = captioned(tmp_path, settings.data_root)
+    text = (data / "blur_types.json").read_text().replace('"a cat after {blur_type}"', "7")
+    (data / "blur_types.json").write_text(text)
+    with pytest.raises(ValueError, match="blur_types.json:1: .* must be texts"):
+        find_crops(replace(settings, data_root=str(data)))
 
 
 def test_pixel_losses_are_what_they_say():
@@ -378,6 +510,8 @@ def test_the_crop_is_aligned_and_the_same_for_the_same_seed(place):
         ({"ema_decay": 1.0}, "ema_decay must lie"),
         ({"val_samples": 0}, "val_samples must be at least 1"),
         ({"val_ddim_steps": 5000}, "val_ddim_steps must be at most 1000"),
+        ({"val_strength": 0.0}, "val_strength must lie in"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative"),
         ({"deblur_crop": -1}, "deblur_crop must not be negative"),
         ({"max_steps": 0, "max_epochs": 0}, "max_epochs must be at least 1"),
         ({"image_size": 100}, "image_size must be a multiple of 64, not 100"),

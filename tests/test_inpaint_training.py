@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +176,20 @@ def test_one_batch_can_be_learnt(place):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_captions_beside_the_pictures(settings, place, tmp_path):
+    photos = shutil.copytree(place / "photos", tmp_path / "photos")
+    (photos / "002.txt").write_text("a boat", encoding="utf-8-sig")
+    settings = replace(
+        settings, image_dir=str(photos), val_samples=0, prompt="a photograph", prompt_dropout=0.0
+    )
+    train, _ = find_pictures(settings)
+    assert [train[n]["txt"] == "a boat" for n in range(6)] == [n == 2 for n in range(6)]
+    assert train[0]["txt"] == "a photograph"
+    (photos / "003.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match=r"003.txt is not text in UTF-8"):
+        find_pictures(settings)
 
 
 @pytest.mark.parametrize("captions", [False, True])

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cldm.model import open_control_model
+from cldm.deblur import add_hint_latent
+from cldm.model import open_control_model, read_config
 from cldm.sharding import split_like, whole
 from ldm import checkpoint
 from ldm.data.image import read_image
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from tests.test_deblur import last, make_place, rows, same, small_settings
+from tests.test_deblur import CONFIG, last, make_place, rows, same, small_settings
 from tutorial_train_deblur import Settings, main
 
 
@@ -49,6 +50,7 @@ def done(tmp_path_factory) -> dict[str, Settings]:
     folder = tmp_path_factory.mktemp("processes")
     one = replace(small_settings(make_place(folder), folder), batch_size=4, max_steps=3)
     one = replace(one, accumulate_grad_batches=1)
+    one = replace(one, hint_as_latent=True, max_grad_norm=0.5, lr_warmup_steps=2)
     split = replace(one, batch_size=2, devices=2, strategy="fsdp", output_dir=str(folder / "fsdp"))
     copies = replace(split, strategy="ddp", val_fraction=0.0, logger_freq=9, output_dir=str(folder / "ddp"))
     runs = {"fsdp": split, "ddp": copies}
@@ -70,7 +72,7 @@ def test_a_resumed_run_on_two_processes_equals_the_uninterrupted_one(done, kind)
 
 def test_a_split_run_leaves_what_one_process_leaves(done):
     one, two = last(done["one"]), last(done["fsdp"])
-    start = checkpoint.read_weights(done["one"].resume_path)
+    start = add_hint_latent(read_config(CONFIG), checkpoint.read_weights(done["one"].resume_path))[1]
     assert one.keys() == two.keys()
     for ours, theirs in (
         (one["state_dict"], two["state_dict"]),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ldm.data.captions import check_captions, read_caption
 from ldm.data.coco import CocoRecords
 from ldm.data.image import list_images, read_image, side_by_side, to_tensor, to_uint8, write_image
 from ldm.data.stream import item_generator, item_seed
@@ -86,8 +87,9 @@ class CocoInpaintingDataset(Dataset):
     the time. `mask_type`: "rectangle", "irregular", "mixed" (see masks.py); "object", shapes from `ann_file`,
     and mixed holes for pictures that have none of use; "folder", masks from `mask_dir` (white is the hole):
     the one of the picture's name, else any. All holes cover `mask_ratio` of the crop: shapes of other sizes
-    are grown or shrunk. Prompts are `prompt`, or one of the picture's captions; a part `prompt_dropout` of
-    them is left empty. `paths` are pictures in `image_dir` to use instead of all.
+    are grown or shrunk. Prompts are one of the picture's captions in `captions_file`, or NAME.txt beside it,
+    or `prompt`; a part `prompt_dropout` of them is left empty. `paths` are pictures in `image_dir` to use
+    instead of all.
 
     Raises FileNotFoundError or ValueError that names what is missing or wrong.
     """
@@ -124,6 +126,7 @@ class CocoInpaintingDataset(Dataset):
             self.objects, self.object_rows = self._records(ann_file, "objects", names)
         if captions_file:
             self.captions, self.caption_rows = self._records(captions_file, "captions", names)
+        self.captions_beside = check_captions(paths)
         self.masks = np.array([])
         if self.mask_type == "folder":
             if not mask_dir:
@@ -157,16 +160,16 @@ class CocoInpaintingDataset(Dataset):
         hint = make_hint(image, mask, self.hint_channels)
         return {
             "jpg": image.permute(1, 2, 0),
-            "txt": self._prompt(index, seed),
+            "txt": self._prompt(index, path, seed),
             "hint": hint.permute(1, 2, 0),
             "mask": mask.permute(1, 2, 0),
             "path": path,
             "seed": seed,
         }
 
-    def _prompt(self, index: int, seed: int) -> str:
+    def _prompt(self, index: int, path: str, seed: int) -> str:
         generator = item_generator(seed + 5)
-        prompt = self.prompt
+        prompt = (read_caption(path) if self.captions_beside else "") or self.prompt
         texts = self.captions.of(self.caption_rows[index]) if self.captions else []
         if texts:
             prompt = texts[int(torch.randint(len(texts), (), generator=generator))].decode()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ldm.data.image import image_size, list_images, natural_key
 
 JSONL = "blur_types.json"  # the list that tool_make_deblur_dataset.py writes
+CAPTIONS = ("caption", "text", "prompt")  # names of a line's caption, the first that is there counts
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Pair:
     sharp: Path
     blur_type: str = ""
     group: str = ""
+    caption: str = ""  # what the pair's line says
 
 
 def find_pairs(
@@ -110,7 +112,9 @@ def _jsonl_pairs(file: Path, data_root: str | Path | None) -> list[Pair]:
         blurry, sharp = _existing(
             where, data_root or file.parent, record["blur_image"], record["clear_image"]
         )
-        pairs.append(Pair(blurry, sharp, record.get("blur_type", ""), record.get("source", str(sharp))))
+        caption = next((record[key] for key in CAPTIONS if key in record), "")
+        group = record.get("source", str(sharp))
+        pairs.append(Pair(blurry, sharp, record.get("blur_type", ""), group, caption))
     return pairs
 
 
@@ -126,6 +130,8 @@ def json_lines(file: Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{where}: expected an object with the paths blur_image and clear_image")
         if not all(isinstance(record.get(key, ""), str) for key in ("blur_type", "source")):
             raise ValueError(f"{where}: blur_type and source must be texts")
+        if not all(isinstance(record.get(key, ""), str) for key in CAPTIONS):
+            raise ValueError(f"{where}: {', '.join(CAPTIONS)} must be texts")
         yield where, record
 
 
