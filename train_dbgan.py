@@ -105,7 +105,7 @@ class Settings:
     pretrain_epochs: int = 20  # of `deblur`, on the content loss alone
     epochs: int = 20  # adversarial ones, of `deblur` and of `paired`
     max_steps: MaxSteps = -1  # optimizer steps of every phase; above 0 it replaces the epochs
-    batch_size: BatchSize = 4  # of all devices together
+    batch_size: BatchSize = 4  # of each device
     accumulate_grad_batches: Accumulate = 4  # batches to one optimizer step
     learning_rate: float = 1e-4  # at the start, by a cosine down to
     last_learning_rate: float = 1e-6  # at the end
@@ -155,7 +155,9 @@ DEMO = {
     "log_epoch": 2,
 }
 # What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
-MAY_CHANGE = "mode val_crop devices num_nodes num_workers cache channels_last compile log_epoch".split()
+MAY_CHANGE = (
+    "mode val_crop devices num_nodes batch_size num_workers cache channels_last compile log_epoch".split()
+)
 SOFT_REAL, SOFT_FAKE = 0.9, 0.1  # soft labels of the least-squares discriminators
 NOISE = 4  # numbers that BGAN draws for a picture
 
@@ -486,9 +488,6 @@ def check(settings: Settings) -> None:
     check_counts(settings, "width blocks blur_blocks discriminator_width devices num_nodes")
     if settings.crop_size < 16 or settings.crop_size % 16:
         raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
-    processes = settings.devices * settings.num_nodes
-    if settings.batch_size % processes:
-        raise ValueError(f"batch_size {settings.batch_size} cannot be shared by {processes} processes")
     if not 0 <= settings.last_learning_rate <= settings.learning_rate:
         raise ValueError(
             f"last_learning_rate must lie between 0 and learning_rate, not {settings.last_learning_rate}"
@@ -593,7 +592,7 @@ def train(
 
     # Phases: their losses and their steps
     batch_size = settings.batch_size * settings.accumulate_grad_batches
-    steps_per_epoch = max(1, round(len(dataset) / batch_size))
+    steps_per_epoch = max(1, round(len(dataset) / (batch_size * fabric.world_size)))
     epochs = {"blur": [settings.blur_epochs], "deblur": [settings.pretrain_epochs, settings.epochs]}
     phases = [steps_per_epoch * count for count in epochs.get(stage, [settings.epochs])]
     if settings.max_steps > 0:
@@ -608,7 +607,7 @@ def train(
     parts |= {"scheduler": scheduler, "ema": ema}
     parts |= {f"pool_{name}": pool for name, pool in players.pools.items()}
     known = {**plain(settings), "samples": len(dataset), "blurrer": fingerprint(players.blurrer)}
-    run = Run(fabric, folder, known, parts, [*MAY_CHANGE, *UNUSED[stage]])
+    run = Run(fabric, folder, known, parts, [*MAY_CHANGE, *UNUSED[stage]], defaults=Settings())
     baseline, _ = held_out.evaluate(lambda blurry: blurry, run)
     check_blur = None
     if "blur" in generators:

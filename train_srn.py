@@ -9,7 +9,8 @@ Tao, Gao, Shen, Wang, Jia: Scale-recurrent Network for Deep Image Deblurring, CV
 The same command again resumes a stopped run. Published for GoPro: 30.26 dB. More in docs/srn.md.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,17 +21,17 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from ldm.checkpoint import fill, write_half
 from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs
-from ldm.data.paired import BlurDataset, ImageFiles, PairedDataset
+from ldm.data.paired import BlurDataset, CropDataset, ImageFiles, PairedDataset, Together
 from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
-from ldm.run import Run, read_trained, start_fabric
-from ldm.settings import BatchSize, Devices, MaxSteps, Precision, check_counts, plain, run_main
+from ldm.modules.losses import PixelLoss, fft_loss, pixel_loss
+from ldm.run import Run, read_trained, start_fabric, unscale_gradients
+from ldm.settings import BatchSize, Devices, MaxSteps, Precision, WeightDecay, check_counts, plain, run_main
 from ldm.tiling import pad_to_multiple, restore_picture
 from ldm.validation import HeldOut, line, report
 
@@ -54,21 +55,35 @@ class Settings:
     val_crop: int = 0  # evaluate on that many pixels in the middle; 0 = whole images
     blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # the blurs made on the fly
     blur_scale: float = 1.0  # and their size
+    jpeg_probability: float = 0.0  # part of the blurred training images that went through a JPEG file
+    sharp_fraction: float = 0.0  # part of the training images that is not, or hardly, blurred: do no harm
+    photo_crops: int = 1  # crops of each photograph of --sharp_dir in an epoch: its ratio to --dead_leaves
+    crop_candidates: int = 1  # windows drawn for a crop on the fly, of which the sharpest is taken
     crop_size: int = 256  # of training images, a multiple of 16
+    late_crop_sizes: tuple[int, ...] = ()  # larger ones, in equal shares of the last half of the steps
     cache: bool = False  # keep all training images decoded in memory
 
     width: int = 32  # channels at full resolution
     coarsest: Literal["zeros", "blurry"] = "zeros"  # estimate at the first scale; the authors' code: blurry
     detach: bool = False  # no gradient through the upsampled estimate, as in the authors' code
     residual: bool = False  # predict the difference to the blurry image
+    sampling: bool = False  # work at half resolution, on 2 x 2 pixels as channels: 4 times less to compute
+    init: Literal["default", "xavier"] = "default"  # first weights: torch's, or Xavier's
+    init_weights: Path | None = None  # start from the weights of this file; a run that exists is resumed
 
+    loss: PixelLoss = "mse"  # distance of pixels at each scale
+    fft_loss_weight: float = 0.0  # of the distance of Fourier transforms beside it; 0.1 is MIMO-UNet's
     epochs: int = 2000  # passes over the data
     max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces epochs
-    batch_size: BatchSize = 16  # of all devices together
-    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: momentum 0.9, nesterov
+    batch_size: BatchSize = 16  # of each device
+    optimizer: Literal["adam", "sgd"] = "adam"  # the way to step
+    momentum: float = 0.9  # of sgd
+    nesterov: bool = True  # of sgd
+    weight_decay: WeightDecay = 0.0  # L2 regularisation
     learning_rate: float = 1e-4  # at the start
-    schedule: Literal["step", "power"] = "step"  # 0.3^(epoch // 500), or the authors' (1 - t/T)^0.3
+    schedule: Literal["step", "power", "cosine"] = "step"  # 0.3^(epoch // 500); (1 - t/T)^0.3; cosine
     lstm_clip: float = 3.0  # highest global norm of the ConvLSTM's gradients
+    max_grad_norm: float = 0.0  # highest global norm of all gradients; 0 = not clipped
     ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used; 0 for none
     seed: int = 0  # of the data's order, first weights and noise
 
@@ -99,7 +114,7 @@ DEMO = {
     "log_epoch": 1,
 }
 # What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
-MAY_CHANGE = "devices num_nodes num_workers log_epoch cache channels_last compile".split()
+MAY_CHANGE = "devices num_nodes batch_size num_workers log_epoch cache channels_last compile".split()
 
 
 # ---- network -----------------------------------------------------------------------------------------------
@@ -149,10 +164,10 @@ class DBlock(nn.Module):
 class OutBlock(nn.Module):
     """Three residual blocks, then a convolution to RGB."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, channels: int = 3):
         super().__init__()
         self.resblock_stack = resblocks(width)
-        self.conv = nn.Sequential(nn.Conv2d(width, 3, 5, padding=2))
+        self.conv = nn.Sequential(nn.Conv2d(width, channels, 5, padding=2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.resblock_stack(x))
@@ -176,30 +191,40 @@ class SRNDeblurNet(nn.Module):
     """One encoder-decoder applied at quarter, half and full size, each time starting from the last estimate.
 
     `forward(b1, b2, b3) -> i1, i2, i3`: blurry (b, 3, h, w) at full, half and quarter size, in [-1, 1],
-    h and w multiples of 16, to restored images of the same sizes, not clamped. `restore` takes any size.
+    h and w multiples of `multiple`, to restored images of the same sizes, not clamped. `restore` takes any
+    size. With `sampling` 2 x 2 pixels enter and leave as channels of one (ours, not the paper's).
     """
 
     def __init__(
-        self, width: int = 32, coarsest: str = "zeros", detach: bool = False, residual: bool = False
+        self,
+        width: int = 32,
+        coarsest: str = "zeros",
+        detach: bool = False,
+        residual: bool = False,
+        sampling: bool = False,
     ):
         super().__init__()
         self.coarsest, self.detach, self.residual = coarsest, detach, residual
-        self.inblock = EBlock(6, width, stride=1)
+        self.side = 2 if sampling else 1  # of the squares of pixels that are one to the convolutions
+        self.multiple, pixels = 16 * self.side, self.side**2
+        self.inblock = EBlock(6 * pixels, width, stride=1)
         self.eblock1 = EBlock(width, 2 * width, stride=2)
         self.eblock2 = EBlock(2 * width, 4 * width, stride=2)
         self.convlstm = ConvLSTMCell(4 * width)
         self.dblock1 = DBlock(4 * width, 2 * width)
         self.dblock2 = DBlock(2 * width, width)
-        self.outblock = OutBlock(width)
+        self.outblock = OutBlock(width, 3 * pixels)
         if residual:  # training starts from the blurry image instead of noise
             nn.init.zeros_(self.outblock.conv[0].weight)
             nn.init.zeros_(self.outblock.conv[0].bias)
 
     def forward(self, b1: Tensor, b2: Tensor, b3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if b1.shape[-2] % 16 or b1.shape[-1] % 16:
-            raise ValueError(f"height and width must be multiples of 16, not {tuple(b1.shape[-2:])}")
+        if b1.shape[-2] % self.multiple or b1.shape[-1] % self.multiple:
+            raise ValueError(
+                f"height and width must be multiples of {self.multiple}, not {tuple(b1.shape[-2:])}"
+            )
         estimate = b3 if self.coarsest == "blurry" else torch.zeros_like(b3)
-        b, _, h, w = b3.shape
+        b, h, w = len(b3), b3.shape[-2] // self.side, b3.shape[-1] // self.side
         hidden = cell = b3.new_zeros(b, self.convlstm.conv.weight.shape[0] // 4, h // 4, w // 4)
         i3, hidden, cell = self.step(b3, estimate, hidden, cell)
         i2, hidden, cell = self.step(b2, self.upsampled(i3), double(hidden), double(cell))
@@ -210,17 +235,27 @@ class SRNDeblurNet(nn.Module):
         self, blurry: Tensor, estimate: Tensor, hidden: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Restore one scale: (b, 3, h, w) from itself and the estimate of the scale before."""
-        e1 = self.inblock(torch.cat([blurry, estimate], dim=1))  # (b, 6, h, w) -> (b, width, h, w)
+        both = F.pixel_unshuffle(torch.cat([blurry, estimate], dim=1), self.side)  # h, w now count squares
+        e1 = self.inblock(both)  # (b, 6, h, w) -> (b, width, h, w)
         e2 = self.eblock1(e1)  # (b, 2 width, h/2, w/2)
         e3 = self.eblock2(e2)  # (b, 4 width, h/4, w/4)
         hidden, cell = self.convlstm(e3, hidden, cell)
         d2 = self.dblock1(hidden) + e2  # (b, 2 width, h/2, w/2)
         d1 = self.dblock2(d2) + e1  # (b, width, h, w)
-        restored = self.outblock(d1)  # (b, 3, h, w)
+        restored = F.pixel_shuffle(self.outblock(d1), self.side)  # (b, 3, h, w)
         return (blurry + restored if self.residual else restored), hidden, cell
 
     def upsampled(self, estimate: Tensor) -> Tensor:
         return double(estimate.detach() if self.detach else estimate)
+
+
+def xavier(network: nn.Module) -> None:
+    """Xavier's uniform first weights (Glorot and Bengio 2010) and no biases; a residual's last stay zero."""
+    for name, value in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(value)
+        elif value.any():
+            nn.init.xavier_uniform_(value)
 
 
 def double(x: Tensor) -> Tensor:
@@ -235,10 +270,10 @@ def pyramid(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def restore(network: nn.Module, blurry: Tensor) -> Tensor:
+def restore(network: SRNDeblurNet, blurry: Tensor) -> Tensor:
     """Restore (b, 3, h, w) in [-1, 1] of any size; the result has the same size and is not clamped."""
     h, w = blurry.shape[-2:]
-    scales = pyramid(pad_to_multiple(blurry, 16))
+    scales = pyramid(pad_to_multiple(blurry, network.multiple))
     return network.forward(*scales)[0][..., :h, :w]  # not compiled: sizes vary
 
 
@@ -262,6 +297,9 @@ def restore_image(
     return restore_picture(blurry, run, next(network.parameters()).device, **options)
 
 
+FORM = ("width", "coarsest", "detach", "residual", "sampling")
+
+
 def load_network(path: str | Path) -> SRNDeblurNet:
     """The network in a file of this script, or one with the reproduction's key names (`module.` or not).
 
@@ -272,82 +310,96 @@ def load_network(path: str | Path) -> SRNDeblurNet:
     if "inblock.conv.0.weight" not in weights:
         raise ValueError(f"{path} holds no SRN-DeblurNet: its first key is {next(iter(weights))}")
     settings = content["settings"]
-    form = {name: settings[name] for name in ("coarsest", "detach", "residual") if name in settings}
+    form = {name: settings[name] for name in FORM[1:] if name in settings}
     return fill(SRNDeblurNet(len(weights["inblock.conv.0.weight"]), **form), weights, path).eval()
+
+
+def start_from(network: SRNDeblurNet, path: Path) -> None:
+    """Give the network the weights of a file. Raises ValueError if it holds one of another form."""
+    found = load_network(path)
+    for name, own, other in (
+        ("width", network.convlstm.conv.weight.shape[0] // 16, found.convlstm.conv.weight.shape[0] // 16),
+        ("sampling", network.side == 2, found.side == 2),
+    ):
+        if own != other:
+            raise ValueError(f"--init_weights {path}: its {name} is {other}, this run's {own}")
+    network.load_state_dict(found.state_dict())
 
 
 def export(checkpoint: Path, path: Path) -> None:
     """Write the network of a checkpoint in half precision with what `load_network` must know."""
     weights, content = read_trained(checkpoint)
-    names = ("width", "coarsest", "detach", "residual")
-    write_half(path, weights, {name: content["settings"][name] for name in names})
+    settings = {**plain(Settings()), **content["settings"]}  # those that an older file lacks
+    write_half(path, weights, {name: settings[name] for name in FORM})
 
 
 # ---- loss and training step --------------------------------------------------------------------------------
 
 
-def scale_losses(restored: Sequence[Tensor], sharp: Sequence[Tensor]) -> list[Tensor]:
-    """Mean squared error at each scale (paper, equation 5, with the constant kappa = 1)."""
-    return [F.mse_loss(i.float(), s) for i, s in zip(restored, sharp, strict=True)]
+def scale_losses(
+    restored: Sequence[Tensor], sharp: Sequence[Tensor], kind: PixelLoss = "mse", fft_weight: float = 0.0
+) -> list[Tensor]:
+    """The loss at each scale: mean squared error (paper, equation 5, with kappa = 1), or another."""
+    losses = [pixel_loss(i, s, kind) for i, s in zip(restored, sharp, strict=True)]
+    if fft_weight:
+        spectra = [fft_loss(i, s) for i, s in zip(restored, sharp, strict=True)]
+        losses = [loss + fft_weight * distance for loss, distance in zip(losses, spectra, strict=True)]
+    return losses
 
 
 def train_step(
-    fabric: Fabric, network: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, lstm_clip: float
+    fabric: Fabric, network: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, settings: Settings
 ) -> dict[str, Tensor]:
     """One step on `blurry` and `sharp` (b, 3, h, w) in [-1, 1]; loss, mse and PSNR (range 2) at full size."""
-    losses = scale_losses(network(*pyramid(batch["blurry"])), pyramid(batch["sharp"]))
+    restored = network(*pyramid(batch["blurry"]))
+    losses = scale_losses(restored, pyramid(batch["sharp"]), settings.loss, settings.fft_loss_weight)
     loss = sum(losses)
     optimizer.zero_grad()
     fabric.backward(loss)
-    fabric.strategy.precision.unscale_gradients(optimizer.optimizer)  # float16 scales the loss
-    nn.utils.clip_grad_norm_(network.convlstm.parameters(), lstm_clip)  # fabric's would clip them all
+    unscale_gradients(fabric, optimizer)
+    nn.utils.clip_grad_norm_(network.convlstm.parameters(), settings.lstm_clip)
+    if settings.max_grad_norm:
+        nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
     optimizer.step()
-    mse = losses[0].detach()
+    mse = F.mse_loss(restored[0].detach().float(), batch["sharp"])
     return {"loss": loss, "mse": mse, "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}
 
 
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), settings.learning_rate, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(
+            network.parameters(), rate, settings.momentum, weight_decay=decay, nesterov=settings.nesterov
+        )
     fused = next(network.parameters()).is_cuda
-    return torch.optim.Adam(network.parameters(), settings.learning_rate, fused=fused)
+    return torch.optim.Adam(network.parameters(), rate, weight_decay=decay, fused=fused)
 
 
 def learning_rate_factor(step: int, steps_per_epoch: int, steps: int, settings: Settings) -> float:
     """What the learning rate is multiplied by after `step` of `steps` steps."""
+    left = max(0.0, 1 - step / steps)
     if settings.schedule == "power":
-        return max(0.0, 1 - step / steps) ** 0.3
+        return left**0.3
+    if settings.schedule == "cosine":
+        return (1 - math.cos(math.pi * left)) / 2
     return 0.3 ** (step // steps_per_epoch // 500)
 
 
 # ---- data --------------------------------------------------------------------------------------------------
 
 
-class Together:
-    """Photographs and dead leaves as one source of sharp images."""
-
-    def __init__(self, *sources: ImageFiles | DeadLeaves):
-        self.places = [(source, index) for source in sources for index in range(len(source))]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> np.ndarray:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        source, own = self.places[index]
-        return source[epoch, own]
-
-    def name(self, key: int | tuple[int, int]) -> str:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        source, own = self.places[index]
-        return source.name((epoch, own))
-
-
 def check(settings: Settings) -> None:
     """Raise ValueError for a setting that would fail only later."""
-    check_counts(settings, "epochs batch_size log_epoch width devices num_nodes")
-    if settings.crop_size < 16 or settings.crop_size % 16:
-        raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
+    check_counts(settings, "epochs batch_size log_epoch width devices num_nodes photo_crops crop_candidates")
+    multiple = 32 if settings.sampling else 16
+    for size in (settings.crop_size, *settings.late_crop_sizes):
+        if size < multiple or size % multiple:
+            raise ValueError(f"crop_size must be a multiple of {multiple}, not {size}")
+    for name in ("sharp_fraction", "jpeg_probability"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], not {getattr(settings, name)}")
+    if settings.nesterov and settings.optimizer == "sgd" and not settings.momentum:
+        raise ValueError("nesterov needs a momentum above 0")
     if not 0 <= settings.ema_decay < 1:
         raise ValueError(f"ema_decay must lie in [0, 1), not {settings.ema_decay}")
     if not (settings.data or settings.sharp_dir or settings.dead_leaves):
@@ -356,7 +408,7 @@ def check(settings: Settings) -> None:
         raise ValueError("--dead_leaves goes with --sharp_dir or alone, not with the pairs of --data")
 
 
-def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:
+def make_data(settings: Settings) -> tuple[CropDataset, HeldOut]:
     """The training set and what is held out: given, or a part of the data, or scikit-image's photographs."""
     crop, seed, data = settings.crop_size, settings.seed, settings.data
     pairs = find_pairs(data, settings.sharp_dir) if data else sharp_pairs(settings.sharp_dir)
@@ -374,8 +426,21 @@ def make_data(settings: Settings) -> tuple[Dataset, HeldOut]:
     if data:
         return PairedDataset(pairs, crop, seed, augment=True, cache=settings.cache), validation
     files = ImageFiles([pair.sharp for pair in pairs], settings.cache)
-    sources = Together(files, DeadLeaves(crop + 64, settings.dead_leaves, seed))
+    leaves = DeadLeaves(max(crop, *settings.late_crop_sizes, 0) + 64, settings.dead_leaves, seed)
+    blur |= {"jpeg_probability": settings.jpeg_probability, "sharp_fraction": settings.sharp_fraction}
+    sources = Together((files, settings.photo_crops), (leaves, 1))
+    blur |= {"candidates": settings.crop_candidates, "field": (0.0, 0.0)}
     return BlurDataset(sources, crop, seed, augment=True, **blur), validation
+
+
+def batches(run: Run, dataset: CropDataset, settings: Settings, steps: int) -> Iterator[dict]:
+    """All batches from where the run stands: crops of the late sizes share the last half of the steps."""
+    sizes, share = [settings.crop_size, *settings.late_crop_sizes], len(settings.late_crop_sizes)
+    ends = [steps - steps * left // (2 * share) for left in range(share, 0, -1)] if share else []
+    for size, end in zip(sizes, [*ends, steps], strict=True):
+        if run.step < end:
+            part = dataset.resized(size)
+            yield from run.loader(part, settings.batch_size, end, settings.seed, settings.num_workers)
 
 
 # ---- the whole run -----------------------------------------------------------------------------------------
@@ -389,11 +454,15 @@ def main(settings: Settings) -> None:
 
     # Data
     dataset, held_out = make_data(settings)
-    steps_per_epoch = max(1, round(len(dataset) / settings.batch_size))
+    steps_per_epoch = max(1, round(len(dataset) / (settings.batch_size * fabric.world_size)))
     steps = settings.max_steps if settings.max_steps > 0 else settings.epochs * steps_per_epoch
 
     # Network, optimizer, average
-    network = SRNDeblurNet(settings.width, settings.coarsest, settings.detach, settings.residual)
+    network = SRNDeblurNet(*(getattr(settings, name) for name in FORM))
+    if settings.init == "xavier":
+        xavier(network)
+    if settings.init_weights:
+        start_from(network, settings.init_weights)
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)
     if settings.compile:
@@ -407,15 +476,18 @@ def main(settings: Settings) -> None:
     # Resume
     parts = {"state_dict": network, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
     known = {**plain(settings), "samples": len(dataset)}
-    run = Run(fabric, settings.output_dir, known, parts, MAY_CHANGE)
+    run = Run(fabric, settings.output_dir, known, parts, MAY_CHANGE, defaults=Settings())
     baseline, _ = held_out.evaluate(lambda blurry: blurry, run)
     run.say(f"{len(dataset)} training images, {steps} steps; {len(held_out)} held out")
     restorer = partial(restore_image, network, precision=settings.precision)
+    if not run.step:
+        scores, _ = held_out.evaluate(restorer, run)
+        run.log(report(scores, baseline))
+        run.say(f"before the first step: {line({}, scores, baseline)}")
 
     # Loop
-    loader = run.loader(dataset, settings.batch_size, steps, settings.seed, settings.num_workers)
-    for batch in run.batches(loader, steps):
-        metrics = train_step(fabric, trained, fabric_optimizer, batch, settings.lstm_clip)
+    for batch in run.batches(batches(run, dataset, settings, steps), steps):
+        metrics = train_step(fabric, trained, fabric_optimizer, batch, settings)
         scheduler.step()
         ema.update(network)
         run.advance(metrics, batch["path"])
@@ -430,7 +502,8 @@ def main(settings: Settings) -> None:
         run.log(train | report(scores, baseline))
         run.save(score=scores["psnr"])
         epoch = f"epoch {run.step // steps_per_epoch}: train mse {train['train/mse']:.5f}"
-        run.say(f"{epoch} psnr {train['train/psnr']:.2f}, {line(train, scores, baseline)}")
+        epoch += f" psnr {train['train/psnr']:.2f}, eval mse {scores['mse']:.5f}"
+        run.say(f"{epoch}, {line(train, scores, baseline)}")
 
     # The best weights in half precision, for infer.py and for sharing
     weights = settings.output_dir / "srn_deblur.safetensors"

@@ -42,11 +42,12 @@ def training(
         network.to(memory_format=torch.channels_last)
     if compiled:
         network.compile()
-    optimizer = make_optimizer(network, TrainSettings())
+    settings = TrainSettings()
+    optimizer = make_optimizer(network, settings)
     network, optimizer = fabric.setup(network, optimizer)
     sharp = torch.rand(batch_size, 3, crop, crop, device=fabric.device) * 2 - 1
     batch = {"blurry": F.avg_pool2d(sharp, 5, 1, 2), "sharp": sharp}
-    return lambda: train_step(fabric, network, optimizer, batch, lstm_clip=3.0)
+    return lambda: train_step(fabric, network, optimizer, batch, settings)
 
 
 def restoring(h: int, w: int, precision: str, channels_last: bool, compiled: bool) -> Callable[[], object]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from lightning_fabric import Fabric
@@ -55,13 +56,26 @@ def average_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = fabric.all_reduce(parameter.grad)
 
 
+def unscale_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
+    """Gradients of a float16 loss in true size, to be clipped. Fabric's own refuses fused optimizers."""
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    if scaler is not None:
+        scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
+
+
+def start_worker(number: int) -> None:
+    """A DataLoader's process: OpenCV must not start a thread for every core in each of them."""
+    cv2.setNumThreads(0)
+
+
 class Run:
     """A training run in `output_dir`, resumed at its last checkpoint if there is one.
 
     `settings` is a dataclass or a dict; one that differs from the checkpoint's raises ValueError, unless it
     is named in `may_change`. `parts` are what has state (`state_dict`, `load_state_dict`), the network under
-    "state_dict": unwrapped, so that the files carry its own names. Log before saving: a resumed run forgets
-    the rows of steps after its checkpoint and writes them again.
+    "state_dict": unwrapped, so that the files carry its own names. `defaults` are the settings of a file
+    that lacks them: it was made before they came. Log before saving: a resumed run forgets the rows of
+    steps after its checkpoint and writes them again.
     """
 
     def __init__(
@@ -71,6 +85,7 @@ class Run:
         settings: Any,
         parts: dict,
         may_change: Iterable[str] = (),
+        defaults: Any = (),
     ):
         self.fabric, self.parts = fabric, {**parts, "precision": fabric.strategy.precision}
         self.folder, self.settings = Path(output_dir), plain(settings)
@@ -83,31 +98,38 @@ class Run:
         self._bar = None
         for name in ("logs", "images", "checkpoints"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._resume({"output_dir", *may_change})
+        self._joint_batch: int | None = None  # of the run that is resumed
+        self._resume({"output_dir", *may_change}, plain(defaults or {}))
         if fabric.is_global_zero:
-            self.csv = MetricsCsv(self.folder / "logs" / "metrics.csv", self.step)
+            self.csv = MetricsCsv(self.folder / "logs" / "metrics.csv", self.step or -1)
             self.board = TensorBoardLogger(self.folder / "logs", "", "", purge_step=self.step + 1)
 
     def loader(
         self, dataset: Dataset, batch_size: int, steps: int, seed: int, num_workers: int = 0
     ) -> DataLoader:
-        """Batches from where the run stands up to `steps` steps; `batch_size` is what one step sees in all,
-        over all processes, so that the run is the same on any number of them.
+        """Batches from where the run stands up to `steps` steps; `batch_size` is what each process sees in a
+        step. Runs of n processes with batches of b and of one with n * b are the same.
 
-        Raises ValueError if the processes cannot share a batch evenly.
+        Raises ValueError if the run that is resumed saw another number of samples in a step.
         """
         world_size = self.fabric.world_size
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size {batch_size} cannot be shared by {world_size} process(es)")
-        self.samples_per_step = batch_size
-        start, total = self.step * batch_size, steps * batch_size
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.samples_per_step = joint = batch_size * world_size
+        if self._joint_batch not in (None, joint):
+            raise ValueError(
+                f"{self.last_checkpoint} was trained with {self._joint_batch} samples a step, this run has "
+                f"{batch_size} on each of {world_size} processes: batch_size counts those of one device"
+            )
+        start, total = self.step * joint, steps * joint
         loader = DataLoader(
             dataset,
-            batch_size // world_size,
+            batch_size,
             sampler=SampleStream(len(dataset), seed, start, total, self.fabric.global_rank, world_size),
             num_workers=num_workers,
             pin_memory=self.fabric.device.type == "cuda",
             persistent_workers=num_workers > 0,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # its own: starting to iterate must not move the global random state
         )
         return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
@@ -210,6 +232,7 @@ class Run:
         self.best = score if is_best else self.best
         own = {"random": checkpoint.random_states(), "sums": self._sums, "count": self._count}
         state |= {"step": self.step, "best": self.best, "settings": self.settings}
+        state["samples_per_step"] = self.samples_per_step
         state["processes"] = self.gather(own)
         if self.fabric.is_global_zero:
             # the best first: a run killed between the two comes to this step again
@@ -225,7 +248,7 @@ class Run:
         torch.distributed.all_gather_object(contents, content)
         return contents
 
-    def _resume(self, may_change: set[str]) -> None:
+    def _resume(self, may_change: set[str], defaults: dict) -> None:
         if not self.last_checkpoint.is_file():
             return
         state = checkpoint.load(self.last_checkpoint)
@@ -233,7 +256,11 @@ class Run:
         lacks += [] if isinstance(state.get("settings", {}), dict) else ["settings"]
         if lacks:
             raise ValueError(f"{self.last_checkpoint} is from another script: it lacks {', '.join(lacks)}")
-        check_settings(state["settings"], self.settings, may_change, self.last_checkpoint)
+        saved = {**defaults, **state["settings"]}
+        check_settings(saved, self.settings, may_change, self.last_checkpoint)
+        self._joint_batch = state.get("samples_per_step")
+        if self._joint_batch is None and "batch_size" in saved:  # it then meant that of all devices together
+            self._joint_batch = saved["batch_size"] * saved.get("accumulate_grad_batches", 1)
         try:
             self._restore(state)
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:

@@ -18,6 +18,7 @@ MaxEpochs = Annotated[int, tyro.conf.arg(aliases=["--num_epochs"])]
 MaxSteps = Annotated[int, tyro.conf.arg(aliases=["--max_train_steps"])]
 BatchSize = Annotated[int, tyro.conf.arg(aliases=["--train_batch_size"])]
 Accumulate = Annotated[int, tyro.conf.arg(aliases=["--accumulate", "--gradient_accumulation_steps"])]
+WeightDecay = Annotated[float, tyro.conf.arg(aliases=["--weight_l2_reg"])]
 Precision = Literal["32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed"]
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 

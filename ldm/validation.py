@@ -63,8 +63,8 @@ class HeldOut:
     def evaluate(
         self, restore: Callable[[np.ndarray], np.ndarray], run: Run
     ) -> tuple[dict[str, float], np.ndarray]:
-        """`psnr`, `ssim`, `psnr_BLUR_TYPE` (means of per-image values), `rgb_shift` (the largest mean
-        shift of a channel, in steps of 1/255); a picture: blurry, restored, sharp.
+        """`psnr`, `ssim`, `psnr_BLUR_TYPE`, `mse` of values in [-1, 1] (means of per-image values),
+        `rgb_shift` (the largest mean shift of a channel, in 1/255); a picture: blurry, restored, sharp.
 
         `restore` maps a uint8 picture to one of the same size. The processes of `run` share the work.
         """
@@ -75,6 +75,7 @@ class HeldOut:
             restored = restore(blurry)
             row = {"number": number, "blur_type": self.pairs[number].blur_type}
             row |= {"psnr": psnr(restored, sharp), "ssim": ssim(restored, sharp)}
+            row["mse"] = 4 * 10 ** (-row["psnr"] / 10)
             row["rgb_shift"] = rgb_shift(restored, sharp)
             if number in shown:
                 row["picture"] = side_by_side([middle(image, 320) for image in (blurry, restored, sharp)])
@@ -115,7 +116,7 @@ class Spectra:
 
 
 def _means(rows: list[dict]) -> dict[str, float]:
-    means = {name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "ssim")}
+    means = {name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "ssim", "mse")}
     means["rgb_shift"] = float(np.abs(np.mean([row["rgb_shift"] for row in rows], axis=0)).max())
     for blur_type in sorted({row["blur_type"] for row in rows} - {""}):
         values = [row["psnr"] for row in rows if row["blur_type"] == blur_type]
@@ -137,18 +138,20 @@ def middle(image: np.ndarray, size: int) -> np.ndarray:
 
 def report(scores: dict[str, float], blurry: dict[str, float]) -> dict[str, float]:
     """For the log: the scores, those of the blurry pictures, and the gains in PSNR."""
-    values = {f"eval/{name}": value for name, value in scores.items()}
-    values |= {f"blurry/{name}": value for name, value in blurry.items()}
+    values = {f"val/{name}": value for name, value in scores.items()}
+    values |= {f"val/{name}_blurry": value for name, value in blurry.items()}
     return values | {
         f"gain/{name}": scores[name] - blurry[name] for name in scores if name.startswith("psnr")
     }
 
 
 def line(values: dict[str, float], scores: dict[str, float], blurry: dict[str, float]) -> str:
-    """One evaluation for the reader: the rate, the scores beside those of the blurry pictures, spectra."""
-    text = f"{values['train/images/s']:.1f} images/s"
-    for name, form in (("psnr", ".2f"), ("ssim", ".4f"), ("rgb_shift", ".2f")):
-        text += f", eval {name.replace('_', ' ')}: {scores[name]:{form}} (blurry {blurry[name]:{form}})"
+    """One evaluation for the reader: the rate, scores beside those of the blurry pictures, spectra."""
+    text = f"{values['train/images/s']:.1f} images/s, " if values else ""
+    text += ", ".join(
+        f"eval {name.replace('_', ' ')}: {scores[name]:{form}} (blurry {blurry[name]:{form}})"
+        for name, form in (("psnr", ".2f"), ("ssim", ".4f"), ("rgb_shift", ".2f"))
+    )
     if "spectrum/generated" in values:
         text += f", spectrum: {values['spectrum/generated']:.3f} (sharp {values['spectrum/sharp']:.3f})"
     return text

@@ -211,7 +211,7 @@ def train_plainly(devices, folder):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     run = Run(fabric, folder, {}, {"state_dict": network, "optimizer": optimizer})
     wrapped, optimizer = fabric.setup(network, optimizer)
-    for batch in run.batches(run.loader(Points(), 4, 3, 7), 3):
+    for batch in run.batches(run.loader(Points(), 4 // devices, 3, 7), 3):
         loss = (wrapped(batch["x"]) - 1).square().mean()
         optimizer.zero_grad()
         fabric.backward(loss)
@@ -243,7 +243,7 @@ def test_two_processes_see_the_batches_of_one(tmp_path):
 
 def test_uneven_batches_are_refused(tmp_path):
     run = Run(start_fabric(), tmp_path, {}, {"state_dict": nn.Linear(1, 1)})
-    with pytest.raises(ValueError, match="batch_size 0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         run.loader(Points(), 0, 1, 0)
     with pytest.raises(ValueError, match="precision must be one of 32, 16, bf16, not 'fp8'"):
         start_fabric(precision="fp8")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_lstm_gradients_alone_are_clipped_to_norm_3():
 
     def norms(factor):
         batch = {"blurry": torch.rand(1, 3, 16, 16), "sharp": factor * torch.rand(1, 3, 16, 16)}
-        train_srn.train_step(fabric, wrapped, optimizer, batch, lstm_clip=3.0)
+        train_srn.train_step(fabric, wrapped, optimizer, batch, Settings())
         lstm = torch.stack([p.grad.norm() for p in network.convlstm.parameters()]).norm()
         return lstm.item(), network.outblock.conv[0].bias.grad.norm().item()
 
@@ -147,7 +148,8 @@ def test_it_learns_one_batch():
     network, optimizer = fabric.setup(network, torch.optim.Adam(network.parameters(), lr=3e-3))
     sharp = F.interpolate(torch.rand(1, 3, 4, 4) * 2 - 1, 16)
     batch = {"blurry": F.avg_pool2d(F.pad(sharp, (2, 2, 2, 2), "reflect"), 5, 1), "sharp": sharp}
-    losses = [train_srn.train_step(fabric, network, optimizer, batch, 3.0)["mse"].item() for _ in range(80)]
+    step = partial(train_srn.train_step, fabric, network, optimizer, batch, Settings())
+    losses = [step()["mse"].item() for _ in range(80)]
     assert losses[-1] < 0.25 * F.mse_loss(batch["blurry"], sharp).item() < losses[0]
 
 
@@ -155,13 +157,13 @@ def test_training_on_a_gopro_tree(pairs, tmp_path, capsys):
     main(settings(tmp_path, data=pairs, val_fraction=0.5))
     printed = capsys.readouterr().out
     assert "3 training images, 4 steps; 2 held out" in printed  # whole sequences are held out
-    assert printed.count("eval psnr") == 2 and "next: python infer.py srn --checkpoint_path" in printed
+    assert printed.count("eval psnr") == 3 and "next: python infer.py srn --checkpoint_path" in printed
     run = tmp_path / "run"
     with open(run / "logs" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["2", "4"]
-    gain = float(rows[0]["eval/psnr"]) - float(rows[0]["blurry/psnr"])
-    assert float(rows[0]["gain/psnr"]) == pytest.approx(gain)
+    assert [row["step"] for row in rows] == ["0", "2", "4"]
+    gain = float(rows[1]["val/psnr"]) - float(rows[1]["val/psnr_blurry"])
+    assert float(rows[1]["gain/psnr"]) == pytest.approx(gain)
     for step in (2, 4):
         assert read_image(run / "images" / f"sample_{step:07d}.png").shape[1] == 3 * 32 + 2 * 4
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
@@ -181,8 +183,8 @@ def test_the_exported_file_is_the_best_network(pairs, tmp_path):
 def test_training_on_sharp_pictures(pairs, tmp_path, extra):
     main(settings(tmp_path, sharp_dir=pairs / "GOPR1" / "sharp", val_fraction=0.3, epochs=1, **extra))
     with open(tmp_path / "run" / "logs" / "metrics.csv") as file:
-        (row,) = csv.DictReader(file)
-    assert float(row["eval/psnr"]) > 0 and "gain/psnr_motion_blur" in row or "gain/psnr_lens_blur" in row
+        _, row = csv.DictReader(file)
+    assert float(row["val/psnr"]) > 0 and "gain/psnr_motion_blur" in row or "gain/psnr_lens_blur" in row
 
 
 def same_weights(a, b):
@@ -205,7 +207,7 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stderr=subprocess.DEVNULL)
     table = tmp_path / "killed" / "run" / "logs" / "metrics.csv"
-    while process.poll() is None and not (table.is_file() and len(table.read_text().splitlines()) > 3):
+    while process.poll() is None and not (table.is_file() and len(table.read_text().splitlines()) > 4):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -221,7 +223,7 @@ def test_a_killed_run_resumes_exactly(tmp_path):
             rows.append(
                 [{k: v for k, v in row.items() if k != "train/images/s"} for row in csv.DictReader(file)]
             )
-    assert rows[0] == rows[1] and len(rows[0]) == 12
+    assert rows[0] == rows[1] and len(rows[0]) == 13  # one before the first step
 
 
 def test_max_steps_replaces_epochs(tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
+from typing import Any, Self
 
 import cv2
 import numpy as np
@@ -49,6 +51,30 @@ def _index(key: Key) -> int:
     return key[1] if isinstance(key, tuple) else key
 
 
+class Together:
+    """Several sources of sharp pictures as one, such as ImageFiles and ldm.data.dead_leaves.DeadLeaves.
+
+    `sources` are pairs of a source and how often each of its pictures comes in an epoch: that is the ratio.
+    """
+
+    def __init__(self, *sources: tuple[Any, int]):
+        self.places = [
+            (source, index) for source, times in sources for index in range(len(source)) for _ in range(times)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, key: Key) -> np.ndarray:
+        source, own = self.places[_index(key)]
+        return source[key[0] if isinstance(key, tuple) else 0, own]
+
+    def name(self, key: Key) -> str:
+        """What the picture's own source calls it."""
+        source, own = self.places[_index(key)]
+        return source.name((key[0] if isinstance(key, tuple) else 0, own))
+
+
 class CropDataset(Dataset):
     """What paired and synthesised data share: one window, one turn and one colour for both pictures.
 
@@ -82,6 +108,12 @@ class CropDataset(Dataset):
             blurry, sharp = recolor(blurry, matrix), recolor(sharp, matrix)
         tensors = {"blurry": to_tensor(blurry), "sharp": to_tensor(sharp)}
         return {**tensors, "path": path, "blur_type": blur_type, "seed": seed}
+
+    def resized(self, size: int) -> Self:
+        """The same data in crops of another size."""
+        other = copy(self)
+        other.size = size
+        return other
 
     def _crops(self, key: Key, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str, str]:
         """Blurry and sharp uint8 (size, size, 3), where they come from, and the blur type."""
@@ -130,7 +162,12 @@ class BlurDataset(CropDataset):
 
     `images` is a list of paths, or anything with `len`, `images[key]` (uint8 RGB) and `images.name(key)`,
     such as ldm.data.dead_leaves.DeadLeaves. The surroundings of a crop are blurred with it, so that its
-    borders are true. `blur_options` are those of `random_blur` (`scale`, `noise`, `jpeg_probability`).
+    borders are true. `blur_options` are those of `random_blur` (`scale`, `noise`, `jpeg_probability`), and
+    `field`, the fall-off of lens blur, which a crop of a larger picture does not have.
+
+    Of the pictures the part `sharp_fraction` is spared, so that a network learns to leave sharp pictures
+    alone: half of these are not blurred at all, half by at most a quarter of the blur's size. Of
+    `candidates` windows the sharpest is taken: in photographs of a shallow focus most are blurred.
     """
 
     def __init__(
@@ -142,20 +179,37 @@ class BlurDataset(CropDataset):
         color_jitter: float = 0.0,
         cache: bool = False,
         blur_types: Sequence[str] = tuple(BLUR_TYPES),
+        sharp_fraction: float = 0.0,
+        candidates: int = 1,
+        field: tuple[float, float] | None = None,
         **blur_options: float,
     ):
         super().__init__(len(images), size, seed, augment, color_jitter)
         check_blur_types(blur_types)
         self.images = images if hasattr(images, "name") else ImageFiles(images, cache)
-        self.blur_types, self.blur_options = tuple(blur_types), blur_options
+        self.blur_types, self.blur_options, self.field = tuple(blur_types), blur_options, field
+        self.sharp_fraction, self.candidates = sharp_fraction, candidates
 
     def _crops(self, key: Key, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str, str]:
-        image = at_least(self.images[key], self.size)
-        y, x = self._window(*image.shape[:2], rng)
-        blurry, sharp, blur_type, _ = blur_crop(
-            image, y, x, self.size, rng, self.blur_types, **self.blur_options
-        )
-        return blurry, sharp, self.images.name(key), blur_type
+        image, name = at_least(self.images[key], self.size), self.images.name(key)
+        windows = [self._window(*image.shape[:2], rng) for _ in range(self.candidates)]
+        y, x = windows[0]
+        if self.candidates > 1:
+            crops = [image[y : y + self.size, x : x + self.size] for y, x in windows]
+            y, x = windows[int(np.argmax([sharpness(crop) for crop in crops]))]
+        types, options = self.blur_types, dict(self.blur_options)
+        if self.sharp_fraction:
+            spared = rng.random() / self.sharp_fraction  # below 1 for that part
+            if spared < 0.5:
+                sharp = image[y : y + self.size, x : x + self.size]
+                return sharp, sharp, name, ""
+            if spared < 1:
+                options["scale"] = options.get("scale", 1.0) * rng.uniform(0, 0.25)
+        if self.field is not None:
+            types = [types[rng.integers(len(types))]]
+            options |= {"field": self.field} if types == ["lens_blur"] else {}
+        blurry, sharp, blur_type, _ = blur_crop(image, y, x, self.size, rng, types, **options)
+        return blurry, sharp, name, blur_type
 
 
 def blur_crop(
@@ -177,6 +231,11 @@ def blur_crop(
         blur_type,
         parameters,
     )
+
+
+def sharpness(image: np.ndarray) -> float:
+    """Variance of the Laplacian of uint8 RGB (h, w, 3): near 0 where nothing is in focus."""
+    return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var())
 
 
 def at_least(image: np.ndarray, size: int) -> np.ndarray:

@@ -1,0 +1,27 @@
+"""Distances of a restored picture from the sharp one that restoration networks are trained by."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PixelLoss = Literal["mse", "l1", "charbonnier"]
+EPSILON = 1e-3  # of Charbonnier's distance, in the unit of the pictures
+
+
+def pixel_loss(restored: Tensor, sharp: Tensor, kind: PixelLoss = "mse") -> Tensor:
+    """Mean distance of pixels: square, absolute, or sqrt(difference^2 + EPSILON^2) (Charbonnier 1994)."""
+    restored = restored.float()
+    if kind == "charbonnier":
+        return ((restored - sharp).square() + EPSILON**2).sqrt().mean()
+    return {"mse": F.mse_loss, "l1": F.l1_loss}[kind](restored, sharp)
+
+
+def fft_loss(restored: Tensor, sharp: Tensor) -> Tensor:
+    """Mean absolute difference of the two-dimensional Fourier transforms, real and imaginary parts apart.
+
+    (b, c, h, w) both; the transform is not normalised (Cho et al., MIMO-UNet, ICCV 2021, equation 6).
+    """
+    difference = torch.fft.rfft2(restored.float() - sharp)
+    return torch.view_as_real(difference).abs().mean()
