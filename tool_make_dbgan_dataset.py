@@ -7,7 +7,8 @@ Real blurred photographs and sharp ones, no pairs (for the stage that learns to 
         --deblur_train_data gopro/train --deblur_valid_data gopro/valid
 
 Without --blur_train_data and --blur_valid_data the two files hold the pairs of the GoPro trees instead; with
---by_focus --deblur_train_data FOLDER the parts of ordinary photographs that are in focus, and those that are not.
+--by_focus --deblur_train_data FOLDER the parts of ordinary photographs that are in focus, and those that are
+not.
 
 A file has `sharp` and `blur`, uint8 (n, 128, 128, 3), chunked, and attributes that say how it was made. It is
 written as a stream and appears under its name only when it is whole.
@@ -138,9 +139,8 @@ def write(path: Path, sources: dict[str, list[Path]], made_by: dict) -> None:
             images = read(key, sources[key], size)
             shapes[key] = [append(data, image, size, stride, choose) for image in images]
             if not len(data):
-                raise ValueError(
-                    f"no part of {len(sources[key])} photographs is {'in' if key == 'sharp' else 'out of'} focus"
-                )
+                where = "in" if key == "sharp" else "out of"
+                raise ValueError(f"no part of {len(sources[key])} photographs is {where} focus")
         if made_by["paired"]:
             check_sizes(sources, shapes)
 
