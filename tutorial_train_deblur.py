@@ -4,7 +4,7 @@
 
     python tool_add_control.py ./models/v1-5-pruned.ckpt ./models/control_sd15_ini.ckpt
     python tool_make_deblur_dataset.py --source_dir PHOTOS --output_dir ./training/deblur --num_samples 10000
-    python tutorial_train_deblur.py --data_root ./training/deblur --batch_size 4 --precision bf16
+    python tutorial_train_deblur.py --data_root ./training/deblur --batch_size 4
 
 Method: ControlNet (Zhang et al. 2023) with the blurry photograph as hint, plus losses on the decoded image
 (see cldm/deblur.py). With SD 1.5 expect pictures that follow the hint after 3 to 7 thousand steps, suddenly
@@ -25,18 +25,20 @@ from cldm.cache import with_cached_latents
 from cldm.deblur import add_attention, add_hint_latent
 from cldm.demo import announce_demo, make_demo_start
 from cldm.model import create_filled_model, load_state_dict, read_config
-from cldm.training import StreamData, check_start, fit, prepare_model, report
+from cldm.training import StreamData, check_start, fit, prepare_model, report, with_precision
 from ldm.data.captions import check_captions, read_caption
 from ldm.data.paired import BlurDataset, PairedDataset
 from ldm.data.pairs import Pair, check_sizes, find_pairs, has_pairs, sharp_pairs, split_pairs
 from ldm.data.stream import item_generator
 from ldm.settings import (
     Accumulate,
+    AnyPrecision,
     BatchSize,
     Devices,
+    ImageSize,
     MaxEpochs,
     MaxSteps,
-    Precision,
+    StartPath,
     check_counts,
     run_main,
 )
@@ -57,7 +59,7 @@ class Settings:
     data_root: str = "./training/deblur"  # folder of tool_make_deblur_dataset.py, GoPro tree, blurry pictures
     sharp_root: str = ""  # sharp pictures, matched to data_root's by name; empty: data_root holds both
     json_file: str = ""  # json lines, or a list of `blurry sharp` lines, relative to data_root
-    image_size: int = 512  # pixels of the square crop, a multiple of 64
+    image_size: ImageSize = 512  # pixels of the square crop, a multiple of 64
     val_fraction: float = 0.05  # part of the source photographs held out for validation, 0 for none
     val_samples: int = 16  # validate on at most that many pairs
     # of pairs without a caption in their json line or in NAME.txt; {blur_type} becomes "motion blur" etc.
@@ -67,7 +69,7 @@ class Settings:
     blur_on_the_fly: bool = False  # take only the sharp pictures, and blur them anew every time
     num_workers: int = 4  # processes that read and decode pictures
 
-    resume_path: str = "./models/control_sd15_ini.ckpt"  # Stable Diffusion + ControlNet: tool_add_control.py
+    resume_path: StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion, by tool_add_control.py
     config_path: str = "./models/cldm_v15_deblur.yaml"  # yaml of the model
     use_attention: bool = False  # channel and spatial attention on the hint features; no other tool reads it
     hint_as_latent: bool = False  # the ControlNet also sees the hint's latent; no other tool reads that
@@ -75,6 +77,8 @@ class Settings:
     only_mid_control: bool = False  # steer the UNet's middle block only: faster, weaker
     deblur_loss_weight: float = 1.0  # of the losses on the decoded image; 0 switches them off
     perceptual_loss_weight: float = 0.1  # of the VGG-19 distance among them
+    deblur_every: int = 1  # steps from one with these losses, that many times as heavy, to the next
+    weight_by_alpha_bar: bool = True  # each item's count less the noisier its latent
     deblur_crop: int = 32  # side of the decoded crop in latents (one is 8 pixels), 0 for the whole image
 
     batch_size: BatchSize = 4  # of each device
@@ -95,7 +99,7 @@ class Settings:
     num_nodes: int = 1  # machines
     # several devices: ddp copies the model to each, fsdp splits it
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    precision: Precision = "32"  # bf16 or 16: frozen parts are stored so too
+    precision: AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
     gradient_checkpointing: bool = False  # less memory, a third more time
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
     compile: bool = False  # torch.compile: minutes at the start, faster steps
@@ -129,6 +133,7 @@ DEMO = {
     "val_steps": 150,
     "val_ddim_steps": 10,
 }
+LOSSES = "deblur_loss_weight perceptual_loss_weight deblur_every deblur_crop weight_by_alpha_bar".split()
 DEMO_STEPS = 300, 300  # of teaching the tiny autoencoder, then the tiny UNet
 
 
@@ -216,7 +221,7 @@ def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]
 def check(settings: Settings) -> None:
     """Find mistakes before anything is loaded: see cldm.training.check_start."""
     check_start(settings)
-    check_counts(settings, "val_samples")
+    check_counts(settings, "val_samples deblur_every")
     if settings.deblur_crop < 0:
         raise ValueError(f"deblur_crop must not be negative, but is {settings.deblur_crop}")
     if not 0 < settings.val_strength <= 1:
@@ -230,11 +235,12 @@ def main(settings: Settings) -> None:
     # Settings: what can be wrong is found before anything is loaded
     if settings.demo:
         announce_demo("is no restorer")
+    settings = with_precision(settings)
     check(settings)
     config = read_config(settings.config_path)
     with_attention = "WithAttention" if settings.use_attention else ""
     config["target"] = f"cldm.deblur.DeblurControlNet{with_attention}"
-    for name in ("deblur_loss_weight", "perceptual_loss_weight", "deblur_crop", "only_mid_control"):
+    for name in ("only_mid_control", *LOSSES):
         config["params"][name] = getattr(settings, name)
 
     # Seed and data

@@ -4,7 +4,7 @@
 
     python tool_add_control.py ./models/v1-5-pruned.ckpt ./models/control_sd15_ini.ckpt
     python tutorial_train_inpaint.py --image_dir ./training/coco/train2017 \\
-        --ann_file ./training/coco/annotations/instances_train2017.json --batch_size 4 --precision 16-mixed
+        --ann_file ./training/coco/annotations/instances_train2017.json --batch_size 4
 
 Method: ControlNet (Zhang et al. 2023); its hint is the picture with -1 in the hole, as
 control_v11p_sd15_inpaint has it (--init_control starts from that file). Any folder of photographs will do:
@@ -30,11 +30,21 @@ from cldm.callbacks import Snapshots, keep_model
 from cldm.demo import announce_demo, make_demo_start
 from cldm.inpaint import widen_hint
 from cldm.model import create_filled_model, listing, load_state_dict, read_config, read_control
-from cldm.training import StreamData, check_start, fit, prepare_model, report
+from cldm.training import StreamData, check_start, fit, prepare_model, report, with_precision
 from ldm.checkpoint import write_weights
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
-from ldm.settings import Accumulate, BatchSize, Devices, MaxEpochs, MaxSteps, Precision, run_main
+from ldm.settings import (
+    Accumulate,
+    AnyPrecision,
+    BatchSize,
+    Devices,
+    ImageSize,
+    MaxEpochs,
+    MaxSteps,
+    StartPath,
+    run_main,
+)
 from ldm.util import flush_denormals
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
@@ -54,14 +64,14 @@ class Settings:
     mask_dir: str = ""  # masks of your own, white where the hole is
     mask_type: MaskType | None = None  # None: object if there is ann_file, folder if mask_dir, else mixed
     mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest part of the picture that is a hole
-    image_size: int = 512  # pixels of the square crop, a multiple of 64
+    image_size: ImageSize = 512  # pixels of the square crop, a multiple of 64
     use_augmentation: bool = True  # crops anywhere, flipped half the time; else from the middle
     prompt: str = ""  # of pictures without captions, which are in captions_file or in NAME.txt beside them
     prompt_dropout: float = 0.5  # part of the training prompts that is left empty
     val_samples: int = 16  # pictures held out for validation, 0 for none
     num_workers: int = 4  # processes that read and decode pictures
 
-    resume_path: str = "./models/control_sd15_ini.ckpt"  # Stable Diffusion + ControlNet: tool_add_control.py
+    resume_path: StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion, by tool_add_control.py
     init_control: str = ""  # a ControlNet to start from, such as control_v11p_sd15_inpaint.pth
     config_path: str = "./models/cldm_v15_inpaint.yaml"  # yaml of the model
     hint_channels: int = 3  # 4 adds the mask to the hint; other tools do not read that
@@ -86,7 +96,7 @@ class Settings:
     num_nodes: int = 1  # machines
     # several devices: ddp copies the model to each, fsdp splits it
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    precision: Precision = "16-mixed"  # bf16 or 16: frozen parts are stored so too
+    precision: AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
     gradient_checkpointing: bool = False  # less memory, a third more time
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
     compile: bool = False  # torch.compile: minutes at the start, faster steps
@@ -236,12 +246,16 @@ def main(settings: Settings) -> None:
     # Settings: what can be wrong is found before anything is loaded
     if settings.demo:
         announce_demo("invents nothing good")
+    settings = with_precision(settings)
     check_start(settings)
     if settings.hint_channels not in (3, 4):
         raise ValueError(f"hint_channels must be 3 or 4, not {settings.hint_channels}")
     settings = replace(settings, output_dir=run_folder(settings))
     config = read_config(settings.config_path)
+    config["target"] = "cldm.inpaint.InpaintControlNet"  # any configuration of the family will do
     config["params"]["only_mid_control"] = settings.only_mid_control
+    for name in ("deblur_loss_weight", "perceptual_loss_weight"):
+        config["params"].pop(name, None)
 
     # Seed and data
     pl.seed_everything(settings.seed, verbose=False)

@@ -26,8 +26,10 @@ class DeblurControlNet(ControlLDM):
     the frozen autoencoder with gradients. Decoding is dear: only an aligned crop of `deblur_crop` latents a
     side is decoded (0 = all), its activations recomputed in the backward pass. At high noise x0 means
     little: each item's losses are weighted by its alpha_bar unless `weight_by_alpha_bar` is off.
-    A term of weight 0 is not computed. Perceptual is the distance in VGG-19 features, whose weights are no
-    part of the state dict; gradient is the L1 distance of horizontal and vertical differences.
+    A term of weight 0 is not computed. With `deblur_every` N they belong to every Nth optimizer step, N times
+    as heavy: the gradient's mean stays, and most of the cost goes. Perceptual is the distance in VGG-19
+    features, whose weights are no part of the state dict; gradient is the L1 distance of horizontal and
+    vertical differences.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class DeblurControlNet(ControlLDM):
         perceptual_loss_weight: float = 0.1,
         deblur_crop: int = 32,
         weight_by_alpha_bar: bool = True,
+        deblur_every: int = 1,
         **arguments,
     ):
         super().__init__(**arguments)
         self.deblur_loss_weight, self.perceptual_loss_weight = deblur_loss_weight, perceptual_loss_weight
         self.deblur_crop, self.weight_by_alpha_bar = deblur_crop, weight_by_alpha_bar
+        self.deblur_every = deblur_every
         self.first_stage_model.decoder.use_checkpoint = True
         self._perceptual: list[PerceptualLoss] = []  # in a list: no part of the state dict
 
@@ -60,14 +64,15 @@ class DeblurControlNet(ControlLDM):
         x_noisy = self.q_sample(x_start, t, noise)
         output = self.apply_model(x_noisy, t, cond)
         loss, values = self.diffusion_loss(output, x_start, t, noise)
-        if self.deblur_loss_weight == 0 or not self.training:
+        due = (self.global_step + 1) % self.deblur_every == 0
+        if self.deblur_loss_weight == 0 or not due or not self.training:
             return loss, values
         x0 = self.predict_start(x_noisy, t, output.float())
         sharp = image_of(batch, self.first_stage_key)
         x0, sharp = self._aligned_crop(batch, x0, sharp)
         weights = self.alphas_cumprod[t] if self.weight_by_alpha_bar else torch.ones_like(t, dtype=x0.dtype)
         pixel_loss, pixel_values = self.deblur_losses(self.decode_first_stage(x0).float(), sharp, weights)
-        loss = loss + self.deblur_loss_weight * pixel_loss
+        loss = loss + self.deblur_every * self.deblur_loss_weight * pixel_loss
         return loss, {**values, **pixel_values, "loss": loss}
 
     def deblur_losses(

@@ -4,7 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from cldm.sharding import ShardedStrategy, check_sharding
 from ldm import checkpoint
 from ldm.data.stream import SampleStream
 from ldm.settings import check_counts, check_optimizer, check_settings, lightning_precision, plain
-from ldm.util import half_dtype
+from ldm.util import best_precision, half_dtype
 
 COUNTS = (  # settings that must be at least 1
     "batch_size accumulate_grad_batches devices num_nodes "
@@ -62,6 +62,17 @@ def quiet_lightning() -> None:
         ".*transfer_batch_to_device.*",
     ):
         warnings.filterwarnings("ignore", text)
+
+
+def with_precision(settings: Any) -> Any:
+    """The settings with a precision that is settled: `auto` is the one that the run began with, or for a new
+    run `best_precision`; accelerate's fp16 and no are 16 and 32."""
+    precision = {"fp16": "16", "no": "32"}.get(settings.precision, settings.precision)
+    if precision == "auto":
+        last = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
+        saved = checkpoint.load(last).get("settings") if last.is_file() else None
+        precision = saved.get("precision", "32") if isinstance(saved, dict) else best_precision()
+    return replace(settings, precision=precision)
 
 
 def check_start(settings: Any) -> None:
@@ -192,7 +203,7 @@ def comparable(settings: Any) -> dict:
 
 def unsaid(settings: Any) -> dict:
     """Defaults of the script's settings: what a checkpoint of an earlier version, which lacks them, did."""
-    return {field.name: field.default for field in fields(settings)}
+    return {**{field.name: field.default for field in fields(settings)}, "precision": "32"}
 
 
 def check_parts(content: Mapping, path: Path) -> None:

@@ -37,6 +37,13 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
+def best_precision() -> str:
+    """bf16 where CUDA computes in it, 16 on older cards, 32 on a CPU."""
+    if not torch.cuda.is_available():
+        return "32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "16"
+
+
 def half_dtype(precision: str) -> torch.dtype | None:
     """The 16-bit type that a precision (16, bf16, 32, or Lightning's names) computes in, None for 32."""
     return {"16": torch.float16, "bf16": torch.bfloat16, "32": None}[precision.split("-")[0]]

@@ -31,7 +31,7 @@ from cldm.deblur import (
 from cldm.logger import log_txt_as_img
 from cldm.model import create_model, open_control_model, read_config
 from cldm.restore import Sampling, deblur_image
-from cldm.training import learning_rate_factor, prepare_model
+from cldm.training import learning_rate_factor, prepare_model, with_precision
 from ldm import checkpoint
 from ldm.data.image import read_image, to_uint8, write_image
 from ldm.metrics import psnr
@@ -265,8 +265,10 @@ def test_flags_go_by_all_their_names(script):
     ours = read(f"--devices 2 --max_epochs 5 --precision bf16-mixed --max_steps 7 {same}")
     assert ours == read(f"--gpus 2 --num_epochs 5 --precision bf16-mixed --max_steps 7 {same}")
     assert (ours.devices, ours.max_epochs, ours.precision) == (2, 5, "bf16-mixed")
-    for precision in ("16", "bf16", "32", "16-mixed", "32-true"):
+    for precision in ("16", "bf16", "32", "16-mixed", "32-true", "auto", "fp16", "no"):
         assert read(f"--precision {precision}").precision == precision
+    theirs = read("--pretrained_model_name_or_path a/b --mixed_precision fp16 --resolution 768")
+    assert (theirs.resume_path, theirs.precision, theirs.image_size) == ("a/b", "fp16", 768)
 
 
 def test_an_optimizer_that_is_not_installed_is_said_before_anything_is_loaded(settings, monkeypatch):
@@ -474,6 +476,66 @@ def test_total_loss_is_the_sum_and_reaches_the_control_model(place):
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
         else:
             assert parameter.grad is None, name
+
+
+def test_pixel_losses_of_every_second_step_count_twice(place, settings, monkeypatch):
+    model = create_model(CONFIG).train()
+    model.load_state_dict(checkpoint.read_weights(place / "start.safetensors"))
+    model.perceptual_loss_weight, model.deblur_every = 0.0, 2
+    seen = []
+    for step in (0, 1):
+        monkeypatch.setattr(DeblurControlNet, "global_step", step)
+        loss, values = model.shared_step(deblur_batch())
+        pixels = values.get("total_deblur_loss", torch.ones(())).item()
+        seen.append((loss - values["loss_simple"]).item() / pixels)
+    assert seen == [0.0, pytest.approx(2.0, rel=1e-4)]
+    monkeypatch.undo()
+    main(replace(settings, deblur_every=2))
+    logged = [row["train/total_deblur_loss"] for row in rows(settings) if row["train/loss"]]
+    assert logged[0] == "" and float(logged[1]) > 0
+
+
+def test_the_mean_absolute_error_may_be_the_diffusion_loss(place):
+    config = read_config(CONFIG)
+    config["params"] |= {"loss_type": "l1", "deblur_loss_weight": 0.0}
+    model = instantiate_from_config(config).train()
+    x, noise, t = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.tensor([3, 700])
+    loss, _ = model.diffusion_loss(model.get_v(x, noise, t) + 0.25, x, t, noise)
+    assert loss.item() == pytest.approx(0.25, rel=1e-4)
+    config["params"]["loss_type"] = "huber"
+    with pytest.raises(ValueError, match="loss_type must be 'l1' or 'l2', not 'huber'"):
+        instantiate_from_config(config)
+
+
+def test_weights_by_alpha_bar_are_a_setting(settings):
+    main(replace(settings, weight_by_alpha_bar=False, max_steps=1, val_fraction=0.0))
+    model = open_control_model(Path(settings.output_dir) / "checkpoints" / "last.ckpt")
+    assert not model.weight_by_alpha_bar
+
+
+@pytest.mark.parametrize(
+    ("given", "cuda", "bf16", "expected"),
+    [
+        ("auto", False, False, "32"),
+        ("auto", True, False, "16"),
+        ("auto", True, True, "bf16"),
+        ("fp16", True, True, "16"),
+        ("no", True, True, "32"),
+        ("16-mixed", False, False, "16-mixed"),
+    ],
+)
+def test_precision_is_what_the_card_does_best(settings, monkeypatch, given, cuda, bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert with_precision(replace(settings, precision=given)).precision == expected
+
+
+def test_a_run_goes_on_in_its_own_precision(settings, monkeypatch):
+    settings = replace(settings, precision="bf16", val_fraction=0.0)
+    main(replace(settings, max_steps=1))
+    assert with_precision(replace(settings, precision="auto")).precision == "bf16"
+    main(replace(settings, precision="auto"))
+    assert last(settings)["global_step"] == 2 and last(settings)["settings"]["precision"] == "bf16"
 
 
 def test_weightless_terms_cost_nothing(place, monkeypatch):

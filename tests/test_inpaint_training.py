@@ -206,6 +206,18 @@ def test_cached_latents_train_as_fresh_ones_do(settings, place, captions):
         main(replace(cached, use_augmentation=True, output_dir=settings.output_dir + "d"))
 
 
+def test_any_configuration_of_the_family_is_validated(settings, tmp_path):
+    """As models/cldm_v21_768v.yaml, which names plain ControlLDM and predicts v."""
+    text = Path(CONFIG).read_text().replace("cldm.inpaint.InpaintControlNet", "cldm.cldm.ControlLDM")
+    assert "parameterization: v" in text
+    (tmp_path / "plain.yaml").write_text(text)
+    main(replace(settings, config_path=str(tmp_path / "plain.yaml"), max_steps=1, val_steps=1))
+    folder = Path(settings.output_dir)
+    assert isinstance(open_control_model(folder / "checkpoints" / "best.ckpt"), InpaintControlNet)
+    assert float(rows(settings)[-1]["val/psnr"]) > 0
+    assert (folder / "images" / "val_0000001.png").is_file()
+
+
 def test_half_precision_trains_on_finite_numbers(settings):
     main(replace(settings, precision="16-mixed", max_steps=1, gradient_checkpointing=True, val_samples=0))
     assert all(torch.isfinite(value).all() for value in last(settings)["state_dict"].values())

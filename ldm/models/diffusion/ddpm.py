@@ -42,7 +42,7 @@ class LatentDiffusion(pl.LightningModule):
     Batches are dict(jpg, txt, ...): images (b, h, w, 3) float in [-1, 1] and a list of prompts; an optional
     `seed` (b,) makes everything random about an item repeatable. `parameterization` is what the UNet
     predicts, "eps" or "v" (Salimans & Ho 2022). Without `cond_stage_config` prompts must be embeddings.
-    Raises ValueError for another parameterization and TypeError for unknown arguments.
+    Raises ValueError for another parameterization or `loss_type`, and TypeError for unknown arguments.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class LatentDiffusion(pl.LightningModule):
         cond_stage_key: str = "txt",
         l_simple_weight: float = 1.0,
         original_elbo_weight: float = 0.0,
+        loss_type: str = "l2",
         **unused,
     ):
         super().__init__()
@@ -66,11 +67,14 @@ class LatentDiffusion(pl.LightningModule):
             raise TypeError(f"unknown arguments: {', '.join(sorted(set(unused) - UNUSED))}")
         if parameterization not in ("eps", "v"):
             raise ValueError(f"parameterization must be 'eps' or 'v', not {parameterization!r}")
+        if loss_type not in ("l1", "l2"):
+            raise ValueError(f"loss_type must be 'l1' or 'l2', not {loss_type!r}")
         self.parameterization, self.scale_factor, self.num_timesteps = (
             parameterization,
             scale_factor,
             timesteps,
         )
+        self.loss_type = loss_type
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
         self.l_simple_weight, self.original_elbo_weight = l_simple_weight, original_elbo_weight
         self.register_schedule(timesteps, linear_start, linear_end)
@@ -254,9 +258,13 @@ class LatentDiffusion(pl.LightningModule):
     def diffusion_loss(
         self, output: torch.Tensor, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted mean square error of the UNet's output, and its parts (Ho et al. 2020, eq. 12 and 14)."""
+        """Weighted mean square error of the UNet's output, and its parts (Ho et al. 2020, eq. 12 and 14).
+
+        With `loss_type` "l1" it is the mean absolute error.
+        """
         target = self.get_v(x_start, noise, t) if self.parameterization == "v" else noise
-        errors = F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (b,)
+        distance = F.l1_loss if self.loss_type == "l1" else F.mse_loss
+        errors = distance(output.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (b,)
         logvar = self.logvar[t]
         loss_vlb = (self.lvlb_weights[t] * errors).mean()
         loss = self.l_simple_weight * (errors / logvar.exp() + logvar).mean()
