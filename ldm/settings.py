@@ -23,7 +23,7 @@ Precision = Literal["32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed"]
 # Of ControlNets, with accelerate's names; auto is what the card does best, 32 on a CPU.
 AnyPrecision = Annotated[
     Literal["auto", "32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed", "fp16", "no"],
-    tyro.conf.arg(aliases=["--mixed_precision"]),
+    tyro.conf.arg(aliases=["--mixed_precision"], metavar="{auto,bf16,16,32}"),
 ]
 ImageSize = Annotated[int, tyro.conf.arg(aliases=["--resolution"])]
 StartPath = Annotated[str, tyro.conf.arg(aliases=["--pretrained_model_name_or_path"])]
