@@ -48,21 +48,51 @@ class InpaintControlNet(ControlLDM):
         }
 
     def validation_step(self, batch: Mapping, batch_idx: int) -> None:
-        """Log `val/loss`; `val/psnr` and `val/ssim` of the composites as uint8; and the L1 distance of the
-        results from the truth in the hole, outside and on the hole's boundary: means over the images."""
+        """Log `val/loss`; `val/psnr` and `val/ssim` of the composites as uint8; the L1 distance of result and
+        truth in the hole, outside and on the hole's boundary; and the scores of the holes, ours and those of
+        OpenCV's Telea (see `hole_scores`): means over the images."""
         super().validation_step(batch, batch_idx)
         images = self.log_images(batch, len(batch[self.first_stage_key]), self.validation_ddim_steps)
         if batch_idx == 0:
             self.validation_images = {name: value[:4] for name, value in images.items()}
         pairs = zip(images["composite"], images["truth"], strict=True)
         pairs = [(to_uint8(composite), to_uint8(truth)) for composite, truth in pairs]
-        errors = region_errors(images["result"], images["truth"], image_of(batch, "mask"))
+        masks = image_of(batch, "mask")
+        errors = region_errors(images["result"], images["truth"], masks)
+        holes = [hole_scores(*pair, hole) for pair, hole in zip(pairs, masks[:, 0] > 0.5, strict=True)]
         values = {
             "val/psnr": float(np.mean([psnr(*pair) for pair in pairs])),
             "val/ssim": float(np.mean([ssim(*pair) for pair in pairs])),
             **{f"val/l1_{name}": error.mean() for name, error in errors.items()},
+            **{f"val/{name}": float(np.mean([scores[name] for scores in holes])) for name in holes[0]},
         }
         self.log_dict(values, batch_size=len(pairs), sync_dist=True)
+
+
+def hole_scores(composite: np.ndarray, truth: np.ndarray, hole: torch.Tensor) -> dict[str, float]:
+    """`psnr_hole` in dB and `gradients_hole`, the energy of the gradients as a part of the truth's, of uint8
+    (h, w, 3) in the hole (h, w); and the same of Telea's filling (2004), which knows the surroundings alone.
+
+    Nothing but means of what could be there scores higher in the first and lower in the second.
+    """
+    hole = hole.cpu().numpy()
+    telea = cv2.inpaint(truth, hole.astype(np.uint8), 5, cv2.INPAINT_TELEA)
+    energy = {
+        name: gradient_energy(image)[hole].mean() for name, image in (("truth", truth), ("", composite))
+    }
+    energy["_telea"] = gradient_energy(telea)[hole].mean()
+    scores = {}
+    for name, image in (("", composite), ("_telea", telea)):
+        difference = (image[hole].astype(float) - truth[hole]) / 255
+        scores[f"psnr_hole{name}"] = -10 * np.log10(max((difference**2).mean(), 1e-10))
+        scores[f"gradients_hole{name}"] = energy[name] / max(energy["truth"], 1e-10)
+    return scores
+
+
+def gradient_energy(image: np.ndarray) -> np.ndarray:
+    """Squared size of the gradient of the grey of uint8 (h, w, 3), at each pixel."""
+    dy, dx = np.gradient(image.mean(axis=2))
+    return dy**2 + dx**2
 
 
 def region_errors(result: torch.Tensor, truth: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:

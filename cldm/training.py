@@ -154,8 +154,8 @@ def prepare_model(model: ControlLDM, settings: Any) -> None:
     model.sd_locked, model.only_mid_control = settings.sd_locked, settings.only_mid_control
     model.learning_rate, model.optimizer = settings.learning_rate, settings.optimizer
     model.weight_decay = settings.weight_decay
-    # the fused kernel scales float16's gradients itself, too late for them to be clipped
-    model.fused_optimizer = half_dtype(settings.precision) != torch.float16 or not settings.max_grad_norm
+    # the fused kernel unscales gradients itself, too late for clipping: Lightning refuses that for bf16 too
+    model.fused_optimizer = half_dtype(settings.precision) is None or not settings.max_grad_norm
     unet = model.model.diffusion_model
     model.control_model.use_checkpoint = unet.use_checkpoint = settings.gradient_checkpointing
     half = half_dtype(settings.precision)

@@ -16,6 +16,7 @@ from cldm.inpaint import (
     Inpainting,
     distance_to,
     fill_smoothly,
+    hole_scores,
     inpaint_image,
     match_border,
     region_errors,
@@ -295,3 +296,21 @@ def test_the_controlnet_gives_the_same_outputs_in_diffusers(tmp_path):
         down, middle = theirs(x, t, context, hint, return_dict=False)
     for mine, other in zip(ours, [*down, middle], strict=True):
         assert (mine - other).abs().max() < 1e-4 * mine.abs().max()
+
+
+def test_scores_of_a_hole_tell_guessing_from_smearing():
+    """The truth scores best in both; one colour has no gradients; Telea's figures are its filling's."""
+    rng = np.random.default_rng(0)
+    truth = cv2.resize(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), (64, 64))
+    hole = np.zeros((64, 64), bool)
+    hole[20:40, 16:44] = True
+    same = hole_scores(truth, truth, torch.from_numpy(hole))
+    assert same["psnr_hole"] == 100 and same["gradients_hole"] == 1
+    flat = np.where(hole[..., None], 128, truth).astype(np.uint8)
+    scores = hole_scores(flat, truth, torch.from_numpy(hole))
+    error = np.square((truth[hole].astype(float) - 128) / 255).mean()
+    assert np.isclose(scores["psnr_hole"], -10 * np.log10(error))
+    assert scores["gradients_hole"] < 0.5
+    telea = cv2.inpaint(truth, hole.astype(np.uint8), 5, cv2.INPAINT_TELEA)
+    again = hole_scores(telea, truth, torch.from_numpy(hole))
+    assert again["psnr_hole"] == again["psnr_hole_telea"] == scores["psnr_hole_telea"]

@@ -33,7 +33,6 @@ TEXT_FILES = (
     "text_encoder_2/model*.safetensors",
     "tokenizer_2/tokenizer.json",
 )
-T5_LENGTH = 512
 AUTOENCODER_CONFIG = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 16}
 
 
@@ -139,7 +138,8 @@ def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Fl
 def encode_prompt(folder: str | Path, prompt: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """The prompt as {"t5": (1, 512, 4096), "pooled": (1, 768)}, bfloat16 on the CPU.
 
-    T5 sees the padding too (no attention mask), as in the original. The encoders are freed before it returns.
+    T5's sizes and its number of tokens (n_positions) are those of its config.json. It sees the padding too
+    (no attention mask), as in the original. The encoders are freed before it returns.
     """
     folder = check_folder(folder, TEXT_FILES)
     return {"t5": _encode_t5(folder, prompt, device), "pooled": _encode_clip(folder, prompt, device)}
@@ -151,9 +151,10 @@ def _encode_t5(folder: Path, prompt: str, device: str | torch.device) -> Tensor:
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer_2" / "tokenizer.json"))
     tokenizer.no_padding()
-    tokenizer.enable_truncation(T5_LENGTH)
+    length = json.loads((folder / "text_encoder_2" / "config.json").read_text()).get("n_positions", 512)
+    tokenizer.enable_truncation(length)
     words = tokenizer.encode(prompt).ids
-    ids = torch.tensor([words + [0] * (T5_LENGTH - len(words))])  # (1, 512)
+    ids = torch.tensor([words + [0] * (length - len(words))])  # (1, 512)
     try:
         model = T5EncoderModel.from_pretrained(
             folder / "text_encoder_2", dtype=torch.bfloat16, local_files_only=True

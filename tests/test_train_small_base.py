@@ -1,0 +1,109 @@
+"""The script that teaches the small base: its computed encoder, its stages, its files."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import train_small_base as script
+from cldm.model import add_control, load_state_dict, read_config
+from ldm.data.image import photographs, to_tensor, write_image
+from ldm.models.kontext import load_autoencoder, load_restorer
+from train_small_base import (
+    CHANNELS,
+    CONFIG,
+    KEEP,
+    Settings,
+    base_model,
+    components,
+    compute_encoder,
+    main,
+    piece,
+)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    rng = np.random.default_rng(0)
+    images = [script.read_image(path) for path in photographs()]
+    return torch.stack([to_tensor(script.square(images[n % len(images)], rng)) for n in range(24)])
+
+
+def test_the_encoder_is_the_projection_on_principal_components(pictures):
+    """A linear map of its latents restores blocks as well as the best one of so many numbers, nearly."""
+    autoencoder = base_model().first_stage_model
+    compute_encoder(autoencoder, pictures)
+    latents = autoencoder.encode(pictures).mode()
+    assert latents.shape == (24, CHANNELS, 16, 16)
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        return x.movedim(1, -1).flatten(0, -2)
+
+    blocks = rows(F.pixel_unshuffle(pictures, 8))
+    known = torch.cat([rows(latents), torch.ones(len(blocks), 1)], dim=1)
+    ours = blocks - known @ torch.linalg.lstsq(known, blocks).solution
+    basis = components(blocks, CHANNELS)
+    best = blocks - blocks @ basis.T @ basis
+    assert best.square().mean() < ours.square().mean() < 1.15 * best.square().mean()
+    twice = autoencoder.encode(0.5 * pictures).mode()  # and it is linear in spite of its norm
+    assert (twice - 0.5 * latents).abs().max() < 0.02 * latents.abs().max()
+
+
+def test_pieces_are_the_same_again_and_differ_from_each_other():
+    photos = [np.random.default_rng(1).integers(0, 256, (200, 300, 3), dtype=np.uint8)]
+    settings = Settings(leaves=0.5, blurred=0.5)
+    made = [piece(photos, settings, index) for index in range(8)]
+    again = [piece(photos, settings, index) for index in range(8)]
+    assert all(np.array_equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(made, again, strict=True))
+    assert len({image.tobytes() for image, _ in made}) == 8 and len({caption for _, caption in made}) > 2
+    assert all(image.shape == (128, 128, 3) and image.dtype == np.uint8 for image, _ in made)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> Settings:
+    """All stages for two steps, and their files."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "photos").mkdir()
+    for n in range(2):
+        noise = np.random.default_rng(n).integers(0, 256, (150, 160, 3), dtype=np.uint8)
+        write_image(folder / "photos" / f"{n}.png", noise)
+    steps = dict.fromkeys(("autoencoder_steps", "unet_steps", "flux_steps"), 2)
+    settings = Settings(
+        photos=folder / "photos", output_dir=folder / "run", models=folder / "models", pieces=12, batch_size=2
+    )
+    settings = replace(settings, **steps, save_steps=1, warmup=1, precision="32")
+    main(settings)
+    return settings
+
+
+def test_what_is_written_opens_as_the_real_models_do(taught):
+    config = read_config(CONFIG)
+    weights = load_state_dict(taught.models / "small_diffusion.safetensors")
+    assert {value.dtype for name, value in weights.items() if "position_ids" not in name} == {torch.float16}
+    started, counts, _ = add_control(weights, config, "the base")
+    assert counts["kept"] and counts["copied"] and not counts["ignored"]
+    image = np.full((40, 52, 3), 128, np.uint8)
+    restore = load_restorer(taught.models / "small_kontext", None, KEEP, taught.output_dir / "p.safetensors")
+    assert restore(image, steps=1).shape == image.shape
+
+
+def test_both_layouts_hold_the_same_autoencoder(taught, pictures):
+    """Stable Diffusion's 1x1 convolutions and scale do what FLUX's shift and scale do."""
+    model = base_model()
+    weights = load_state_dict(taught.models / "small_diffusion.safetensors")
+    model.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, strict=False
+    )
+    flux = load_autoencoder(taught.models / "small_kontext" / "ae.safetensors")
+    latents = model.scale_factor * model.encode_first_stage(pictures[:2]).mode()
+    assert torch.allclose(latents, flux.encode(pictures[:2]), atol=1e-4)
+    assert torch.allclose(model.decode_first_stage(latents), flux.decode(latents), atol=1e-4)
+
+
+def test_a_stage_resumes(taught, capsys):
+    main(replace(taught, stage="unet"))
+    assert "resuming" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="learning_rate was 0.001"):
+        main(replace(taught, stage="unet", learning_rate=0.5))

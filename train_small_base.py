@@ -1,0 +1,481 @@
+"""Teach the small base models: Stable Diffusion's and FLUX's layouts at a size that two CPU cores can learn.
+
+    python train_small_base.py all --photos MY_PHOTOS      # hours; or stage by stage: autoencoder, unet, flux
+    python train_small_base.py export                      # small_diffusion.safetensors, small_kontext/
+
+Latent diffusion (Rombach et al. 2022) and rectified flow (Esser et al. 2024) on pictures of 128 pixels. The
+encoder is not learned but computed: the 32 strongest principal components of 8 x 8 blocks, each divided by
+the root of its deviation, written exactly into the layers of an AutoencoderKL. A decoder learns to undo it;
+meanwhile the UNet and the transformer can learn on its latents already. The same command again resumes.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from lightning_fabric import Fabric
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import T5Config, T5EncoderModel
+
+from cldm.model import read_config
+from ldm.checkpoint import write_atomically, write_half
+from ldm.data.dead_leaves import dead_leaves
+from ldm.data.image import list_images, photographs, read_image, to_tensor, to_uint8, write_image
+from ldm.data.stream import item_generator, item_seed
+from ldm.metrics import psnr
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.kontext import FluxAutoencoder, encode_prompt, write_small_folder
+from ldm.modules.diffusionmodules.model import AttnBlock, ResnetBlock
+from ldm.modules.diffusionmodules.util import zero_module
+from ldm.modules.ema import EMA
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.flux import Flux, FluxParams, Modulation, predict_velocity
+from ldm.modules.image_degradation.blur import random_blur
+from ldm.run import Run, average_gradients, read_trained, start_fabric
+from ldm.settings import Devices, Precision, check_counts, plain, run_main
+
+# ---- settings: edit here, or override on the command line --------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """Teach the small base models."""
+
+    # what to do; all: the first three in turn, then export
+    stage: Annotated[Literal["autoencoder", "unet", "flux", "all", "export"], tyro.conf.Positional] = "all"
+    photos: Path = Path("training/photos")  # sharp photographs, here and below
+    output_dir: Path = Path("outputs/small_base")  # a folder for each stage; old runs in it are resumed
+    models: Path = Path("models")  # where export writes
+
+    pieces: int = 12000  # pictures of 128 pixels cut from the photographs and generated, once
+    leaves: float = 0.15  # part of them that are dead leaves
+    blurred: float = 0.2  # part of them that are blurred and captioned so
+    batch_size: int = 16  # of each device
+    autoencoder_steps: int = 6000  # of the decoder, on squares of 64 pixels
+    unet_steps: int = 12000  # of the UNet
+    flux_steps: int = 8000  # of the transformer
+    learning_rate: float = 1e-3  # the highest, after the warm-up; it falls to 0 along a cosine
+    warmup: int = 200  # steps over which the learning rate rises
+    ema_decay: float = 0.999  # of the averaged weights, which are written
+    seed: int = 0  # of pictures, first weights and noise
+
+    precision: Precision = "bf16"  # of the computation; 32 where the processor has no bfloat16
+    devices: Devices = 1  # GPUs (processes on a CPU)
+    save_steps: int = 500  # steps to a checkpoint, scores and pictures
+
+
+STEPS = ("autoencoder_steps", "unet_steps", "flux_steps")
+MAY_CHANGE = ("stage", "photos", "models", "devices", "save_steps", "precision")
+SIZE, CHANNELS = 128, 32  # pixels of a picture; components of an 8 x 8 block
+CONFIG = Path(__file__).parent / "models" / "small_diffusion.yaml"
+SHARP, LEAVES, NOTHING = "a sharp photograph", "dead leaves", ""
+KEEP, OTHER = "keep this photograph", "another photograph"  # what the transformer learns to follow
+BLURS = ("motion_blur", "gaussian_blur", "defocus_blur", "lens_blur")
+CAPTIONS = (NOTHING, SHARP, LEAVES, *(f"a photograph with {name.replace('_', ' ')}" for name in BLURS))
+FLUX = FluxParams(4 * CHANNELS, 4 * CHANNELS, 16, 16, 160, 4.0, 4, 1, 4, axes_dim=(8, 16, 16))
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+
+def make_pieces(settings: Settings, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 (n, 128, 128, 3) and the index of each one's caption, made once and kept in `folder`."""
+    files = folder / "pieces.npy", folder / "captions.npy"
+    about = {name: plain(settings)[name] for name in ("photos", "pieces", "leaves", "blurred", "seed")}
+    note = folder / "pieces.json"
+    if not note.is_file() or json.loads(note.read_text()) != about:
+        paths = list_images(settings.photos)
+        photos = [read_image(path) for path in tqdm(paths, "reading photographs")]
+        made = [piece(photos, settings, index) for index in tqdm(range(settings.pieces), "cutting pieces")]
+        for file, values in zip(files, (np.stack([m[0] for m in made]), [m[1] for m in made]), strict=True):
+            with open(file, "wb") as stream:
+                np.save(stream, values)
+        write_atomically(note, lambda temporary: temporary.write_text(json.dumps(about)))
+    return np.load(files[0], mmap_mode="c"), np.load(files[1])
+
+
+def piece(photos: list[np.ndarray], settings: Settings, index: int) -> tuple[np.ndarray, int]:
+    """Picture `index` and its caption: leaves, or the sharper of two random squares of one photograph."""
+    rng = np.random.default_rng([settings.seed, index])
+    if rng.random() < settings.leaves:
+        return dead_leaves(SIZE, rng), CAPTIONS.index(LEAVES)
+    photo = photos[rng.integers(len(photos))]
+    squares = [square(photo, rng) for _ in range(2)]
+    image = max(squares, key=lambda s: cv2.Laplacian(cv2.cvtColor(s, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var())
+    image = np.ascontiguousarray(
+        np.rot90(image[:, :: rng.choice([1, -1])], rng.choice(4, p=[0.7, 0.1, 0.1, 0.1]))
+    )
+    if rng.random() >= settings.blurred:
+        return image, CAPTIONS.index(SHARP)
+    blurred, name, _ = random_blur(image, rng, BLURS, scale=0.5)
+    return blurred, 3 + BLURS.index(name)
+
+
+def square(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random square of a photograph, scaled down to 128 pixels."""
+    side = int(np.exp(rng.uniform(np.log(SIZE), np.log(min(photo.shape[:2])))))
+    y, x = (int(rng.integers(length - side + 1)) for length in photo.shape[:2])
+    return cv2.resize(photo[y : y + side, x : x + side], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+
+
+class Squares(Dataset):
+    """Random squares of 64 pixels, (3, 64, 64) in [-1, 1], of the pictures: a decoder has no larger view."""
+
+    def __init__(self, pieces: np.ndarray, seed: int):
+        self.pieces, self.seed = pieces, seed
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        y, x = np.random.default_rng(item_seed(self.seed, key)).integers(SIZE - 64 + 1, size=2)
+        return to_tensor(self.pieces[key[1]][y : y + 64, x : x + 64])
+
+
+class Latents(Dataset):
+    """The latents (32, 16, 16) of all pictures, held in memory, with the index of their captions."""
+
+    def __init__(self, latents: Tensor, captions: np.ndarray):
+        self.latents, self.captions = latents, torch.from_numpy(captions)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        return {"latent": self.latents[key[1]].float(), "caption": self.captions[key[1]]}
+
+
+# ---- autoencoder: a computed encoder, a learned decoder ----------------------------------------------------
+
+
+@torch.no_grad()
+def start_linear(decoder: nn.Module) -> None:
+    """Begin as a linear map that keeps what it sees: residual branches at zero, convolutions orthogonal.
+
+    The usual initialisation shrinks the image below the biases on its way: a few steps teach it nothing.
+    """
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.orthogonal_(module.weight)
+            module.bias.zero_()
+    for module in decoder.modules():
+        if isinstance(module, ResnetBlock | AttnBlock):
+            zero_module(module.conv2 if isinstance(module, ResnetBlock) else module.proj_out)
+
+
+def components(blocks: Tensor, count: int) -> Tensor:
+    """The `count` strongest principal directions (count, d) of `blocks` (n, d) about zero."""
+    _, directions = torch.linalg.eigh(blocks.T @ blocks)
+    return directions.flip(1)[:, :count].T
+
+
+@torch.no_grad()
+def compute_encoder(autoencoder: AutoencoderKL, images: Tensor) -> None:
+    """Make the encoder the linear map to the principal components of `images` (n, 3, h, w) in [-1, 1].
+
+    Each level folds 2 x 2 pixels into channels by its strided convolution: 3 -> 12 -> 32 of 48 -> 32 of 128
+    components. Residual branches add nothing. The last norm would divide by the picture's own deviation: each
+    of its groups is (x, -x, 30), whose deviation is that of the constant, and silu(x) - silu(-x) = x.
+    """
+    encoder = autoencoder.encoder
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.zero_()
+            module.bias.zero_()
+    identity(encoder.conv_in, 3)
+    x, width = images, 3
+    for level, keep in zip(encoder.down[:3], (12, CHANNELS, CHANNELS), strict=True):
+        for block in level.block:
+            if isinstance(block.nin_shortcut, nn.Conv2d):
+                identity(block.nin_shortcut, width)
+        folded = F.pixel_unshuffle(x, 2)  # (n, 4 * width, h / 2, w / 2)
+        rows = folded.movedim(1, -1).flatten(0, -2)
+        basis = components(rows, keep)  # (keep, 4 * width)
+        level.downsample.conv.weight[:keep, :width, :2, :2] = basis.view(keep, width, 2, 2)
+        x, width = torch.einsum("kc,nchw->nkhw", basis, folded), keep
+    deviation = x.std(dim=(0, 2, 3))
+    scale = deviation**-0.5 * (deviation.sum() / CHANNELS) ** -0.5  # mean variance 1
+    shortcut, norm, out = encoder.down[3].block[0].nin_shortcut, encoder.norm_out, encoder.conv_out
+    constant = 30.0
+    for k in range(CHANNELS):
+        shortcut.weight[3 * k, k], shortcut.weight[3 * k + 1, k] = scale[k], -scale[k]
+        shortcut.bias[3 * k + 2] = constant
+        out.weight[k, 3 * k, 1, 1], out.weight[k, 3 * k + 1, 1, 1] = 1.0, -1.0
+    norm.weight.fill_(constant * 2**0.5 / 3)  # the deviation of (0, 0, 30)
+    norm.bias.fill_(constant / 3)
+    norm.weight[2::3], norm.bias[2::3] = 0.0, 0.0
+    # what FLUX subtracts and multiplies when it encodes; the log variance is next to nothing
+    out.weight[:CHANNELS] /= FluxAutoencoder.scale_factor
+    out.bias[:CHANNELS] = FluxAutoencoder.shift_factor
+    out.bias[CHANNELS:] = -8.0
+    shift_convolutions(autoencoder)
+
+
+def identity(convolution: nn.Conv2d, count: int) -> None:
+    """The first `count` channels pass through as they are."""
+    middle = convolution.kernel_size[0] // 2
+    convolution.weight[range(count), range(count), middle, middle] = 1.0
+
+
+def shift_convolutions(autoencoder: AutoencoderKL) -> None:
+    """Let the 1x1 convolutions around the latent do what FLUX's shift does: its files fit both layouts."""
+    for convolution, sign in ((autoencoder.quant_conv, -1.0), (autoencoder.post_quant_conv, 1.0)):
+        convolution.weight.zero_()
+        convolution.bias.zero_()
+        identity(convolution, convolution.in_channels)
+        convolution.bias[:CHANNELS] = sign * FluxAutoencoder.shift_factor
+
+
+def held_out_squares() -> Tensor:
+    """Squares of photographs that nothing here is taught with: (n, 3, 128, 128) in [-1, 1]."""
+    rng, images = np.random.default_rng(0), [read_image(path) for path in photographs()]
+    return torch.stack([to_tensor(square(image, rng)) for image in images for _ in range(8)])
+
+
+@torch.no_grad()
+def mean_psnr(autoencoder: AutoencoderKL, images: Tensor) -> float:
+    restored = torch.cat([autoencoder.decode(autoencoder.encode(part).mode()) for part in images.split(16)])
+    return float(np.mean([psnr(to_uint8(a), to_uint8(b)) for a, b in zip(restored, images, strict=True)]))
+
+
+# ---- stages ------------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """One network that learns: its optimizer, its schedule, its averages and its run."""
+
+    def __init__(self, fabric: Fabric, settings: Settings, name: str, network: nn.Module, steps: int):
+        self.fabric, self.settings, self.network, self.steps = fabric, settings, network, steps
+        network.to(fabric.device)
+        self.ema = EMA(network, settings.ema_decay)
+        self.trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, settings.learning_rate, weight_decay=0.01)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.learning_rate_factor)
+        parts = {"state_dict": network, "optimizer": self.optimizer}
+        parts |= {"scheduler": self.scheduler, "ema": self.ema}
+        others = {own for own in STEPS if own != f"{name}_steps"}
+        known = {key: value for key, value in plain(settings).items() if key not in others}
+        self.run = Run(fabric, settings.output_dir / name, known, parts, MAY_CHANGE)
+
+    def learning_rate_factor(self, step: int) -> float:
+        rise = min(1.0, (step + 1) / self.settings.warmup)
+        return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+
+    def batches(self, dataset: Dataset):
+        batch_size = self.settings.batch_size
+        loader = self.run.loader(dataset, batch_size * self.fabric.world_size, self.steps, self.settings.seed)
+        return self.run.batches(loader, self.steps)
+
+    def update(self, loss: Tensor) -> bool:
+        """One step down `loss`; whether it is time to save."""
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        average_gradients(self.fabric, self.optimizer)
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.ema.update(self.network)
+        self.run.advance({"loss": loss})
+        return self.run.step % self.settings.save_steps == 0 or self.run.step == self.steps
+
+    def save(self, scores: dict[str, float], picture: np.ndarray | None = None) -> None:
+        self.run.log({f"train/{name}": value for name, value in self.run.means().items()} | scores)
+        if picture is not None:
+            self.run.picture("sample", picture)
+        self.run.save()
+        self.run.say(f"step {self.run.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+
+
+def base_model() -> LatentDiffusion:
+    """The whole small model without a ControlNet; everything in it is still random."""
+    params = read_config(CONFIG)["params"]
+    names = ("unet_config", "first_stage_config", "cond_stage_config", "parameterization", "scale_factor")
+    torch.manual_seed(0)  # the text tower is never taught: its random directions tell prompts apart
+    return LatentDiffusion(**{name: params[name] for name in names})
+
+
+def with_encoder(model: LatentDiffusion, pieces: np.ndarray) -> LatentDiffusion:
+    """The model with its encoder computed from the pictures."""
+    start_linear(model.first_stage_model.decoder)
+    compute_encoder(model.first_stage_model, torch.stack([to_tensor(p) for p in pieces[::4]]))
+    return model
+
+
+@torch.no_grad()
+def encode_all(model: LatentDiffusion, pieces: np.ndarray) -> Tensor:
+    """Scaled latents (n, 32, 16, 16) of all pictures in half precision."""
+    parts = [
+        model.scale_factor
+        * model.encode_first_stage(torch.stack([to_tensor(p) for p in pieces[i : i + 64]])).mode()
+        for i in tqdm(range(0, len(pieces), 64), "encoding")
+    ]
+    return torch.cat(parts).half()
+
+
+def teach_autoencoder(fabric: Fabric, settings: Settings, pieces: np.ndarray, _: np.ndarray) -> None:
+    autoencoder = with_encoder(base_model(), pieces).first_stage_model
+    autoencoder.decoder.requires_grad_(True)
+    held_out = held_out_squares()
+    stage = Stage(fabric, settings, "autoencoder", autoencoder, settings.autoencoder_steps)
+    for image in stage.batches(Squares(pieces, settings.seed)):
+        with fabric.autocast():
+            restored = autoencoder.decode(autoencoder.encode(image).mode().detach()).float()
+        if stage.update(F.l1_loss(restored, image) + F.mse_loss(restored, image)):
+            with stage.ema.applied(autoencoder):
+                stage.save({"val/psnr": mean_psnr(autoencoder, held_out)})
+
+
+def teach_unet(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions: np.ndarray) -> None:
+    model = with_encoder(base_model(), pieces)
+    data = Latents(encode_all(model, pieces), captions)
+    embeddings = model.get_learned_conditioning(CAPTIONS)  # (captions, 77, 16)
+    model.to(fabric.device)
+    stage = Stage(fabric, settings, "unet", model.model, settings.unet_steps)
+    for batch in stage.batches(data):
+        shown = torch.where(torch.rand(len(batch["caption"])) < 0.1, 0, batch["caption"])
+        t = torch.randint(0, model.num_timesteps, (len(shown),), device=fabric.device)
+        x = batch["latent"]
+        with fabric.autocast():
+            loss, _ = model.p_losses(x, {"c_crossattn": [embeddings[shown]]}, t, torch.randn_like(x))
+        if stage.update(loss):
+            stage.save({})
+
+
+def teach_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions: np.ndarray) -> None:
+    """Flow matching with a second picture in the context: half of the time the picture itself, with the
+    prompt to keep it, else another one, with the prompt to make a new one."""
+    model = with_encoder(base_model(), pieces)
+    sharp = captions < 3  # no blurred ones
+    data = Latents(encode_all(model, pieces[sharp]), captions[sharp])
+    folder = settings.output_dir / "small_kontext"
+    write_text_encoders(folder, model.cond_stage_model)
+    prompts = [encode_prompt(folder, prompt, "cpu") for prompt in (KEEP, OTHER)]
+    t5, pooled = (torch.cat([prompt[name] for prompt in prompts]).float() for name in ("t5", "pooled"))
+    torch.manual_seed(settings.seed)
+    flux = Flux(FLUX)
+    for block in (*flux.double_blocks, *flux.single_blocks):  # each block starts as the identity
+        for modulation in (m for m in block.modules() if isinstance(m, Modulation)):
+            zero_module(modulation)
+    zero_module(flux.final_layer.linear)
+    stage = Stage(fabric, settings, "flux", flux, settings.flux_steps)
+    for batch in stage.batches(data):
+        target, b = batch["latent"], len(batch["latent"])
+        other = (torch.rand(b, device=fabric.device) < 0.5).long()
+        control = torch.where(other[:, None, None, None] == 1, target.roll(1, dims=0), target)
+        sigma = torch.sigmoid(0.5 + torch.randn(b, device=fabric.device)).clamp(min=1e-3)
+        level, noise = sigma[:, None, None, None], torch.randn_like(target)
+        guidance = 1 + 3 * torch.rand(b, device=fabric.device)  # learned to mean nothing
+        x, text = (1 - level) * target + level * noise, (t5[other], pooled[other])
+        with fabric.autocast():
+            velocity = predict_velocity(flux, x, control, *text, sigma, guidance)
+        if stage.update(F.mse_loss(velocity, noise - target)):
+            stage.save({})
+
+
+# ---- text encoders and files -------------------------------------------------------------------------------
+
+
+def write_text_encoders(folder: Path, clip: FrozenCLIPEmbedder) -> None:
+    """The two text encoders of a FLUX folder, with random weights: CLIP is the Stable Diffusion model's own,
+    T5 has one layer and reads characters. Prompts differ, and that is all that they tell."""
+    tower = clip.transformer
+    width = tower.text_model.final_layer_norm.normalized_shape[0]
+    (folder / "text_encoder").mkdir(parents=True, exist_ok=True)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(sizes, indent=1))
+    write_half(folder / "text_encoder" / "model.safetensors", tower.state_dict(), {})
+    characters = {chr(code): code - 32 + 2 for code in range(32, 127)}
+    words = WordLevel({"<pad>": 0, "<unk>": 1, **characters}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    (folder / "tokenizer_2").mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer_2" / "tokenizer.json"))
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1}
+    torch.manual_seed(1)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(characters) + 2, n_positions=48, **sizes))
+    t5.save_pretrained(folder / "text_encoder_2")
+
+
+def export(settings: Settings) -> None:
+    """Write what was learned in half precision: models/small_diffusion.safetensors, models/small_kontext/,
+    and pictures of what the autoencoder keeps and of what the UNet makes of noise alone."""
+    settings.models.mkdir(parents=True, exist_ok=True)
+    trained = {}
+    for name in ("autoencoder", "unet", "flux"):
+        checkpoint = settings.output_dir / name / "checkpoints" / "last.ckpt"
+        if checkpoint.is_file():
+            trained[name], content = read_trained(checkpoint)
+            print(f"{name}: step {content['step']}")
+    model = base_model()
+    model.first_stage_model.load_state_dict(trained["autoencoder"])
+    model.model.load_state_dict(trained["unet"])
+    held_out = held_out_squares()
+    scores = {"autoencoder_psnr": round(mean_psnr(model.first_stage_model, held_out), 2)}
+    about = {"command": "python train_small_base.py all", **plain(settings), **scores}
+    tensors = {name: value for name, value in model.state_dict().items() if "." in name}
+    write_half(settings.models / "small_diffusion.safetensors", tensors, about)
+    kept = model.decode_first_stage(model.scale_factor * model.encode_first_stage(held_out[::4]).mode())
+    write_image(settings.output_dir / "autoencoder.png", rows([held_out[::4], kept]))
+    made = [unconditional(model, caption) for caption in (SHARP, LEAVES)]
+    write_image(settings.output_dir / "samples.png", rows(made))
+    if "flux" in trained:
+        flux, autoencoder = (
+            Flux(FLUX),
+            FluxAutoencoder(read_config(CONFIG)["params"]["first_stage_config"]["params"]["ddconfig"]),
+        )
+        flux.load_state_dict(trained["flux"])
+        own = {k: v for k, v in trained["autoencoder"].items() if not k.startswith(("quant", "post_quant"))}
+        autoencoder.load_state_dict(own)
+        write_small_folder(settings.models / "small_kontext", flux.half(), autoencoder.half())
+        write_text_encoders(settings.models / "small_kontext", model.cond_stage_model)
+    print(f"written: {settings.models}; look at {settings.output_dir}/autoencoder.png and samples.png")
+
+
+@torch.no_grad()
+def unconditional(model: LatentDiffusion, caption: str, count: int = 12) -> Tensor:
+    """Pictures made from noise and a caption alone, (count, 3, 128, 128)."""
+    text = model.get_learned_conditioning([caption]).expand(count, -1, -1)
+    shape = (CHANNELS, SIZE // 8, SIZE // 8)
+    noise = torch.randn(count, *shape, generator=item_generator(0))
+    cond = {"c_crossattn": [text]}
+    latents = DDIMSampler(model).sample(50, count, shape, cond, x_T=noise)[0]
+    return model.decode_first_stage(latents)
+
+
+def rows(pictures: list[Tensor]) -> np.ndarray:
+    """Each (n, 3, h, w) in [-1, 1] as one row of a picture, uint8."""
+    return np.vstack([np.hstack([to_uint8(image) for image in row]) for row in pictures])
+
+
+TEACH = {"autoencoder": teach_autoencoder, "unet": teach_unet, "flux": teach_flux}
+
+
+def main(settings: Settings) -> None:
+    check_counts(settings, "pieces batch_size autoencoder_steps unet_steps flux_steps warmup save_steps")
+    if settings.stage != "export":
+        fabric = start_fabric(settings.devices, 1, settings.precision, settings.seed)
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        pieces, captions = make_pieces(settings, settings.output_dir)
+        for name in TEACH if settings.stage == "all" else [settings.stage]:
+            TEACH[name](fabric, settings, pieces, captions)
+    if settings.stage in ("all", "export"):
+        export(settings)
+
+
+if __name__ == "__main__":
+    run_main(main, Settings)
