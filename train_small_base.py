@@ -33,6 +33,7 @@ from cldm.model import read_config
 from ldm.checkpoint import write_atomically, write_half
 from ldm.data.dead_leaves import dead_leaves
 from ldm.data.image import list_images, photographs, read_image, to_tensor, to_uint8, write_image
+from ldm.data.paired import at_least
 from ldm.data.stream import item_generator, item_seed
 from ldm.metrics import psnr
 from ldm.models.autoencoder import AutoencoderKL
@@ -99,7 +100,7 @@ def make_pieces(settings: Settings, folder: Path) -> tuple[np.ndarray, np.ndarra
     note = folder / "pieces.json"
     if not note.is_file() or json.loads(note.read_text()) != about:
         paths = list_images(settings.photos)
-        photos = [read_image(path) for path in tqdm(paths, "reading photographs")]
+        photos = [at_least(read_image(path), SIZE) for path in tqdm(paths, "reading photographs")]
         made = [piece(photos, settings, index) for index in tqdm(range(settings.pieces), "cutting pieces")]
         for file, values in zip(files, (np.stack([m[0] for m in made]), [m[1] for m in made]), strict=True):
             with open(file, "wb") as stream:

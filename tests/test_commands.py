@@ -148,6 +148,8 @@ SMALL = {
     "--perceptual_loss_weight 0",
     "train_kontext_lora.py": "--max_steps 1 --resolution 32 --rank 2 --batch_size 1 --accumulate 1 "
     "--num_workers 0 --preview_images 1 --preview_steps 1",
+    "train_small_base.py": "--photos PHOTOS --pieces 6 --autoencoder_steps 1 --unet_steps 1 --flux_steps 1 "
+    "--warmup 1 --batch_size 2 --precision 32 --models written",
     "tool_add_control.py": f"--config {TINY} --overwrite",
     "tool_export_control.py": "--overwrite",
     "infer.py": "--overwrite",
