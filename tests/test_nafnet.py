@@ -1,0 +1,51 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.modules.nafnet import NAFNet
+from tests.fill import draw, fill, relative_error
+
+REFERENCE = Path(__file__).parent / "reference"
+FULL = "width_32_enc_1_1_1_28_mid_1_dec_1_1_1_1"
+TINY = (8, [1, 2], 1, [1, 1])
+
+
+def test_output_is_the_authors():
+    """A picture whose sides are no multiples of 4: zeros are padded and cut off again."""
+    image = torch.sigmoid(draw("input:image", (1, 3, 30, 36)))
+    with torch.no_grad():
+        restored = fill(NAFNet(*TINY)).eval()(image)
+    assert relative_error(restored, np.load(REFERENCE / "generators.npz")["nafnet.tiny"]) < 1e-4
+
+
+def test_keys_and_sizes_are_the_authors():
+    manifest = json.loads((REFERENCE / "nafnet_keys.json").read_text())
+    with torch.device("meta"):
+        networks = {
+            "tiny": NAFNet(*TINY),
+            "width_32_enc_1_1_1_28_mid_1_dec_1_1_1_1": NAFNet(),
+            "": NAFNet(64),
+        }
+    counts = [sum(value.numel() for value in network.parameters()) for network in networks.values()]
+    assert counts[1:] == [17_111_907, 67_888_835]
+    for name, expected in manifest.items():
+        assert {k: list(v.shape) for k, v in networks[name].state_dict().items()} == expected
+
+
+def test_it_learns_one_batch():
+    torch.manual_seed(0)
+    network, image = NAFNet(*TINY), torch.rand(2, 3, 16, 16)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = (network(image) - image.flip(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    with pytest.raises(ValueError, match="2 encoder stages do not match 1 decoders"):
+        NAFNet(8, [1, 2], 1, [1])
