@@ -50,7 +50,7 @@ class DegDataset(Dataset):
         self.types = DEGRADATIONS if degradation_types is None else tuple(degradation_types)
         _check_values(self.types, lr_scale, repeats, noise_level, blur_radius, jpeg_quality, resolution)
         if lr_data_root:
-            pairs = find_pairs(lr_data_root, hr_data_root)
+            pairs = find_pairs(lr_data_root, hr_data_root, blurred=False)
             self.targets, self.controls = [p.sharp for p in pairs], [p.blurry for p in pairs]
         else:
             self.targets, self.controls = list_images(hr_data_root), None

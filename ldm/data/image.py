@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from ldm.data.packed import database, list_packed, read_packed
+
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 SAME = 3  # of 255: an RGB profile that moves no colour farther is an sRGB
 # Photographs that come inside the scikit-image package, for demonstrations and tests.
@@ -32,17 +34,26 @@ def read_image(path: str | Path, max_megapixels: float | None = None) -> np.ndar
     trying if it has more than `max_megapixels`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"image not found: {path}")
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             pixels = image.width * image.height / 1e6
             if max_megapixels is not None and pixels > max_megapixels:
                 raise ValueError(f"it has {pixels:.1f} megapixels, more than {max_megapixels:g}")
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {path}: {error}") from error
+
+
+def _open(path: Path) -> Image.Image:
+    """The picture at a path, which may lie in an lmdb."""
+    if database(path):
+        return Image.open(read_packed(path))
+    if not path.is_file():
+        raise FileNotFoundError(f"image not found: {path}")
+    return Image.open(path)
 
 
 def read_rgba(path: str | Path) -> np.ndarray | None:
@@ -59,13 +70,13 @@ def image_size(path: str | Path) -> tuple[int, int]:
     Raises FileNotFoundError or ValueError as `read_image` does.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"image not found: {path}")
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             width, height = image.size
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             turned = turned and image.format != "TIFF"  # Pillow gives that upright already
+    except FileNotFoundError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {path}: {error}") from error
     return (height, width) if turned else (width, height)
@@ -149,6 +160,8 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder not found: {folder}")
+    if folder.suffix == ".lmdb":
+        return sorted(list_packed(folder), key=natural_key)
     files = [Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names]
     paths = [path for path in files if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")]
     paths.sort(key=natural_key)

@@ -1,19 +1,22 @@
-"""Pairs of a blurry and a sharp picture: finding them on disk, splitting them by source."""
+"""Pairs of a blurry and a sharp picture: finding them on disk, splitting them by scene."""
 
-import json
 import os
-import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath, PurePosixPath
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.image import image_size, list_images, natural_key
+from ldm.data.image import image_size, list_images, natural_key, read_image
+from ldm.data.lists import CAPTIONS, json_lines, read_json_list, read_list
+from ldm.data.scenes import place, scenes, side
+
+__all__ = ["JSONL", "Pair", "find_pairs", "json_lines", "match_folders", "split_pairs"]
 
 JSONL = "blur_types.json"  # the list that tool_make_deblur_dataset.py writes
-CAPTIONS = ("caption", "text", "prompt")  # names of a line's caption, the first that is there counts
+SAMPLE = 9  # pairs whose sharpness is compared
 
 
 @dataclass(frozen=True)
@@ -28,44 +31,63 @@ class Pair:
 
 
 def find_pairs(
-    source: str | Path, sharp_dir: str | Path | None = None, data_root: str | Path | None = None
+    source: str | Path,
+    sharp_dir: str | Path | None = None,
+    data_root: str | Path | None = None,
+    blurred: bool = True,
 ) -> list[Pair]:
     """Pairs in natural order, from whatever `source` is:
 
-    - a folder, with `sharp_dir` another: files of the same relative path and stem are pairs;
+    - a folder (or lmdb), with `sharp_dir` another: files of the same relative path and stem are pairs;
     - a folder made by tool_make_deblur_dataset.py, or its blur_types.json (any .json or .jsonl);
-    - a GoPro tree: every folder below `source` that holds `blur` and `sharp` (`blur_gamma` is not used);
-    - a list file, one pair a line, blurry first: two paths with a tab between them, or with a space, and then
-      a path that has spaces itself stands in double quotes; lines that are empty or begin with # are skipped.
-    Paths inside a file are relative to `data_root`, or to the file's own folder.
+    - a tree: every folder at or below `source` that holds one folder of blurry and one of sharp pictures, by
+      their names (blur, input, lq | sharp, gt, target: see ldm/data/scenes.py; `blur_gamma` is not used);
+    - HIDE: folders of blurry pictures, and one of all sharp ones in `source` or beside it;
+    - a list file, one pair a line: two paths with a tab between them, or with a space, and then a path that
+      has spaces itself stands in double quotes; lines that are empty or begin with # are skipped. The names
+      tell which column is the sharp one, else the blurry one is first. BasicSR's meta_info lists too.
+    A list that is not in the current folder is looked for in `data_root`. Paths inside a file are relative to
+    `data_root`, else to the file's own folder or the current one.
 
-    Raises FileNotFoundError or ValueError that names the file, the line or the picture without partner.
+    Raises FileNotFoundError or ValueError that names the file, the line or the picture without partner, or
+    says that the pairs are reversed (with `blurred`: if names tell nothing, by a sample of the pictures).
     """
     source = Path(source)
+    if not source.exists() and data_root and (Path(data_root) / source).is_file():
+        source = Path(data_root) / source
+    told = True
     if sharp_dir is not None:
+        told = _folders_told(source, Path(sharp_dir))
         pairs, single = match_folders(source, sharp_dir)
         _refuse_singles(single)
     elif source.is_dir():
-        pairs = (
-            _jsonl_pairs(source / JSONL, data_root) if (source / JSONL).is_file() else _gopro_pairs(source)
-        )
+        in_list = (source / JSONL).is_file()
+        pairs = _json_pairs(source / JSONL, data_root) if in_list else _tree_pairs(source)
+    elif source.suffix.lower() in (".json", ".jsonl"):
+        pairs = _json_pairs(source, data_root)
     elif source.is_file():
-        read = _jsonl_pairs if source.suffix.lower() in (".json", ".jsonl") else _list_pairs
-        pairs = read(source, data_root)
+        found, told = read_list(source, data_root)
+        pairs = _grouped([pair[:2] for pair in found])
     else:
         raise FileNotFoundError(f"no such data set: {source}")
     if not pairs:
         raise FileNotFoundError(f"no pairs in {source}")
-    return sorted(pairs, key=lambda pair: natural_key(pair.blurry))
+    pairs = sorted(pairs, key=lambda pair: natural_key(pair.blurry))
+    if blurred and not told:
+        _refuse_reversed(pairs, source)
+    return pairs
 
 
 def match_folders(blurry_dir: str | Path, sharp_dir: str | Path) -> tuple[list[Pair], list[Path]]:
     """Pairs of the same relative path and stem in two folders, and the pictures that have no partner.
 
-    Pictures in a subfolder are taken for one sequence (one group), others each for a group of its own.
+    If no two have the same, blur_1 and gt_1 are partners too. A picture's group is its scene
+    (ldm.data.scenes).
     """
     blurry, sharp = _by_stem(Path(blurry_dir)), _by_stem(Path(sharp_dir))
-    groups = {stem: stem.rpartition("/")[0] or stem for stem in blurry}
+    if not blurry.keys() & sharp.keys():
+        blurry, sharp = _by_stem(Path(blurry_dir), place), _by_stem(Path(sharp_dir), place)
+    groups = dict(zip(blurry, scenes([PurePosixPath(stem) for stem in blurry]), strict=True))
     pairs = [Pair(path, sharp[stem], group=groups[stem]) for stem, path in blurry.items() if stem in sharp]
     single = [
         path for stem, path in [*blurry.items(), *sharp.items()] if stem not in blurry or stem not in sharp
@@ -73,10 +95,12 @@ def match_folders(blurry_dir: str | Path, sharp_dir: str | Path) -> tuple[list[P
     return pairs, single
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_stem(
+    folder: Path, name: Callable[[Path], PurePath] = lambda path: path.with_suffix("")
+) -> dict[str, Path]:
     paths = {}
     for path in list_images(folder):
-        stem = path.relative_to(folder).with_suffix("").as_posix()
+        stem = name(path.relative_to(folder)).as_posix()
         if stem in paths:
             raise ValueError(f"two pictures of one name in {folder}: {paths[stem].name} and {path.name}")
         paths[stem] = path
@@ -89,103 +113,125 @@ def _refuse_singles(single: list[Path]) -> None:
         raise ValueError(f"pictures without a partner: {', '.join(map(str, single[:3]))}{more}")
 
 
-def _gopro_pairs(root: Path) -> list[Pair]:
+def _grouped(pairs: Sequence[tuple[Path, Path]], root: Path | None = None) -> list[Pair]:
+    """Pairs with their scenes, told by the paths of the sharp pictures from `root`, or from where all are."""
+    places = [place(sharp.relative_to(root) if root else Path(os.path.abspath(sharp))) for _, sharp in pairs]
+    common = os.path.commonpath([where.parent for where in places]) if places and not root else ""
+    groups = scenes([where.relative_to(common) for where in places])
+    return [Pair(*pair, group=group) for pair, group in zip(pairs, groups, strict=True)]
+
+
+def _json_pairs(file: Path, data_root: str | Path | None) -> list[Pair]:
+    found = read_json_list(file, data_root)
+    plain = _grouped([pair[:2] for pair in found])
+    return [
+        replace(
+            pair,
+            blur_type=record.get("blur_type", ""),
+            group=record.get("source", pair.group),
+            caption=next((record[key] for key in CAPTIONS if key in record), ""),
+        )
+        for pair, (_, _, record) in zip(plain, found, strict=True)
+    ]
+
+
+# ---- trees -------------------------------------------------------------------------------------------------
+
+
+def _tree_pairs(root: Path) -> list[Pair]:
+    """Pairs of all folders at or below `root` that hold two folders of the two kinds; else HIDE's."""
     pairs = []
-    for blurry in [path for path in (root / "blur", *root.rglob("*/blur")) if path.is_dir()]:
-        found, single = match_folders(blurry, blurry.with_name("sharp"))
+    folders = _pair_folders(root)
+    for blurry, sharp in folders if any(sharp for _, sharp in folders) else ():
+        if sharp is None:
+            raise FileNotFoundError(f"no folder of sharp pictures (gt, sharp, target) beside {blurry}")
+        found, single = match_folders(blurry, sharp)
         _refuse_singles(single)
-        group = blurry.parent.relative_to(root).as_posix()
-        pairs += [
-            Pair(pair.blurry, pair.sharp, group=pair.group if group == "." else group) for pair in found
-        ]
+        pairs += [(pair.blurry, pair.sharp) for pair in found]
+    if pairs:
+        return _grouped(pairs, root)
+    pairs = _shared_sharp(root)
     if not pairs:
         raise FileNotFoundError(
-            f"no pairs in {root}: expected {JSONL}, or folders blur and sharp in it or below it "
-            "(for two folders of other names give both)"
+            f"no pairs in {root}: expected {JSONL}, or folders blur and sharp (input and target, lq and "
+            "gt) in it or below it (for two folders of other names give both)"
         )
-    return pairs
+    return _grouped(pairs)
 
 
-def _jsonl_pairs(file: Path, data_root: str | Path | None) -> list[Pair]:
-    pairs = []
-    for where, record in json_lines(file):
-        blurry, sharp = _existing(
-            where, data_root or file.parent, record["blur_image"], record["clear_image"]
-        )
-        caption = next((record[key] for key in CAPTIONS if key in record), "")
-        group = record.get("source", str(sharp))
-        pairs.append(Pair(blurry, sharp, record.get("blur_type", ""), group, caption))
-    return pairs
+def _pair_folders(here: Path) -> list[tuple[Path, Path | None]]:
+    """Folders of blurry and of sharp pictures side by side, in `here` or below; None for one that is missing.
+
+    Raises ValueError where there are several of a kind.
+    """
+    with os.scandir(here) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    copies = {name for name in names if name.removesuffix(".lmdb") != name and name[:-5] in names}
+    names = sorted({*names} - copies, key=natural_key)
+    blurry, sharp = ([here / name for name in names if side(name) == kind] for kind in ("blurry", "sharp"))
+    found = []
+    if blurry and sharp:
+        if len(blurry) + len(sharp) > 2:
+            several = ", ".join(path.name for path in [*blurry, *sharp])
+            raise ValueError(f"{here} has several folders of one kind, {several}: give one of each kind")
+        found = [(blurry[0], sharp[0])]
+    paired = {*found[0]} if found else set()
+    for folder in [here / name for name in names]:
+        if folder not in paired and folder.suffix != ".lmdb":
+            found += _pair_folders(folder)
+    if blurry and not sharp and not found:
+        found = [(blurry[0], None)]
+    return found
 
 
-def json_lines(file: Path) -> Iterator[tuple[str, dict]]:
-    """Records of a data set, each with "file:number" for messages; ValueError for a line that is none."""
-    for where, line in _lines(file):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not a line of JSON ({error})") from error
-        names = [record.get(key) for key in ("blur_image", "clear_image")] if isinstance(record, dict) else []
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{where}: expected an object with the paths blur_image and clear_image")
-        if not all(isinstance(record.get(key, ""), str) for key in ("blur_type", "source")):
-            raise ValueError(f"{where}: blur_type and source must be texts")
-        if not all(isinstance(record.get(key, ""), str) for key in CAPTIONS):
-            raise ValueError(f"{where}: {', '.join(CAPTIONS)} must be texts")
-        yield where, record
-
-
-def _list_pairs(file: Path, data_root: str | Path | None) -> list[Pair]:
-    pairs = []
-    for where, line in _lines(file):
-        names = (
-            [name.strip().strip('"') for name in line.split("\t")] if "\t" in line else _unquote(where, line)
-        )
-        if len(names) != 2:
-            raise ValueError(
-                f"{where}: expected two paths, got {len(names)} (put a tab between them, or paths in quotes)"
-            )
-        blurry, sharp = _existing(where, data_root or file.parent, *names)
-        if blurry.parent.name == "sharp":
-            raise ValueError(f"{where}: the blurry picture comes first, this line begins with {names[0]}")
-        sequence = sharp.parent.parent if sharp.parent.name == "sharp" else sharp
-        pairs.append(Pair(blurry, sharp, group=str(sequence)))
-    return pairs
-
-
-def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file that are neither empty nor a comment, each with "file:number"."""
-    if not file.is_file():
-        raise FileNotFoundError(f"no such file: {file}")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and not line.startswith("#"):
-            yield f"{file}:{number}", line.strip()
-
-
-def _unquote(where: str, line: str) -> list[str]:
-    words = shlex.shlex(line, posix=True)
-    words.whitespace_split, words.commenters, words.escape, words.quotes = True, "", "", '"'
-    try:
-        return list(words)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _existing(where: str, root: str | Path, *names: str) -> list[Path]:
-    paths = [Path(root) / name for name in names]
-    for path in paths:
-        if not os.path.isfile(path):  # False as well for names that no file can have
-            raise FileNotFoundError(f"{where}: image not found: {path}")
-    return paths
+def _shared_sharp(root: Path) -> list[tuple[Path, Path]]:
+    """Pairs of HIDE: one folder of all sharp pictures in `root`, or beside or above it, matched by name."""
+    for top in (root, *root.absolute().parents[:2]):
+        folders = [path for path in top.iterdir() if path.is_dir() and side(path.name) == "sharp"]
+        if len(folders) != 1 or root.absolute().is_relative_to(folders[0].absolute()):
+            continue
+        sharp = {path.stem: path for path in list_images(folders[0])}
+        blurry = [path for path in list_images(root) if not path.is_relative_to(folders[0])]
+        single = [path for path in blurry if path.stem not in sharp]
+        if len(single) < len(blurry):
+            _refuse_singles(single)
+            return [(path, sharp[path.stem]) for path in blurry]
+    return []
 
 
 def has_pairs(folder: Path) -> bool:
     """Whether a folder holds pairs that `find_pairs` finds without further help."""
-    return (folder / JSONL).is_file() or (folder / "blur").is_dir() or any(folder.rglob("*/blur"))
+    return (folder / JSONL).is_file() or any(sharp for _, sharp in _pair_folders(folder))
+
+
+# ---- checks ------------------------------------------------------------------------------------------------
+
+
+def _folders_told(blurry_dir: Path, sharp_dir: Path) -> bool:
+    """Whether the names of two folders tell their sides. Raises ValueError if they tell the contrary."""
+    sides = side(blurry_dir.name), side(sharp_dir.name)
+    if sides == ("sharp", "blurry"):
+        raise ValueError(
+            f"{blurry_dir} holds sharp pictures by its name and {sharp_dir} blurry ones: exchange them"
+        )
+    return sides in (("blurry", "sharp"), ("blurry", ""), ("", "sharp"))
+
+
+def _refuse_reversed(pairs: Sequence[Pair], source: Path) -> None:
+    """Raise ValueError if the blurry pictures are sharper than their partners in most of a sample."""
+    sample = [pairs[n] for n in np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs))).astype(int)]
+    sharper = [pair for pair in sample if _gradient(pair.blurry) > 1.05 * _gradient(pair.sharp)]
+    if len(sharper) > 0.7 * len(sample):
+        raise ValueError(
+            f"{source}: the pairs are reversed: in {len(sharper)} of {len(sample)} the blurry picture is "
+            f"sharper than its partner, such as {sharper[0].blurry} than {sharper[0].sharp}"
+        )
+
+
+def _gradient(path: Path) -> float:
+    """Mean size of the differences of neighbouring pixels of the grey, noise being smoothed away first."""
+    grey = cv2.GaussianBlur(read_image(path).mean(axis=2), (0, 0), 1.0)
+    return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
 
 
 def check_sizes(pairs: Sequence[Pair]) -> None:
@@ -202,18 +248,21 @@ def check_sizes(pairs: Sequence[Pair]) -> None:
 def sharp_pairs(folder: str | Path | None) -> list[Pair]:
     """Each sharp picture below a folder, paired with itself: that is how one to be blurred is written.
 
-    In a GoPro tree these are the pictures in folders named `sharp`, a sequence being one group; elsewhere
-    they are all pictures, each a group of its own. Without a folder there are none.
+    In a tree of pairs, or of `sharp` folders, these are the pictures in such folders, grouped by scene;
+    elsewhere they are all pictures, each a group of its own, or a sequence where the names tell one.
+    Without a folder: none.
     """
     if folder is None:
         return []
-    paths, top = list_images(folder), Path(folder)
-    in_tree = [path for path in paths if path.parent.name == "sharp" and path.parent != top]
-    sequences = {path: path.parent.parent for path in in_tree}
-    return [
-        Pair(path, path, group=str(path if sequences.get(path, top) == top else sequences[path]))
-        for path in in_tree or paths
+    top = Path(folder)
+    paths = list_images(top)
+    in_tree = [
+        path for path in paths if any(side(name) == "sharp" for name in path.relative_to(top).parts[:-1])
     ]
+    if in_tree and (len(in_tree) == len(paths) or any(sharp for _, sharp in _pair_folders(top))):
+        return _grouped([(path, path) for path in in_tree], top)
+    names = scenes([PurePosixPath(path.stem) for path in paths])
+    return [Pair(path, path, group=str(path.parent / name)) for path, name in zip(paths, names, strict=True)]
 
 
 def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:

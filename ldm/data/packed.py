@@ -1,0 +1,49 @@
+"""Pictures inside a BasicSR lmdb, named as if it were a folder: gt.lmdb/0001_s001.png."""
+
+import io
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+META = "meta_info.txt"  # in it: one picture a line, as `0001_s001.png (480,480,3) 1`
+
+
+def database(path: Path) -> Path | None:
+    """The lmdb that a path is or lies in, or None."""
+    return next((folder for folder in (path, *path.parents) if folder.suffix == ".lmdb"), None)
+
+
+def list_packed(folder: Path) -> list[Path]:
+    """The pictures of an lmdb. Raises FileNotFoundError without meta_info.txt, ValueError without lmdb."""
+    if find_spec("lmdb") is None:
+        raise ValueError(f"{folder} needs a package to be read: pip install lmdb")
+    if not (folder / META).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {META}: BasicSR's create_lmdb.py writes it, and it is needed"
+        )
+    lines = (folder / META).read_text(encoding="utf-8").splitlines()
+    return [folder / line.rsplit(" (", 1)[0] for line in lines if line.strip()]
+
+
+def read_packed(path: Path) -> io.BytesIO:
+    """The file of a picture in an lmdb. Raises FileNotFoundError if there is none."""
+    folder = database(path)
+    key = path.relative_to(folder).with_suffix("").as_posix()
+    with _open(str(folder), os.getpid()).begin() as transaction:
+        data = transaction.get(key.encode())
+    if data is None:
+        raise FileNotFoundError(f"image not found: {path}")
+    return io.BytesIO(data)
+
+
+@lru_cache(maxsize=8)
+def _open(folder: str, process: int) -> Any:
+    """An lmdb's handle, one for each process: it must not be used across a fork."""
+    import lmdb
+
+    try:
+        return lmdb.open(folder, readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise ValueError(f"cannot read {folder}: {error}") from error

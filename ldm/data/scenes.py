@@ -1,0 +1,98 @@
+"""What the names of pictures tell: which side of a pair one is, and from which scene it comes."""
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePath, PurePosixPath
+
+SHARP = {"gt", "target", "sharp", "clean", "clear", "hq"}
+BLURRY = {"blur", "blurry", "blurred", "input", "lq"}
+SPLITS = {
+    "train",
+    "training",
+    "val",
+    "valid",
+    "validation",
+    "test",
+    "testing",
+    "close",
+    "ups",
+    "long",
+    "shot",
+}
+# What cameras and people call pictures that have nothing in common.
+COMMON = {
+    "img",
+    "image",
+    "dsc",
+    "dscf",
+    "dscn",
+    "pxl",
+    "p",
+    "photo",
+    "picture",
+    "pic",
+    "scan",
+    *SHARP,
+    *BLURRY,
+}
+AFFIX = "|".join(sorted(SHARP | BLURRY))
+
+
+def words(name: str) -> set[str]:
+    return set(re.findall("[a-z]+", name.lower()))
+
+
+def side(name: str) -> str:
+    """Which pictures a folder or file of this name holds: "sharp", "blurry", or "" if that is not told.
+
+    GoPro's `blur_gamma` tells nothing: it is not used.
+    """
+    found = words(name)
+    told = [kind for kind, known in (("sharp", SHARP), ("blurry", BLURRY)) if found & known]
+    return told[0] if len(told) == 1 and "gamma" not in found else ""
+
+
+def path_side(path: str | PurePath, other: str | PurePath) -> str:
+    """The side that a path tells by what `other`, its partner, has not: the nearest folder, then the name."""
+    path, others = PurePath(path), PurePath(other).parts
+    names = [*(part for part in reversed(path.parts[:-1]) if part not in others), path.stem]
+    return next((told for told in map(side, names) if told), "")
+
+
+def place(path: PurePath) -> PurePosixPath:
+    """A relative path without extension and without what tells its side: s1/gt/gt_2.png becomes s1/2."""
+    stem = re.sub(rf"^({AFFIX})[_-]+|[_-]+({AFFIX})$", "", path.stem, flags=re.IGNORECASE)
+    return PurePosixPath(*(part for part in path.parts[:-1] if not side(part)), stem or path.stem)
+
+
+def scenes(places: Sequence[PurePosixPath]) -> list[str]:
+    """The scene of each picture of a data set, from its `place`.
+
+    It is the folder; in a folder of a split (train, test) or in none, the sequence that the name begins with
+    (SEQ_000047, SEQ_000047_s001, 47fromSEQ); else the picture is a scene of its own. Numbers behind a date,
+    and behind what cameras call every picture (IMG_1), make no sequence.
+    """
+    sequences = [_sequence(where.name) for where in places]
+    known = {sequence for sequence in sequences if sequence}
+    result = []
+    for where, sequence in zip(places, sequences, strict=True):
+        if any(words(part) - SPLITS or not words(part) for part in where.parts[:-1]):
+            result.append(where.parent.as_posix())
+            continue
+        alone = len(known) == 1 and not re.search(r"\d", sequence)  # one word tells nothing
+        name = re.sub(r"_s\d+$", "", where.name) if alone or not sequence else sequence
+        result.append((where.parent / name).as_posix())
+    return result
+
+
+def _sequence(stem: str) -> str:
+    """What a picture's name has before the number of its frame; "" without such a number."""
+    stem = re.sub(r"_s\d+$", "", stem)  # of a crop
+    if hide := re.fullmatch(r"\d+from(.+)", stem):
+        return hide[1]
+    found = re.fullmatch(r"(.+?)[_-]+\d+", stem)
+    if not found or re.search(r"(19|20)\d{6}$", found[1]):
+        return ""
+    if not re.search(r"\d", found[1]) and words(found[1]) & COMMON:
+        return ""
+    return found[1]

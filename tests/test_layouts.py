@@ -1,0 +1,356 @@
+"""Data sets as they lie on people's disks: every layout, the scenes of its split, and what is reversed."""
+
+import io
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import train_srn
+from ldm.data.image import image_size, list_images, photographs, read_image, write_image
+from ldm.data.pairs import find_pairs, has_pairs, sharp_pairs, split_pairs
+from ldm.data.scenes import place, scenes, side
+
+PHOTOS = [read_image(path)[:96, :96] for path in photographs(("astronaut.png", "chelsea.png", "coffee.png"))]
+
+
+def make(root: Path, *names: str) -> None:
+    """Pictures of these paths: those that a name calls blurry (by BLUR in it) are blurred."""
+    for number, name in enumerate(names):
+        blurry, sharp = name.split(" ")
+        photo = PHOTOS[number % len(PHOTOS)]
+        for path, image in ((blurry, cv2.GaussianBlur(photo, (0, 0), 3)), (sharp, photo)):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            write_image(root / path, image)
+
+
+def found(root: Path, *arguments, **options) -> list[str]:
+    pairs = find_pairs(*arguments, **options)
+    return [f"{p.blurry.relative_to(root).as_posix()} {p.sharp.relative_to(root).as_posix()}" for p in pairs]
+
+
+def check(root: Path, made: list[str], groups: list[str], source: Path | None = None, **options) -> None:
+    """The finder gives these pairs in natural order, with these scenes, and no split cuts through one."""
+    source = source or root
+    assert found(root, source, **options) == made
+    pairs = find_pairs(source, **options)
+    assert [pair.group for pair in pairs] == groups
+    for seed in range(5):
+        training, held_out = split_pairs(pairs, 0.3, seed)
+        assert held_out and not {pair.group for pair in training} & {pair.group for pair in held_out}
+
+
+# ---- trees -------------------------------------------------------------------------------------------------
+
+TREES = {
+    "realblur": [
+        f"RealBlur-J_ECC_IMCORR_centroid_itensity_ref/scene00{s}/blur/blur_{n}.png "
+        f"RealBlur-J_ECC_IMCORR_centroid_itensity_ref/scene00{s}/gt/gt_{n}.png"
+        for s in (1, 2, 3)
+        for n in (1, 2, 10)
+    ],
+    "gopro": [f"GOPR{s}_00/blur/{n:06}.png GOPR{s}_00/sharp/{n:06}.png" for s in (4, 10) for n in (47, 48)],
+    "input_target": [
+        f"train/input/GOPR{s}_00-{n:06}.png train/target/GOPR{s}_00-{n:06}.png"
+        for s in (4, 10)
+        for n in (1, 2)
+    ],
+    "lq_gt": [
+        f"lq/{s}_07_00_00004{n}.png gt/{s}_07_00_00004{n}.png" for s in ("0372", "0374") for n in (1, 2)
+    ],
+    "crops": [
+        f"blur_crops/GOPR{s}_00_{n:06}_s00{c}.png sharp_crops/GOPR{s}_00_{n:06}_s00{c}.png"
+        for s in (4, 10)
+        for n in (1, 2)
+        for c in (1, 2)
+    ],
+}
+GROUPS = {
+    "realblur": [
+        f"RealBlur-J_ECC_IMCORR_centroid_itensity_ref/scene00{s}" for s in (1, 2, 3) for _ in range(3)
+    ],
+    "gopro": ["GOPR4_00"] * 2 + ["GOPR10_00"] * 2,
+    "input_target": ["train/GOPR4_00"] * 2 + ["train/GOPR10_00"] * 2,
+    "lq_gt": ["0372_07_00"] * 2 + ["0374_07_00"] * 2,
+    "crops": ["GOPR4_00"] * 4 + ["GOPR10_00"] * 4,
+}
+
+
+@pytest.mark.parametrize("layout", TREES)
+def test_trees(layout, tmp_path):
+    make(tmp_path, *TREES[layout])
+    check(tmp_path, TREES[layout], GROUPS[layout])
+    assert has_pairs(tmp_path)
+    alone = sharp_pairs(tmp_path)
+    assert [f"{pair.sharp.relative_to(tmp_path).as_posix()}" for pair in alone] == [
+        name.split(" ")[1] for name in TREES[layout]
+    ]
+    assert [pair.group for pair in alone] == GROUPS[layout]
+
+
+def test_hide_has_one_folder_of_all_sharp_pictures(tmp_path):
+    made = [
+        f"test/test-close-ups/{n}fromGOPR{s}.MP4.png GT/{n}fromGOPR{s}.MP4.png"
+        for n in (7, 9)
+        for s in (1, 2)
+    ]
+    made += [f"test/test-long-shot/3fromGOPR{s}.MP4.png GT/3fromGOPR{s}.MP4.png" for s in (1, 2)]
+    train = [f"train/{n}fromGOPR{s}.MP4.png GT/{n}fromGOPR{s}.MP4.png" for n in (1, 20) for s in (8, 9)]
+    make(tmp_path, *made, *train)
+    scenes_of = [f"GOPR{s}.MP4" for _ in range(5) for s in (1, 2)]
+    check(tmp_path, train, ["GOPR8.MP4", "GOPR9.MP4"] * 2, tmp_path / "train")
+    check(tmp_path, made[:4], scenes_of[:4], tmp_path / "test" / "test-close-ups")
+    assert found(tmp_path, tmp_path / "test") == made
+    assert found(tmp_path, tmp_path) == [*made, *train]
+    (tmp_path / "GT" / "7fromGOPR2.MP4.png").unlink()
+    with pytest.raises(ValueError, match="without a partner: .*test-close-ups/7fromGOPR2.MP4.png"):
+        find_pairs(tmp_path / "test")
+
+
+def test_a_scene_without_its_sharp_folder_is_named(tmp_path):
+    make(tmp_path, *TREES["realblur"])
+    gt = tmp_path / "RealBlur-J_ECC_IMCORR_centroid_itensity_ref" / "scene002" / "gt"
+    gt.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="no folder of sharp pictures .*beside .*scene002/blur"):
+        find_pairs(tmp_path)
+
+
+def test_two_folders_of_a_kind_are_named(tmp_path):
+    make(tmp_path, "blur/1.png sharp/1.png", "blur_crops/1.png sharp_crops/1.png")
+    with pytest.raises(ValueError, match="several folders of one kind, blur, blur_crops, sharp, sharp_crops"):
+        find_pairs(tmp_path)
+    assert found(tmp_path, tmp_path / "blur", tmp_path / "sharp") == ["blur/1.png sharp/1.png"]
+
+
+# ---- scenes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        ("GOPR4_00_000001 GOPR4_00_000002 GOPR10_1", "GOPR4_00 GOPR4_00 GOPR10"),
+        ("a_1 a_2 b_1", "a a b"),
+        ("IMG_1 IMG_2 DSC_7", "IMG_1 IMG_2 DSC_7"),  # cameras count all pictures
+        ("20240101_120000 20240101_120107 PXL_20240101_5", "20240101_120000 20240101_120107 PXL_20240101_5"),
+        ("frame_1 frame_2", "frame_1 frame_2"),  # one word tells nothing
+        ("scene1_1 scene1_2", "scene1 scene1"),
+        ("0001_s001 0001_s002 0002_s001", "0001 0001 0002"),  # crops of a picture
+        ("000001 000002", "000001 000002"),
+        ("seq/1 seq/2 other/1", "seq seq other"),
+        ("train/1 train/2 test/1", "train/1 train/2 test/1"),
+        ("test-close-ups/3fromG1 test-close-ups/4fromG1", "test-close-ups/G1 test-close-ups/G1"),
+    ],
+)
+def test_scenes_by_the_names(names, groups):
+    assert scenes([place(Path(f"{name}.png")) for name in names.split()]) == groups.split()
+
+
+def test_sides_by_whole_words():
+    assert [side(name) for name in ("GT", "clear_images", "sharp_crops", "target.lmdb")] == ["sharp"] * 4
+    assert [side(name) for name in ("blur", "input", "lq", "blur_crops")] == ["blurry"] * 4
+    assert [side(name) for name in ("blur_gamma", "deblur", "RealBlur_J", "sharp_and_blur", "7")] == [""] * 5
+    assert str(place(Path("scene1/gt/gt_2.png"))) == "scene1/2"
+
+
+# ---- lists -------------------------------------------------------------------------------------------------
+
+
+def test_realblurs_official_list_has_the_sharp_picture_first(tmp_path, capsys):
+    make(tmp_path, *TREES["realblur"])
+    file = tmp_path / "RealBlur_J_train_list.txt"
+    lines = [" ".join(reversed(name.split())) for name in TREES["realblur"]]
+    file.write_text("\n".join(lines) + "\n")
+    check(tmp_path, TREES["realblur"], ["scene001"] * 3 + ["scene002"] * 3 + ["scene003"] * 3, file)
+    assert capsys.readouterr().out == ""
+    file.write_text("\n".join(f"{line} {number}" for number, line in enumerate(lines)))  # a third column
+    assert found(tmp_path, file) == TREES["realblur"]
+
+
+def test_a_third_picture_is_left_out_where_the_names_tell(tmp_path):
+    make(tmp_path, *TREES["gopro"])
+    lines = [f"{s} {b.replace('/blur/', '/blur_gamma/')} {b}" for b, s in map(str.split, TREES["gopro"])]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert found(tmp_path, tmp_path / "list.txt") == TREES["gopro"]
+    (tmp_path / "list.txt").write_text("a.png b.png c.png")
+    with pytest.raises(ValueError, match="list.txt:1: expected two paths, got 3"):
+        find_pairs(tmp_path / "list.txt")
+
+
+def test_what_no_name_tells_is_said_and_the_pictures_decide(tmp_path, capsys):
+    made = [f"one/{n}.png two/{n}.png" for n in range(4)]
+    make(tmp_path, *made)
+    (tmp_path / "list.txt").write_text("\n".join(made))
+    assert found(tmp_path, tmp_path / "list.txt") == made
+    assert "the first column is taken for the blurry ones" in capsys.readouterr().out
+    (tmp_path / "list.txt").write_text("\n".join(" ".join(reversed(name.split())) for name in made))
+    with pytest.raises(
+        ValueError, match="list.txt: the pairs are reversed: in 4 of 4 .*two/0.png than .*one/0.png"
+    ):
+        find_pairs(tmp_path / "list.txt")
+    assert len(find_pairs(tmp_path / "one", tmp_path / "two")) == 4
+    with pytest.raises(ValueError, match="two: the pairs are reversed"):
+        find_pairs(tmp_path / "two", tmp_path / "one")
+    assert find_pairs(tmp_path / "two", tmp_path / "one", blurred=False)  # damage that adds detail
+
+
+def test_noise_is_not_taken_for_sharpness(tmp_path):
+    rng = np.random.default_rng(0)
+    for number, photo in enumerate(PHOTOS):
+        blurry = cv2.GaussianBlur(photo, (0, 0), 2) + rng.normal(0, 8, photo.shape)
+        for folder, image in (("one", blurry.clip(0, 255).astype(np.uint8)), ("two", photo)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            write_image(tmp_path / folder / f"{number}.png", image)
+    assert len(find_pairs(tmp_path / "one", tmp_path / "two")) == 3
+
+
+def test_contradictions_by_the_names(tmp_path):
+    make(tmp_path, "blur/1.png sharp/1.png", "blur/2.png gt/2.png")
+    with pytest.raises(ValueError, match="sharp holds sharp pictures by its name and .*blur blurry ones"):
+        find_pairs(tmp_path / "sharp", tmp_path / "blur")
+    (tmp_path / "list.txt").write_text("blur/1.png sharp/1.png\ngt/2.png blur/2.png\n")
+    with pytest.raises(ValueError, match="sharp picture comes first in .*list.txt:2, the blurry one in .*:1"):
+        find_pairs(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("sharp/1.png gt/2.png\n")
+    with pytest.raises(ValueError, match="list.txt:1: both columns are sharp pictures by their names"):
+        find_pairs(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("blur/1.png blur/1.png\n")
+    with pytest.raises(ValueError, match="list.txt:1: both columns are blurry|list.txt:1: .*are one file"):
+        find_pairs(tmp_path / "list.txt")
+
+
+def test_paths_of_a_list_from_the_list_or_from_here(tmp_path, monkeypatch):
+    made = [f"DataSet/train/blur/{n}.png DataSet/train/sharp/{n}.png" for n in (1, 2)]
+    make(tmp_path, *made)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lists").mkdir()
+    for text in ("\n".join(made), "\n".join(f"./{b} {tmp_path / s}" for b, s in map(str.split, made))):
+        (tmp_path / "lists" / "train.txt").write_text(text)
+        pairs = find_pairs("lists/train.txt")
+        assert [pair.sharp.resolve() for pair in pairs] == [tmp_path / name.split()[1] for name in made]
+    write_image(tmp_path / "lists" / "x.png", PHOTOS[0])
+    make(tmp_path / "lists", *made)
+    with pytest.raises(
+        ValueError, match="train.txt:1: .*blur/1.png may be .*lists/.*1.png and .*1.png: write the"
+    ):
+        find_pairs("lists/train.txt")
+    assert found(tmp_path, "lists/train.txt", data_root=tmp_path) == made  # told: no doubt
+
+
+def test_meta_info_of_basicsr(tmp_path):
+    made = [f"lq/000{n}_s00{c}.png gt/000{n}_s00{c}.png" for n in (1, 2, 3) for c in (1, 2)]
+    make(tmp_path, *made, "lq/0009_s001.png gt/0009_s001.png")
+    file = tmp_path / "meta_info_GOPRO.txt"
+    file.write_text("".join(f"000{n}_s00{c}.png (96,96,3)\n" for n in (1, 2, 3) for c in (1, 2)))
+    check(tmp_path, made, [f"000{n}" for n in (1, 2, 3) for _ in range(2)], file)
+    (tmp_path / "gt").rename(tmp_path / "other")
+    with pytest.raises(ValueError, match="is a meta_info list: .* must have one folder of blurry pictures"):
+        find_pairs(file)
+
+
+# ---- lmdb --------------------------------------------------------------------------------------------------
+
+
+def pack(folder: Path, packed: Path) -> None:
+    """An lmdb as BasicSR's create_lmdb.py writes it: keys without extension, values PNG files."""
+    lmdb = pytest.importorskip("lmdb")
+    lines = []
+    with lmdb.open(str(packed), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        for path in list_images(folder):
+            image, data = read_image(path), io.BytesIO()
+            Image.fromarray(image).save(data, "PNG")
+            transaction.put(path.stem.encode(), data.getvalue())
+            lines.append(f"{path.name} ({image.shape[0]},{image.shape[1]},3) 1\n")
+    (packed / "meta_info.txt").write_text("".join(lines))
+
+
+def test_lmdb_of_basicsr(tmp_path):
+    made = TREES["crops"]
+    make(tmp_path / "plain", *made)
+    (tmp_path / "packed").mkdir()
+    for kind in ("blur_crops", "sharp_crops"):
+        pack(tmp_path / "plain" / kind, tmp_path / "packed" / f"{kind}.lmdb")
+    pairs = find_pairs(tmp_path / "packed")
+    assert [pair.group for pair in pairs] == GROUPS["crops"]
+    plain = find_pairs(tmp_path / "plain")
+    for one, other in zip(pairs, plain, strict=True):
+        assert np.array_equal(read_image(one.blurry), read_image(other.blurry))
+        assert np.array_equal(read_image(one.sharp), read_image(other.sharp)) and image_size(one.sharp) == (
+            96,
+            96,
+        )
+    both = [tmp_path / "packed" / f"{kind}.lmdb" for kind in ("blur_crops", "sharp_crops")]
+    assert find_pairs(*both) == pairs
+    with pytest.raises(FileNotFoundError, match="image not found: .*absent.png"):
+        read_image(both[0] / "absent.png")
+    (both[0] / "meta_info.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="blur_crops.lmdb has no meta_info.txt"):
+        find_pairs(*both)
+
+
+def test_lmdb_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "gt.lmdb").mkdir()
+    monkeypatch.setattr("ldm.data.packed.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="gt.lmdb needs a package to be read: pip install lmdb"):
+        list_images(tmp_path / "gt.lmdb")
+
+
+# ---- the documents' data set -------------------------------------------------------------------------------
+
+
+def documents_set(root: Path, count: int = 4) -> Path:
+    make(root, *(f"blur_images/blur_{n:06}.png clear_images/clear_{n:06}.png" for n in range(count)))
+    lines = [
+        {"clear_image": f"clear_{n:06}.png", "blur_image": f"blur_{n:06}.png", "blur_type": "motion_blur"}
+        for n in range(count)
+    ]
+    (root / "blur_types.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root / "blur_types.json"
+
+
+def test_bare_names_lie_in_the_two_folders(tmp_path, monkeypatch):
+    root = tmp_path / "training" / "deblur_dataset"
+    file = documents_set(root)
+    made = [f"blur_images/blur_{n:06}.png clear_images/clear_{n:06}.png" for n in range(4)]
+    check(root, made, [f"{n:06}" for n in range(4)])
+    monkeypatch.chdir(tmp_path)
+    pairs = find_pairs(
+        "blur_types.json", data_root="./training/deblur_dataset"
+    )  # not here: then in data_root
+    assert len(pairs) == 4 and {pair.blur_type for pair in pairs} == {"motion_blur"}
+    file.rename(tmp_path / "blur_types.json")  # here
+    assert len(find_pairs("blur_types.json", data_root="./training/deblur_dataset")) == 4
+
+
+def test_bare_names_that_are_missing_or_twice(tmp_path):
+    documents_set(tmp_path)
+    write_image(tmp_path / "clear_000001.png", PHOTOS[2])
+    with pytest.raises(
+        ValueError, match="json:2: clear_000001.png may be .*clear_000001.png and .*clear_images"
+    ):
+        find_pairs(tmp_path)
+    (tmp_path / "clear_000001.png").unlink()
+    line = '{"clear_image": "same.png", "blur_image": "same.png"}\n'
+    for folder in ("blur_images", "clear_images"):
+        write_image(tmp_path / folder / "same.png", PHOTOS[0])
+    (tmp_path / "blur_types.json").write_text(line)
+    assert found(tmp_path, tmp_path) == ["blur_images/same.png clear_images/same.png"]
+    (tmp_path / "clear_images").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        FileNotFoundError, match="json:1: image not found: .*same.png, nor .*clear_images/same.png"
+    ):
+        find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["realblur", "hide", "gopro"])
+def test_two_steps_of_training(layout, tmp_path):
+    made = TREES.get(layout) or [
+        f"train/{n}fromGOPR{s}.png GT/{n}fromGOPR{s}.png" for n in (1, 2) for s in (3, 4)
+    ]
+    make(tmp_path / "data", *made)
+    few = {"width": 2, "crop_size": 16, "val_images": 1, "val_crop": 32, "batch_size": 2, "num_workers": 0}
+    run = train_srn.Settings(data=tmp_path / "data", output_dir=tmp_path / "run", max_steps=2, **few)
+    train_srn.main(run)
+    assert (tmp_path / "run" / "srn_deblur.safetensors").is_file()
