@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ldm.checkpoint import fill, fingerprint, write_half
+from ldm.checkpoint import fill, fingerprint, read_trained, write_half
 from ldm.data.demo import write_demo
 from ldm.data.patches import SourceDataset, open_pairs, open_source, open_unpaired
 from ldm.data.stream import item_generator
@@ -42,7 +42,7 @@ from ldm.modules.gan import (
 from ldm.modules.mprnet import EDGE_WEIGHT, MPRNet, edge_loss
 from ldm.modules.perceptual import FILE, PerceptualLoss
 from ldm.modules.sftnet import SFTNet
-from ldm.run import Run, average_gradients, read_trained, start_fabric
+from ldm.run import Run, average_gradients, start_fabric
 from ldm.settings import (
     Accumulate,
     BatchSize,

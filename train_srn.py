@@ -22,7 +22,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.checkpoint import fill, write_half
+from ldm.checkpoint import fill, read_trained, write_half
 from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs
 from ldm.data.paired import BlurDataset, CropDataset, ImageFiles, PairedDataset, Together
@@ -30,7 +30,7 @@ from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.modules.losses import PixelLoss, fft_loss, pixel_loss
-from ldm.run import Run, read_trained, start_fabric, unscale_gradients
+from ldm.run import Run, start_fabric, unscale_gradients
 from ldm.settings import BatchSize, Devices, MaxSteps, Precision, WeightDecay, check_counts, plain, run_main
 from ldm.tiling import pad_to_multiple, restore_picture
 from ldm.validation import HeldOut, line, report

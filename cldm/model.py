@@ -10,8 +10,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.checkpoint import read_weights
-from ldm.run import read_trained
+from ldm.checkpoint import read_trained, read_weights
 from ldm.util import instantiate_from_config
 
 UNET, CONTROL = "model.diffusion_model.", "control_model."
@@ -209,7 +208,7 @@ def with_hint_latent(config: Mapping, channels: int) -> dict:
 
 
 def read_control(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """`ldm.run.read_trained`; a ControlNet's bare names get their prefix, `control_model.`"""
+    """`ldm.checkpoint.read_trained`; a ControlNet's bare names get their prefix, `control_model.`"""
     weights, content = read_trained(path)
     if any(name.startswith(("zero_convs.", "input_hint_block.")) for name in weights):
         weights = {CONTROL + name: value for name, value in weights.items()}

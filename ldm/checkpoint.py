@@ -134,6 +134,23 @@ def read_settings(path: str | Path, name: str = "settings") -> dict:
     return settings
 
 
+def read_trained(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights to use from a file (the EMA's where it holds one), and what else is in it.
+
+    Any file that `ldm.read_weights` reads will do. `settings`, those of the training, are always
+    among the rest, {} where there are none; in a safetensors file they are json in the metadata.
+    """
+    weights = read_weights(path)
+    if Path(path).suffix == ".safetensors":
+        return weights, {"settings": read_settings(path)}
+    content = load(path)
+    for name in ("ema", "settings"):
+        content[name] = content.get(name) or {}
+        if not isinstance(content[name], dict):
+            raise ValueError(f"{path} is damaged: its {name} are a {type(content[name]).__name__}")
+    return {**weights, **content["ema"].get("average", {})}, content
+
+
 def describe(path: str | Path) -> dict:
     """Path, SHA-256, step (None if it holds none) and number of parameters of a file of weights.
 

@@ -298,20 +298,3 @@ def check_finite(weights: Mapping[str, torch.Tensor], step: int) -> None:
     for name, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"weight {name} is not finite at step {step}: not saved, the old files stay")
-
-
-def read_trained(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Weights to use from a file (the EMA's where it holds one), and what else is in it.
-
-    Any file that `ldm.checkpoint.read_weights` reads will do. `settings`, those of the training, are always
-    among the rest, {} where there are none; in a safetensors file they are json in the metadata.
-    """
-    weights = checkpoint.read_weights(path)
-    if Path(path).suffix == ".safetensors":
-        return weights, {"settings": checkpoint.read_settings(path)}
-    content = checkpoint.load(path)
-    for name in ("ema", "settings"):
-        content[name] = content.get(name) or {}
-        if not isinstance(content[name], dict):
-            raise ValueError(f"{path} is damaged: its {name} are a {type(content[name]).__name__}")
-    return {**weights, **content["ema"].get("average", {})}, content

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ldm import checkpoint
+from ldm.checkpoint import read_trained
 from ldm.metrics_csv import MetricsCsv
 from ldm.modules.ema import EMA
-from ldm.run import Run, read_trained, start_fabric
+from ldm.run import Run, start_fabric
 from ldm.settings import run_main
 
 ROOT = Path(__file__).parent.parent
