@@ -1,7 +1,8 @@
 """Restore pictures of any size with any of the systems here, one subcommand each.
 
+    python infer.py srn --input photo.jpg                               # with the weights in models/
+    python infer.py --checkpoint_path FILE --input photo.jpg            # the file says which system it is of
     python infer.py deblur --input photo.jpg --output_dir restored --checkpoint_path best.ckpt
-    python infer.py srn --input photo.jpg --output_dir restored
     python infer.py srn --input FOLDER --output_dir restored --checkpoint_path models/my.safetensors
     python infer.py dbgan --input photo.jpg --output_dir restored --checkpoint_path dbgan.safetensors
     python infer.py bgan --input sharp.jpg --output_dir blurred --checkpoint_path bgan.safetensors
@@ -9,14 +10,14 @@
     python infer.py inpaint --input_image photo.jpg --input_mask mask.png --output_dir filled
         --checkpoint_path outputs/RUN/final_model/model.ckpt
 
-Results are PNG files under the names of their sources; those that exist are not made again. `--profile` also
-measures what one picture costs, for evaluate.py.
+Results have the names of their sources and say in their EXIF what they were made from. In a folder those of
+the same picture, weights and options are not made again. `--profile` also measures what one picture costs,
+for evaluate.py.
 `python infer.py srn --help` lists the options.
 """
 
-import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from zlib import crc32
@@ -24,127 +25,137 @@ from zlib import crc32
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 from ldm import checkpoint
-from ldm.data.image import EXTENSIONS, list_images, read_image, read_rgba, side_by_side, write_image
+from ldm.data.image import read_rgba, side_by_side
 from ldm.data.stream import item_seed
-from ldm.profile import PROFILE, cost_lines, measure, weights_lines, write_profile
-from ldm.settings import plain, run_main
-from ldm.util import half_dtype
+from ldm.jobs import Files, Job, Restorer, restore_files
+from ldm.settings import run_main
+from ldm.util import autocast
 
-# What a subcommand makes: a function from a uint8 picture (h, w, 3) and its path to the restored picture.
-Restorer = Callable[[np.ndarray, Path], np.ndarray]
-
-
-@dataclass(kw_only=True)
-class Files:
-    """Options of every subcommand: which pictures, and where the results go."""
-
-    input: Path  # a picture, or a folder with all below it
-    output_dir: Path  # the tree below a folder is kept
-    output_prefix: str = ""  # before the names of the results
-    pattern: str = "**/*"  # in a folder only these, such as "*/blur/*"
-    comparison: bool = False  # also write input and result side by side, to OUTPUT_DIR_comparison
-    overwrite: bool = False  # make results again that exist
-    profile: bool = False  # also measure the work on one picture, for evaluate.py: OUTPUT_DIR/profile.json
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
-
-    LESS_MEMORY: ClassVar[str] = "a --tile of 768 or less"  # what helps if a picture is too large
-
-    def restorer(self) -> Restorer:
-        """Load the network; called once there is something to do. What it returns reads the options anew for
-        every picture, so that they may change; those about loading are read here alone."""
-        raise NotImplementedError
-
-    def progress(self, steps: list) -> Iterable:
-        """Steps of one picture under a progress bar."""
-        return tqdm(steps, desc="steps", leave=False)
-
-    def weights(self) -> Path:
-        """The file that a profile names."""
-        return self.checkpoint_path
-
-    def result_name(self, name: Path) -> Path:
-        """Where the result of a picture goes, below the output folder."""
-        return name.with_name(f"{self.output_prefix}{name.stem}.png")
-
-    def comparison_path(self, target: Path) -> Path:
-        """Where the comparison that belongs to a result goes."""
-        folder = self.output_dir.with_name(f"{self.output_dir.name}_comparison")
-        return folder / target.relative_to(self.output_dir)
-
-    def compare(self, image: np.ndarray, restored: np.ndarray, path: Path) -> np.ndarray:
-        """What a comparison shows."""
-        return side_by_side([image, restored])
-
-    def torch_device(self) -> torch.device:
-        available = torch.cuda.is_available()
-        if self.device == "cuda" and not available:
-            raise ValueError("--device cuda: torch finds no CUDA device here")
-        return torch.device("cuda" if available and self.device != "cpu" else "cpu")
+Precision = Literal["auto", "32", "16", "bf16"]
 
 
 @dataclass(kw_only=True)
-class Deblur(Files):
-    """Deblur with a ControlNet of tutorial_train_deblur.py on Stable Diffusion (docs/deblur.md)."""
+class ControlNet(Files):
+    """Options of ControlNets on Stable Diffusion."""
 
-    checkpoint_path: Path  # ours, a full ControlNet file, or a ControlNet alone (then give --base_path)
+    # ours, a full ControlNet file, or a ControlNet alone (then give --base_path); None takes the small one
+    checkpoint_path: Path | None = None
     base_path: Path | None = None  # Stable Diffusion file; None takes the one the checkpoint names
     config_path: Path | None = None  # yaml of the model; None takes the checkpoint's, or one that fits
     num_inference_steps: int = 50  # sampling steps
+    control_scale: float = 1.0  # weight of the ControlNet
+    negative_prompt: str = ""  # what guidance leads away from
+    color_fix: bool = True  # keep the colours of the input, in a hole those around it
+    precision: Precision = "auto"  # of the computation; auto: bf16 on a GPU that has it, else 32: exact
+
+    KIND: ClassVar[str] = ""  # of the small model's file
+
+    def files(self) -> tuple[Path, Path | None]:
+        """The ControlNet's file, and its Stable Diffusion's unless the first names it."""
+        if self.checkpoint_path is not None:
+            return self.checkpoint_path, self.base_path
+        return small_file(self.KIND), self.base_path or small_file("diffusion")
+
+    def weights(self) -> Path:
+        return self.files()[0]
+
+    def made_from(self, source: Path) -> list[Path]:
+        path, base = self.files()
+        return [source, path, *(file for file in (base or named_base(path), self.config_path) if file)]
+
+    def open(self) -> torch.nn.Module:
+        """The model on its device, in the type of the computation."""
+        from cldm.restore import open_restorer
+
+        path, base = self.files()
+        if self.checkpoint_path is None:
+            print(
+                f"{path}: the small model that comes along, to see how this works. The real one is a "
+                f"ControlNet on Stable Diffusion: train it (docs/{self.KIND}.md), give --checkpoint_path"
+            )
+        return open_restorer(path, base, self.config_path, self.torch_device(), self.compute_dtype())
+
+
+def small_file(name: str) -> Path:
+    """A small model that comes with the project. Raises FileNotFoundError if it is not there."""
+    path = Path(f"models/small_{name}.safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, the small model that is taken without --checkpoint_path: give your own file"
+        )
+    return path
+
+
+@cache
+def named_base(path: Path) -> Path | None:
+    """The Stable Diffusion file that a checkpoint of ours names."""
+    base = None if path.suffix == ".safetensors" else checkpoint.load(path).get("base")
+    return base and Path(base)
+
+
+@dataclass(kw_only=True)
+class Deblur(ControlNet):
+    """Deblur with a ControlNet of tutorial_train_deblur.py on Stable Diffusion (docs/deblur.md)."""
+
     scheduler: Literal["ddim", "ddpm", "unipc", "dpmpp_2m", "euler_a"] = "ddim"  # 20 steps do for the others
     guidance_scale: float = 1.0  # above 1 follows the prompt more, in twice the time
-    control_scale: float = 1.0  # weight of the ControlNet
     strength: float = 1.0  # below 1 starts from the blurry picture, noised by so much
+    fidelity: float = 0.0  # 0 to 1: how far every step is drawn towards the coarse of the input
+    cleaner: Path | None = None  # weights of SRN or DBGAN, whose result is restored instead of the input
     seed: int = 0  # the same seed gives the same picture
     prompt: str | None = None  # None takes the one of the training
-    negative_prompt: str = ""  # what guidance leads away from
-    tile: int = 0  # pixels of the squares that large pictures go through in (768, say); 0 = in one piece
-    overlap: int = 128  # pixels over which the squares are blended
-    color_fix: bool = True  # keep the colours of the input
-    precision: Literal["32", "16", "bf16"] = "32"  # of the computation; 32 is exact
+    tile: int = 0  # large pictures go through in tiles of so many pixels at most (768, say); 0 = in one piece
+    overlap: int = 128  # pixels over which the tiles are blended
+
+    KIND = "deblur"
+
+    def made_from(self, source: Path) -> list[Path]:
+        return super().made_from(source) + ([self.cleaner] if self.cleaner else [])
 
     def restorer(self) -> Restorer:
-        from cldm.model import open_control_model
         from cldm.restore import Sampling, deblur_image
 
-        device = self.torch_device()
-        model = open_control_model(self.checkpoint_path, self.base_path, self.config_path).to(device)
-        half = half_dtype(self.precision)
-        if half is not None:
-            model.model.diffusion_model.to(half)
-            model.control_model.to(half)
-        torch.set_float32_matmul_precision("high")
+        model = self.open()
+        names = [field.name for field in fields(Sampling) if hasattr(self, field.name)]
+        clean = self.open_cleaner() if self.cleaner else lambda image, path: image
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
-            prompt = model.prompt.replace("{blur_type}", "blur") if self.prompt is None else self.prompt
             sampling = Sampling(
-                prompt,
-                self.negative_prompt,
-                self.num_inference_steps,
-                self.scheduler,
-                self.guidance_scale,
-                self.control_scale,
-                self.strength,
-                self.seed,
-                self.tile,
-                self.overlap,
-                self.color_fix,
+                **{name: getattr(self, name) for name in names},
+                steps=self.num_inference_steps,
+                method=self.scheduler,
             )
-            with torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
-                return deblur_image(model, image, sampling, self.progress)
+            if self.prompt is None:
+                sampling.prompt = model.prompt.replace("{blur_type}", "blur")
+            with autocast(model):
+                return deblur_image(model, clean(image, path), sampling, self.progress)
 
         return restore
+
+    def open_cleaner(self) -> Restorer:
+        """The network of --cleaner. Raises ValueError if it is of another system."""
+        command = {"srn": SRN, "dbgan": DBGAN}.get(kind := system_of(self.cleaner))
+        if command is None:
+            raise ValueError(f"--cleaner takes weights of SRN or DBGAN, {self.cleaner} is of {kind}")
+        return command(input=self.input, checkpoint_path=self.cleaner, device=self.device).restorer()
 
 
 @dataclass(kw_only=True)
 class OnePass(Files):
     """Options of networks that make a picture in one pass."""
 
-    tile: int = 1536  # larger pictures go through in squares of that size; 0 = always in one piece
-    overlap: int = 128  # pixels over which the squares are blended
-    precision: Literal["32", "16", "bf16"] = "32"  # of the computation; 32 is exact
+    tile: int = 1536  # larger pictures go through in equal tiles of at most that size; 0 = in one piece
+    overlap: int = 128  # pixels over which the tiles are blended
+    precision: Precision = "auto"  # of the computation; auto: bf16 on a GPU that has it, else 32: exact
+
+    DEEP = True
+
+    def place(self, network: torch.nn.Module) -> torch.nn.Module:
+        """A network on its device, in the layout that convolutions are fastest in."""
+        self.compute_dtype()
+        return network.to(self.torch_device(), memory_format=torch.channels_last)
 
     def how(self) -> dict[str, Any]:
         """These options as ldm.tiling.restore_picture takes them."""
@@ -168,7 +179,7 @@ class SRN(OnePass):
                 f"checkpoint not found: {self.checkpoint_path}; train_srn.py makes one (--demo a small one): "
                 "give its srn_deblur.safetensors as --checkpoint_path"
             )
-        network = load_network(self.checkpoint_path).to(self.torch_device())
+        network = self.place(load_network(self.checkpoint_path))
         return lambda image, path: restore_image(network, image, self.self_ensemble, **self.how())
 
 
@@ -216,90 +227,100 @@ class Kontext(Files):
 
 
 @dataclass(kw_only=True)
-class Inpaint(Files):
+class Inpaint(ControlNet):
     """Fill holes with a ControlNet of tutorial_train_inpaint.py on Stable Diffusion (docs/inpaint.md).
 
     One picture becomes inpainted.png, and comparison.png beside it: input, mask, output.
     """
 
-    input: Annotated[Path, tyro.conf.arg(name="input_image")]  # a picture, or a folder with all below it
-    input_mask: Path  # white = fill; one mask for all, or a folder: NAME or NAME_mask
-    checkpoint_path: Path  # ours, a full ControlNet file, or a ControlNet alone (then give --base_path)
-    base_path: Path | None = None  # Stable Diffusion file; None takes the one the checkpoint names
-    config_path: Path | None = None  # yaml of the model; None takes the checkpoint's, or one that fits
+    # a picture, or a folder with all below it
+    input: Annotated[Path, tyro.conf.arg(name="input_image", aliases=["--input"])]
+    input_mask: Path | None = None  # white = fill; one mask for all, or a folder: NAME or NAME_mask
+    outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)  # pixels to add: left, top, right, bottom
     comparison: bool = True  # also show input, mask and output side by side
-    num_inference_steps: int = 50  # sampling steps
     scheduler: Literal["ddpm", "ddim", "unipc", "dpmpp_2m", "euler_a"] = "ddpm"  # 20 steps do for the others
     seed: int = 42  # the same seed gives the same picture
     prompt: str = ""  # what the hole should hold
-    negative_prompt: str = ""  # what guidance leads away from
     guidance_scale: float = 7.5  # above 1 follows the prompt more, in twice the time
-    control_scale: float = 1.0  # weight of the ControlNet
     strength: float = 1.0  # below 1 starts from what is in the hole, noised by so much
     mask_blur: int = 4  # pixels around the hole over which old and new blend; all others stay as they are
     grow_mask: int = 0  # pixels by which the hole is made larger first
-    only_masked_padding: int = -1  # 0 or more: work on the hole and so many pixels around it
+    only_masked_padding: int = -1  # 0 or more: work on each hole and so many pixels around it
     resolution: int = 512  # then the shorter side is scaled up to that many pixels
-    color_fix: bool = True  # move the colours of the filling to those around it
-    precision: Literal["32", "16", "bf16"] = "32"  # of the computation; 32 is exact
 
+    KIND = "inpaint"
     LESS_MEMORY = "--precision 16, or --only_masked_padding 32"
+
+    def check(self, jobs: list[Job]) -> None:
+        super().check(jobs)
+        if self.input_mask is None and not any(self.outpaint):
+            raise ValueError("give --input_mask, a picture that is white where to fill, or --outpaint")
+        for source, _ in jobs:  # one that is missing is found before hours are spent, whatever exists
+            if (mask := self.mask_path(source)) and not mask.is_file():
+                raise FileNotFoundError(f"mask not found: {mask}")
+
+    def made_from(self, source: Path) -> list[Path]:
+        return super().made_from(source) + ([self.mask_path(source)] if self.input_mask else [])
+
+    def mask_path(self, source: Path) -> Path | None:
+        """The mask of a picture. Raises FileNotFoundError if a folder has none."""
+        from ldm.data.inpaint import find_mask
+
+        name = source.relative_to(self.input) if self.input.is_dir() else Path(source.name)
+        return find_mask(self.input_mask, name) if self.input_mask else None
 
     def result_name(self, name: Path) -> Path:
         return super().result_name(name if self.input.is_dir() else name.with_name("inpainted"))
 
     def comparison_path(self, target: Path) -> Path:
-        return super().comparison_path(target) if self.input.is_dir() else target.with_name("comparison.png")
+        single = target.with_stem("comparison")
+        return super().comparison_path(target) if self.input.is_dir() else single
 
     def compare(self, image: np.ndarray, restored: np.ndarray, path: Path) -> np.ndarray:
-        mask = np.repeat(255 * self.mask_of(path, image)[..., None], 3, axis=2)
-        return side_by_side([image, mask, restored[..., :3]])
+        image, mask = self.task(image, path)
+        return side_by_side([image, np.repeat(255 * mask[..., None], 3, axis=2), restored])
+
+    def task(self, image: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """The picture, larger where outpainting makes it so, and its mask: uint8 (h, w), 1 in the hole."""
+        from cldm.inpaint import expand
+        from ldm.data.inpaint import read_mask, resize_mask
+
+        found = self.mask_path(path)
+        mask = np.zeros(image.shape[:2], np.uint8)
+        if found:
+            mask = resize_mask(read_mask(found), image.shape[:2], found)
+        return expand(image, mask, self.outpaint)
 
     def restorer(self) -> Restorer:
         from cldm.inpaint import Inpainting, inpaint_image
-        from cldm.model import open_control_model
-        from ldm.data.inpaint import find_mask
 
-        for source, _ in list_jobs(self):  # one that is missing is found before hours are spent
-            find_mask(self.input_mask, self.name_of(source))
-        device = self.torch_device()
-        model = open_control_model(self.checkpoint_path, self.base_path, self.config_path).to(device)
-        half = half_dtype(self.precision)
+        model = self.open()
         names = [field.name for field in fields(Inpainting) if hasattr(self, field.name)]
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
             options = {name: getattr(self, name) for name in names}
             options = Inpainting(**options, steps=self.num_inference_steps, method=self.scheduler)
-            mask, rgba = self.mask_of(path, image), read_rgba(path)
-            image = image if rgba is None else rgba
-            with torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None):
-                return inpaint_image(model, image, mask, options, self.progress)
+            rgba = read_rgba(path)
+            with autocast(model):
+                task = self.task(image if rgba is None else rgba, path)
+                return inpaint_image(model, *task, options, self.progress)
 
         return restore
-
-    def name_of(self, path: Path) -> Path:
-        """A picture's path below the input folder."""
-        return path.relative_to(self.input) if self.input.is_dir() else Path(path.name)
-
-    def mask_of(self, path: Path, image: np.ndarray) -> np.ndarray:
-        """The mask of a picture: uint8 (h, w), 1 in the hole."""
-        from ldm.data.inpaint import find_mask, read_mask, resize_mask
-
-        found = find_mask(self.input_mask, self.name_of(path))
-        return resize_mask(read_mask(found), image.shape[:2], found)
 
 
 @dataclass(kw_only=True)
 class DBGAN(OnePass):
     """Deblur with a DBGAN of train_dbgan.py (docs/dbgan.md)."""
 
-    checkpoint_path: Path  # dbgan.safetensors of a run, or its last.ckpt or best.ckpt
+    checkpoint_path: Path = Path(
+        "models/dbgan.safetensors"
+    )  # or the dbgan.safetensors of a run, or its last.ckpt or best.ckpt
     output_prefix: str = "deblurred_"  # before the names of the results
 
     def restorer(self) -> Restorer:
         from train_dbgan import load_generator, restore_image
 
-        network = load_generator(self.checkpoint_path, "deblur").to(self.torch_device())
+        network = self.place(load_generator(self.checkpoint_path, "deblur"))
         return lambda image, path: restore_image(network, image, **self.how())
 
 
@@ -307,14 +328,16 @@ class DBGAN(OnePass):
 class BGAN(OnePass):
     """Make realistic blur from sharp photographs with a BGAN of train_dbgan.py (docs/dbgan.md)."""
 
-    checkpoint_path: Path  # bgan.safetensors of a run, or its last.ckpt or best.ckpt
+    checkpoint_path: Path = Path(
+        "models/bgan.safetensors"
+    )  # or the bgan.safetensors of a run, or its last.ckpt or best.ckpt
     output_prefix: str = "blurred_"  # before the names of the results
     seed: int = 0  # with the file's name it decides on the blur
 
     def restorer(self) -> Restorer:
         from train_dbgan import blur_image, load_generator
 
-        network = load_generator(self.checkpoint_path, "blur").to(self.torch_device())
+        network = self.place(load_generator(self.checkpoint_path, "blur"))
 
         def blur(image: np.ndarray, path: Path) -> np.ndarray:
             seed = item_seed(self.seed, crc32(path.name.encode()))
@@ -333,113 +356,52 @@ COMMANDS = {
 }
 
 
-def is_result(path: Path, files: Files) -> bool:
-    """Whether a picture below the input folder was written by an earlier call."""
-    folder = files.output_dir.resolve()
-    if folder == files.input.resolve():
-        return bool(files.output_prefix) and path.name.startswith(files.output_prefix)
-    return not {folder, folder.with_name(f"{folder.name}_comparison")}.isdisjoint(path.resolve().parents)
+# ---- a command line without a subcommand -------------------------------------------------------------------
 
 
-def list_jobs(files: Files) -> list[tuple[Path, Path]]:
-    """Sources and their targets. Raises ValueError if two sources have one target or a target is a source."""
-    if files.input.is_dir():
-        sources = [path for path in list_images(files.input) if not is_result(path, files)]
-        if files.pattern != Files.pattern:
-            try:
-                wanted = set(files.input.glob(files.pattern))
-            except NotImplementedError as error:
-                raise ValueError(f"--pattern is relative to --input, not {files.pattern}") from error
-            sources = [path for path in sources if path in wanted]
-        names = [path.relative_to(files.input) for path in sources]
-    elif files.input.is_file() and files.input.suffix.lower() in EXTENSIONS:
-        sources, names = [files.input], [Path(files.input.name)]
-    else:
-        raise FileNotFoundError(f"no picture and no folder: {files.input}")
-    targets = [files.output_dir / files.result_name(name) for name in names]
-    if not sources:
-        raise FileNotFoundError(f"no picture in {files.input} matches {files.pattern}, results left out")
-    jobs = list(zip(sources, targets, strict=True))
-    check_targets(jobs)
-    return jobs
+def system_of(path: Path) -> str:
+    """The subcommand that a file or folder of weights is for, by its keys and what our scripts note in it.
 
-
-def check_targets(jobs: list[tuple[Path, Path]]) -> None:
-    """Raise ValueError if the result of a picture would overwrite a picture or another result."""
-    sources = {source.resolve() for source, _ in jobs}
-    makers: dict[Path, Path] = {}
-    for source, target in jobs:
-        place = target.resolve()
-        if place in sources:
-            raise ValueError(
-                f"the result of {source} would overwrite {target}: "
-                "give another --output_dir or --output_prefix"
-            )
-        if place in makers:
-            raise ValueError(
-                f"{makers[place]} and {source} would both become {target}: rename one, or choose by --pattern"
-            )
-        makers[place] = source
-
-
-def restore_files(files: Files) -> None:
-    """Restore every picture that has no result yet; a broken one is named in the end and stops no other."""
-    jobs = list_jobs(files)
-    todo = [(source, target) for source, target in jobs if files.overwrite or not target.exists()]
-    there = next(folder for folder in (files.output_dir, *files.output_dir.parents) if folder.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):  # found before a large model is loaded
-        raise ValueError(f"--output_dir {files.output_dir}: {there} is no folder that can be written to")
-    restore = files.restorer() if todo or files.profile else None
-    failures = []
-    for source, target in (progress := tqdm(todo, "restoring", unit="image")):
-        progress.set_postfix_str(source.name)
-        failures += restore_one(files, restore, source, target)
-    print(f"{len(todo) - len(failures)} restored, {len(jobs) - len(todo)} existed: {files.output_dir}")
-    made = next(((source, target) for source, target in jobs if target.exists()), None)
-    if files.profile and made:
-        profile = profile_one(files, restore, *made)
-        print("\n".join([*cost_lines(profile), *weights_lines(profile["checkpoint"])]))
-    if failures:
-        raise ValueError(f"{len(failures)} of {len(todo)} could not be restored: {'; '.join(failures[:3])}")
-
-
-def restore_one(files: Files, restore: Restorer, source: Path, target: Path) -> list[str]:
-    """Restore a picture and write the result; what is wrong if it cannot be read or is too large."""
-    try:
-        image = read_image(source)
-    except (ValueError, FileNotFoundError) as error:  # the second of a link that leads nowhere
-        return [str(error)]
-    try:
-        restored = restore(image, source)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        size = f"{image.shape[1]} x {image.shape[0]} pixels"
-        return [f"{source}: {size} need more memory than the device has, give {files.LESS_MEMORY}"]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if files.comparison:
-        beside = files.comparison_path(target)
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        write_image(beside, files.compare(image, restored, source))
-    write_image(target, restored)
-    return []
-
-
-def profile_one(files: Files, restore: Restorer, source: Path, target: Path) -> dict:
-    """Measure the restoration of one picture again, and keep what was found beside the results.
-
-    Raises ValueError if `target` is not what the present options and weights make of `source`.
+    Raises FileNotFoundError, or ValueError if it is of none.
     """
-    image = read_image(source)
-    again = restore(image, source)
-    there = read_image(target) if again.shape[2] == 3 else read_rgba(target)
-    if there is None or there.shape != again.shape or np.abs(there.astype(float) - again).mean() > 1:
-        raise ValueError(f"{target} was made with other options or weights: --overwrite makes it anew")
-    about = {"picture": str(source), "size": image.shape[1::-1], "options": plain(files)}
-    profile = about | measure(lambda: restore(image, source), files.torch_device())
-    profile["checkpoint"] = checkpoint.describe(files.weights())
-    write_profile(files.output_dir / PROFILE, profile)
-    return profile
+    if path.is_dir():
+        return "kontext"
+    weights, content = checkpoint.read_trained(path)
+    begins = {name.removeprefix("module.").partition(".")[0] for name in weights}
+    for prefix, command in (("inblock", "srn"), ("deblur", "dbgan"), ("blur", "bgan")):
+        if prefix in begins:
+            return command
+    if begins & {"control_model", "zero_convs", "input_hint_block"}:
+        about = f"{content.get('config', {}).get('target')} {content['settings'].keys()} {path.name}"
+        return "inpaint" if "inpaint" in about.lower() or "mask_ratio" in about else "deblur"
+    if any(".lora_" in name or name.startswith("lora_") for name in weights):
+        return "kontext"
+    raise ValueError(f"{path} is of none of {', '.join(COMMANDS)}: its first key is {next(iter(weights))}")
+
+
+def with_subcommand(words: list[str]) -> list[str]:
+    """A command line with its subcommand: if there is none --checkpoint_path says it, or --input_mask.
+
+    Raises ValueError if nothing says it.
+    """
+    if not words or words[0] in COMMANDS or {"-h", "--help"} & {*words}:
+        return words
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    options = [word.replace("-", "_").replace("__", "--", 1) for word in words]
+    if {"--input_mask", "--outpaint"} & {*options}:
+        return ["inpaint", *words]
+    flags = {"--checkpoint_path", "--lora_path", "--pretrained_model_name_or_path"}
+    at = next((index for index, word in enumerate(options[:-1]) if word in flags), None)
+    if at is None:
+        raise ValueError(
+            f"give one of {', '.join(COMMANDS)} first, or --checkpoint_path, whose file says which"
+        )
+    command = system_of(Path(words[at + 1])) if options[at] == "--checkpoint_path" else "kontext"
+    if command == "kontext" and options[at] == "--checkpoint_path":
+        folder = Path(words[at + 1]).is_dir()
+        words[at] = "--pretrained_model_name_or_path" if folder else "--lora_path"
+    return [command, *words]
 
 
 if __name__ == "__main__":
-    run_main(restore_files, COMMANDS)
+    run_main(restore_files, COMMANDS, complete=with_subcommand)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from cldm.cldm import ControlLDM
 from cldm.model import widen_input
-from ldm.data.image import to_tensor, to_uint8
+from ldm.data.image import over_white, to_tensor, to_uint8
 from ldm.data.inpaint import make_hint
 from ldm.metrics import psnr, ssim
 from ldm.models.diffusion.ddpm import image_of
@@ -161,34 +161,51 @@ def inpaint_image(
         return image.copy()
     if options.grow_mask:
         hole = (distance_to(hole) <= options.grow_mask).astype(np.uint8)
-    y, x = region_of(hole, options.only_masked_padding, options.mask_blur)
-    part, part_hole = image[y, x], hole[y, x]
-    filled = fill(model, np.ascontiguousarray(over_white(part)), part_hole, options, progress)
     result = image.copy()
-    result[y, x] = paste(part, filled, part_hole, options.mask_blur)
+    for y, x in regions_of(hole, options.only_masked_padding, options.mask_blur):
+        part, part_hole = image[y, x], hole[y, x]
+        filled = fill(model, np.ascontiguousarray(over_white(part)), part_hole, options, progress)
+        result[y, x] = paste(part, filled, part_hole, options.mask_blur)
     return result
 
 
-def region_of(hole: np.ndarray, padding: int, blur: int) -> tuple[slice, slice]:
-    """The part of the picture to work on: all of it for padding -1, else the hole and so much around it."""
+def expand(
+    image: np.ndarray, mask: np.ndarray, sides: tuple[int, int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and mask larger by pixels at left, top, right and bottom, all of them hole (outpainting).
+
+    Raises ValueError for fewer than 0 pixels.
+    """
+    if min(sides) < 0:
+        raise ValueError(f"outpainting adds 0 or more pixels to each side, not {sides}")
+    left, top, right, bottom = sides
+    border = (top, bottom, left, right)
+    image = cv2.copyMakeBorder(image, *border, cv2.BORDER_REPLICATE)
+    return image, cv2.copyMakeBorder(mask, *border, cv2.BORDER_CONSTANT, value=1)
+
+
+def regions_of(hole: np.ndarray, padding: int, blur: int) -> list[tuple[slice, slice]]:
+    """The parts of the picture to work on: all of it for padding -1, else each hole and so much around it.
+
+    Holes whose parts overlap share one.
+    """
+    height, width = hole.shape
     if padding < 0:
-        return slice(0, hole.shape[0]), slice(0, hole.shape[1])
-    x, y, w, h = cv2.boundingRect(hole)
-    around = padding + blur
-    return slice(max(0, y - around), y + h + around), slice(max(0, x - around), x + w + around)
+        return [(slice(0, height), slice(0, width))]
+    parts, grow = hole, padding + blur
+    while True:
+        boxes = cv2.connectedComponentsWithStats(parts, connectivity=8)[2][1:, :4]
+        grown = np.zeros_like(hole)
+        for x, y, w, h in boxes:
+            grown[max(0, y - grow) : y + h + grow, max(0, x - grow) : x + w + grow] = 1
+        if np.array_equal(grown, parts):  # all are rectangles that touch no other
+            return [(slice(y, y + h), slice(x, x + w)) for x, y, w, h in boxes]
+        parts, grow = grown, 0
 
 
 def distance_to(hole: np.ndarray) -> np.ndarray:
     """Pixels from each pixel to the hole, 0 inside: float32 (h, w)."""
     return cv2.distanceTransform((hole == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-
-
-def over_white(image: np.ndarray) -> np.ndarray:
-    """uint8 (h, w, 3) as it is, (h, w, 4) without its transparency."""
-    if image.shape[2] == 3:
-        return image
-    alpha = image[..., 3:].astype(np.float32) / 255
-    return np.rint(image[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
 def paste(image: np.ndarray, filled: np.ndarray, hole: np.ndarray, blur: int) -> np.ndarray:
@@ -203,7 +220,7 @@ def paste(image: np.ndarray, filled: np.ndarray, hole: np.ndarray, blur: int) ->
     return np.where(weight > 0, blend, image)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def fill(
     model: ControlLDM, image: np.ndarray, hole: np.ndarray, options: Inpainting, progress: Callable
 ) -> np.ndarray:

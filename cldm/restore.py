@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from cldm.cldm import ControlLDM
+from cldm.model import open_control_model
 from ldm.data.image import to_tensor, to_uint8
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.tiling import gaussian_window, pad_to_multiple, tile_starts
+from ldm.tiling import blend_tiles, pad_to_multiple, tile_spans
 
 MULTIPLE = 64  # pixels: the UNet halves the latents three times
 
@@ -30,9 +33,21 @@ class Sampling:
     tile: int = 0
     overlap: int = 128
     color_fix: bool = True
+    fidelity: float = 0.0
 
 
-@torch.no_grad()
+def open_restorer(
+    path: Path, base: Path | None, config: Path | None, device: torch.device, dtype: torch.dtype | None
+) -> ControlLDM:
+    """`open_control_model` on a device; UNet and ControlNet, most of the work, in `dtype` if there is one."""
+    model = open_control_model(path, base, config).to(device, memory_format=torch.channels_last)
+    if dtype is not None:
+        model.model.diffusion_model.to(dtype)
+        model.control_model.to(dtype)
+    return model
+
+
+@torch.inference_mode()
 def deblur_image(
     model: ControlLDM, image: np.ndarray, sampling: Sampling, progress: Callable = iter
 ) -> np.ndarray:
@@ -40,8 +55,12 @@ def deblur_image(
 
     With `tile` (pixels, a multiple of 64) the network and the autoencoder see the picture in overlapping
     squares whose predictions are blended at every step, so that memory does not grow with the picture.
-    Raises ValueError for a tile or overlap that is no multiple of 64, or an overlap not below the tile.
+    With `fidelity` above 0 the low band of every step's estimate is drawn by that much to the picture's.
+    Raises ValueError for a tile or overlap that is no multiple of 64, an overlap not below the tile, or a
+    fidelity outside of 0 to 1.
     """
+    if not 0 <= sampling.fidelity <= 1:
+        raise ValueError(f"fidelity must be 0 to 1, not {sampling.fidelity}")
     tile, overlap = sampling.tile, sampling.overlap
     if tile < 0 or tile % MULTIPLE or (tile and (overlap % MULTIPLE or not 0 <= overlap < tile)):
         raise ValueError(f"tile and a smaller overlap must be multiples of 64, not {tile} and {overlap}")
@@ -52,7 +71,7 @@ def deblur_image(
 
     text = model.get_learned_conditioning([sampling.prompt])
     start = None
-    if sampling.strength < 1 or model.sees_hint_latent:
+    if sampling.strength < 1 or sampling.fidelity > 0 or model.sees_hint_latent:
         start = tiles.blend(lambda y, x: model.encode_first_stage(pixels[..., times8(y), times8(x)]).mode())
         start = start.float() * model.scale_factor
     cond = {"c_concat": [hint], "c_latent": start, "c_crossattn": [text]}
@@ -61,7 +80,7 @@ def deblur_image(
         empty = model.get_learned_conditioning([sampling.negative_prompt])
         uncond = {**cond, "c_crossattn": [empty]}
     model.control_scales = [sampling.control_scale] * (len(model.control_model.zero_convs) + 1)
-    latents, _ = TiledSampler(model, tiles).sample(
+    latents, _ = TiledSampler(model, tiles, start, sampling.fidelity).sample(
         sampling.steps,
         1,
         (model.model.diffusion_model.out[-1].out_channels, *size),
@@ -81,39 +100,29 @@ def deblur_image(
 
 @dataclass
 class Tiles:
-    """Overlapping squares of `side` latents over a latent picture of `size`."""
+    """Overlapping tiles of at most `side` latents over a latent picture of `size`."""
 
     size: tuple[int, int]
     side: int
     overlap: int
 
     def blend(self, compute: Callable[[slice, slice], torch.Tensor], scale: int = 1) -> torch.Tensor:
-        """compute(y, x) of every square, `scale` times as large, blended with gaussian weights."""
-        height, width = self.size
-        ys, xs = (tile_starts(length, self.side, self.overlap) for length in self.size)
-        if len(ys) == len(xs) == 1:
-            return compute(slice(0, height), slice(0, width))
-        total = weights = 0.0
-        for y in ys:
-            for x in xs:
-                part = compute(slice(y, y + self.side), slice(x, x + self.side))
-                if isinstance(total, float):
-                    total = part.new_zeros(*part.shape[:2], height * scale, width * scale)
-                    weights = part.new_zeros(height * scale, width * scale)
-                h, w = part.shape[-2:]
-                here = (slice(y * scale, y * scale + h), slice(x * scale, x * scale + w))
-                window = gaussian_window(h, w).to(part)
-                total[(..., *here)] += part * window
-                weights[here] += window
-        return total / weights
+        """compute(y, x) of every tile, `scale` times as large, blended."""
+        return blend_tiles(compute, *(tile_spans(n, self.side, self.overlap, 8) for n in self.size), scale)
 
 
 class TiledSampler(DDIMSampler):
-    """Sampler whose noise predictions are blended from tiles at every step."""
+    """Sampler whose noise predictions are blended from tiles at every step.
 
-    def __init__(self, model: ControlLDM, tiles: Tiles):
+    With `fidelity` above 0 the coarse of the clean latents that a prediction stands for is drawn by so much
+    to that of `guide`, the input's latents: restoration guidance (Lin et al. 2024, sec. 3.3) in one step.
+    """
+
+    def __init__(
+        self, model: ControlLDM, tiles: Tiles, guide: torch.Tensor | None = None, fidelity: float = 0.0
+    ):
         super().__init__(model)
-        self.tiles = tiles
+        self.tiles, self.guide, self.fidelity = tiles, guide, fidelity
 
     def _eps(self, x: torch.Tensor, t: torch.Tensor, cond: Mapping, uncond: Mapping | None, scale: float):
         def part(ys: slice, xs: slice) -> torch.Tensor:
@@ -121,7 +130,23 @@ class TiledSampler(DDIMSampler):
                 x[..., ys, xs], t, cut(cond, ys, xs), uncond and cut(uncond, ys, xs), scale
             )
 
-        return self.tiles.blend(part)
+        eps = self.tiles.blend(part)
+        if not self.fidelity:
+            return eps
+        clean = self.model.predict_start_from_noise(x, t, eps)
+        moved = self.fidelity * low_band(self.guide - clean)
+        alpha = self.model.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return eps - (alpha / (1 - alpha)).sqrt() * moved  # the noise that the moved estimate stands for
+
+
+def low_band(latents: torch.Tensor, levels: int = 2) -> torch.Tensor:
+    """What `coarse` leaves of (b, c, h, w): so many steps of the a-trous wavelet, 8 pixels to a latent."""
+    kernel = torch.tensor([0.25, 0.5, 0.25], device=latents.device)
+    kernel = (kernel[:, None] * kernel).expand(latents.shape[1], 1, 3, 3)
+    for level in range(levels):
+        padded = F.pad(latents, [2**level] * 4, mode="replicate")
+        latents = F.conv2d(padded, kernel, dilation=2**level, groups=latents.shape[1])
+    return latents
 
 
 def cut(cond: Mapping, ys: slice, xs: slice) -> dict:

@@ -31,17 +31,22 @@ PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 def run_main(
-    main: Callable[[Any], None], settings: type | dict[str, type], demo: Mapping[str, Any] | None = None
+    main: Callable[[Any], None],
+    settings: type | dict[str, type],
+    demo: Mapping[str, Any] | None = None,
+    complete: Callable[[list[str]], list[str]] | None = None,
 ) -> None:
     """Read `settings` from the command line, call `main`; a user's mistake is one line and exit code 1.
 
-    A dictionary of settings makes its names subcommands; `demo` is what --demo stands for (read_settings).
-    With TRACEBACK=1 in the environment the whole traceback is shown instead of the line.
+    A dictionary of settings makes its names subcommands; `demo` is what --demo stands for (read_settings),
+    `complete` adds to the words of the command line what they leave out. With TRACEBACK=1 in the environment
+    the whole traceback is shown instead of the line.
     """
     if not os.environ.get("TRACEBACK"):
         threading.excepthook = _report_once
     try:
-        main(read_settings(settings, demo))
+        words = complete(sys.argv[1:]) if complete else None
+        main(read_settings(settings, demo, words))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ldm.data.image import to_tensor, to_uint8
-from ldm.util import half_dtype
+from ldm.data.image import to_pixels, to_tensor
+from ldm.util import compute_dtype
+
+MULTIPLE = 16  # pixels: what tiles are rounded up to, which saves networks their own padding
 
 
 def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -18,17 +20,56 @@ def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
     return F.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
 
 
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along one side: neighbours share `overlap` or more, the last ends with the image."""
+def tile_spans(length: int, tile: int, overlap: int, multiple: int = 1) -> list[slice]:
+    """One side cut into as few equal spans of at most `tile` as cover it; neighbours share `overlap` or more.
+
+    Several spans are rounded up to `multiple` where that is no more than `tile`. Raises ValueError if a tile
+    is not larger than its overlap.
+    """
+    if not 0 <= overlap < tile:
+        raise ValueError(f"tiles need a size above their overlap, not tile {tile} and overlap {overlap}")
     if length <= tile:
-        return [0]
-    return [*range(0, length - tile, tile - overlap), length - tile]
+        return [slice(0, length)]
+    count = -((overlap - length) // (tile - overlap))  # rounded up, as the next line
+    side = -((overlap - length - count * overlap) // count)
+    side = min(tile, -(-side // multiple) * multiple)
+    starts = [n * (length - side) // (count - 1) for n in range(count)]
+    return [slice(start, start + side) for start in starts]
 
 
 def gaussian_window(h: int, w: int, sigma: float = 0.3) -> torch.Tensor:
     """Weights (h, w) of a tile in the blend: 1 in its middle, a gaussian of deviation `sigma` half-sides."""
     y, x = (torch.linspace(-1, 1, n + 2)[1:-1] for n in (h, w))
     return torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2))
+
+
+def blend_tiles(
+    compute: Callable[[slice, slice], torch.Tensor],
+    rows: list[slice],
+    columns: list[slice],
+    scale: int = 1,
+    device: torch.device | None = None,
+    progress: Callable = iter,
+) -> torch.Tensor:
+    """compute(y, x) (b, c, h, w) of every tile, `scale` times as large, blended with gaussian weights.
+
+    The sum is float32 and lies on `device`, or where the first tile's is. One tile alone comes back as it is.
+    `progress` wraps the list of tiles, as tqdm does.
+    """
+    tiles = [(y, x) for y in rows for x in columns]
+    if len(tiles) == 1:
+        return compute(*tiles[0])
+    total = weights = window = None
+    for y, x in progress(tiles):
+        part = compute(y, x)
+        if total is None:  # all tiles are of one size
+            size = rows[-1].stop * scale, columns[-1].stop * scale
+            total = torch.zeros(*part.shape[:2], *size, device=device or part.device)
+            weights, window = total.new_zeros(size), gaussian_window(*part.shape[2:]).to(total)
+        here = tuple(slice(span.start * scale, span.stop * scale) for span in (y, x))
+        total[(..., *here)] += part.to(total) * window
+        weights[here] += window
+    return total / weights
 
 
 def restore_tiled(
@@ -38,28 +79,18 @@ def restore_tiled(
     overlap: int,
     progress: Callable = iter,
 ) -> torch.Tensor:
-    """`restore` applied to overlapping square tiles of (b, c, h, w), blended with gaussian weights.
+    """`restore` applied to overlapping tiles of (b, c, h, w), at most `tile` a side, blended.
 
     The sum is kept where `image` lies (leave it on the CPU if it is large); `restore` moves each tile where
-    it likes and returns one of the same size. `progress` wraps the list of tile corners, as tqdm does.
-    Raises ValueError if a tile is not larger than its overlap.
+    it likes and returns one of the same size. Raises ValueError if a tile is not larger than its overlap.
     """
-    if not 0 <= overlap < tile:
-        raise ValueError(f"tiles need a size above their overlap, not tile {tile} and overlap {overlap}")
-    h, w = image.shape[-2:]
-    total = torch.zeros_like(image, dtype=torch.float32)
-    weights = torch.zeros(h, w, device=image.device)
-    window = gaussian_window(min(tile, h), min(tile, w)).to(image.device)
-    corners = [(y, x) for y in tile_starts(h, tile, overlap) for x in tile_starts(w, tile, overlap)]
-    for y, x in progress(corners):
-        here = (..., slice(y, y + tile), slice(x, x + tile))
-        restored = restore(image[here])
-        total[here] += restored.to(total) * window
-        weights[here[1:]] += window
-    return total / weights
+    rows, columns = (tile_spans(length, tile, overlap, MULTIPLE) for length in image.shape[-2:])
+    return blend_tiles(
+        lambda y, x: restore(image[..., y, x]), rows, columns, device=image.device, progress=progress
+    )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def restore_picture(
     image: np.ndarray,
     restore: Callable[[torch.Tensor], torch.Tensor],
@@ -69,16 +100,19 @@ def restore_picture(
     overlap: int = 64,
     progress: Callable = iter,
 ) -> np.ndarray:
-    """A uint8 picture (h, w, 3) through `restore`: (1, 3, h, w) in [-1, 1] on `device` -> the same.
+    """A uint8 or uint16 picture (h, w, 3) through `restore`: (1, 3, h, w) in [-1, 1] on `device` -> the same.
 
-    With `tile` above 0 the picture goes through in squares of that size, blended over `overlap` pixels, in
-    memory that its size no longer counts for; `progress` wraps the list of them, as tqdm does.
+    The result has the picture's type. With `tile` above 0 the picture goes through in equal tiles of at most
+    that size, blended over `overlap` pixels or more, in memory that its size no longer counts for; `progress`
+    wraps the list of them, as tqdm does. Precision `auto` is 32 for 16-bit pictures.
     """
-    dtype = half_dtype(precision)
+    deep = image.dtype == np.uint16 and precision == "auto"
+    dtype = compute_dtype("32" if deep else precision, device)
 
     def run(part: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            return restore(part.to(device)).float()
+            return restore(part.to(device, memory_format=torch.channels_last)).float()
 
     whole = to_tensor(image)[None]  # (1, 3, h, w)
-    return to_uint8((restore_tiled(whole, run, tile, overlap, progress) if tile else run(whole))[0])
+    restored = restore_tiled(whole, run, tile, overlap, progress) if tile else run(whole)
+    return to_pixels(restored[0], image.dtype)

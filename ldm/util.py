@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,3 +48,17 @@ def best_precision() -> str:
 def half_dtype(precision: str) -> torch.dtype | None:
     """The 16-bit type that a precision (16, bf16, 32, or Lightning's names) computes in, None for 32."""
     return {"16": torch.float16, "bf16": torch.bfloat16, "32": None}[precision.split("-")[0]]
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The 16-bit type to restore in on `device`, None for 32; `auto` is bf16 where CUDA has it, else 32."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "32"
+    return half_dtype(precision)
+
+
+def autocast(model: torch.nn.Module) -> AbstractContextManager:
+    """Computing in the 16-bit type that some of a model's weights have; as it is if there are none."""
+    halves = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, halves.pop()) if halves else nullcontext()

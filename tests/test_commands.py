@@ -80,8 +80,10 @@ def commands():
 
 
 def split(line):
-    """Script and words of a command line."""
+    """Script and words of a command line; infer.py's subcommand where the file would say it."""
     script, *words = shlex.split(line[line.rindex("python ") :], comments=True)[1:]
+    if script == "infer.py" and words[0].startswith("--") and words != ["--help"]:
+        words = ["inpaint" if "--input_mask" in words else "srn", *words]
     return (words[0], words[1:]) if script == "-m" else (script, words)
 
 

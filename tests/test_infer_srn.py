@@ -8,6 +8,7 @@ from PIL import Image
 import infer
 from ldm.checkpoint import write_weights
 from ldm.data.image import photographs, read_image, to_tensor, write_image
+from ldm.jobs import list_jobs
 from ldm.metrics import psnr
 from ldm.settings import run_main
 from train_srn import SRNDeblurNet, restore, restore_image
@@ -59,33 +60,111 @@ def test_a_folder_is_restored_with_its_tree(photos, weights, capsys):
     with Image.open(out / "deblurred_grey.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (41, 30))
     assert read_image(photos.parent / "out_comparison/deblurred_a.png").shape == (37, 104, 3)
-    assert "3 restored, 0 existed" in capsys.readouterr().out
+    assert "3 made, 0 same, 0 remade" in capsys.readouterr().out
 
 
-def test_what_exists_is_not_made_again(photos, weights, capsys):
-    kept = photos.parent / "out" / "deblurred_a.png"
-    kept.parent.mkdir()
-    kept.write_bytes(b"mine")
-    infer.restore_files(command(photos, weights))
-    assert kept.read_bytes() == b"mine" and "2 restored, 1 existed" in capsys.readouterr().out
-    infer.restore_files(command(photos, weights, overwrite=True))
-    assert read_image(kept).shape == (37, 50, 3)
+def test_results_of_the_same_making_stay_and_all_others_are_made_anew(photos, weights, capsys):
+    def run(**changes):
+        infer.restore_files(command(photos, weights, **changes))
+        return capsys.readouterr().out
+
+    foreign = photos.parent / "out" / "deblurred_a.png"
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"of something else")
+    assert "2 made, 0 same, 1 remade" in run()
+    assert "0 made, 3 same, 0 remade" in run()
+    assert "0 made, 3 same, 0 remade" in run(pattern="**/*", device="auto")  # no other pixels
+    assert "0 made, 0 same, 3 remade" in run(comparison=True)  # there were none
+    assert "0 made, 3 same, 0 remade" in run(comparison=True)
+    assert "0 made, 0 same, 3 remade" in run(tile=32, overlap=16)  # another option
+    assert "0 made, 3 same, 0 remade" in run(tile=32, overlap=16)
+    image = read_image(photos / "a.png")
+    write_image(photos / "a.png", 255 - image)  # another picture of that name
+    assert "0 made, 2 same, 1 remade" in run(tile=32, overlap=16)
+    other = weights[0].with_stem("other")
+    write_weights(other, {k: v * 0.9 for k, v in weights[1].state_dict().items()}, {"settings": FORM})
+    assert "0 made, 0 same, 3 remade" in run(checkpoint_path=other)
+    assert "0 made, 0 same, 3 remade" in run(checkpoint_path=other, overwrite=True)
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+        run(checkpoint_path=other.with_stem("none"))
+
+
+def test_one_picture_is_always_made_anew(photos, weights, capsys):
+    for summary in ("1 made, 0 same, 0 remade", "0 made, 0 same, 1 remade"):
+        infer.restore_files(command(photos / "a.png", weights))
+        assert summary in capsys.readouterr().out
+    kept = [path.name for path in (photos / "out").iterdir()]
+    assert kept == ["deblurred_a.png"]  # no temporary file stays
+
+
+def test_shards_have_every_picture_once(photos, weights, capsys):
+    seen = []
+    for shard in ("1/2", "2/2", "1/2"):
+        infer.restore_files(command(photos, weights, shard=shard))
+        seen.append(capsys.readouterr().out)
+    assert "2 made, 0 same, 0 remade" in seen[0] and "of all 3, 2 are there" in seen[0]
+    assert "1 made, 0 same, 0 remade" in seen[1] and "of all 3, 3 are there" in seen[1]
+    assert "0 made, 2 same, 0 remade" in seen[2]
+    for shard in ("3/2", "0/2", "1", "a/b", "-1/2"):
+        with pytest.raises(ValueError, match=f"--shard must be i/n .* not {shard}"):
+            infer.restore_files(command(photos, weights, shard=shard))
+    infer.restore_files(
+        command(photos, weights, shard="5/9", output_dir=photos.parent / "none")
+    )  # has nothing
+    assert "0 made" in capsys.readouterr().out
+
+
+def test_the_file_says_the_system(weights, tmp_path, model, monkeypatch, capsys):
+    control = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.")}
+    bare = {k.removeprefix("control_model."): v for k, v in control.items()}
+    lora = {"lora_unet_single_blocks_0_linear1.lora_down.weight": torch.zeros(1, 1)}
+    named = {
+        "module.inblock.conv.0.weight": ("srn", {}),
+        "deblur.head.weight": ("dbgan", {}),
+        "blur.head.weight": ("bgan", {}),
+    }
+    files = {tmp_path / f"{kind}.pth": ({key: torch.zeros(1)}, kind) for key, (kind, _) in named.items()}
+    files |= {tmp_path / "a.safetensors": (control, "deblur"), tmp_path / "b.pth": (bare, "deblur")}
+    files |= {tmp_path / "control_v11p_sd15_inpaint.pth": (bare, "inpaint")}
+    files |= {tmp_path / "lora.safetensors": (lora, "kontext")}
+    for path, (content, kind) in files.items():
+        write_weights(path, content)
+        assert infer.system_of(path) == kind, path
+    assert infer.system_of(weights[0]) == "srn" and infer.system_of(tmp_path) == "kontext"
+    words = ["--input", "a.png", f"--checkpoint-path={weights[0]}"]
+    assert infer.with_subcommand(words) == ["srn", *words[:2], "--checkpoint-path", str(weights[0])]
+    words = ["--checkpoint_path", str(tmp_path / "lora.safetensors")]
+    assert infer.with_subcommand(words) == ["kontext", "--lora_path", words[1]]
+    assert infer.with_subcommand(["--input_mask", "m.png"])[0] == "inpaint"
+    assert infer.with_subcommand(["srn", "--input", "a"]) == ["srn", "--input", "a"]
+    write_weights(tmp_path / "vae.safetensors", {"decoder.conv_in.weight": torch.zeros(1)})
+    with pytest.raises(
+        ValueError, match="vae.safetensors is of none of .*: its first key is decoder.conv_in"
+    ):
+        infer.system_of(tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match="give one of deblur, .*, or --checkpoint_path"):
+        infer.with_subcommand(["--input", "a.png"])
+    write_image(tmp_path / "photo.png", np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--checkpoint_path", str(weights[0]), "--input_image"])
+    sys.argv += [str(tmp_path / "photo.png"), "--output_dir", str(tmp_path / "out")]
+    run_main(infer.restore_files, infer.COMMANDS, complete=infer.with_subcommand)
+    assert "1 made" in capsys.readouterr().out
 
 
 def test_one_picture_and_a_pattern(photos, weights):
-    jobs = infer.list_jobs(command(photos / "a.png", weights, output_dir=photos, output_prefix="new_"))
+    jobs = list_jobs(command(photos / "a.png", weights, output_dir=photos, output_prefix="new_"))
     assert jobs == [(photos / "a.png", photos / "new_a.png")]
-    jobs = infer.list_jobs(command(photos, weights, pattern="*/deep*"))
+    jobs = list_jobs(command(photos, weights, pattern="*/deep*"))
     assert [source.name for source, _ in jobs] == ["deep.png"]
     within = command(photos, weights, output_dir=photos / "out")
     (photos / "out").mkdir()
     write_image(photos / "out" / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))
     (photos / "out_comparison").mkdir()
     write_image(photos / "out_comparison" / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))
-    assert len(infer.list_jobs(within)) == 3  # earlier results are no input
+    assert len(list_jobs(within)) == 3  # earlier results are no input
     write_image(photos / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))
     beside = command(photos, weights, output_dir=photos, pattern="*.png")
-    assert infer.list_jobs(beside) == [(photos / "a.png", photos / "deblurred_a.png")]
+    assert list_jobs(beside) == [(photos / "a.png", photos / "deblurred_a.png")]
 
 
 def test_a_broken_picture_stops_no_other(photos, weights, monkeypatch, capsys):
@@ -96,7 +175,7 @@ def test_a_broken_picture_stops_no_other(photos, weights, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(infer.restore_files, infer.COMMANDS)
     captured = capsys.readouterr()
-    assert stop.value.code == 1 and "3 restored" in captured.out
+    assert stop.value.code == 1 and "3 made" in captured.out
     last = captured.err.splitlines()[-1]
     assert last.startswith("error: 2 of 5 could not be restored: ")
     assert "broken.jpg" in last and "gone.jpg" in last
@@ -111,7 +190,7 @@ def test_a_picture_too_large_for_the_memory_stops_no_other(photos, weights, monk
     monkeypatch.setattr("train_srn.restore_image", short_of_memory)
     with pytest.raises(ValueError, match="1 of 3 .*a.png: 50 x 37 pixels need more memory .* --tile"):
         infer.restore_files(command(photos, weights))
-    assert "2 restored" in capsys.readouterr().out
+    assert "2 made" in capsys.readouterr().out
 
 
 def test_tiles_agree_with_the_whole_picture(weights):
@@ -136,18 +215,20 @@ def test_self_ensemble_commutes_with_turning(weights):
 
 def test_bad_input(photos, weights, tmp_path):
     with pytest.raises(FileNotFoundError, match="no picture and no folder: .*notes.txt"):
-        infer.list_jobs(command(photos / "notes.txt", weights))
+        list_jobs(command(photos / "notes.txt", weights))
     with pytest.raises(FileNotFoundError, match="checkpoint not found: .*none.ckpt; train_srn.py makes one"):
         infer.restore_files(command(photos, weights, checkpoint_path=tmp_path / "none.ckpt"))
     with pytest.raises(FileNotFoundError, match=r"no picture in .* matches \*.gif"):
-        infer.list_jobs(command(photos, weights, pattern="*.gif"))
+        list_jobs(command(photos, weights, pattern="*.gif"))
     with pytest.raises(ValueError, match="--pattern is relative to --input, not /a"):
-        infer.list_jobs(command(photos, weights, pattern="/a*.png"))
+        list_jobs(command(photos, weights, pattern="/a*.png"))
     with pytest.raises(ValueError, match="the result of .*a.png would overwrite .*a.png: give another"):
-        infer.list_jobs(command(photos, weights, output_dir=photos, output_prefix=""))
+        list_jobs(command(photos, weights, output_dir=photos, output_prefix=""))
     write_image(photos / "a.jpg", np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match="a.jpg and .*a.png would both become .*deblurred_a.png: rename"):
-        infer.list_jobs(command(photos, weights))
+        list_jobs(command(photos, weights))
+    with pytest.raises(ValueError, match="--quality must be 1 to 100, not 0"):
+        infer.restore_files(command(photos / "a.png", weights, quality=0))
     with pytest.raises(ValueError, match="tile 64 and overlap 128"):
         infer.restore_files(command(photos / "a.png", weights, tile=64))
     (tmp_path / "file").touch()

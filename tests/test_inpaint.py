@@ -247,7 +247,7 @@ def test_the_command_fills_one_picture(weights, tmp_path):
     assert read_image(tmp_path / "out" / "comparison.png").shape == (70, 278, 3)
 
 
-def test_the_command_fills_a_folder(weights, tmp_path):
+def test_the_command_fills_a_folder(weights, tmp_path, capsys):
     for name in ("a.png", "b.png"):
         (tmp_path / "in").mkdir(exist_ok=True)
         write_image(tmp_path / "in" / name, photograph(64, 64))
@@ -268,7 +268,18 @@ def test_the_command_fills_a_folder(weights, tmp_path):
         infer.restore_files(settings)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
     assert sorted(path.name for path in (tmp_path / "out_comparison").iterdir()) == ["a.png", "b.png"]
-    infer.restore_files(replace(settings, checkpoint_path=Path("none.ckpt")))  # all exist: nothing is done
+    with pytest.raises(FileNotFoundError, match="none.ckpt"):  # all exist, but not of these weights
+        infer.restore_files(replace(settings, checkpoint_path=Path("none.ckpt")))
+    with pytest.warns(UserWarning, match="it is resized"):  # another seed is another picture
+        infer.restore_files(replace(settings, seed=1))
+    assert "0 made, 0 same, 2 remade" in capsys.readouterr().out
+    write_image(tmp_path / "masks" / "a_mask.png", 255 - hole_in(64, 64))  # another mask
+    infer.restore_files(replace(settings, seed=1))
+    assert "0 made, 1 same, 1 remade" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="mask not found: .*gone.png"):
+        infer.restore_files(replace(settings, input_mask=tmp_path / "gone.png"))
+    with pytest.raises(ValueError, match="give --input_mask, .* or --outpaint"):
+        infer.restore_files(replace(settings, input_mask=None))
     infer.restore_files(
         replace(settings, input_mask=tmp_path / "masks" / "b.png", output_dir=tmp_path / "one")
     )

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.tiling import pad_to_multiple, restore_picture, restore_tiled, tile_starts
+from ldm.tiling import pad_to_multiple, restore_picture, restore_tiled, tile_spans
 
 
 def test_padding_repeats_the_edge():
@@ -17,10 +17,30 @@ def test_padding_repeats_the_edge():
 
 
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(100, 32, 8), (33, 32, 8), (32, 32, 8), (7, 32, 8)])
-def test_tiles_cover_everything_and_overlap(length, tile, overlap):
-    starts = tile_starts(length, tile, overlap)
-    assert starts[0] == 0 and starts[-1] == max(0, length - tile)
-    assert all(0 < b - a <= tile - overlap for a, b in zip(starts, starts[1:], strict=False))
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_tiles_cover_everything_and_overlap(length, tile, overlap, multiple):
+    spans = tile_spans(length, tile, overlap, multiple)
+    assert spans[0].start == 0 and spans[-1].stop == length
+    assert {span.stop - span.start for span in spans} == {spans[0].stop} and spans[0].stop <= tile
+    pairs = list(zip(spans, spans[1:], strict=False))
+    assert all(overlap <= a.stop - b.start < tile for a, b in pairs)
+
+
+def test_equal_tiles_compute_little_twice():
+    """2560 x 1600 in tiles of at most 1536: 1.13 times the picture, where fixed squares took 2.3 times."""
+
+    def cost(width, height, tile, overlap):
+        sides = [tile_spans(length, tile, overlap, 16) for length in (width, height)]
+        return np.prod([len(spans) * spans[0].stop for spans in sides]) / (width * height)
+
+    assert cost(2560, 1600, 1536, 128) < 1.15
+    assert cost(1280, 720, 384, 64) < 1.45
+
+
+def test_one_tile_is_not_blended_and_many_are_in_float32():
+    image = torch.rand(1, 3, 20, 20)
+    assert restore_tiled(image, lambda x: x, 32, 8).data_ptr() == image.data_ptr()
+    assert restore_tiled(image, lambda x: x.bfloat16(), 16, 8).dtype == torch.float32
 
 
 def test_a_local_operation_is_the_same_in_tiles():
@@ -60,4 +80,10 @@ def test_a_picture_reports_its_tiles_and_keeps_its_values():
     whole = restore_picture(image, lambda part: part, cpu)
     tiled = restore_picture(image, lambda part: part, cpu, tile=32, overlap=8, progress=progress)
     assert np.array_equal(whole, image) and np.array_equal(tiled, image)
-    assert seen == [(y, x) for y in (0, 8) for x in (0, 24, 38)]
+    assert [(y.start, x.start) for y, x in seen] == [(y, x) for y in (0, 8) for x in (0, 19, 38)]
+
+
+def test_16_bit_pictures_keep_their_values():
+    image = np.random.default_rng(0).integers(0, 65536, (20, 30, 3), dtype=np.uint16)
+    same = restore_picture(image, lambda part: part, torch.device("cpu"), "auto", tile=16, overlap=8)
+    assert same.dtype == np.uint16 and np.array_equal(same, image)

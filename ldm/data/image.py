@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -125,10 +126,16 @@ def write_image(path: str | Path, image: np.ndarray, compress_level: int = 6) ->
 
     Raises OSError that names the file.
     """
+    picture = Image.fromarray(image)
+    write_whole(path, lambda temporary: picture.save(temporary, format="PNG", compress_level=compress_level))
+
+
+def write_whole(path: str | Path, save: Callable[[Path], object]) -> None:
+    """Let `save` fill a temporary file, which then gets its name. Raises OSError that names the file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        Image.fromarray(image).save(temporary, format="PNG", compress_level=compress_level)
+        save(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error}") from error
@@ -136,15 +143,37 @@ def write_image(path: str | Path, image: np.ndarray, compress_level: int = 6) ->
         temporary.unlink(missing_ok=True)
 
 
+def over_white(image: np.ndarray) -> np.ndarray:
+    """uint8 (h, w, 3) as it is, (h, w, 4) without its transparency."""
+    if image.shape[2] == 3:
+        return image
+    alpha = image[..., 3:].astype(np.float32) / 255
+    return np.rint(image[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+
+def to_8_bit(image: np.ndarray) -> np.ndarray:
+    """uint8 as it is, uint16 rounded to it."""
+    return image if image.dtype == np.uint8 else ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
 def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """uint8 (h, w, c) -> float32 (c, h, w) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float().div(127.5).sub(1)
+    """uint8 (or numbers of its range) or uint16 (h, w, c) -> float32 (c, h, w) in [-1, 1]."""
+    half = 65535 / 2 if image.dtype == np.uint16 else 255 / 2
+    image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    return image.float().div(half).sub(1)
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
     """Float (c, h, w) in [-1, 1] -> uint8 (h, w, c): clamped, then rounded."""
-    image = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
-    return image.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return to_pixels(image, np.uint8)
+
+
+def to_pixels(image: torch.Tensor, dtype: np.dtype | type) -> np.ndarray:
+    """Float (c, h, w) in [-1, 1] -> uint8 or uint16 (h, w, c), converted on the tensor's device."""
+    half = np.iinfo(dtype).max / 2
+    image = image.detach().float().clamp(-1, 1).add_(1).mul_(half).round_()
+    image = image.to(torch.uint8 if dtype == np.uint8 else torch.int32)
+    return image.permute(1, 2, 0).cpu().numpy().astype(dtype, copy=False)
 
 
 def natural_key(path: str | Path) -> list:

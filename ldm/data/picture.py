@@ -1,0 +1,208 @@
+"""Pictures with all that a result keeps of them: transparency, 16 bits, EXIF, colours, and its own making."""
+
+import hashlib
+import json
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+
+from ldm.data.image import over_white, read_image, read_rgba, to_8_bit, write_whole
+
+FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of results, by their ending
+TAGS = ExifTags.Base
+# What of a file's EXIF is true of its restored picture: what it shows, by whom, when, where.
+KEPT = {
+    TAGS.ImageDescription,
+    TAGS.Make,
+    TAGS.Model,
+    TAGS.Software,
+    TAGS.DateTime,
+    TAGS.Artist,
+    TAGS.Copyright,
+    TAGS.XResolution,
+    TAGS.YResolution,
+    TAGS.ResolutionUnit,
+}
+LARGE = 2**30  # bytes: larger files are known by size and date instead of by their content
+RECORD = TAGS.ImageHistory  # where a result says what it was made from
+
+
+@dataclass
+class Picture:
+    """A file's pixels, as a network takes them, and what else a result of it keeps."""
+
+    pixels: np.ndarray  # uint8 or uint16 (h, w, 3), upright; also under what is transparent
+    alpha: np.ndarray | None = None  # (h, w) of the same type
+    exif: Image.Exif | None = None
+    profile: bytes | None = None  # ICC profile of these pixels; None: sRGB, as the file did not say otherwise
+
+    def with_alpha(self, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (h, w, 3) with this picture's transparency; others as they are."""
+        if self.alpha is None or pixels.shape[2] != 3 or pixels.dtype != self.alpha.dtype:
+            return pixels
+        return np.dstack([pixels, self.alpha])
+
+    def shown(self) -> np.ndarray:
+        """uint8 (h, w, 3), transparency over white."""
+        return over_white(to_8_bit(self.with_alpha(self.pixels)))
+
+
+def read_picture(path: str | Path, deep: bool = False) -> Picture:
+    """Read a picture with its transparency and EXIF, upright; with `deep` 16-bit PNG and TIFF as uint16.
+
+    8-bit pictures are converted to sRGB by their ICC profile; 16-bit ones keep their colours and the profile.
+    Raises FileNotFoundError and ValueError as `read_image` does.
+    """
+    pixels = read_image(path)
+    with Image.open(path) as image:
+        exif, profile = keep_exif(image, path), image.info.get("icc_profile")
+        if deep and _bits(image, path) == 16 and (found := _read_deep(image, path)) is not None:
+            return Picture(*found, exif, profile)
+    rgba = read_rgba(path)
+    if rgba is None:
+        return Picture(pixels, None, exif, profile and _srgb_profile())
+    return Picture(np.ascontiguousarray(rgba[..., :3]), rgba[..., 3], exif, profile and _srgb_profile())
+
+
+def keep_exif(image: Image.Image, path: str | Path) -> Image.Exif:
+    """Of an opened picture's EXIF what is true of an upright copy of other pixels; {} if it is damaged."""
+    kept = Image.Exif()
+    try:
+        exif = image.getexif()
+        kept.update({tag: value for tag, value in exif.items() if tag in KEPT})
+        for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            values = {**exif.get_ifd(ifd)}
+            for size in (TAGS.ExifImageWidth, TAGS.ExifImageHeight, TAGS.MakerNote):
+                values.pop(size, None)
+            if values:
+                kept.get_ifd(ifd).update(values)
+        kept.tobytes()
+    except (ValueError, TypeError, KeyError, SyntaxError, struct.error, OSError) as error:
+        warnings.warn(f"{path}: its EXIF is damaged and not kept ({error})", stacklevel=2)
+        return Image.Exif()
+    return kept
+
+
+def _bits(image: Image.Image, path: str | Path) -> int:
+    """Bits of a channel in a PNG or TIFF, 8 for all others."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(TAGS.BitsPerSample, (8,)))
+    if image.format == "PNG":
+        with open(path, "rb") as file:
+            return file.read(25)[24]
+    return 8
+
+
+def _read_deep(image: Image.Image, path: str | Path) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """uint16 (h, w, 3), upright, and the transparency (h, w) if there is one; None if they are not uint16."""
+    content = np.frombuffer(Path(path).read_bytes(), np.uint8)
+    values = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype != np.uint16:
+        return None
+    values = values.reshape(*values.shape[:2], -1)
+    alpha = values[..., 3] if values.shape[2] == 4 else None
+    values = np.repeat(values, 3, axis=2) if values.shape[2] == 1 else values[..., 2::-1]
+    turn = 1 if image.format == "TIFF" else image.getexif().get(TAGS.Orientation, 1)  # OpenCV turns TIFFs
+    upright = [None if x is None else np.ascontiguousarray(_turned(x, turn)) for x in (values, alpha)]
+    return upright[0], upright[1]
+
+
+def _turned(values: np.ndarray, orientation: int) -> np.ndarray:
+    """(h, w, ...) as EXIF's orientation 1 to 8 wants it to be shown."""
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return values[::rows, ::columns]
+
+
+@lru_cache(maxsize=1)
+def _srgb_profile() -> bytes:
+    """An ICC profile of sRGB, without the date at which it was made."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[24:36] = bytes(12)
+    return bytes(profile)
+
+
+def write_picture(
+    path: str | Path, pixels: np.ndarray, source: Picture, record: str = "", quality: int = 95
+) -> None:
+    """Write uint8 or uint16 (h, w, 3 or 4) as the ending says (FORMATS), with EXIF and profile of `source`.
+
+    `record` can be read by `read_record`. 16 bits need PNG, JPEG has no transparency: it lies over white.
+    Raises OSError that names the file, ValueError for a picture that the format cannot hold.
+    """
+    kind = FORMATS[Path(path).suffix[1:]]
+    exif = source.exif or Image.Exif()
+    if record:
+        exif[RECORD] = record
+    if kind == "PNG" and pixels.dtype == np.uint16:
+        content = _deep_png(pixels, source.profile, exif.tobytes())
+        return write_whole(path, lambda temporary: temporary.write_bytes(content))
+    pixels = to_8_bit(pixels)
+    picture = Image.fromarray(over_white(pixels) if kind == "JPEG" else pixels)
+    options = {"compress_level": 6} if kind == "PNG" else {"quality": quality}
+    options |= {"subsampling": 0} if kind == "JPEG" and quality >= 90 else {}
+    if source.profile:
+        options["icc_profile"] = source.profile
+    try:
+        write_whole(path, lambda temporary: picture.save(temporary, format=kind, exif=exif, **options))
+    except ValueError as error:
+        raise ValueError(f"{path}: {kind} cannot hold this picture: {error}") from error
+
+
+def read_record(path: str | Path) -> str:
+    """What `write_picture` noted in a file; empty if nothing, or if it is no picture."""
+    try:
+        with Image.open(path) as image:
+            return str(image.getexif().get(RECORD, ""))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return ""
+
+
+def make_record(command: str, options: Mapping[str, Any], sources: Iterable[Path]) -> str:
+    """What a result is made from, as json in ASCII: equal texts mean equal results.
+
+    Raises FileNotFoundError if one of the sources (picture, mask, weights) does not exist.
+    """
+    made_from = {path.name: identity(path) for path in sources}
+    return json.dumps({"command": command, "from": made_from, "options": dict(options)}, sort_keys=True)
+
+
+def identity(path: Path) -> str:
+    """What a file's content is known by. Raises FileNotFoundError if there is no such file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"file not found: {path}")
+    stat = path.stat()
+    return _identity(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _identity(path: Path, size: int, changed: int) -> str:
+    if size > LARGE:
+        return f"{size} bytes of {changed}"
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _deep_png(pixels: np.ndarray, profile: bytes | None, exif: bytes) -> bytes:
+    """uint16 (h, w, 3 or 4) as a PNG with an ICC profile and EXIF (PNG specification, 11.3.2)."""
+    order = [2, 1, 0, 3][: pixels.shape[2]]
+    content = cv2.imencode(".png", pixels[..., order])[1].tobytes()
+    chunks = [(b"iCCP", b"ICC\0\0" + zlib.compress(profile))] if profile else []
+    chunks.append((b"eXIf", exif.removeprefix(b"Exif\0\0")))
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    ]
+    header = 8 + 25  # bytes: the signature and IHDR
+    return b"".join([content[:header], *parts, content[header:]])

@@ -1,0 +1,156 @@
+"""What a result keeps of its picture: EXIF, colours, 16 bits, transparency, and what it was made from."""
+
+import cv2
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageCms
+
+from ldm.data.image import photographs, read_image, read_rgba
+from ldm.data.picture import identity, make_record, read_picture, read_record, write_picture
+
+TAGS, IFD = ExifTags.Base, ExifTags.IFD
+
+
+def photograph(height: int, width: int) -> np.ndarray:
+    return read_image(photographs()[0])[100 : 100 + height, 60 : 60 + width]
+
+
+def camera_exif(orientation: int = 6) -> Image.Exif:
+    exif = Image.Exif()
+    exif[TAGS.Orientation], exif[TAGS.Model], exif[TAGS.DateTime] = (
+        orientation,
+        "Camera",
+        "2026:01:02 03:04:05",
+    )
+    exif.get_ifd(IFD.Exif).update({TAGS.DateTimeOriginal: "2020:01:02 03:04:05", TAGS.ISOSpeedRatings: 200})
+    exif.get_ifd(IFD.Exif).update({TAGS.MakerNote: b"offsets", TAGS.ExifImageWidth: 40})
+    exif.get_ifd(IFD.GPSInfo)[1] = "N"
+    return exif
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("source", ["jpg", "tif", "png"])
+def test_exif_is_kept_and_the_picture_upright(tmp_path, ending, source):
+    path, target = tmp_path / f"in.{source}", tmp_path / f"out.{ending}"
+    Image.fromarray(photograph(30, 40)).save(path, exif=camera_exif())
+    picture = read_picture(path)
+    assert np.array_equal(picture.pixels, read_image(path)) and picture.pixels.shape == (40, 30, 3)
+    write_picture(target, picture.pixels, picture, "a record", quality=90)
+    with Image.open(target) as image:
+        exif = image.getexif()
+        assert exif[TAGS.Model] == "Camera" and exif[TAGS.DateTime] == "2026:01:02 03:04:05"
+        assert TAGS.Orientation not in exif and image.size == (30, 40)
+        if source != "tif":  # Pillow leaves these out when it writes a TIFF
+            sub = exif.get_ifd(IFD.Exif)
+            assert sub[TAGS.DateTimeOriginal] == "2020:01:02 03:04:05" and sub[TAGS.ISOSpeedRatings] == 200
+            assert not {TAGS.MakerNote, TAGS.ExifImageWidth} & {*sub} and exif.get_ifd(IFD.GPSInfo)[1] == "N"
+        assert image.format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[ending]
+    assert read_record(target) == "a record"
+    assert np.abs(read_image(target).astype(int) - picture.pixels).mean() < 4
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_damaged_exif_is_told_and_left_out(tmp_path):
+    Image.fromarray(photograph(8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05broken")
+    with pytest.warns(UserWarning):
+        picture = read_picture(tmp_path / "a.jpg")
+    write_picture(tmp_path / "b.jpg", picture.pixels, picture, "r")
+    assert read_record(tmp_path / "b.jpg") == "r"
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("source", ["png", "tif"])
+def test_16_bits_stay(tmp_path, channels, source):
+    deep = np.random.default_rng(0).integers(0, 65536, (9, 14, channels), dtype=np.uint16)
+    path = tmp_path / f"in.{source}"
+    cv2.imwrite(str(path), deep if channels == 1 else deep[..., [2, 1, 0, 3][:channels]])
+    picture = read_picture(path, deep=True)
+    assert np.array_equal(picture.pixels, np.repeat(deep, 3, 2) if channels == 1 else deep[..., :3])
+    assert (picture.alpha is None) == (channels < 4)
+    picture.exif[TAGS.Model] = "Camera"
+    write_picture(tmp_path / "out.png", picture.with_alpha(picture.pixels), picture, "made")
+    again = read_picture(tmp_path / "out.png", deep=True)
+    assert np.array_equal(again.pixels, picture.pixels) and again.exif[TAGS.Model] == "Camera"
+    assert read_record(tmp_path / "out.png") == "made"
+    if channels == 4:
+        assert np.array_equal(again.alpha, deep[..., 3])
+    assert read_picture(path).pixels.dtype == np.uint8
+    write_picture(tmp_path / "out.jpg", picture.with_alpha(picture.pixels), picture)
+    assert read_image(tmp_path / "out.jpg").shape == (9, 14, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("source", ["png", "tif"])
+def test_16_bits_are_upright(tmp_path, orientation, source):
+    """The same turn as that of the 8-bit reader."""
+    path = tmp_path / f"in.{source}"
+    deep = photograph(12, 18).astype(np.uint16) * 257
+    cv2.imwrite(str(path), deep[..., ::-1])
+    exif = Image.Exif()
+    exif[TAGS.Orientation] = orientation
+    if source == "png":
+        from ldm.data.picture import _deep_png
+
+        path.write_bytes(_deep_png(deep, None, exif.tobytes()))
+    else:
+        tags = path.read_bytes()  # OpenCV writes no orientation: Pillow cannot write 16 bits
+        import tifffile
+
+        with tifffile.TiffWriter(path) as writer:
+            writer.write(deep, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+        assert path.read_bytes() != tags
+    upright = read_picture(path, deep=True).pixels
+    assert upright.dtype == np.uint16 and np.array_equal(upright // 257, read_image(path))
+
+
+def test_colours_are_srgb_or_named(tmp_path):
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(photograph(8, 8)).save(tmp_path / "a.png", icc_profile=lab)
+    Image.fromarray(photograph(8, 8)).save(tmp_path / "b.png")
+    for name, tagged in (("a", True), ("b", False)):
+        picture = read_picture(tmp_path / f"{name}.png")
+        for ending in ("png", "jpg", "webp"):
+            write_picture(tmp_path / f"{name}2.{ending}", picture.pixels, picture)
+            with Image.open(tmp_path / f"{name}2.{ending}") as image:
+                assert bool(image.info.get("icc_profile")) == tagged
+    deep = photograph(8, 8).astype(np.uint16) * 257
+    picture.profile = b"a profile of its own"
+    write_picture(tmp_path / "c.png", deep, picture)
+    assert read_picture(tmp_path / "c.png", deep=True).profile == picture.profile
+
+
+def test_transparency_is_carried_and_lies_over_white_in_jpeg(tmp_path):
+    rgba = np.dstack([photograph(8, 8), np.full((8, 8), 128, np.uint8)])
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    picture = read_picture(tmp_path / "a.png")
+    assert np.array_equal(picture.pixels, rgba[..., :3]) and np.array_equal(
+        picture.shown(), read_image(tmp_path / "a.png")
+    )
+    write_picture(tmp_path / "b.png", picture.with_alpha(picture.pixels), picture)
+    assert np.array_equal(read_rgba(tmp_path / "b.png"), rgba)
+    write_picture(tmp_path / "b.jpg", picture.with_alpha(picture.pixels), picture, quality=100)
+    assert np.abs(read_image(tmp_path / "b.jpg").astype(int) - picture.shown()).mean() < 4
+
+
+def test_a_picture_too_large_for_its_format_is_named(tmp_path):
+    picture = read_picture(photographs()[0])
+    with pytest.raises(ValueError, match="long.webp: WEBP cannot hold this picture"):
+        write_picture(tmp_path / "long.webp", np.zeros((1, 16384, 3), np.uint8), picture)
+    assert not list(tmp_path.iterdir())
+
+
+def test_records_tell_what_differs(tmp_path):
+    first, second = tmp_path / "a.bin", tmp_path / "sub" / "a.bin"
+    second.parent.mkdir()
+    first.write_bytes(b"1")
+    second.write_bytes(b"2")
+    record = make_record("SRN", {"tile": 1, "prompt": "Öl"}, [first])
+    assert record.isascii() and record == make_record("SRN", {"prompt": "Öl", "tile": 1}, [first])
+    others = [("DBGAN", 1, first), ("SRN", 2, first), ("SRN", 1, second)]
+    assert record not in [make_record(c, {"tile": t, "prompt": "Öl"}, [p]) for c, t, p in others]
+    known = identity(first)
+    first.write_bytes(b"3")
+    assert identity(first) != known
+    with pytest.raises(FileNotFoundError, match="file not found: .*none"):
+        identity(tmp_path / "none")
+    assert read_record(tmp_path / "a.bin") == "" and read_record(tmp_path / "none") == ""
