@@ -25,11 +25,11 @@ from torch.nn import functional as F
 from ldm.checkpoint import fill, read_trained, write_half
 from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs
-from ldm.data.paired import BlurDataset, CropDataset, ImageFiles, PairedDataset, Together
+from ldm.data.paired import BlurDataset, CropDataset, ImageFiles, PairedDataset, Together, crop_schedule
 from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
-from ldm.modules.losses import PixelLoss, fft_loss, pixel_loss
+from ldm.modules.losses import PixelLoss, restoration_loss
 from ldm.run import Run, start_fabric, unscale_gradients
 from ldm.settings import BatchSize, Devices, MaxSteps, Precision, WeightDecay, check_counts, plain, run_main
 from ldm.tiling import pad_to_multiple, restore_picture
@@ -204,8 +204,8 @@ class SRNDeblurNet(nn.Module):
         sampling: bool = False,
     ):
         super().__init__()
-        self.coarsest, self.detach, self.residual = coarsest, detach, residual
-        self.side = 2 if sampling else 1  # of the squares of pixels that are one to the convolutions
+        self.width, self.coarsest, self.detach, self.residual = width, coarsest, detach, residual
+        self.sampling, self.side = sampling, 2 if sampling else 1  # pixels that are one to the convolutions
         self.multiple, pixels = 16 * self.side, self.side**2
         self.inblock = EBlock(6 * pixels, width, stride=1)
         self.eblock1 = EBlock(width, 2 * width, stride=2)
@@ -220,12 +220,11 @@ class SRNDeblurNet(nn.Module):
 
     def forward(self, b1: Tensor, b2: Tensor, b3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if b1.shape[-2] % self.multiple or b1.shape[-1] % self.multiple:
-            raise ValueError(
-                f"height and width must be multiples of {self.multiple}, not {tuple(b1.shape[-2:])}"
-            )
+            sides = tuple(b1.shape[-2:])
+            raise ValueError(f"height and width must be multiples of {self.multiple}, not {sides}")
         estimate = b3 if self.coarsest == "blurry" else torch.zeros_like(b3)
         b, h, w = len(b3), b3.shape[-2] // self.side, b3.shape[-1] // self.side
-        hidden = cell = b3.new_zeros(b, self.convlstm.conv.weight.shape[0] // 4, h // 4, w // 4)
+        hidden = cell = b3.new_zeros(b, 4 * self.width, h // 4, w // 4)
         i3, hidden, cell = self.step(b3, estimate, hidden, cell)
         i2, hidden, cell = self.step(b2, self.upsampled(i3), double(hidden), double(cell))
         i1, _, _ = self.step(b1, self.upsampled(i2), double(hidden), double(cell))
@@ -250,12 +249,9 @@ class SRNDeblurNet(nn.Module):
 
 
 def xavier(network: nn.Module) -> None:
-    """Xavier's uniform first weights (Glorot and Bengio 2010) and no biases; a residual's last stay zero."""
-    for name, value in network.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(value)
-        elif value.any():
-            nn.init.xavier_uniform_(value)
+    """Xavier's uniform first weights (Glorot and Bengio 2010), no biases; a residual's last stay zero."""
+    for value in network.parameters():
+        nn.init.xavier_uniform_(value) if value.ndim > 1 and value.any() else nn.init.zeros_(value)
 
 
 def double(x: Tensor) -> Tensor:
@@ -282,8 +278,7 @@ def restore_image(
 ) -> np.ndarray:
     """Restore a uint8 picture (h, w, 3) of any size on the network's device.
 
-    `options` are those of ldm.tiling.restore_picture. `self_ensemble` averages
-    over the 8 flips and turns.
+    `options` are those of ldm.tiling.restore_picture; `self_ensemble` averages over the 8 flips and turns.
     """
 
     def run(image: Tensor) -> Tensor:
@@ -317,10 +312,8 @@ def load_network(path: str | Path) -> SRNDeblurNet:
 def start_from(network: SRNDeblurNet, path: Path) -> None:
     """Give the network the weights of a file. Raises ValueError if it holds one of another form."""
     found = load_network(path)
-    for name, own, other in (
-        ("width", network.convlstm.conv.weight.shape[0] // 16, found.convlstm.conv.weight.shape[0] // 16),
-        ("sampling", network.side == 2, found.side == 2),
-    ):
+    for name in ("width", "residual", "sampling"):
+        own, other = getattr(network, name), getattr(found, name)
         if own != other:
             raise ValueError(f"--init_weights {path}: its {name} is {other}, this run's {own}")
     network.load_state_dict(found.state_dict())
@@ -336,15 +329,9 @@ def export(checkpoint: Path, path: Path) -> None:
 # ---- loss and training step --------------------------------------------------------------------------------
 
 
-def scale_losses(
-    restored: Sequence[Tensor], sharp: Sequence[Tensor], kind: PixelLoss = "mse", fft_weight: float = 0.0
-) -> list[Tensor]:
-    """The loss at each scale: mean squared error (paper, equation 5, with kappa = 1), or another."""
-    losses = [pixel_loss(i, s, kind) for i, s in zip(restored, sharp, strict=True)]
-    if fft_weight:
-        spectra = [fft_loss(i, s) for i, s in zip(restored, sharp, strict=True)]
-        losses = [loss + fft_weight * distance for loss, distance in zip(losses, spectra, strict=True)]
-    return losses
+def scale_losses(restored: Sequence[Tensor], sharp: Sequence[Tensor], *loss: Any) -> list[Tensor]:
+    """Mean squared error at each scale (paper, equation 5, with kappa = 1), or what `loss` names."""
+    return [restoration_loss(i, s, *loss) for i, s in zip(restored, sharp, strict=True)]
 
 
 def train_step(
@@ -398,8 +385,6 @@ def check(settings: Settings) -> None:
     for name in ("sharp_fraction", "jpeg_probability"):
         if not 0 <= getattr(settings, name) <= 1:
             raise ValueError(f"{name} must lie in [0, 1], not {getattr(settings, name)}")
-    if settings.nesterov and settings.optimizer == "sgd" and not settings.momentum:
-        raise ValueError("nesterov needs a momentum above 0")
     if not 0 <= settings.ema_decay < 1:
         raise ValueError(f"ema_decay must lie in [0, 1), not {settings.ema_decay}")
     if not (settings.data or settings.sharp_dir or settings.dead_leaves):
@@ -427,17 +412,15 @@ def make_data(settings: Settings) -> tuple[CropDataset, HeldOut]:
         return PairedDataset(pairs, crop, seed, augment=True, cache=settings.cache), validation
     files = ImageFiles([pair.sharp for pair in pairs], settings.cache)
     leaves = DeadLeaves(max(crop, *settings.late_crop_sizes, 0) + 64, settings.dead_leaves, seed)
-    blur |= {"jpeg_probability": settings.jpeg_probability, "sharp_fraction": settings.sharp_fraction}
     sources = Together((files, settings.photo_crops), (leaves, 1))
+    blur |= {"jpeg_probability": settings.jpeg_probability, "sharp_fraction": settings.sharp_fraction}
     blur |= {"candidates": settings.crop_candidates, "field": (0.0, 0.0)}
     return BlurDataset(sources, crop, seed, augment=True, **blur), validation
 
 
 def batches(run: Run, dataset: CropDataset, settings: Settings, steps: int) -> Iterator[dict]:
-    """All batches from where the run stands: crops of the late sizes share the last half of the steps."""
-    sizes, share = [settings.crop_size, *settings.late_crop_sizes], len(settings.late_crop_sizes)
-    ends = [steps - steps * left // (2 * share) for left in range(share, 0, -1)] if share else []
-    for size, end in zip(sizes, [*ends, steps], strict=True):
+    """All batches from where the run stands, in crops that grow."""
+    for size, end in crop_schedule(settings.crop_size, settings.late_crop_sizes, steps):
         if run.step < end:
             part = dataset.resized(size)
             yield from run.loader(part, settings.batch_size, end, settings.seed, settings.num_workers)

@@ -31,7 +31,7 @@ from ldm.data.stream import SampleStream
 from ldm.metrics import psnr
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation import blur
-from ldm.modules.losses import fft_loss, pixel_loss
+from ldm.modules.losses import restoration_loss
 from ldm.modules.nafnet import NAFNet
 from ldm.run import start_fabric
 from ldm.tiling import restore_picture
@@ -120,7 +120,7 @@ def train(case: Case, settings: Settings) -> tuple[nn.Module, int]:
         with fabric.autocast():
             restored = network(*train_srn.pyramid(batch["blurry"]))
         pairs = list(zip(restored, train_srn.pyramid(batch["sharp"]), strict=False))
-        loss = sum(pixel_loss(*pair, case.loss) + case.fft * fft_loss(*pair) for pair in pairs)
+        loss = sum(restoration_loss(*pair, case.loss, case.fft) for pair in pairs)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -233,6 +233,12 @@ def blur_crop(
     )
 
 
+def crop_schedule(first: int, late: Sequence[int], steps: int) -> list[tuple[int, int]]:
+    """Crop sizes, each with the step where it ends: the late sizes share the last half of the steps."""
+    parts = 2 * max(1, len(late))
+    return [(size, steps - steps * (len(late) - n) // parts) for n, size in enumerate((first, *late))]
+
+
 def sharpness(image: np.ndarray) -> float:
     """Variance of the Laplacian of uint8 RGB (h, w, 3): near 0 where nothing is in focus."""
     return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var())

@@ -18,6 +18,14 @@ def pixel_loss(restored: Tensor, sharp: Tensor, kind: PixelLoss = "mse") -> Tens
     return {"mse": F.mse_loss, "l1": F.l1_loss}[kind](restored, sharp)
 
 
+def restoration_loss(
+    restored: Tensor, sharp: Tensor, kind: PixelLoss = "mse", fft_weight: float = 0.0
+) -> Tensor:
+    """Distance of pixels, and `fft_weight` times that of the Fourier transforms."""
+    loss = pixel_loss(restored, sharp, kind)
+    return loss + fft_weight * fft_loss(restored, sharp) if fft_weight else loss
+
+
 def fft_loss(restored: Tensor, sharp: Tensor) -> Tensor:
     """Mean absolute difference of the two-dimensional Fourier transforms, real and imaginary parts apart.
 

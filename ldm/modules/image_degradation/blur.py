@@ -117,6 +117,7 @@ def aperture_kernel(radius: float, blades: int = 0, angle: float = 0.0) -> np.nd
     `radius` in pixels is that of the disk or of the circle through the corners; `angle` in radians turns
     the polygon. A pixel is the mean of 4 x 4 points, each counted by its distance to the rim.
     """
+    radius = max(radius, 0.25)  # a smaller spot would miss all points, and is one pixel as well
     reach = math.ceil(radius + 0.5)
     fine = (np.arange(4 * (2 * reach + 1)) + 0.5) / 4 - reach - 0.5
     x, y = fine[None, :], fine[:, None]
