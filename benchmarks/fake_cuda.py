@@ -1,0 +1,268 @@
+"""Training steps without a GPU: tensors that have a device, a type and a shape, but no memory and no numbers.
+
+with fake_tensors() as count:                # on fake CUDA: a mix of devices or types raises
+    network = to_fake(SRNDeblurNet(), "cuda")
+    network(torch.empty(1, 3, 64, 64, device="cuda"))
+print(count.tflop, count.gigabytes, count.kernels, count.peak, count.syncs)
+
+The backward engine wants a real device: on fake CUDA `backward` leaves gradients of the right shapes and does
+nothing else. Whole steps are counted on fake CPU tensors, with `like_cuda` for what CUDA does otherwise.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+# Operations that only take memory.
+ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+# The CPU's attention, by the name of CUDA's that does the same arithmetic.
+ON_CUDA = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+# What autocast computes in float32 on CUDA, and not, or not all, on a CPU.
+FLOAT32 = {
+    *(F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.interpolate, F.softplus, F.mse_loss, F.l1_loss),
+    *(F.smooth_l1_loss, F.binary_cross_entropy_with_logits),
+    *(torch.exp, torch.log, torch.pow, torch.Tensor.exp, torch.Tensor.log, torch.Tensor.pow),
+    *(torch.Tensor.sum, torch.sum, torch.Tensor.softmax),
+}
+
+
+class FakeMode(FakeTensorMode):
+    """Never starts CUDA, also while `torch.cuda.is_available` says yes."""
+
+    avoid_device_init = True
+
+
+class Count(TorchDispatchMode):
+    """What the operations on fake tensors would do: see the attributes. GB are 10^9 bytes.
+
+    `kernels` are operations that compute or copy, views and plain allocations left out. `moved` is what they
+    read and write. `held` and `peak` are the bytes of all tensors now and at most. What is drawn from a
+    generator of its own, and all that follows from that alone, is the CPU's work and not counted.
+    `syncs` are places where the program waits for what a CUDA tensor holds; a number is 0 then, a truth True.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.moved = self.kernels = self.syncs = self.held = self.peak = 0
+        self._storages: dict[int, int] = {}  # bytes of each that lives
+        self._host: set[int] = set()
+
+    @property
+    def tflop(self) -> float:
+        return self.flops / 1e12
+
+    @property
+    def gigabytes(self) -> float:
+        return self.moved / 1e9
+
+    @property
+    def peak_gb(self) -> float:
+        return self.peak / 1e9
+
+    def restart(self) -> None:
+        """Count anew from here; what is held is held on."""
+        self.flops = self.moved = self.kernels = self.syncs = 0
+        self.peak = self.held
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return self._number(args[0])
+        result = func(*args, **kwargs)
+        if func.namespace in ("aten", "fsdp", "c10d"):
+            self._add(func, args, kwargs, result)
+        return result
+
+    def _number(self, tensor: Tensor) -> bool | int | float:
+        self.syncs += tensor.is_cuda
+        if tensor.dtype == torch.bool:
+            return True
+        if tensor.is_floating_point():
+            return 0.0 if tensor.is_cuda else 1.0  # an optimizer divides by its count of steps
+        return 0
+
+    def _add(self, func, args: tuple, kwargs: dict, result) -> None:
+        enter = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        keys = {_key(tensor) for tensor in enter}
+        fresh = [
+            leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and _key(leaf) not in keys
+        ]
+        on_host = keys <= self._host if keys else kwargs.get("generator") is not None
+        for tensor in fresh:
+            self._hold(tensor, on_host)
+        written = _written(func, args, kwargs)
+        if any(t.is_cuda for t in enter) and any(not t.is_cuda for t in (*fresh, *written)):
+            self.syncs += func.overloadpacket in (aten._to_copy, aten.copy_)
+        if on_host or not (fresh or written) or func.overloadpacket in ALLOCATIONS:
+            return
+        read = enter[1:] if func.overloadpacket in (aten.copy_, aten.fill_, aten.zero_) else enter
+        self.kernels += 1
+        self.moved += sum(map(_size, [*read, *fresh, *written]))
+        if func.overloadpacket in (aten.convolution, aten.convolution_backward):
+            self._relayout([tensor for tensor in enter if tensor.ndim == 4])
+        formula = flop_registry.get(ON_CUDA.get(func.overloadpacket, func.overloadpacket))
+        if formula:
+            self.flops += formula(*args, **kwargs, out_val=result)
+
+    def _relayout(self, tensors: list[Tensor]) -> None:
+        """cuDNN convolves in channels_last if one operand lies so, and first copies those that do not."""
+        last = torch.channels_last
+        if any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in tensors):
+            copied = [_size(t) for t in tensors if not t.is_contiguous(memory_format=last)]
+            self.kernels += len(copied)
+            self.moved += 2 * sum(copied)
+            self.peak = max(self.peak, self.held + sum(copied))
+
+    def _hold(self, tensor: Tensor, on_host: bool) -> None:
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        if key in self._storages:
+            return
+        self._storages[key] = 0 if on_host else storage.nbytes()
+        self.held += self._storages[key]
+        self.peak = max(self.peak, self.held)
+        if on_host:
+            self._host.add(key)
+        weakref.finalize(storage, self._release, key).atexit = False
+
+    def _release(self, key: int) -> None:
+        self.held -= self._storages.pop(key)
+        self._host.discard(key)
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of a tensor; what is expanded lies in memory once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _written(func, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The arguments that an operation writes to."""
+    if not func._schema.is_mutable:
+        return []
+    places = zip(func._schema.arguments, args, strict=False)
+    values = [value for argument, value in places if argument.alias_info and argument.alias_info.is_write]
+    values += [kwargs[a.name] for a in func._schema.arguments if a.is_out and a.name in kwargs]
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+class LikeCuda(TorchFunctionMode):
+    """CPU tensors treated as CUDA would: autocast's list of float32, and GroupNorm, which copies to NCHW."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = ([_float32(v) for v in args], {k: _float32(v) for k, v in kwargs.items()})
+        if func is F.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **kwargs)
+
+
+def _float32(value):
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+def _leaves(node) -> Iterator[Tensor]:
+    """The parameters below a node of the graph, each once."""
+    seen, ahead = set(), [node]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        ahead.extend(following for following, _ in node.next_functions)
+
+
+def _backward(loss: Tensor, *args, **kwargs) -> None:
+    """Gradients of the right shapes where backward would leave them: its engine wants a real device."""
+    for parameter in _leaves(loss.grad_fn):
+        parameter.grad = torch.empty_like(parameter)
+
+
+_real_from_numpy = torch.from_numpy
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    return torch.empty(array.shape, dtype=_real_from_numpy(array).dtype)
+
+
+def _to_numpy(tensor: Tensor, *args, **kwargs) -> np.ndarray:
+    if tensor.is_cuda:
+        raise TypeError("a CUDA tensor has no numpy array: copy it to the CPU first")
+    return np.zeros(tensor.shape, str(tensor.dtype).removeprefix("torch."))
+
+
+def _swap(parameter: Tensor, other: Tensor) -> None:
+    """What nn.Module.to needs; torch's own refuses fake parameters that something refers to."""
+    parameter.data, parameter.fake_device = other.data, other.fake_device
+
+
+@contextmanager
+def fake_tensors(like_cuda: bool = False) -> Iterator[Count]:
+    """All tensors made inside are fake, and torch believes in CUDA. Raises ValueError without its CUDA build."""
+    if not torch.backends.cuda.is_built():
+        raise ValueError("fake CUDA tensors need the CUDA build of torch, which this is not")
+    count, state = Count(), torch.get_rng_state()
+    patches = {
+        "torch.cuda.is_available": lambda: True,
+        "torch.cuda.is_bf16_supported": lambda *args, **kwargs: True,
+        "torch.cuda.is_current_stream_capturing": lambda: False,
+        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "torch.utils.swap_tensors": _swap,
+        "torch.get_rng_state": lambda: state,
+        "torch.set_rng_state": lambda state: None,
+        "torch.from_numpy": _from_numpy,
+        "torch.Tensor.numpy": _to_numpy,
+        "torch.utils._foreach_utils._foreach_supported_types": [Tensor, nn.Parameter, FakeTensor],
+    }
+    if not like_cuda:
+        patches["torch.Tensor.backward"] = _backward
+    entered = [mock.patch(name, value) for name, value in patches.items()]
+    for patch in entered:
+        patch.start()
+    try:
+        with FakeMode(), count, LikeCuda() if like_cuda else nullcontext():
+            yield count
+    finally:
+        for patch in reversed(entered):
+            patch.stop()
+
+
+def to_fake(
+    module: nn.Module, device: str = "cuda", dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Give a module, also one on meta, fake parameters and buffers of its own shapes; in place."""
+    for part in module.modules():
+        if hasattr(part, "_device"):  # Lightning's modules know where they are
+            part._device = torch.device(device)
+        for name, value in part._parameters.items():
+            if value is not None:
+                kind = dtype if dtype and value.dtype == torch.float32 else value.dtype
+                new = torch.empty(value.shape, dtype=kind, device=device)
+                part._parameters[name] = nn.Parameter(new, requires_grad=value.requires_grad)
+        for name, value in part._buffers.items():
+            if value is not None:
+                part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
+    return module

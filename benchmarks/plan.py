@@ -1,0 +1,376 @@
+"""Does it fit on my card, and how fast can it be: one training step at full size, counted without a GPU.
+
+    python -m benchmarks.plan deblur --batch_size 32 --precision bf16 --cache_latents --card h200
+    python -m benchmarks.plan inpaint | srn | dbgan | kontext      # with any flag of the training script
+
+The step of the training script runs on fake tensors (benchmarks/fake_cuda.py): no file, no GPU and next to no
+memory is needed. Counted are the operations that torch would launch without --compile: TFLOP, GB (10^9 bytes)
+read and written, kernels, and the peak of all tensors. CUDA's context, cuDNN's workspace and what the
+allocator rounds up come on top: about 1 GB. No step is faster than its matrix products at the card's dense
+rate, nor than its traffic at the card's bandwidth; a good one takes 1.2 to 2 times the larger of the two.
+"""
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
+from torchvision.models import vgg19
+
+import train_dbgan
+import train_kontext_lora
+import train_srn
+import tutorial_train_deblur
+import tutorial_train_inpaint
+from benchmarks.fake_cuda import Count, fake_tensors, to_fake
+from cldm.cache import drop_encoders
+from cldm.model import read_config
+from cldm.training import prepare_model
+from ldm.models.kontext import AUTOENCODER, TRANSFORMER, FluxAutoencoder
+from ldm.modules.ema import EMA
+from ldm.modules.flux import Flux, FluxParams
+from ldm.modules.perceptual import PerceptualLoss
+from ldm.settings import lightning_precision, plain, run_main
+from ldm.util import half_dtype, instantiate_from_config
+
+OVERHEAD = 1.0  # GB: CUDA's context, cuDNN's workspace, rounding
+
+
+class Work(NamedTuple):
+    """A training step as a function, and the parts that a checkpoint keeps."""
+
+    step: Callable[[], None]
+    parts: dict[str, Any]
+
+
+
+
+class Card(NamedTuple):
+    """What a maker's data sheet says: memory in GB, dense TFLOP/s in 16 bits and in TF32, TB/s."""
+
+    memory: float
+    half: float
+    tf32: float
+    bandwidth: float
+
+
+CARDS = {
+    "h200": Card(150, 989, 495, 4.8),
+    "h100": Card(85, 989, 495, 3.35),
+    "a100": Card(85, 312, 156, 2.04),
+    "4090": Card(25.7, 165, 83, 1.01),
+    "3060": Card(12.8, 25.5, 12.7, 0.36),
+}
+
+
+# ---- the steps of the five scripts, on any device ----------------------------------------------------------
+
+
+def fake_fabric(precision: str, device: str) -> Fabric:
+    """A Fabric that believes in its device and computes in `precision` there."""
+    fabric = Fabric(accelerator="cpu")
+    fabric._strategy._device = torch.device(device)
+    kind = lightning_precision(precision)
+    if kind != "32-true":
+        scaler = torch.amp.GradScaler(device) if kind == "16-mixed" else None
+        fabric._precision = fabric._strategy._precision = MixedPrecision(kind, device, scaler)
+    return fabric
+
+
+class EightBit(torch.optim.Optimizer):
+    """Takes the memory of bitsandbytes' AdamW8bit: two bytes of state for each number."""
+
+    def __init__(self, parameters, lr: float, **options):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[parameter]
+            for name in () if state else ("first", "second"):
+                state[name] = torch.empty(parameter.shape, dtype=torch.uint8, device=parameter.device)
+            for value in (*state.values(), parameter):
+                value.add_(1)
+
+
+def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """One kernel for all parameters, as CUDA has it by default or nearly so."""
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group.update(fused=True, foreach=False)
+    return optimizer
+
+
+def controlnet(settings: Any, device: str) -> Work:
+    """A step of the deblurring or the inpainting ControlNet."""
+    config = read_config(settings.config_path)
+    if getattr(settings, "use_attention", False):
+        config["target"] = "cldm.deblur.DeblurControlNetWithAttention"
+    names = ("deblur_loss_weight", "perceptual_loss_weight", "deblur_crop", "only_mid_control")
+    config["params"] |= {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+    channels = getattr(settings, "hint_channels", 3)
+    config["params"]["control_stage_config"]["params"]["hint_channels"] = channels
+    with torch.device("meta"):
+        model = instantiate_from_config(config)
+    to_fake(model, device)
+    if config["params"].get("perceptual_loss_weight") and config["params"]["deblur_loss_weight"]:
+        model.load_perceptual()
+    if settings.cache_latents:
+        drop_encoders(model, None if getattr(settings, "captions_file", "") else {""})
+    prepare_model(model.train(), replace(settings, compile=False))
+    optimizer = fused(model.configure_optimizers())
+    ema = EMA(model, settings.ema_decay) if settings.ema_decay else None
+    half, b, side = half_dtype(settings.precision), settings.batch_size, settings.image_size
+    scaler = torch.amp.GradScaler(device, enabled=half == torch.float16)
+    batch = {
+        "jpg": torch.empty(b, side, side, 3, device=device),
+        "hint": torch.empty(b, side, side, channels, device=device),
+        "txt": [""] * b,
+        "seed": [0] * b,
+    }
+    if settings.cache_latents:
+        batch["moments"] = torch.empty(b, 8, side // 8, side // 8, device=device)
+
+    def step() -> None:
+        for part in range(settings.accumulate_grad_batches):
+            with torch.autocast(device, half or torch.bfloat16, enabled=half is not None):
+                loss = model.shared_step(batch)[0] / settings.accumulate_grad_batches
+            if part == 0:  # Lightning's order: the old gradients go after the forward pass
+                optimizer.zero_grad()
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if ema:
+            ema.update(model)
+
+    return Work(step, {"state_dict": model, "optimizer": optimizer} | ({"ema": ema} if ema else {}))
+
+
+def srn(settings: train_srn.Settings, device: str) -> Work:
+    """A step of SRN-DeblurNet."""
+    fabric = fake_fabric(settings.precision, device)
+    s = settings
+    network = train_srn.SRNDeblurNet(s.width, s.coarsest, s.detach, s.residual).to(device)
+    if settings.channels_last:
+        network.to(memory_format=torch.channels_last)
+    trained, optimizer = fabric.setup(network, fused(train_srn.make_optimizer(network, settings)))
+    ema = EMA(network, settings.ema_decay)
+    images = torch.empty(2, settings.batch_size, 3, settings.crop_size, settings.crop_size, device=device)
+    batch = {"blurry": images[0], "sharp": images[1]}
+
+    def step() -> None:
+        train_srn.train_step(fabric, trained, optimizer, batch, settings.lstm_clip)
+        ema.update(network)
+
+    return Work(step, {"state_dict": network, "optimizer": optimizer.optimizer, "ema": ema})
+
+
+def dbgan(settings: train_dbgan.Settings, device: str, stage: str = "blur", phase: int = -1) -> Work:
+    """A step of a stage of BGAN and DBGAN; `phase` counts among the stage's losses."""
+    fabric = fake_fabric(settings.precision, device)
+    perceptual = None
+    if settings.perceptual_loss_weight and stage != "blur":
+        perceptual = PerceptualLoss(file=settings.vgg_file).to(device)
+    alone = replace(settings, generated_fraction=0.0, compile=False)
+    players = train_dbgan.make_players(alone, stage, perceptual, torch.device(device))
+    if stage == "deblur" and settings.generated_fraction:
+        blurrer = train_dbgan.make_generator("blur", plain(settings)).eval()
+        players.blurrer = blurrer.requires_grad_(False).to(device)
+    generators = players.generators
+    parameters = [*generators.parameters(), *players.discriminators.parameters()]
+    optimizer = fabric.setup_optimizers(torch.optim.Adam(parameters, settings.learning_rate, fused=True))
+    ema = EMA(generators, settings.ema_decay)
+    parts, size = settings.accumulate_grad_batches, settings.crop_size
+    images = torch.empty(2, parts * settings.batch_size, 3, size, size, device=device)
+    batch = {"blurry": images[0], "sharp": images[1]}
+    losses = partial(train_dbgan.STAGES[stage][2][phase], players, settings)
+
+    def step() -> None:
+        train_dbgan.train_step(fabric, optimizer, batch, parts, losses)
+        ema.update(generators)
+
+    networks = {"state_dict": generators, "discriminators": players.discriminators}
+    return Work(step, {**networks, "optimizer": optimizer.optimizer, "ema": ema, **players.pools})
+
+
+def kontext(settings: train_kontext_lora.Settings, device: str) -> Work:
+    """A step of the Kontext LoRA."""
+    if settings.perceptual_loss:
+        raise ValueError("--perceptual_loss cannot be counted: what it decodes depends on the noise drawn")
+    script = train_kontext_lora
+    autoencoder, model = script.load_models(
+        settings.pretrained_model_name_or_path, settings, torch.device("cuda")
+    )
+    to_fake(model, device), to_fake(autoencoder, device)
+    adapter = script.add_trained_lora(model, replace(settings, compile=False), torch.device(device))
+    optimizer = fused(script.make_optimizer(adapter, settings))
+    ema = EMA(adapter, settings.ema_decay)
+    params, count, side = model.params, settings.batch_size, settings.resolution
+    count *= settings.accumulate_grad_batches
+    prompt = {
+        "t5": torch.empty(1, 512, params.context_in_dim, dtype=torch.bfloat16, device=device),
+        "pooled": torch.empty(1, params.vec_in_dim, dtype=torch.bfloat16, device=device),
+    }
+    images = torch.empty(2, count, 3, side, side, device=device)
+    numbers = torch.randint(9, (count,), generator=torch.Generator())
+    batch = {"target": images[0], "control": images[1], "seed": numbers, "index": numbers}
+    fabric = fake_fabric("32", device)
+
+    def step() -> None:
+        script.train_step(model, autoencoder, None, prompt, batch, (None, None), settings)
+        script.update(fabric, adapter, optimizer, settings.learning_rate, settings)
+        ema.update(adapter)
+
+    return Work(step, {"state_dict": adapter, "optimizer": optimizer, "ema": ema})
+
+
+# ---- files that are not there ------------------------------------------------------------------------------
+
+
+def _weights_of(path: Path) -> dict[str, torch.Tensor]:
+    """What Kontext's files hold: the names and shapes."""
+    with torch.device("meta"):
+        model = Flux(FluxParams()) if path.name == TRANSFORMER else FluxAutoencoder()
+    dtype = torch.bfloat16 if path.name == TRANSFORMER else torch.float32
+    return {name: torch.empty(value.shape, dtype=dtype) for name, value in model.state_dict().items()}
+
+
+def without_files(make: Callable[..., Work], *arguments: Any) -> Work:
+    """make(*arguments) with weights that need no file, and bitsandbytes' memory without bitsandbytes."""
+    bitsandbytes = types.ModuleType("bitsandbytes.optim")
+    bitsandbytes.AdamW8bit = EightBit
+    modules = {"bitsandbytes": types.ModuleType("bitsandbytes"), "bitsandbytes.optim": bitsandbytes}
+    with (
+        mock.patch.dict(sys.modules, modules),
+        mock.patch("ldm.modules.perceptual._read_features", lambda file: vgg19()),
+        mock.patch("ldm.models.kontext.read_weights", _weights_of),
+        mock.patch("ldm.models.kontext.read_settings", lambda *arguments: {}),
+        mock.patch("train_kontext_lora.tqdm", lambda values, **look: values),
+    ):
+        return make(*arguments)
+
+
+# ---- counting and printing ---------------------------------------------------------------------------------
+
+
+def count_step(make: Callable[..., Work], *arguments: Any) -> Count:
+    """What the second of two steps of make(*arguments, "cpu") costs on CUDA."""
+    with fake_tensors(like_cuda=True) as count:
+        step, _ = without_files(make, *arguments)
+        step()
+        count.restart()
+        step()
+    return count
+
+
+def bounds(count: Count, card: Card, precision: str) -> tuple[float, float]:
+    """Seconds that the matrix products and that the traffic take at least."""
+    rate = card.tf32 if precision.startswith("32") else card.half
+    return count.tflop / rate, count.gigabytes / (1000 * card.bandwidth)
+
+
+def find_card(name: str) -> Card | None:
+    """A card by name, None for none. Raises ValueError that lists those that are known."""
+    if name and name not in CARDS:
+        raise ValueError(f"--card {name} is not known: give one of {', '.join(CARDS)}")
+    return CARDS[name] if name else None
+
+
+def show(title: str, count: Count, images: int, precision: str, card: str) -> None:
+    """One counted step, and what it is on a card."""
+    peak = count.peak / 1e9
+    print(
+        f"{title}: {count.tflop:.1f} TFLOP, {count.gigabytes:.0f} GB moved, {count.kernels} kernels, "
+        f"peak {peak:.1f} GB (counted)"
+    )
+    found = find_card(card)
+    if found:
+        products, traffic = bounds(count, found, precision)
+        fits = "fits" if peak + OVERHEAD <= found.memory else "does NOT fit"
+        print(
+            f"  {card}: {fits} ({peak + OVERHEAD:.1f} of {found.memory:g} GB with the context); a step takes "
+            f"{1000 * products:.0f} ms at least for its products, {1000 * traffic:.0f} ms for its traffic: "
+            f"at most {images / max(products, traffic):.1f} images/s"
+        )
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Deblur(tutorial_train_deblur.Settings):
+    """Count a step of tutorial_train_deblur.py."""
+
+    card: str = ""  # h200, h100, a100, 4090 or 3060: does it fit there
+
+    def plans(self) -> Iterator[tuple[str, Callable, int]]:
+        images = self.batch_size * self.accumulate_grad_batches
+        yield f"deblur, batch {images}", partial(controlnet, self), images
+
+
+@dataclass
+class Inpaint(tutorial_train_inpaint.Settings):
+    """Count a step of tutorial_train_inpaint.py."""
+
+    card: str = ""  # h200, h100, a100, 4090 or 3060: does it fit there
+
+    def plans(self) -> Iterator[tuple[str, Callable, int]]:
+        images = self.batch_size * self.accumulate_grad_batches
+        yield f"inpaint, batch {images}", partial(controlnet, self), images
+
+
+@dataclass
+class SRN(train_srn.Settings):
+    """Count a step of train_srn.py."""
+
+    card: str = ""  # h200, h100, a100, 4090 or 3060: does it fit there
+
+    def plans(self) -> Iterator[tuple[str, Callable, int]]:
+        yield f"srn, batch {self.batch_size}", partial(srn, self), self.batch_size
+
+
+@dataclass
+class DBGAN(train_dbgan.Settings):
+    """Count a step of train_dbgan.py, in every phase of its mode."""
+
+    card: str = ""  # h200, h100, a100, 4090 or 3060: does it fit there
+
+    def plans(self) -> Iterator[tuple[str, Callable, int]]:
+        images = self.batch_size * self.accumulate_grad_batches
+        for stage in ("blur", "deblur") if self.mode == "all" else (self.mode,):
+            for phase, losses in enumerate(train_dbgan.STAGES[stage][2]):
+                name = f"dbgan {stage}, {losses.__name__}, {self.accumulate_grad_batches} x {self.batch_size}"
+                yield name, lambda device, s=stage, p=phase: dbgan(self, device, s, p), images
+
+
+@dataclass
+class Kontext(train_kontext_lora.Settings):
+    """Count a step of train_kontext_lora.py."""
+
+    card: str = ""  # h200, h100, a100, 4090 or 3060: does it fit there
+
+    def plans(self) -> Iterator[tuple[str, Callable, int]]:
+        images = self.batch_size * self.accumulate_grad_batches
+        yield f"kontext, {self.accumulate_grad_batches} x {self.batch_size}", partial(kontext, self), images
+
+
+COMMANDS = {"deblur": Deblur, "inpaint": Inpaint, "srn": SRN, "dbgan": DBGAN, "kontext": Kontext}
+
+
+def main(settings: Deblur | Inpaint | SRN | DBGAN | Kontext) -> None:
+    """Count and print."""
+    find_card(settings.card)
+    precision = getattr(settings, "precision", "bf16")
+    for title, make, images in settings.plans():
+        show(title, count_step(make, "cpu"), images, precision, settings.card)
+
+
+if __name__ == "__main__":
+    run_main(main, COMMANDS)

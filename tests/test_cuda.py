@@ -1,0 +1,197 @@
+"""What would happen on CUDA, on fake tensors: devices, types, waits and resumed states of every system."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+import infer
+import train_dbgan
+import train_kontext_lora
+import train_srn
+import tutorial_train_deblur
+import tutorial_train_inpaint
+from benchmarks import plan
+from benchmarks.fake_cuda import fake_tensors, to_fake
+from cldm.model import create_model
+from ldm.data.image import write_image
+from ldm.models.kontext import FluxAutoencoder
+from ldm.modules.flux import Flux, FluxParams
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="torch was built without CUDA: it has no fake CUDA tensors"
+)
+PRECISIONS = ("32", "bf16", "16")
+ROOT = Path(__file__).parent.parent
+FLUX = FluxParams(64, 64, 32, 48, 128, 4.0, 4, depth=2, depth_single_blocks=2, axes_dim=(8, 12, 12))
+AUTOENCODER = {"ch": 32, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_channels": 16}
+
+SMALL = {"image_size": 64, "batch_size": 2, "ema_decay": 0.9}
+DEBLUR = tutorial_train_deblur.Settings(
+    config_path=str(ROOT / "models/cldm_tiny_deblur.yaml"), deblur_crop=4, **SMALL
+)
+INPAINT = tutorial_train_inpaint.Settings(config_path=str(ROOT / "models/cldm_tiny_inpaint.yaml"), **SMALL)
+SRN = train_srn.Settings(width=8, crop_size=32, batch_size=2)
+DBGAN = train_dbgan.Settings(
+    width=8, blocks=1, blur_blocks=1, discriminator_width=8, crop_size=32, batch_size=2, pool_size=3
+)
+KONTEXT = train_kontext_lora.Settings(resolution=32, batch_size=1, accumulate_grad_batches=2)
+
+WORKS = {
+    "deblur": (plan.controlnet, DEBLUR),
+    "deblur, attention": (plan.controlnet, replace(DEBLUR, use_attention=True)),
+    "deblur, cached": (plan.controlnet, replace(DEBLUR, cache_latents=True, gradient_checkpointing=True)),
+    "inpaint": (plan.controlnet, INPAINT),
+    "inpaint, decoder too": (plan.controlnet, replace(INPAINT, sd_locked=False, hint_channels=4)),
+    "srn": (plan.srn, SRN),
+    "srn, channels_last": (plan.srn, replace(SRN, channels_last=True, residual=True)),
+    "dbgan blur": (partial(plan.dbgan, stage="blur"), DBGAN),
+    "dbgan deblur": (partial(plan.dbgan, stage="deblur"), DBGAN),
+    "dbgan content": (partial(plan.dbgan, stage="deblur", phase=0), DBGAN),
+    "dbgan paired": (partial(plan.dbgan, stage="paired"), DBGAN),
+}
+KONTEXTS = {
+    "bf16": KONTEXT,
+    "fp8": replace(KONTEXT, base_precision="fp8"),
+    "not checkpointed": replace(KONTEXT, gradient_checkpointing=False),
+}
+
+
+def build(make, settings) -> plan.Work:
+    """A training step on fake CUDA tensors, of tiny networks."""
+    with (
+        mock.patch("benchmarks.plan.FluxParams", lambda: FLUX),
+        mock.patch("ldm.models.kontext.FluxParams", lambda **sizes: FLUX),
+        mock.patch("benchmarks.plan.FluxAutoencoder", lambda: FluxAutoencoder(AUTOENCODER)),
+        mock.patch("ldm.models.kontext.FluxAutoencoder", lambda config: FluxAutoencoder(AUTOENCODER)),
+    ):
+        return plan.without_files(make, settings, "cuda")
+
+
+def on_cpu(state):
+    """A state as a checkpoint gives it back."""
+    return tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, state)
+
+
+def check_step(make, settings, waits: int = 0) -> None:
+    """Two steps, a stop, and a third step of what was resumed; `waits` is how often a step may wait."""
+    with fake_tensors() as count:
+        work = build(make, settings)
+        work.step()
+        count.restart()
+        work.step()
+        assert count.syncs <= waits, f"a step waits {count.syncs} times for the device"
+        trained = [p for p in work.parts["state_dict"].parameters() if p.requires_grad]
+        assert trained and all(p.is_cuda and p.grad is not None for p in trained)
+        assert all(p.is_cuda for p in work.parts["state_dict"].parameters())
+        states = {name: on_cpu(part.state_dict()) for name, part in work.parts.items()}
+        resumed = build(make, settings)
+        for name, part in resumed.parts.items():
+            part.load_state_dict(states[name])
+        resumed.step()
+        resumed.step()
+        assert all(p.is_cuda for p in resumed.parts["state_dict"].parameters())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", WORKS)
+def test_a_training_step_runs_on_cuda_and_resumes_there(name, precision):
+    make, settings = WORKS[name]
+    check_step(make, replace(settings, precision=precision))
+
+
+@pytest.mark.parametrize("name", KONTEXTS)
+def test_a_training_step_of_kontext_runs_on_cuda_and_resumes_there(name):
+    check_step(plan.kontext, KONTEXTS[name])
+
+
+def test_a_step_of_the_real_controlnet_runs_on_cuda():
+    settings = tutorial_train_deblur.Settings(precision="bf16", image_size=128, batch_size=1)
+    with fake_tensors() as count:
+        build(plan.controlnet, settings).step()
+        assert count.flops > 1e11
+
+
+def test_a_mix_of_devices_raises():
+    with fake_tensors(), pytest.raises(RuntimeError, match="two devices, cuda:0 and cpu"):
+        torch.empty(3, device="cuda") + torch.empty(3)
+
+
+# ---- restorers ---------------------------------------------------------------------------------------------
+
+
+def tiny_control_model(config: str):
+    with torch.device("meta"):
+        model = create_model(ROOT / "models" / config)
+    return to_fake(model, "cpu").eval()
+
+
+def options(command, tmp_path, **more):
+    return command(output_dir=tmp_path, checkpoint_path=Path(__file__), **more)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("tile", [0, 64])
+def test_one_pass_networks_restore_on_cuda(tmp_path, precision, tile):
+    networks = {
+        infer.SRN: ("train_srn.load_network", lambda path: train_srn.SRNDeblurNet(8).eval()),
+        infer.DBGAN: ("train_dbgan.load_generator", lambda *a: train_dbgan.DBGANGenerator(8, 1).eval()),
+        infer.BGAN: ("train_dbgan.load_generator", lambda *a: train_dbgan.BGANGenerator(8, 1).eval()),
+    }
+    for command, (name, make) in networks.items():
+        how = {"input": tmp_path, "precision": precision, "tile": tile, "overlap": 16}
+        with fake_tensors(), mock.patch(name, make):
+            restore = options(command, tmp_path, **how).restorer()
+            assert restore(np.zeros((90, 150, 3), np.uint8), Path("a.png")).shape == (90, 150, 3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("how", [{}, {"tile": 64, "overlap": 0, "strength": 0.5, "guidance_scale": 2.0}])
+def test_the_deblurring_controlnet_restores_on_cuda(tmp_path, precision, how):
+    how = {"input": tmp_path, "precision": precision, "num_inference_steps": 2, **how}
+    with (
+        fake_tensors(),
+        mock.patch("cldm.model.open_control_model", lambda *a: tiny_control_model("cldm_tiny_deblur.yaml")),
+    ):
+        restore = options(infer.Deblur, tmp_path, prompt="a cat", **how).restorer()
+        assert restore(np.zeros((90, 150, 3), np.uint8), Path("a.png")).shape == (90, 150, 3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_the_inpainting_controlnet_restores_on_cuda(tmp_path, precision, strength):
+    mask, photo = tmp_path / "mask.png", tmp_path / "photo.png"
+    image = np.zeros((90, 150, 3), np.uint8)
+    write_image(photo, image)
+    write_image(mask, np.pad(np.full((20, 20, 3), 255, np.uint8), ((9, 61), (9, 121), (0, 0))))
+    how = {"input": photo, "input_mask": mask, "precision": precision, "num_inference_steps": 2}
+    with (
+        fake_tensors(),
+        mock.patch("cldm.model.open_control_model", lambda *a: tiny_control_model("cldm_tiny_inpaint.yaml")),
+    ):
+        restore = options(infer.Inpaint, tmp_path, strength=strength, **how).restorer()
+        assert restore(image, photo).shape == (90, 150, 3)
+
+
+@pytest.mark.parametrize("base_precision", ["bf16", "fp8"])
+def test_kontext_restores_on_cuda(base_precision):
+    from ldm.models.kontext import restore_image
+
+    settings = replace(KONTEXT, base_precision=base_precision)
+    with fake_tensors():
+        networks = []
+        with mock.patch("benchmarks.plan.Work", lambda step, parts: networks.append(step)):
+            build(plan.kontext, settings)
+        closure = dict(
+            zip(networks[0].__code__.co_freevars, (c.cell_contents for c in networks[0].__closure__))
+        )
+        image = np.zeros((40, 56, 3), np.uint8)
+        restored = restore_image(
+            closure["model"], closure["autoencoder"], closure["prompt"], image, steps=2, resolution=64
+        )
+        assert restored.shape == image.shape
