@@ -101,9 +101,7 @@ class Count(TorchDispatchMode):
     def _add(self, func, args: tuple, kwargs: dict, result) -> None:
         enter = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         keys = {_key(tensor) for tensor in enter}
-        fresh = [
-            leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and _key(leaf) not in keys
-        ]
+        fresh = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and _key(leaf) not in keys]
         on_host = keys <= self._host if keys else kwargs.get("generator") is not None
         for tensor in fresh:
             self._hold(tensor, on_host)
@@ -221,12 +219,16 @@ def _swap(parameter: Tensor, other: Tensor) -> None:
 
 @contextmanager
 def fake_tensors(like_cuda: bool = False) -> Iterator[Count]:
-    """All tensors made inside are fake, and torch believes in CUDA. Raises ValueError without its CUDA build."""
+    """All tensors made inside are fake, and torch believes in CUDA.
+
+    Raises ValueError for a torch that was built without CUDA.
+    """
     if not torch.backends.cuda.is_built():
         raise ValueError("fake CUDA tensors need the CUDA build of torch, which this is not")
     count, state = Count(), torch.get_rng_state()
     patches = {
         "torch.cuda.is_available": lambda: True,
+        "torch.cuda.current_device": lambda: 0,
         "torch.cuda.is_bf16_supported": lambda *args, **kwargs: True,
         "torch.cuda.is_current_stream_capturing": lambda: False,
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
@@ -250,9 +252,7 @@ def fake_tensors(like_cuda: bool = False) -> Iterator[Count]:
             patch.stop()
 
 
-def to_fake(
-    module: nn.Module, device: str = "cuda", dtype: torch.dtype | None = None
-) -> nn.Module:
+def to_fake(module: nn.Module, device: str = "cuda", dtype: torch.dtype | None = None) -> nn.Module:
     """Give a module, also one on meta, fake parameters and buffers of its own shapes; in place."""
     for part in module.modules():
         if hasattr(part, "_device"):  # Lightning's modules know where they are

@@ -13,7 +13,7 @@ rate, nor than its traffic at the card's bandwidth; a good one takes 1.2 to 2 ti
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +31,11 @@ import tutorial_train_deblur
 import tutorial_train_inpaint
 from benchmarks.fake_cuda import Count, fake_tensors, to_fake
 from cldm.cache import drop_encoders
+from cldm.cldm import ControlLDM
+from cldm.deblur import add_hint_latent
 from cldm.model import read_config
 from cldm.training import prepare_model
-from ldm.models.kontext import AUTOENCODER, TRANSFORMER, FluxAutoencoder
+from ldm.models.kontext import TRANSFORMER, FluxAutoencoder
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, FluxParams
 from ldm.modules.perceptual import PerceptualLoss
@@ -48,8 +50,6 @@ class Work(NamedTuple):
 
     step: Callable[[], None]
     parts: dict[str, Any]
-
-
 
 
 class Card(NamedTuple):
@@ -100,16 +100,8 @@ class EightBit(torch.optim.Optimizer):
                 value.add_(1)
 
 
-def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """One kernel for all parameters, as CUDA has it by default or nearly so."""
-    for group in optimizer.param_groups:
-        if "fused" in group:
-            group.update(fused=True, foreach=False)
-    return optimizer
-
-
-def controlnet(settings: Any, device: str) -> Work:
-    """A step of the deblurring or the inpainting ControlNet."""
+def control_model(settings: Any, device: str) -> ControlLDM:
+    """What the deblurring or the inpainting script trains."""
     config = read_config(settings.config_path)
     if getattr(settings, "use_attention", False):
         config["target"] = "cldm.deblur.DeblurControlNetWithAttention"
@@ -117,6 +109,8 @@ def controlnet(settings: Any, device: str) -> Work:
     config["params"] |= {name: getattr(settings, name) for name in names if hasattr(settings, name)}
     channels = getattr(settings, "hint_channels", 3)
     config["params"]["control_stage_config"]["params"]["hint_channels"] = channels
+    if getattr(settings, "hint_as_latent", False):
+        config, _ = add_hint_latent(config, {})
     with torch.device("meta"):
         model = instantiate_from_config(config)
     to_fake(model, device)
@@ -125,26 +119,39 @@ def controlnet(settings: Any, device: str) -> Work:
     if settings.cache_latents:
         drop_encoders(model, None if getattr(settings, "captions_file", "") else {""})
     prepare_model(model.train(), replace(settings, compile=False))
-    optimizer = fused(model.configure_optimizers())
-    ema = EMA(model, settings.ema_decay) if settings.ema_decay else None
-    half, b, side = half_dtype(settings.precision), settings.batch_size, settings.image_size
-    scaler = torch.amp.GradScaler(device, enabled=half == torch.float16)
-    batch = {
-        "jpg": torch.empty(b, side, side, 3, device=device),
-        "hint": torch.empty(b, side, side, channels, device=device),
-        "txt": [""] * b,
-        "seed": [0] * b,
-    }
+    return model
+
+
+def control_batch(settings: Any, model: ControlLDM, device: str) -> dict:
+    """What the loader gives."""
+    b, side = settings.batch_size, settings.image_size
+    sizes = {"jpg": (side, side, 3), "hint": (side, side, getattr(settings, "hint_channels", 3))}
     if settings.cache_latents:
-        batch["moments"] = torch.empty(b, 8, side // 8, side // 8, device=device)
+        sizes["moments"] = (8, side // 8, side // 8)
+    if settings.cache_latents and model.sees_hint_latent:
+        sizes["hint_mean"] = (4, side // 8, side // 8)
+    tensors = {name: torch.empty(b, *size, device=device) for name, size in sizes.items()}
+    return {**tensors, "txt": [""] * b, "seed": [0] * b}
+
+
+def controlnet(settings: Any, device: str) -> Work:
+    """A step of the deblurring or the inpainting ControlNet."""
+    model, parts = control_model(settings, device), settings.accumulate_grad_batches
+    optimizer, trained = model.configure_optimizers(), [p for p in model.parameters() if p.requires_grad]
+    ema = EMA(model, settings.ema_decay) if settings.ema_decay else None
+    half, batch = half_dtype(settings.precision), control_batch(settings, model, device)
+    scaler = torch.amp.GradScaler(device, enabled=half == torch.float16)
 
     def step() -> None:
-        for part in range(settings.accumulate_grad_batches):
+        for part in range(parts):
             with torch.autocast(device, half or torch.bfloat16, enabled=half is not None):
-                loss = model.shared_step(batch)[0] / settings.accumulate_grad_batches
+                loss = model.shared_step(batch)[0] / parts
             if part == 0:  # Lightning's order: the old gradients go after the forward pass
                 optimizer.zero_grad()
             scaler.scale(loss).backward()
+        if settings.max_grad_norm:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         if ema:
@@ -160,7 +167,7 @@ def srn(settings: train_srn.Settings, device: str) -> Work:
     network = train_srn.SRNDeblurNet(s.width, s.coarsest, s.detach, s.residual).to(device)
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)
-    trained, optimizer = fabric.setup(network, fused(train_srn.make_optimizer(network, settings)))
+    trained, optimizer = fabric.setup(network, train_srn.make_optimizer(network, settings))
     ema = EMA(network, settings.ema_decay)
     images = torch.empty(2, settings.batch_size, 3, settings.crop_size, settings.crop_size, device=device)
     batch = {"blurry": images[0], "sharp": images[1]}
@@ -210,7 +217,7 @@ def kontext(settings: train_kontext_lora.Settings, device: str) -> Work:
     )
     to_fake(model, device), to_fake(autoencoder, device)
     adapter = script.add_trained_lora(model, replace(settings, compile=False), torch.device(device))
-    optimizer = fused(script.make_optimizer(adapter, settings))
+    optimizer = script.make_optimizer(adapter, settings)
     ema = EMA(adapter, settings.ema_decay)
     params, count, side = model.params, settings.batch_size, settings.resolution
     count *= settings.accumulate_grad_batches
@@ -263,7 +270,10 @@ def without_files(make: Callable[..., Work], *arguments: Any) -> Work:
 def count_step(make: Callable[..., Work], *arguments: Any) -> Count:
     """What the second of two steps of make(*arguments, "cpu") costs on CUDA."""
     with fake_tensors(like_cuda=True) as count:
-        step, _ = without_files(make, *arguments)
+        step, parts = without_files(make, *arguments)
+        for group in parts["optimizer"].param_groups:
+            if "fused" in group:  # one kernel for all parameters, as CUDA has it by default or nearly so
+                group.update(fused=True, foreach=False)
         step()
         count.restart()
         step()

@@ -22,7 +22,7 @@ from cldm.logger import CsvRows, ImageLogger, Progress
 from cldm.model import listing
 from cldm.sharding import ShardedStrategy, check_sharding
 from ldm import checkpoint
-from ldm.data.stream import SampleStream
+from ldm.data.stream import SampleStream, check_same_data
 from ldm.settings import check_counts, check_optimizer, check_settings, lightning_precision, plain
 from ldm.util import best_precision, half_dtype
 
@@ -115,6 +115,7 @@ class StreamData(pl.LightningDataModule):
         self.samples_seen, self.start_step = 0, 0  # at the start of this process
 
     def train_dataloader(self) -> DataLoader:
+        check_same_data(len(self.train))
         trainer = self.trainer
         stream = SampleStream(
             len(self.train),

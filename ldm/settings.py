@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 # Types of settings that go by more than one name.
@@ -59,6 +60,20 @@ def run_main(
         hint = ": make space for the output, then run the same command again" if full else ""
         print(f"error: {lines[-1] if in_worker else ' '.join(lines)}{hint}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if os.environ.get("TRACEBACK") or not is_lost_peer(error):
+            raise
+        print(
+            "error: another process of this run ended or cannot be reached: its own message says why; "
+            "the same command resumes the run at its last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an exchange with a process that has ended raises this (gloo's errors have no class)."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _report_once(problem: threading.ExceptHookArgs) -> None:

@@ -1,5 +1,6 @@
 """What would happen on CUDA, on fake tensors: devices, types, waits and resumed states of every system."""
 
+import inspect
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from benchmarks.fake_cuda import fake_tensors, to_fake
 from cldm.model import create_model
 from ldm.data.image import write_image
 from ldm.models.kontext import FluxAutoencoder
-from ldm.modules.flux import Flux, FluxParams
+from ldm.modules.flux import FluxParams
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="torch was built without CUDA: it has no fake CUDA tensors"
@@ -46,6 +47,7 @@ WORKS = {
     "deblur": (plan.controlnet, DEBLUR),
     "deblur, attention": (plan.controlnet, replace(DEBLUR, use_attention=True)),
     "deblur, cached": (plan.controlnet, replace(DEBLUR, cache_latents=True, gradient_checkpointing=True)),
+    "deblur, hint as latent": (plan.controlnet, replace(DEBLUR, hint_as_latent=True, max_grad_norm=1.0)),
     "inpaint": (plan.controlnet, INPAINT),
     "inpaint, decoder too": (plan.controlnet, replace(INPAINT, sd_locked=False, hint_channels=4)),
     "srn": (plan.srn, SRN),
@@ -187,11 +189,9 @@ def test_kontext_restores_on_cuda(base_precision):
         networks = []
         with mock.patch("benchmarks.plan.Work", lambda step, parts: networks.append(step)):
             build(plan.kontext, settings)
-        closure = dict(
-            zip(networks[0].__code__.co_freevars, (c.cell_contents for c in networks[0].__closure__))
-        )
+        made = inspect.getclosurevars(networks[0]).nonlocals
         image = np.zeros((40, 56, 3), np.uint8)
         restored = restore_image(
-            closure["model"], closure["autoencoder"], closure["prompt"], image, steps=2, resolution=64
+            made["model"], made["autoencoder"], made["prompt"], image, steps=2, resolution=64
         )
         assert restored.shape == image.shape

@@ -54,3 +54,13 @@ def item_seed(seed: int, key: int | tuple[int, int]) -> int:
 def item_generator(seed: int) -> torch.Generator:
     """A CPU generator for the noise of one sample, the same on every device."""
     return torch.Generator().manual_seed(seed)
+
+
+def check_same_data(count: int) -> None:
+    """Raise ValueError unless every process of the run has found so many training samples."""
+    if not torch.distributed.is_initialized():
+        return
+    counts = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, count)
+    if len(set(counts)) > 1:
+        raise ValueError(f"the processes do not see the same data: they found {counts} training images")

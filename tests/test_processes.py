@@ -1,0 +1,176 @@
+"""Two machines, as torchrun starts them on the loopback address: the same weights, a machine that dies, data
+that differ. The processes are forked, as in the fault campaign."""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import tiny_runs
+from benchmarks.tiny_runs import command, make_place, must, prepare_output, run, script
+from ldm import checkpoint
+from ldm.run import average_gradients, start_fabric
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked: no CUDA")
+# What makes the tiny runs of benchmarks/tiny_runs.py long enough, and light.
+LONG = {
+    "deblur": {"max_steps": 400, "logger_freq": 1000, "val_fraction": 0.0, "save_steps": 1},
+    "srn": {"epochs": 200, "val_images": 1},
+    "kontext": {"max_train_steps": 400, "save_every": 1},
+}
+SHORT = {
+    "deblur": {"max_steps": 3, "logger_freq": 9, "val_fraction": 0.0, "save_steps": 3},
+    "srn": {"epochs": 2},
+    "kontext": {"max_train_steps": 3, "save_every": 3, "dropout": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """What tiny runs start from; made in a process of its own, so that this one stays without threads."""
+    folder = tmp_path_factory.mktemp("processes")
+    must(run(partial(make_place, folder / "place"), folder / "log"))
+    return folder / "place"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def as_machine(rank: int, port: int, work: Callable[[], None]) -> Callable[[], None]:
+    """`work` in the environment that torchrun --nnodes 2 --nproc_per_node 1 gives machine `rank`."""
+    where = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
+    where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+
+    def run_there() -> None:
+        os.environ.update({name: str(value) for name, value in where.items()})
+        work()
+
+    return run_there
+
+
+def start_both(works: list[Callable[[], None]], log: Path) -> list[int]:
+    port = free_port()
+    return [
+        tiny_runs.start(as_machine(rank, port, work), log.with_name(f"{log.name}{rank}"))
+        for rank, work in enumerate(works)
+    ]
+
+
+def end_both(pids: list[int], log: Path, seconds: float = 120) -> list[tuple[int | None, str]]:
+    """Exit codes and what was said on standard error."""
+    results = []
+    for rank, pid in enumerate(pids):
+        code = tiny_runs.wait(pid, seconds)
+        if code is None:
+            tiny_runs.kill(pid)
+        results.append((code, log.with_name(f"{log.name}{rank}.err").read_text(errors="replace")))
+    return results
+
+
+def two_machines(words: list[str], log: Path) -> None:
+    for code, said in end_both(start_both([script(words)] * 2, log), log):
+        assert code == 0, said[-2000:]
+
+
+def last(folder: Path) -> dict:
+    return checkpoint.load(folder / "checkpoints" / "last.ckpt", mmap=False)
+
+
+@pytest.mark.parametrize("trainer", SHORT)
+def test_two_machines_leave_what_one_process_leaves(place, tmp_path, trainer):
+    """Twice the batch on one process: the same joint batches."""
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        prepare_output(trainer, place, folder)
+    batch = "train_batch_size" if trainer == "kontext" else "batch_size"
+    must(run(script(command(trainer, place, folders[0], **SHORT[trainer], **{batch: 4})), tmp_path / "log"))
+    two_machines(command(trainer, place, folders[1], **SHORT[trainer], num_nodes=2), tmp_path / "log")
+    one, two = (last(folder) for folder in folders)
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainer", LONG)
+def test_a_machine_that_dies_ends_the_run_in_a_sentence_and_the_same_command_resumes(
+    place, tmp_path, trainer
+):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    prepare_output(trainer, place, folder)
+    words = command(trainer, place, folder, **LONG[trainer], num_nodes=2)
+    pids = start_both([script(words)] * 2, log)
+    path = folder / "checkpoints" / "last.ckpt"
+    while not path.is_file() and tiny_runs.wait(pids[0], 0.05) is None:
+        pass
+    tiny_runs.kill(pids[1])
+    (code, said), *_ = end_both(pids[:1], log, 60)
+    assert code == 1, said[-2000:]
+    assert said.splitlines()[-1].startswith("error: another process of this run ended"), said[-2000:]
+
+    step = last(folder).get("global_step", last(folder).get("step"))
+    steps = step + 2
+    changes = {"deblur": {"max_steps": steps}, "kontext": {"max_train_steps": steps}, "srn": {}}[trainer]
+    if trainer != "srn":
+        two_machines(command(trainer, place, folder, **LONG[trainer] | changes, num_nodes=2), log)
+        state = last(folder)
+        assert state.get("global_step", state.get("step")) == steps
+
+
+@pytest.mark.parametrize(("trainer", "flag"), [("inpaint", "--image_dir"), ("srn", "--data")])
+def test_machines_whose_data_differ_are_told(place, tmp_path, trainer, flag):
+    words = command(trainer, place, tmp_path / "run", num_nodes=2)
+    where = words.index(flag) + 1
+    data, elsewhere = Path(words[where]), tmp_path / "elsewhere"
+    shutil.copytree(data, elsewhere)
+    for path in sorted(elsewhere.rglob("*.png"))[-3:]:
+        for twin in elsewhere.rglob(path.name):
+            twin.unlink()
+    other = [*words[:where], str(elsewhere), *words[where + 1 :]]
+    ends = end_both(start_both([script(words), script(other)], tmp_path / "log"), tmp_path / "log")
+    for code, said in ends:
+        assert code == 1 and "the processes do not see the same data" in said.splitlines()[-1], said[-2000:]
+
+
+def average_on(rank: int, answers: Path) -> None:
+    """Gradients that differ by process and by type, averaged and kept."""
+    fabric = start_fabric(1, num_nodes=2)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (), (4, 3, 2, 2))]
+    parameters.append(torch.nn.Parameter(torch.zeros(5, dtype=torch.float64)))
+    parameters.append(torch.nn.Parameter(torch.zeros(1)))  # without a gradient
+    for number, parameter in enumerate(parameters[:-1]):
+        parameter.grad = torch.full_like(parameter, number + 10.0 * rank)
+    parameters[2].grad = parameters[2].grad.to(memory_format=torch.channels_last)
+    parameters[2].grad[1, 2, 0, 1] = 4.0 * rank
+    calls, reduce = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda *args, **options: calls.append(1) or reduce(*args, **options)
+    average_gradients(fabric, torch.optim.SGD(parameters, 0.1))
+    content = {
+        "calls": len(calls),
+        "gradients": [p.grad for p in parameters[:-1]],
+        "none": parameters[-1].grad,
+    }
+    torch.save(content, answers / f"{rank}.pt")
+
+
+def test_gradients_are_averaged_in_one_exchange_for_each_type(tmp_path):
+    log = tmp_path / "log"
+    works = [partial(average_on, rank, tmp_path) for rank in range(2)]
+    for code, said in end_both(start_both(works, log), log):
+        assert code == 0, said[-2000:]
+    for rank in range(2):
+        content = torch.load(tmp_path / f"{rank}.pt")
+        assert content["calls"] == 2 and content["none"] is None
+        means = [5.0, 6.0, 7.0, 8.0]
+        for number, (mean, gradient) in enumerate(zip(means, content["gradients"], strict=True)):
+            expected = torch.full_like(gradient, mean)
+            if number == 2:
+                expected[1, 2, 0, 1] = 2.0
+                assert gradient.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(gradient, expected)
