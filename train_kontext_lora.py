@@ -430,9 +430,11 @@ def main(settings: Settings) -> None:
 
     # Loop
     steps = settings.max_steps
-    batch_size = settings.batch_size * settings.accumulate_grad_batches * fabric.world_size
+    batch_size = settings.batch_size * settings.accumulate_grad_batches
     loader = run.loader(dataset, batch_size, steps, settings.seed, settings.num_workers)
-    tokens = batch_size * (prompt["t5"].shape[1] + 2 * (settings.resolution // 16) ** 2)  # of one step
+    tokens = run.samples_per_step * (
+        prompt["t5"].shape[1] + 2 * (settings.resolution // 16) ** 2
+    )  # of one step
     caches = tuple({} if fixed else None for fixed in (dataset.fixed_targets, dataset.fixed_controls))
     start = time.perf_counter()
     for batch in run.batches(loader, steps):

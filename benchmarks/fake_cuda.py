@@ -55,7 +55,8 @@ class Count(TorchDispatchMode):
     `kernels` are operations that compute or copy, views and plain allocations left out. `moved` is what they
     read and write. `held` and `peak` are the bytes of all tensors now and at most. What is drawn from a
     generator of its own, and all that follows from that alone, is the CPU's work and not counted.
-    `syncs` are places where the program waits for what a CUDA tensor holds; a number is 0 then, a truth True.
+    `syncs` are places where the program waits for what a CUDA tensor holds (float16's one look at whether a
+    gradient overflowed left out). A float is 0.5 then, an integer 0, a truth True.
     """
 
     def __init__(self):
@@ -94,9 +95,7 @@ class Count(TorchDispatchMode):
         self.syncs += tensor.is_cuda
         if tensor.dtype == torch.bool:
             return True
-        if tensor.is_floating_point():
-            return 0.0 if tensor.is_cuda else 1.0  # an optimizer divides by its count of steps
-        return 0
+        return 0.5 if tensor.is_floating_point() else 0
 
     def _add(self, func, args: tuple, kwargs: dict, result) -> None:
         enter = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -199,6 +198,10 @@ def _backward(loss: Tensor, *args, **kwargs) -> None:
         parameter.grad = torch.empty_like(parameter)
 
 
+def _step_of_scaler(scaler, optimizer, state: dict, *args, **kwargs):
+    return optimizer.step(*args, **kwargs)
+
+
 _real_from_numpy = torch.from_numpy
 
 
@@ -209,7 +212,10 @@ def _from_numpy(array: np.ndarray) -> Tensor:
 def _to_numpy(tensor: Tensor, *args, **kwargs) -> np.ndarray:
     if tensor.is_cuda:
         raise TypeError("a CUDA tensor has no numpy array: copy it to the CPU first")
-    return np.zeros(tensor.shape, str(tensor.dtype).removeprefix("torch."))
+    falling = np.linspace(0.9, 0.1, tensor.numel()) if tensor.is_floating_point() else 0
+    array = np.zeros(tensor.shape, str(tensor.dtype).removeprefix("torch."))
+    array.flat = falling  # as a noise schedule does: samplers divide by its differences
+    return array
 
 
 def _swap(parameter: Tensor, other: Tensor) -> None:
@@ -232,6 +238,7 @@ def fake_tensors(like_cuda: bool = False) -> Iterator[Count]:
         "torch.cuda.is_bf16_supported": lambda *args, **kwargs: True,
         "torch.cuda.is_current_stream_capturing": lambda: False,
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "torch.amp.GradScaler._maybe_opt_step": _step_of_scaler,
         "torch.utils.swap_tensors": _swap,
         "torch.get_rng_state": lambda: state,
         "torch.set_rng_state": lambda state: None,

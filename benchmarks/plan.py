@@ -76,7 +76,8 @@ CARDS = {
 def fake_fabric(precision: str, device: str) -> Fabric:
     """A Fabric that believes in its device and computes in `precision` there."""
     fabric = Fabric(accelerator="cpu")
-    fabric._strategy._device = torch.device(device)
+    fabric._strategy._root_device = torch.device(device)
+    fabric._strategy.accelerator.setup_device = lambda device: None
     kind = lightning_precision(precision)
     if kind != "32-true":
         scaler = torch.amp.GradScaler(device) if kind == "16-mixed" else None
@@ -125,11 +126,12 @@ def control_model(settings: Any, device: str) -> ControlLDM:
 def control_batch(settings: Any, model: ControlLDM, device: str) -> dict:
     """What the loader gives."""
     b, side = settings.batch_size, settings.image_size
+    channels = model.model.diffusion_model.out[-1].out_channels
     sizes = {"jpg": (side, side, 3), "hint": (side, side, getattr(settings, "hint_channels", 3))}
     if settings.cache_latents:
-        sizes["moments"] = (8, side // 8, side // 8)
+        sizes["moments"] = (2 * channels, side // 8, side // 8)
     if settings.cache_latents and model.sees_hint_latent:
-        sizes["hint_mean"] = (4, side // 8, side // 8)
+        sizes["hint_mean"] = (channels, side // 8, side // 8)
     tensors = {name: torch.empty(b, *size, device=device) for name, size in sizes.items()}
     return {**tensors, "txt": [""] * b, "seed": [0] * b}
 
@@ -163,8 +165,7 @@ def controlnet(settings: Any, device: str) -> Work:
 def srn(settings: train_srn.Settings, device: str) -> Work:
     """A step of SRN-DeblurNet."""
     fabric = fake_fabric(settings.precision, device)
-    s = settings
-    network = train_srn.SRNDeblurNet(s.width, s.coarsest, s.detach, s.residual).to(device)
+    network = train_srn.SRNDeblurNet(*(getattr(settings, name) for name in train_srn.FORM)).to(device)
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)
     trained, optimizer = fabric.setup(network, train_srn.make_optimizer(network, settings))
@@ -173,7 +174,7 @@ def srn(settings: train_srn.Settings, device: str) -> Work:
     batch = {"blurry": images[0], "sharp": images[1]}
 
     def step() -> None:
-        train_srn.train_step(fabric, trained, optimizer, batch, settings.lstm_clip)
+        train_srn.train_step(fabric, trained, optimizer, batch, settings)
         ema.update(network)
 
     return Work(step, {"state_dict": network, "optimizer": optimizer.optimizer, "ema": ema})
@@ -295,7 +296,7 @@ def find_card(name: str) -> Card | None:
 
 def show(title: str, count: Count, images: int, precision: str, card: str) -> None:
     """One counted step, and what it is on a card."""
-    peak = count.peak / 1e9
+    peak = count.peak_gb
     print(
         f"{title}: {count.tflop:.1f} TFLOP, {count.gigabytes:.0f} GB moved, {count.kernels} kernels, "
         f"peak {peak:.1f} GB (counted)"
