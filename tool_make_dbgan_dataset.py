@@ -7,8 +7,7 @@ Real blurred photographs and sharp ones, no pairs (for the stage that learns to 
         --deblur_train_data gopro/train --deblur_valid_data gopro/valid
 
 Without --blur_train_data and --blur_valid_data the two files hold the pairs of the GoPro trees instead; with
---by_focus --deblur_train_data FOLDER the parts of ordinary photographs that are in focus, and those that are
-not.
+--by_focus --deblur_train_data FOLDER the parts of photographs that are in focus, and those out of it.
 
 A file has `sharp` and `blur`, uint8 (n, 128, 128, 3), chunked, and attributes that say how it was made. It is
 written as a stream and appears under its name only when it is whole.

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 import tyro
 from lightning_fabric import Fabric
@@ -24,42 +23,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ldm.checkpoint import fill, fingerprint, read_trained, write_half
+from ldm.checkpoint import fingerprint
 from ldm.data.demo import write_demo
-from ldm.data.patches import SourceDataset, open_pairs, open_source, open_unpaired
-from ldm.data.stream import item_generator
+from ldm.data.patches import open_data, open_source
+from ldm.modules import gan
 from ldm.modules.ema import EMA
-from ldm.modules.gan import (
-    DeblurGANGenerator,
-    Discriminator,
-    ImagePool,
-    SRResNet,
-    frozen,
-    initialise,
-    judge,
-    least_squares,
+from ldm.modules.gan import Discriminator, ImagePool, frozen, initialise, judge
+from ldm.modules.generators import (
+    OTHERS,
+    begin,
+    blur_image,
+    content_loss,
+    export,
+    final,
+    load_generator,
+    restore_image,
+    to_unit,
 )
-from ldm.modules.mprnet import EDGE_WEIGHT, MPRNet, edge_loss
+from ldm.modules.image_degradation.blur import BLUR_TYPES
+from ldm.modules.losses import PixelLoss
 from ldm.modules.perceptual import FILE, PerceptualLoss
-from ldm.modules.sftnet import SFTNet
-from ldm.run import Run, average_gradients, start_fabric
-from ldm.settings import (
-    Accumulate,
-    BatchSize,
-    Devices,
-    MaxSteps,
-    Precision,
-    check_counts,
-    plain,
-    run_main,
-)
-from ldm.tiling import pad_to_multiple, restore_picture
+from ldm.run import Run, average_gradients, start_fabric, unscale_gradients
+from ldm.settings import Accumulate, BatchSize, Devices, MaxSteps, Precision, check_counts, plain, run_main
 from ldm.validation import HeldOut, Spectra, line, report
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
-
-
-Generator = Literal["dbgan", "srresnet", "deblurgan", "mprnet", "sftnet"]
 
 
 @dataclass
@@ -71,27 +59,38 @@ class Settings:
     output_dir: Path = Path("outputs/dbgan")  # a folder of logs, pictures and checkpoints for every stage
 
     data: Path | None = None  # pairs: GoPro tree, list of `blurry sharp` lines, or paired .h5
+    dead_leaves: int = 0  # without it: generated pictures in every epoch, beside --sharp_dir or alone
     blur_data: Path | None = None  # real blurred photographs: a folder, or unpaired .h5 (with its sharp ones)
-    sharp_dir: Path | None = None  # sharp photographs for `blur`; None takes those of the .h5, or of --data
+    sharp_dir: Path | None = None  # sharp photographs for `blur`; without --data for all, blurred on the fly
     val_data: Path | None = None  # pairs to evaluate on, in any form of --data
     val_blur_data: Path | None = None  # real blurred photographs to compare BGAN's with; None: --blur_data
     val_fraction: float = 0.05  # without val_data: the part of the data that is held out (whole sequences)
     val_images: int = 32  # evaluate on at most that many, drawn once
     val_crop: int = 256  # evaluate on that many pixels in the middle; 0 = whole images: far slower
+    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # the blurs made on the fly
+    blur_scale: float = 1.0  # and their size
+    jpeg_probability: float = 0.0  # part of the images blurred on the fly that went through a JPEG file
+    sharp_fraction: float = 0.0  # part of them that is not, or hardly, blurred: do no harm
+    photo_crops: int = 1  # crops of each photograph of --sharp_dir in an epoch: its ratio to --dead_leaves
+    crop_candidates: int = 1  # windows drawn for a crop of --sharp_dir, of which the sharpest is taken
     crop_size: int = 128  # of training images, a multiple of 16
     color_jitter: float = 0.1  # the same for both pictures of an item: against a tint of the results
     cache: bool = False  # keep all training images decoded in memory
 
-    generator: Generator = "dbgan"  # the network that deblurs; docs/dbgan.md has the papers' sizes
+    generator: Literal["dbgan", *OTHERS] = "dbgan"  # the network that deblurs (docs/dbgan.md)
     width: int = 64  # channels of the generators
-    blocks: int = 16  # of the deblurring generator; mprnet: of each part of its third stage
+    blocks: int = 16  # of the deblurring generator; of nafnet's fourth encoder, mprnet's parts of stage 3
     blur_blocks: int = 9  # of BGAN
     sampling: bool = False  # work at half resolution: 4 times less to compute
     batch_norm: bool = False  # in BGAN; the paper has it, colours are steadier without
+    varying_noise: bool = False  # BGAN draws four numbers for every pixel, not for the whole picture
     discriminator_width: int = 64  # channels of the discriminators' first layer
 
-    init_std: float = 0.01  # deviation of first weights (not of mprnet, sftnet); narrow networks want more
-    content_loss: Literal["l1", "mse"] = "l1"  # distance of pixels
+    init_std: float = 0.01  # deviation of first weights (dbgan, srresnet, deblurgan); narrow ones want more
+    init_weights: Path | None = None  # start the deblurring generator from this file
+    init_blur_weights: Path | None = None  # and BGAN from this
+    content_loss: PixelLoss = "l1"  # distance of pixels
+    fft_loss_weight: float = 0.0  # of the distance of Fourier transforms beside it
     perceptual_loss_weight: float = 1.0  # 0: VGG-19 is not needed
     content_loss_weight: float = 0.005  # alpha
     adversarial_loss_weight: float = 0.01  # beta
@@ -109,6 +108,7 @@ class Settings:
     accumulate_grad_batches: Accumulate = 4  # batches to one optimizer step
     learning_rate: float = 1e-4  # at the start, by a cosine down to
     last_learning_rate: float = 1e-6  # at the end
+    max_grad_norm: float = 0.0  # highest global norm of all gradients; 0 = not clipped
     pool_size: int = 50  # earlier pictures that the discriminators of `blur` see again; 0 = none
     ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used; 0 for none
     seed: int = 0  # of the data's order, first weights and noise
@@ -159,156 +159,9 @@ MAY_CHANGE = (
     "mode val_crop devices num_nodes batch_size num_workers cache channels_last compile log_epoch".split()
 )
 SOFT_REAL, SOFT_FAKE = 0.9, 0.1  # soft labels of the least-squares discriminators
-NOISE = 4  # numbers that BGAN draws for a picture
-
-
-# ---- networks: values in [0, 1], h and w multiples of `multiple`, results not clamped ----------------------
-
-
-class DenseBlock(nn.Module):
-    """Five 3x3 convolutions, four LeakyReLU; each sees all before it, and the block adds to its input."""
-
-    def __init__(self, width: int, norm: bool = False):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(n * width, width, 3, padding=1) for n in range(1, 6))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) if norm else nn.Identity() for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        seen = [x]
-        for conv, norm in zip(self.convs[:4], self.norms, strict=True):
-            seen.append(F.leaky_relu(norm(conv(torch.cat(seen, dim=1))), 0.2))  # (b, width, h, w)
-        return x + self.convs[4](torch.cat(seen, dim=1))
-
-
-class DBGANGenerator(nn.Module):
-    """The paper's deblurring network: 16 dense blocks, no normalisation, and a residual to the input.
-
-    forward(blurry): (b, 3, h, w) -> the same. With `sampling` the blocks work at half resolution; the way
-    back is a resize and a convolution, whose evenly covered pixels show no checkerboard.
-    """
-
-    def __init__(
-        self, width: int = 64, blocks: int = 16, sampling: bool = False, norm: bool = False, channels: int = 3
-    ):
-        super().__init__()
-        self.multiple = 2 if sampling else 1
-        self.first = nn.Conv2d(channels, width, 3, stride=self.multiple, padding=1)
-        self.blocks = nn.Sequential(*(DenseBlock(width, norm) for _ in range(blocks)))
-        up = [nn.Upsample(scale_factor=2)] if sampling else []
-        activation = nn.LeakyReLU(0.2)
-        self.last = nn.Sequential(
-            *up, nn.Conv2d(width, width, 3, padding=1), activation, nn.Conv2d(width, 3, 3, padding=1)
-        )
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image[:, :3] + self.last(self.blocks(self.first(image)))
-
-
-class BGANGenerator(DBGANGenerator):
-    """The paper's blurring network: 9 dense blocks that see the sharp picture and a noise of four numbers.
-
-    forward(sharp, noise): (b, 3, h, w), and (b, 4) from a normal distribution -> blurry (b, 3, h, w).
-    """
-
-    def __init__(self, width: int = 64, blocks: int = 9, sampling: bool = False, norm: bool = False):
-        super().__init__(width, blocks, sampling, norm, channels=3 + NOISE)
-
-    def forward(self, sharp: Tensor, noise: Tensor) -> Tensor:
-        tiled = noise[:, :, None, None].expand(-1, -1, *sharp.shape[2:])  # (b, 4, h, w)
-        return super().forward(torch.cat([sharp, tiled.to(sharp)], dim=1))
-
-
-def make_generator(kind: str, form: dict) -> nn.Module:
-    """The generator `blur` or `deblur` of some settings."""
-    if kind == "blur":
-        return BGANGenerator(form["width"], form["blur_blocks"], form["sampling"], form["batch_norm"])
-    name, width, blocks = form["generator"], form["width"], form["blocks"]
-    if name == "dbgan":
-        return DBGANGenerator(width, blocks, form["sampling"])
-    if name == "mprnet":
-        return MPRNet(width, width // 2, width // 3, blocks)
-    return {"srresnet": SRResNet, "deblurgan": DeblurGANGenerator, "sftnet": SFTNet}[name](width, blocks)
-
-
-FORM = ("generator", "width", "blocks", "blur_blocks", "sampling", "batch_norm")
-
-
-def load_generator(path: str | Path, kind: Literal["blur", "deblur"]) -> nn.Module:
-    """A generator from a file of this script. Raises FileNotFoundError, or ValueError if it is not in it."""
-    weights, content = read_trained(path)
-    form, prefix = content["settings"], f"{kind}."
-    weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    if not weights or not form.keys() >= set(FORM):
-        raise ValueError(f"{path} holds no {kind}ring generator of train_dbgan.py")
-    return fill(make_generator(kind, form), weights, path).eval()
-
-
-def export(generators: nn.ModuleDict, kind: str, settings: Settings, path: Path) -> None:
-    """Write one generator in half precision with what `load_generator` must know."""
-    weights = {f"{kind}.{name}": value for name, value in generators[kind].state_dict().items()}
-    write_half(path, weights, {name: getattr(settings, name) for name in FORM})
-
-
-def restore_image(
-    network: nn.Module, image: np.ndarray, noise: Tensor | None = None, **options: Any
-) -> np.ndarray:
-    """Deblur a uint8 picture (h, w, 3) of any size, or blur it if there is a `noise` (1, 4), in eval mode.
-
-    `options` are those of ldm.tiling.restore_picture.
-    """
-    device = next(network.parameters()).device
-    extra = () if noise is None else (noise.to(device),)
-
-    def run(part: Tensor) -> Tensor:
-        h, w = part.shape[2:]
-        padded = pad_to_multiple(to_unit(part), network.multiple)
-        restored = final(network.forward(padded, *extra))  # not compiled
-        return restored[..., :h, :w].clamp(0, 1) * 2 - 1
-
-    training = network.training
-    network.eval()
-    try:
-        return restore_picture(image, run, device, **options)
-    finally:
-        network.train(training)
-
-
-def blur_image(network: nn.Module, image: np.ndarray, seed: int, **options: Any) -> np.ndarray:
-    """Blur a uint8 picture (h, w, 3) by BGAN with the noise of this seed; `options` as in `restore_image`."""
-    noise = torch.randn(1, NOISE, generator=item_generator(seed))
-    return restore_image(network, image, noise=noise, **options)
-
-
-def to_unit(image: Tensor) -> Tensor:
-    return (image + 1) / 2  # [-1, 1] -> [0, 1]
-
-
-def final(made: Tensor | list[Tensor]) -> Tensor:
-    """The picture that counts: of a network of several stages, which gives a list, the first."""
-    return made[0] if isinstance(made, list) else made
 
 
 # ---- losses ------------------------------------------------------------------------------------------------
-
-
-def relativistic_d_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What the discriminator minimises: real pictures look more real than fake ones do on average.
-
-    Scores (b,): C(real) - mean C(fake) against the label 1, C(fake) - mean C(real) against 0, by the mean of
-    their cross-entropies (relativistic average GAN, Jolicoeur-Martineau 2019; the paper's RBL and RDBL).
-    """
-    above, below = real - fake.mean(), fake - real.mean()
-    return (bce(above, 1.0) + bce(below, 0.0)) / 2
-
-
-def relativistic_g_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What the generator minimises, through `fake`: both probabilities are 0.5, real and fake look alike."""
-    above, below = real - fake.mean(), fake - real.mean()
-    return (bce(above, 0.5) + bce(below, 0.5)) / 2
-
-
-def bce(logits: Tensor, label: float) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 
 @dataclass
@@ -322,16 +175,9 @@ class Players:
     blurrer: nn.Module | None = None
 
 
-def draw_noise(like: Tensor) -> Tensor:
-    return torch.randn(len(like), NOISE).to(like)  # drawn on the CPU: the same on every device
-
-
-def content_loss(made: Tensor | list[Tensor], real: Tensor, settings: Settings) -> Tensor:
-    """Distance of the pixels; of several stages the sum, with the edges' as in MPRNet's equation 1."""
-    distance = F.l1_loss if settings.content_loss == "l1" else F.mse_loss
-    if isinstance(made, list):
-        return sum(distance(x.float(), real) + EDGE_WEIGHT * edge_loss(x.float(), real) for x in made)
-    return distance(made.float(), real)
+def blurred(blurrer: nn.Module, sharp: Tensor) -> Tensor:
+    """What BGAN makes of sharp pictures, with new noise."""
+    return blurrer(sharp, blurrer.draw_noise(sharp))
 
 
 def relativistic_losses(
@@ -348,10 +194,11 @@ def relativistic_losses(
     backward: `made` is detached for the first, the discriminator frozen for the second.
     """
     discriminator, shown = players.discriminators[name], final(made)
-    loss_d = relativistic_d_loss(*judge(discriminator, real, shown.detach()))
+    loss_d = gan.relativistic_d_loss(*judge(discriminator, real, shown.detach()))
     with frozen(discriminator):
-        adversarial = relativistic_g_loss(*judge(discriminator, real, shown))
-    loss_g = alpha * content_loss(made, real, settings) + settings.adversarial_loss_weight * adversarial
+        adversarial = gan.relativistic_g_loss(*judge(discriminator, real, shown))
+    content = content_loss(made, real, settings.content_loss, settings.fft_loss_weight)
+    loss_g = alpha * content + settings.adversarial_loss_weight * adversarial
     if players.perceptual:
         distance = players.perceptual(shown * 2 - 1, real * 2 - 1).mean()
         loss_g = loss_g + settings.perceptual_loss_weight * distance
@@ -366,7 +213,8 @@ Terms = Iterator[dict[str, Tensor]]
 def content_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """DBGAN before it meets a discriminator."""
     blurry = blurred_again(players.blurrer, settings, blurry, sharp)
-    yield {"total_loss": content_loss(players.generators["deblur"](blurry), sharp, settings)}
+    restored = players.generators["deblur"](blurry)
+    yield {"total_loss": content_loss(restored, sharp, settings.content_loss, settings.fft_loss_weight)}
 
 
 def deblur_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
@@ -380,7 +228,7 @@ def deblur_losses(players: Players, settings: Settings, blurry: Tensor, sharp: T
 
 def paired_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """Both networks on pairs; DBGAN sees what BGAN makes as well."""
-    made = players.generators["blur"](sharp, draw_noise(sharp))
+    made = blurred(players.generators["blur"], sharp)
     alpha = 0.0 if players.perceptual else settings.content_loss_weight  # BGAN's has no content term
     loss_d, loss_g = relativistic_losses(players, "blur", made, blurry, alpha, settings)
     yield {"loss_d_blur": loss_d, "loss_g": loss_g}
@@ -392,8 +240,7 @@ def paired_losses(players: Players, settings: Settings, blurry: Tensor, sharp: T
 def unpaired_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """BGAN and a network back, without pairs: least-squares GAN, cycles, identity (Zhu et al. 2017)."""
 
-    def blur(image: Tensor) -> Tensor:
-        return players.generators["blur"](image, draw_noise(image))
+    blur = partial(blurred, players.generators["blur"])
 
     def deblur(image: Tensor) -> Tensor:
         return final(players.generators["deblur"](image))
@@ -402,11 +249,11 @@ def unpaired_losses(players: Players, settings: Settings, blurry: Tensor, sharp:
     for name, there, back, source, real in ways:
         made, discriminator = there(source), players.discriminators[name]
         real_scores, fake_scores = judge(discriminator, real, players.pools[name](made))
-        loss_d = least_squares(real_scores, SOFT_REAL) + least_squares(fake_scores, SOFT_FAKE)
+        loss_d = gan.least_squares(real_scores, SOFT_REAL) + gan.least_squares(fake_scores, SOFT_FAKE)
         with frozen(discriminator):
             _, fake_scores = judge(discriminator, real, made)
         cycle = F.l1_loss(back(made).float(), source)
-        loss_g = least_squares(fake_scores, SOFT_REAL) + settings.cycle_loss_weight * cycle
+        loss_g = gan.least_squares(fake_scores, SOFT_REAL) + settings.cycle_loss_weight * cycle
         yield {f"loss_d_{name}": loss_d / 2, "loss_g": loss_g}
     for _, there, _, _, real in ways:
         yield {"loss_g": settings.identity_loss_weight * F.l1_loss(there(real).float(), real)}
@@ -417,7 +264,7 @@ def blurred_again(blurrer: nn.Module | None, settings: Settings, blurry: Tensor,
     if blurrer is None:
         return blurry
     with torch.no_grad():
-        made = blurrer(sharp, draw_noise(sharp)).float().clamp(0, 1)
+        made = blurred(blurrer, sharp).float().clamp(0, 1)
     return mix(made, blurry, settings.generated_fraction)
 
 
@@ -432,6 +279,7 @@ def train_step(
     batch: dict,
     parts: int,
     losses: Callable[[Tensor, Tensor], Terms],
+    max_grad_norm: float = 0.0,
 ) -> dict[str, Tensor]:
     """One step of all networks on the mean gradient of `parts` equal parts of a batch; the mean losses."""
     optimizer.zero_grad()
@@ -447,6 +295,10 @@ def train_step(
             fabric.backward(sum(found.values()) / parts)
             sums |= {name: sums.get(name, 0) + value.detach() / parts for name, value in found.items()}
     average_gradients(fabric, optimizer)  # DDP's wrapper cannot run a network twice in a step
+    if max_grad_norm:
+        unscale_gradients(fabric, optimizer)
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
     optimizer.step()
     return sums
 
@@ -460,34 +312,10 @@ def learning_rate_factor(step: int, phases: list[int], last: float) -> float:
     return last + (1 - last) * (1 + math.cos(math.pi * min(1, step / phases[0]))) / 2
 
 
-# ---- data --------------------------------------------------------------------------------------------------
-
-
-def make_data(settings: Settings, stage: str) -> tuple[Dataset, HeldOut]:
-    """The training set of a stage and what is held out. Raises ValueError if something is not given."""
-    size, seed, cache = settings.crop_size, settings.seed, settings.cache
-    look = {"augment": True, "color_jitter": settings.color_jitter}
-    limits = settings.val_images, seed, settings.val_crop
-    data = settings.data, settings.sharp_dir, settings.val_data, settings.val_fraction
-    dataset, sharp, held_out = open_pairs(*data, limits, size, seed, cache, **look)
-    smallest = len(dataset or ())
-    if stage == "blur":
-        blurry, sharp = open_unpaired(settings.blur_data, settings.data and settings.sharp_dir, sharp, cache)
-        dataset = SourceDataset(blurry, sharp, size, seed, **look)
-        smallest = min(len(blurry), len(sharp))
-    if dataset is None:
-        raise ValueError(f"the stage `{stage}` needs pairs: give --data (or try --demo)")
-    if smallest < settings.batch_size:
-        raise ValueError(f"{smallest} images for `{stage}` are fewer than a batch of {settings.batch_size}")
-    return dataset, held_out
-
-
 def check(settings: Settings) -> None:
     """Raise ValueError for numbers that cannot be."""
     check_counts(settings, "blur_epochs epochs batch_size accumulate_grad_batches log_epoch")
     check_counts(settings, "width blocks blur_blocks discriminator_width devices num_nodes")
-    if settings.crop_size < 16 or settings.crop_size % 16:
-        raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
     if not 0 <= settings.last_learning_rate <= settings.learning_rate:
         raise ValueError(
             f"last_learning_rate must lie between 0 and learning_rate, not {settings.last_learning_rate}"
@@ -523,9 +351,9 @@ def make_players(
 ) -> Players:
     """The networks of a stage, on their device."""
     generators, discriminators = (names.split() for names in STAGES[stage][:2])
-    form, width = plain(settings), settings.discriminator_width
+    width = settings.discriminator_width
     players = Players(
-        nn.ModuleDict({n: begin(make_generator(n, form), settings) for n in generators}),
+        nn.ModuleDict({kind: first_generator(kind, settings) for kind in generators}),
         nn.ModuleDict({n: initialise(Discriminator(width)) for n in discriminators}),
         {name: ImagePool(settings.pool_size) for name in discriminators},
         perceptual,
@@ -539,9 +367,9 @@ def make_players(
     return players
 
 
-def begin(generator: nn.Module, settings: Settings) -> nn.Module:
-    """First weights: the paper's, or what a network from elsewhere is made with."""
-    return generator if isinstance(generator, MPRNet | SFTNet) else initialise(generator, settings.init_std)
+def first_generator(kind: str, settings: Settings) -> nn.Module:
+    path = settings.init_blur_weights if kind == "blur" else settings.init_weights
+    return begin(kind, plain(settings), path, settings.init_std)
 
 
 def bgan_path(settings: Settings) -> Path:
@@ -552,12 +380,13 @@ def main(settings: Settings) -> None:
     check(settings)
     stages = ["blur", "deblur"] if settings.mode == "all" else [settings.mode]
 
-    # What would fail later fails now: data, BGAN, VGG-19
+    # What would fail later fails now: data, first weights, BGAN, VGG-19
     fabric = start_fabric(settings.devices, settings.num_nodes, settings.precision, settings.seed)
-    given = (settings.data, settings.val_data, settings.blur_data)
-    if settings.demo and DEMO_DATA in [path.parent for path in given if path]:
-        write_demo(DEMO_DATA)
-    data = {stage: make_data(settings, stage) for stage in stages}
+    if settings.demo:
+        write_demo(DEMO_DATA, (settings.data, settings.val_data, settings.blur_data))
+    data = {stage: open_data(settings, stage) for stage in stages}
+    for kind in {kind for stage in stages for kind in STAGES[stage][0].split()}:
+        first_generator(kind, settings)
     if settings.mode == "deblur" and settings.generated_fraction and not bgan_path(settings).is_file():
         raise FileNotFoundError(
             f"BGAN not found: {bgan_path(settings)}; train it with `blur`, give --bgan_path, or do without "
@@ -620,7 +449,8 @@ def train(
     for batch in run.batches(loader, steps):
         losses = STAGES[stage][2][0 if run.step < phases[0] else -1]
         losses = partial(losses, players, settings)
-        metrics = train_step(fabric, fabric_optimizer, batch, settings.accumulate_grad_batches, losses)
+        how = settings.accumulate_grad_batches, losses, settings.max_grad_norm
+        metrics = train_step(fabric, fabric_optimizer, batch, *how)
         scheduler.step()
         ema.update(generators)
         run.advance(metrics, batch["path"])
@@ -639,20 +469,13 @@ def train(
                 run.picture("blurred", picture)
                 values |= spectrum
             if fabric.is_global_zero and run.step in (phases[0], steps):
-                export_all(generators, settings, folder, "" if run.step == steps else "_content")
+                export(generators, plain(settings), folder, "" if run.step == steps else "_content")
         run.log(values | report(scores, baseline))
         run.save(score=scores["psnr"])
         run.say(f"{stage} epoch {run.step // steps_per_epoch}: {line(values, scores, baseline)}")
     what, where = ("bgan", "blurred") if stage == "blur" else ("dbgan", "restored")
     weights = folder / f"{what}.safetensors"
     run.finish(f"python infer.py {what} --checkpoint_path {weights} --input PHOTOS --output_dir {where}")
-
-
-def export_all(generators: nn.ModuleDict, settings: Settings, folder: Path, suffix: str) -> None:
-    """Write the weights that the generators have now for infer.py: bgan and dbgan with a suffix."""
-    for kind in generators:
-        name = {"blur": "bgan", "deblur": "dbgan"}[kind]
-        export(generators, kind, settings, folder / f"{name}{suffix}.safetensors")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def read_weights(path: str | Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """State dict of a .safetensors, .ckpt or .pth file, without its `state_dict` wrapper.
+    """State dict of a .safetensors, .ckpt or .pth file, without its `state_dict` or `params` wrapper.
 
     Raises FileNotFoundError, or ValueError if the file is damaged or holds no tensors.
     """
@@ -103,7 +103,7 @@ def read_weights(path: str | Path, device: str = "cpu") -> dict[str, torch.Tenso
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     content = load(path, device)
-    content = content.get("state_dict", content)
+    content = content.get("state_dict", content.get("params", content))  # params: NAFNet's authors'
     values = content.items() if isinstance(content, dict) else ()
     weights = {name: value for name, value in values if isinstance(value, torch.Tensor) and name == str(name)}
     if not weights:

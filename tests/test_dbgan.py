@@ -9,8 +9,8 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
+import cv2
 import h5py
 import numpy as np
 import pytest
@@ -21,30 +21,31 @@ from torchvision.models import vgg19
 
 import infer
 import train_dbgan as script
+from benchmarks.dbgan_quality import frechet
 from ldm import checkpoint
 from ldm.data.image import list_images, photographs, read_image, to_tensor, write_image
 from ldm.data.pairs import find_pairs
 from ldm.metrics import radial_power, spectrum_distance
+from ldm.modules.gan import Discriminator, ImagePool, initialise, relativistic_d_loss, relativistic_g_loss
+from ldm.modules.generators import (
+    BGANGenerator,
+    DBGANGenerator,
+    content_loss,
+    export,
+    load_generator,
+    make_generator,
+)
 from ldm.modules.mprnet import MPRNet
+from ldm.modules.nafnet import NAFNet
 from ldm.modules.sftnet import SFT, SFTNet
 from ldm.run import start_fabric
 from ldm.validation import HeldOut, Spectra
 from tests.fill import draw, fill, relative_error
-from train_dbgan import (
-    BGANGenerator,
-    DBGANGenerator,
-    Discriminator,
-    ImagePool,
-    Settings,
-    load_generator,
-    main,
-    relativistic_d_loss,
-    relativistic_g_loss,
-    restore_image,
-)
+from train_dbgan import Settings, main, restore_image
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
+GENERATORS = ["dbgan", *script.OTHERS]
 TINY = {
     "crop_size": 16,
     "width": 4,
@@ -123,7 +124,7 @@ def test_mprnet_is_the_authors():
     network = MPRNet()
     assert {name: list(value.shape) for name, value in network.state_dict().items()} == manifest["full"]
     assert sum(p.numel() for p in network.parameters()) == 20_127_073
-    full = script.make_generator("deblur", {"generator": "mprnet", "width": 96, "blocks": 8})
+    full = make_generator("deblur", {"generator": "mprnet", "width": 96, "blocks": 8})
     assert {n: v.shape for n, v in full.state_dict().items()} == {
         n: v.shape for n, v in network.state_dict().items()
     }
@@ -134,6 +135,21 @@ def test_mprnet_is_the_authors():
         outputs = network(torch.sigmoid(draw("input:image2", (1, 3, 32, 48))))
     for number, output in enumerate(outputs):
         assert relative_error(output, expected[f"mprnet.tiny.{number}"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "network", [MPRNet(12, 6, 4, 2), NAFNet(8, (1, 1, 1, 3), 1, (1, 1, 1, 1))], ids=["mprnet", "nafnet"]
+)
+def test_a_file_of_the_authors_opens(network, tmp_path):
+    """It has no settings of ours: the parameters tell what it is."""
+    fill(network).eval()
+    names = {f"module.{name}": value for name, value in network.state_dict().items()}
+    wrapper = "params" if isinstance(network, NAFNet) else "state_dict"
+    torch.save({"epoch": 3, wrapper: names}, tmp_path / "theirs.pth")
+    found = load_generator(tmp_path / "theirs.pth", "deblur")
+    image = torch.rand(1, 3, 16, 32)
+    with torch.no_grad():
+        assert torch.equal(script.final(found(image)), script.final(network(image)))
 
 
 def test_the_average_of_mprnets_one_activation_reaches_all_its_names():
@@ -156,7 +172,7 @@ def test_several_stages_train_with_the_sum_of_their_losses():
         laplacian = (laplacian - 4 * x[..., 1:-1, 1:-1])[..., 1:-1, 1:-1]
         edges.append((laplacian.square() + 1e-6).sqrt().mean())
     expected = sum(F.l1_loss(one, real) for one in made) + 0.05 * sum(edges)
-    assert script.content_loss(made, real, Settings()).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert content_loss(made, real, "l1").item() == pytest.approx(expected.item(), rel=1e-5)
     players, chosen = make("deblur", generator="mprnet", width=8)
     summed(script.deblur_losses(players, chosen, **batch()))["total_loss"].backward()
     assert gradients(players.generators["deblur"].stage1_decoder) > 0
@@ -179,11 +195,11 @@ def test_sftnet_is_told_of_the_blur():
         assert torch.allclose(layer(features, conditions), features * 2 + 1)
 
 
-@pytest.mark.parametrize("name", get_args(script.Generator))
+@pytest.mark.parametrize("name", GENERATORS)
 @pytest.mark.parametrize("sampling", [False, True])
 def test_every_generator_takes_any_size(name, sampling):
     form = {"generator": name, "width": 4, "blocks": 1, "sampling": sampling}
-    network = fill(script.make_generator("deblur", form))
+    network = fill(make_generator("deblur", form))
     image = read_image(photographs(("coffee.png",))[0])[:37, :50]
     restored = restore_image(network, image)
     assert restored.shape == image.shape and not np.array_equal(restored, image)
@@ -199,10 +215,10 @@ def test_generators_start_near_the_identity():
     image = torch.rand(1, 3, 16, 16)
     for name in ("dbgan", "srresnet", "deblurgan"):
         form = {"generator": name, "width": 8, "blocks": 1, "sampling": False}
-        network = script.initialise(script.make_generator("deblur", form))
+        network = initialise(make_generator("deblur", form))
         change = (network(image) - image).abs().max()  # a residual in [0, 1], not clamped
         assert 0 < change < (0.05 if name == "dbgan" else 1)  # the others normalise what passes
-    weights = script.initialise(Discriminator(16)).features[2].weight
+    weights = initialise(Discriminator(16)).features[2].weight
     assert weights.std().item() == pytest.approx(0.01, rel=0.05)
     assert network(2 * image).max() > 1.5
 
@@ -211,11 +227,15 @@ def test_noise_and_batch_norm_of_bgan():
     torch.manual_seed(0)
     network = fill(BGANGenerator(4, 1))
     image = torch.rand(2, 3, 8, 8)
-    noise = torch.randn(2, 4)
-    assert not torch.allclose(network(image, noise), network(image, 2 * noise))
-    tiled = noise[:, :, None, None].expand(2, 4, 8, 8)
+    noise = network.draw_noise(image)
+    assert noise.shape == (2, 4, 1, 1) and not torch.allclose(
+        network(image, noise), network(image, 2 * noise)
+    )
+    tiled = noise.expand(2, 4, 8, 8)
     expected = DBGANGenerator.forward(network, torch.cat([image, tiled], 1))
     assert torch.equal(network(image, noise), expected)
+    varying = BGANGenerator(4, 1, varying=True).draw_noise(image)
+    assert varying.shape == (2, 4, 8, 8) and varying.std(dim=(2, 3)).min() > 0.5
     norms = [m for m in BGANGenerator(4, 2, norm=True).modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 8
 
@@ -341,11 +361,11 @@ def test_the_weights_of_the_terms(vgg_file):
 def test_unpaired_losses_are_their_formulas():
     players, chosen = make("blur", pool_size=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "draw_noise", lambda like: torch.zeros(len(like), 4))
+        patch.setattr(BGANGenerator, "draw_noise", lambda network, like: torch.zeros(len(like), 4, 1, 1))
         x = batch()
         found = summed(script.unpaired_losses(players, chosen, **x))
         deblur = players.generators["deblur"]
-        blur = partial(players.generators["blur"], noise=torch.zeros(2, 4))
+        blur = partial(players.generators["blur"], noise=torch.zeros(2, 4, 1, 1))
         made_b, made_s = blur(x["sharp"]), deblur(x["blurry"])
         d_blur, d_sharp = players.discriminators["blur"], players.discriminators["sharp"]
         blur_scores, sharp_scores = (
@@ -492,6 +512,64 @@ def test_all_is_blur_and_deblur(data, capsys):
         assert torch.allclose(value, average[f"deblur.{name}"], atol=1e-3, rtol=1e-3)
 
 
+def test_pairs_are_made_of_photographs_and_dead_leaves(data):
+    """Without pairs: each photograph so many times, dead leaves, and a part that is spared the blur."""
+    chosen = {"data": None, "sharp_dir": data / "RWBI", "val_data": data / "data", "dead_leaves": 6}
+    chosen |= {"photo_crops": 2, "crop_candidates": 3, "sharp_fraction": 1.0, "jpeg_probability": 0.5}
+    chosen = settings(data, "deblur", generated_fraction=0.0, **chosen)
+    pairs, _ = script.open_data(chosen, "deblur")
+    names = [pairs[n]["path"] for n in range(len(pairs))]
+    assert len(pairs) == 5 * 2 + 6 and sum("leaves" in name for name in names) == 6
+    same = [torch.equal(pairs[0, n]["blurry"], pairs[0, n]["sharp"]) for n in range(len(pairs))]
+    assert 3 <= sum(same) <= 13  # half of the spared ones are not blurred at all
+    main(replace(chosen, content_loss="charbonnier", fft_loss_weight=0.1, max_grad_norm=0.01))
+    assert (data / "run" / "deblur" / "dbgan.safetensors").is_file()
+    unpaired, _ = script.open_data(replace(chosen, mode="blur"), "blur")
+    assert len(unpaired) == 5 * 2  # photographs alone: a discriminator would know dead leaves by their shapes
+    with pytest.raises(ValueError, match=r"sharp_fraction must lie in \[0, 1\], not 2"):
+        main(replace(chosen, sharp_fraction=2))
+
+
+def test_gradients_are_clipped_all_together():
+    fabric = start_fabric()
+    players, chosen = make("deblur")
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(players.generators.parameters(), lr=1.0))
+    before = [p.detach().clone() for p in players.generators.parameters()]
+    images = {name: value * 2 - 1 for name, value in batch().items()}
+    losses = partial(script.content_losses, players, chosen)
+    script.train_step(fabric, optimizer, images, 1, losses, max_grad_norm=1e-3)
+    moved = [
+        (p.detach() - b).square().sum() for p, b in zip(players.generators.parameters(), before, strict=True)
+    ]
+    assert sum(moved).sqrt().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_generator_starts_from_weights(name, tmp_path):
+    """Of its own kind alone: a file of another generator or width, or of BGAN, is one sentence."""
+    path = tmp_path / "dbgan.safetensors"
+    chosen = replace(Settings(**TINY), generator=name, width=8)
+    first = fill(make_generator("deblur", script.plain(chosen)))
+    export(nn.ModuleDict({"deblur": first}), script.plain(chosen), tmp_path)
+    players = script.make_players(
+        replace(chosen, init_weights=path, generated_fraction=0.0), "deblur", None, torch.device("cpu")
+    )
+    own = players.generators["deblur"].state_dict()
+    assert all(
+        torch.allclose(own[key], value, rtol=1e-2, atol=1e-3) for key, value in first.state_dict().items()
+    )
+    other = GENERATORS[GENERATORS.index(name) - 1]
+    for changes, message in (
+        ({"generator": other}, f"dbgan.safetensors holds a {type(first).__name__}, this run trains a "),
+        ({"width": 12}, "dbgan.safetensors does not fit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            changed = replace(chosen, init_weights=path, generated_fraction=0.0, **changes)
+            script.make_players(changed, "deblur", None, torch.device("cpu"))
+    with pytest.raises(ValueError, match="dbgan.safetensors holds no blurring generator"):
+        script.make_players(replace(chosen, init_blur_weights=path), "blur", None, torch.device("cpu"))
+
+
 def test_max_steps_replaces_the_epochs_of_every_phase(data):
     main(settings(data, "deblur", generated_fraction=0.0, max_steps=3, epochs=50))
     state = checkpoint.load(data / "run" / "deblur" / "checkpoints" / "last.ckpt")
@@ -501,7 +579,10 @@ def test_max_steps_replaces_the_epochs_of_every_phase(data):
 @pytest.mark.parametrize(
     "extra",
     [{}, {"generator": "srresnet"}, {"generator": "deblurgan", "sampling": True}]
-    + [{"generator": name, "precision": "bf16", "channels_last": True} for name in ("mprnet", "sftnet")],
+    + [
+        {"generator": name, "precision": "bf16", "channels_last": True}
+        for name in ("mprnet", "sftnet", "nafnet")
+    ],
 )
 def test_paired(data, extra):
     main(settings(data, "paired", blur_data=None, **extra))
@@ -602,7 +683,7 @@ def test_kill_9_while_it_saves(data):
 
 
 def test_nan_stops_the_run(data, monkeypatch):
-    monkeypatch.setattr(script, "content_loss", lambda made, real, settings: made.sum() * float("nan"))
+    monkeypatch.setattr(script, "content_loss", lambda made, *_: made.sum() * float("nan"))
     with pytest.raises(ValueError, match=r"training stopped: total_loss = nan at step 1; its batch: .*png"):
         main(settings(data, "deblur", generated_fraction=0.0))
     assert not (data / "run" / "deblur" / "checkpoints" / "last.ckpt").exists()
@@ -616,7 +697,9 @@ def test_nan_stops_the_run(data, monkeypatch):
         ("blur", {"blur_data": "missing.h5"}, "file of patches not found"),
         ("blur", {"data": None, "val_data": "data"}, "needs sharp photographs"),
         ("deblur", {}, r"BGAN not found: .*run/blur/bgan.safetensors; train it with `blur`"),
-        ("deblur", {"data": None, "sharp_dir": "data"}, "`deblur` needs pairs"),
+        ("deblur", {"data": None, "val_data": "data", "generated_fraction": 0.0}, "`deblur` needs pairs"),
+        ("all", {"init_weights": "none.safetensors"}, "checkpoint not found"),  # before the first stage
+        ("deblur", {"dead_leaves": 8}, "--dead_leaves goes with --sharp_dir or alone"),
         ("deblur", {"data": "missing"}, "no such data set"),
         ("paired", {"data": None}, "nothing to evaluate on"),
         ("paired", {"batch_size": 5}, "4 images for `paired` are fewer than a batch of 5"),
@@ -660,11 +743,9 @@ def test_bad_patches_stop_before_training(data):
 
 def test_another_bgan_does_not_resume(data):
     main(settings(data))
-    script.export(
-        fill(nn.ModuleDict({"blur": BGANGenerator(4, 1)})), "blur", Settings(**TINY), data / "b.safetensors"
-    )
+    export(fill(nn.ModuleDict({"blur": BGANGenerator(4, 1)})), script.plain(Settings(**TINY)), data)
     with pytest.raises(ValueError, match="blurrer was"):
-        main(settings(data, "deblur", bgan_path=data / "b.safetensors"))
+        main(settings(data, "deblur", bgan_path=data / "bgan.safetensors"))
 
 
 def test_what_a_stage_does_not_read_may_change(data):
@@ -678,10 +759,10 @@ def test_what_a_stage_does_not_read_may_change(data):
 def test_files_that_are_no_generators(tmp_path):
     networks = nn.ModuleDict({"blur": BGANGenerator(4, 1)})
     path = tmp_path / "bgan.safetensors"
-    script.export(networks, "blur", Settings(**TINY), path)
+    export(networks, script.plain(Settings(**TINY)), tmp_path)
     with pytest.raises(ValueError, match=r"bgan.safetensors holds no deblurring generator"):
         load_generator(path, "deblur")
-    script.export(networks, "blur", Settings(**{**TINY, "width": 8}), path)
+    export(networks, script.plain(Settings(**{**TINY, "width": 8})), tmp_path)
     with pytest.raises(
         ValueError,
         match=r"does not fit BGANGenerator: first.weight is \(4, 7, 3, 3\), not \(8, 7, 3, 3\), .* more",
@@ -716,6 +797,23 @@ def test_spectra_tell_blurred_from_sharp(data):
     assert scores["spectrum/generated"] == scores["spectrum/sharp"]
 
 
+def test_distance_of_two_sets_of_blur():
+    """Blur of one kind is near itself and farther from others the more they blur; light hardly counts."""
+    rng = np.random.default_rng(0)
+    image = read_image(photographs(("coffee.png",))[0])
+    corners = rng.integers(0, 270, (60, 2))
+
+    def pieces(sigma):
+        blurred = cv2.GaussianBlur(image, None, sigma) if sigma else image
+        return [blurred[y : y + 64, x : x + 64] for y, x in corners]
+
+    sharp, soft, softer = pieces(0), pieces(1), pieces(3)
+    assert frechet(soft, soft) == pytest.approx(0, abs=1e-6)
+    assert 10 * frechet(soft[::2], soft[1::2]) < frechet(soft, sharp) < frechet(softer, sharp)
+    brighter = [(piece // 2 + 60).astype(np.uint8) for piece in soft]
+    assert frechet(soft, brighter) < 0.2 * frechet(soft, sharp)
+
+
 # ---- restoring and blurring
 
 
@@ -723,7 +821,8 @@ def test_infer_blurs_and_deblurs(tmp_path):
     networks = nn.ModuleDict({"blur": BGANGenerator(4, 1), "deblur": DBGANGenerator(4, 1, sampling=True)})
     fill(networks)
     for kind, sampling in (("blur", False), ("deblur", True)):
-        script.export(networks, kind, Settings(**TINY, sampling=sampling), tmp_path / f"{kind}.safetensors")
+        alone = nn.ModuleDict({kind: networks[kind]})
+        export(alone, script.plain(Settings(**TINY, sampling=sampling)), tmp_path)
     image = read_image(photographs(("coffee.png",))[0])[:45, :61]
     (tmp_path / "photos").mkdir()
     for name in ("a", "b"):
@@ -731,7 +830,7 @@ def test_infer_blurs_and_deblurs(tmp_path):
     places = {"input": tmp_path / "photos", "device": "cpu"}
 
     def results(command, kind, folder, **changes):
-        weights = tmp_path / f"{kind}.safetensors"
+        weights = tmp_path / {"blur": "bgan.safetensors", "deblur": "dbgan.safetensors"}[kind]
         infer.restore_files(
             command(**places, checkpoint_path=weights, output_dir=tmp_path / folder, **changes)
         )
@@ -739,7 +838,7 @@ def test_infer_blurs_and_deblurs(tmp_path):
 
     whole = results(infer.DBGAN, "deblur", "deblurred")
     assert len(whole) == 2 and np.array_equal(whole[0], whole[1])
-    expected = restore_image(load_generator(tmp_path / "deblur.safetensors", "deblur"), image)
+    expected = restore_image(load_generator(tmp_path / "dbgan.safetensors", "deblur"), image)
     assert np.array_equal(whole[0], expected) and not np.array_equal(expected, image)
     tiled = results(infer.DBGAN, "deblur", "tiled", tile=32, overlap=24)[0].astype(int)
     assert np.abs(tiled[8:-8, 8:-8] - whole[0][8:-8, 8:-8]).mean() < 2

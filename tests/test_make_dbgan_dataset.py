@@ -194,6 +194,29 @@ def test_bad_files(folders):
         Patches(path, "sharp")
 
 
+def test_the_sharpest_of_several_windows_is_taken():
+    image = np.full((64, 256, 3), 90, np.uint8)
+    image[:, 192:] = np.random.default_rng(0).integers(0, 255, (64, 64, 3))  # a quarter has details
+
+    class Source:
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, key):
+            return image
+
+        def name(self, key):
+            return ""
+
+    def detailed(candidates):
+        dataset = SourceDataset(Source(), Source(), 32, seed=0, augment=True, candidates=candidates)
+        items = [dataset[epoch, 0] for epoch in range(60)]
+        return [sum(item[kind].std() > 0.1 for item in items) for kind in ("sharp", "blurry")]
+
+    (sharp, blurry), (best, other) = detailed(1), detailed(8)
+    assert best > 50 > 30 > sharp and max(blurry, other) < 40
+
+
 def test_photographs_are_parted_by_their_focus(tmp_path):
     """What is out of focus beside what is in focus becomes `blur`; what is flat or always soft does not."""
     sharp = read_image(photographs(("coffee.png",))[0])[:384, :256]

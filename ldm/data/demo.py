@@ -1,6 +1,6 @@
 """Data for demonstrations: photographs inside scikit-image and dead leaves, blurred by a known camera."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,10 @@ BLUR_TYPES = ("motion_blur", "gaussian_blur", "defocus_blur")  # lens blur darke
 CAMERA = {"scale": 0.4, "noise": 0.0}  # of the blurs
 
 
-def write_demo(folder: Path) -> None:
-    """Write train/{blur,sharp}, real (blurred, other scenes) and valid/{blur,sharp}, once."""
-    if (folder / "finished").is_file():
+def write_demo(folder: Path, wanted: Sequence[Path | None]) -> None:
+    """Write train/{blur,sharp}, real (blurred, other scenes) and valid/{blur,sharp}, once, if one of them is
+    `wanted`."""
+    if folder not in [path.parent for path in wanted if path] or (folder / "finished").is_file():
         return
     for name in ("train/blur", "train/sharp", "real", "valid/blur", "valid/sharp"):
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,25 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
+from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import list_images
-from ldm.data.paired import CropDataset, ImageFiles, Key, PairedDataset, at_least
+from ldm.data.paired import (
+    BlurDataset,
+    CropDataset,
+    ImageFiles,
+    Key,
+    PairedDataset,
+    Together,
+    at_least,
+    sharpness,
+)
 from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
+from ldm.settings import check_counts
 from ldm.validation import HeldOut, middle
 
 KEYS = ("sharp", "blur")  # of the file: uint8 (n, size, size, 3) each
@@ -79,7 +91,8 @@ def open_source(path: str | Path, key: str, cache: bool = False) -> Source:
 
 
 class SourceDataset(CropDataset):
-    """Crops of two sources: number n with number n if `paired`, else each sharp one with any blurry one.
+    """Crops of two sources: number n with number n if `paired`, else each sharp one with any blurry one, the
+    sharp one the sharpest of `candidates` windows.
 
     Items as in CropDataset. Raises ValueError for pairs of sources of different lengths, and for crops that
     are larger than the patches of a file.
@@ -94,9 +107,10 @@ class SourceDataset(CropDataset):
         augment: bool = False,
         color_jitter: float = 0.0,
         paired: bool = False,
+        candidates: int = 1,
     ):
         super().__init__(len(sharp), size, seed, augment, color_jitter)
-        self.blurry, self.sharp, self.paired = blurry, sharp, paired
+        self.blurry, self.sharp, self.paired, self.candidates = blurry, sharp, paired, candidates
         for source in (blurry, sharp):
             if isinstance(source, Patches) and source.size < size:
                 raise ValueError(f"crops of {size} pixels from {source.path}: its patches have {source.size}")
@@ -110,7 +124,8 @@ class SourceDataset(CropDataset):
         y, x = self._window(*blurry.shape[:2], rng)
         here = y, x
         if not self.paired:
-            here = self._window(*sharp.shape[:2], rng)
+            windows = [self._window(*sharp.shape[:2], rng) for _ in range(self.candidates)]
+            here = max(windows, key=lambda at: sharpness(sharp[at[0] :, at[1] :][: self.size, : self.size]))
         crops = [
             image[top : top + self.size, left : left + self.size]
             for image, (top, left) in ((blurry, (y, x)), (sharp, here))
@@ -118,60 +133,93 @@ class SourceDataset(CropDataset):
         return *crops, f"{self.blurry.name(other)} with {self.sharp.name(index)}", ""
 
 
-def open_pairs(
-    data: Path | None,
-    sharp_dir: Path | None,
-    val_data: Path | None,
-    val_fraction: float,
-    limits: tuple[int, int, int],
-    size: int,
-    seed: int,
-    cache: bool = False,
-    **look: bool | float,
-) -> tuple[CropDataset | None, Source | None, HeldOut]:
-    """Pairs to train on and their sharp pictures (None where there are none), and what is held out.
+def open_data(settings: Any, stage: str) -> tuple[CropDataset, HeldOut]:
+    """What a stage of train_dbgan.py trains on, and what is held out, by that script's settings.
 
-    `data` and `val_data` are what `find_pairs` takes, or files of paired patches. With `sharp_dir` alone
-    there are no pairs, and the held-out pictures are blurred on the fly. Without `val_data` the part
-    `val_fraction` is held out. `limits` are HeldOut's `limit`, `seed`, `crop`; `look` CropDataset's options.
+    Pairs come from `data` (what `find_pairs` takes, or a file of paired patches); without it they are made of
+    the sharp pictures in `sharp_dir` and of dead leaves. `blur` takes each sharp picture with any of
+    `blur_data`. Raises ValueError if something is not given, or too little for a batch.
     """
-    dataset = sharp = held_out = None
-    if is_patches(data):
-        sharp = Patches(data, "sharp")
-        dataset = SourceDataset(Patches(data, "blur"), sharp, size, seed, paired=True, **look)
-    elif data or sharp_dir:
-        pairs = find_pairs(data) if data else sharp_pairs(sharp_dir)
-        if not val_data:
-            pairs, held_out = split_pairs(pairs, val_fraction, seed)
-        sharp = ImageFiles([pair.sharp for pair in pairs], cache)
-        dataset = PairedDataset(pairs, size, seed, cache=cache, **look) if data else None
-    if is_patches(val_data):
-        return dataset, sharp, HeldOutPatches(val_data, *limits)
-    if not (val_data or held_out):
+    size, seed, cache, data = settings.crop_size, settings.seed, settings.cache, settings.data
+    _check(settings)
+    pairs, held_out = _split(settings)
+    look = {"augment": True, "color_jitter": settings.color_jitter}
+    photographs = [pair.sharp for pair in pairs for _ in range(settings.photo_crops if not data else 1)]
+    smallest = None
+    if stage == "blur":
+        blurry, sharp = open_unpaired(settings, photographs)
+        look["candidates"] = settings.crop_candidates if settings.sharp_dir else 1
+        dataset = SourceDataset(blurry, sharp, size, seed, **look)
+        smallest = min(len(blurry), len(sharp))
+    elif is_patches(data):
+        dataset = SourceDataset(
+            Patches(data, "blur"), Patches(data, "sharp"), size, seed, paired=True, **look
+        )
+    elif data:
+        dataset = PairedDataset(pairs, size, seed, cache=cache, **look)
+    elif photographs or settings.dead_leaves:
+        leaves = DeadLeaves(size + 64, settings.dead_leaves, seed)
+        look |= {name: getattr(settings, name) for name in ("jpeg_probability", "sharp_fraction")}
+        look |= {"candidates": settings.crop_candidates, "field": (0.0, 0.0), **_camera(settings)}
+        dataset = BlurDataset(Together((ImageFiles(photographs, cache), 1), (leaves, 1)), size, seed, **look)
+    else:
+        raise ValueError(
+            f"the stage `{stage}` needs pairs: give --data, --sharp_dir or --dead_leaves (or try --demo)"
+        )
+    smallest = len(dataset) if smallest is None else smallest
+    if smallest < settings.batch_size:
+        raise ValueError(f"{smallest} images for `{stage}` are fewer than a batch of {settings.batch_size}")
+    return dataset, held_out
+
+
+def _check(settings: Any) -> None:
+    check_counts(settings, "photo_crops crop_candidates")
+    if settings.crop_size < 16 or settings.crop_size % 16:
+        raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
+    if settings.data and settings.dead_leaves:
+        raise ValueError("--dead_leaves goes with --sharp_dir or alone, not with the pairs of --data")
+    for name in ("sharp_fraction", "jpeg_probability"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], not {getattr(settings, name)}")
+
+
+def _camera(settings: Any) -> dict[str, Any]:
+    """How pictures are blurred on the fly."""
+    return {"blur_types": settings.blur_types, "scale": settings.blur_scale}
+
+
+def _split(settings: Any) -> tuple[list[Pair], HeldOut]:
+    """Pairs on disk to train on (sharp pictures with themselves, to be blurred) and what is held out:
+    `val_data`, or the part `val_fraction` of them."""
+    limits, pairs, held_out = (settings.val_images, settings.seed, settings.val_crop), [], []
+    if not is_patches(settings.data):
+        pairs = find_pairs(settings.data) if settings.data else sharp_pairs(settings.sharp_dir)
+    if is_patches(settings.val_data):
+        return pairs, HeldOutPatches(settings.val_data, *limits)
+    if settings.val_data:
+        held_out = find_pairs(settings.val_data)
+    elif pairs:
+        pairs, held_out = split_pairs(pairs, settings.val_fraction, settings.seed)
+    if not held_out:
         raise ValueError(
             "nothing to evaluate on: give --val_data, or --data or --sharp_dir as folders (or try --demo)"
         )
-    return dataset, sharp, HeldOut(held_out or find_pairs(val_data), *limits)
+    return pairs, HeldOut(held_out, *limits, **_camera(settings))
 
 
-def open_unpaired(
-    blur_data: Path | None, sharp_dir: Path | None, sharp: Source | None, cache: bool = False
-) -> tuple[Source, Source]:
-    """Real blurred pictures and sharp ones, from a folder each or from one file of patches.
-
-    The sharp ones are those of `sharp_dir`, else `sharp`, else those of the file. Raises ValueError if
-    there are none of a kind.
-    """
-    if not blur_data:
+def open_unpaired(settings: Any, photographs: list[Path]) -> tuple[Source, Source]:
+    """Real blurred pictures, and sharp ones: of `sharp_dir`, else of the pairs, else of the same file."""
+    if not settings.blur_data:
         raise ValueError("the stage `blur` needs --blur_data: real blurred photographs (or try --demo)")
-    blurry = open_source(blur_data, "blur", cache)
-    if sharp_dir:
-        sharp = ImageFiles([pair.sharp for pair in sharp_pairs(sharp_dir)], cache)
-    elif sharp is None and is_patches(blur_data):
-        sharp = Patches(blur_data, "sharp")
-    if sharp is None:
-        raise ValueError("the stage `blur` needs sharp photographs: give --sharp_dir or --data")
-    return blurry, sharp
+    blurry = open_source(settings.blur_data, "blur", settings.cache)
+    if settings.data and settings.sharp_dir:
+        photographs = [pair.sharp for pair in sharp_pairs(settings.sharp_dir)]
+    if photographs:
+        return blurry, ImageFiles(photographs, settings.cache)
+    for path in (settings.data, settings.blur_data):
+        if is_patches(path):
+            return blurry, Patches(path, "sharp")
+    raise ValueError("the stage `blur` needs sharp photographs: give --sharp_dir or --data")
 
 
 def check_paired(blurry: Patches, sharp: Patches) -> None:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class ResidualBlock(nn.Module):
@@ -66,6 +67,21 @@ class DeblurGANGenerator(nn.Module):
 
     def forward(self, blurry: Tensor) -> Tensor:
         return blurry + self.body(blurry)
+
+
+class DenseBlock(nn.Module):
+    """Five 3x3 convolutions, four LeakyReLU; each sees all before it, and the block adds to its input."""
+
+    def __init__(self, width: int, norm: bool = False):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(n * width, width, 3, padding=1) for n in range(1, 6))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) if norm else nn.Identity() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for conv, norm in zip(self.convs[:4], self.norms, strict=True):
+            seen.append(F.leaky_relu(norm(conv(torch.cat(seen, dim=1))), 0.2))  # (b, width, h, w)
+        return x + self.convs[4](torch.cat(seen, dim=1))
 
 
 class Discriminator(nn.Module):
@@ -141,3 +157,23 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 def least_squares(scores: Tensor, label: float) -> Tensor:
     return (scores - label).square().mean()  # Mao et al. 2017
+
+
+def relativistic_d_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What the discriminator minimises: real pictures look more real than fake ones do on average.
+
+    Scores (b,): C(real) - mean C(fake) against the label 1, C(fake) - mean C(real) against 0, by the mean of
+    their cross-entropies (relativistic average GAN, Jolicoeur-Martineau 2019; the paper's RBL and RDBL).
+    """
+    above, below = real - fake.mean(), fake - real.mean()
+    return (bce(above, 1.0) + bce(below, 0.0)) / 2
+
+
+def relativistic_g_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What the generator minimises, through `fake`: both probabilities are 0.5, real and fake look alike."""
+    above, below = real - fake.mean(), fake - real.mean()
+    return (bce(above, 0.5) + bce(below, 0.5)) / 2
+
+
+def bce(logits: Tensor, label: float) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
