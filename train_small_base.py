@@ -11,6 +11,7 @@ meanwhile the UNet and the transformer can learn on its latents already. The sam
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -195,8 +196,7 @@ def compute_encoder(autoencoder: AutoencoderKL, images: Tensor) -> None:
     encoder = autoencoder.encoder
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
-            module.weight.zero_()
-            module.bias.zero_()
+            zero_module(module)
     identity(encoder.conv_in, 3)
     x, width = images, 3
     for level, keep in zip(encoder.down[:3], (12, CHANNELS, CHANNELS), strict=True):
@@ -223,22 +223,17 @@ def compute_encoder(autoencoder: AutoencoderKL, images: Tensor) -> None:
     out.weight[:CHANNELS] /= FluxAutoencoder.scale_factor
     out.bias[:CHANNELS] = FluxAutoencoder.shift_factor
     out.bias[CHANNELS:] = -8.0
-    shift_convolutions(autoencoder)
+    # the 1x1 convolutions around the latent do what FLUX's shift does: the files fit both layouts
+    for convolution, sign in ((autoencoder.quant_conv, -1.0), (autoencoder.post_quant_conv, 1.0)):
+        zero_module(convolution)
+        identity(convolution, convolution.in_channels)
+        convolution.bias[:CHANNELS] = sign * FluxAutoencoder.shift_factor
 
 
 def identity(convolution: nn.Conv2d, count: int) -> None:
     """The first `count` channels pass through as they are."""
     middle = convolution.kernel_size[0] // 2
     convolution.weight[range(count), range(count), middle, middle] = 1.0
-
-
-def shift_convolutions(autoencoder: AutoencoderKL) -> None:
-    """Let the 1x1 convolutions around the latent do what FLUX's shift does: its files fit both layouts."""
-    for convolution, sign in ((autoencoder.quant_conv, -1.0), (autoencoder.post_quant_conv, 1.0)):
-        convolution.weight.zero_()
-        convolution.bias.zero_()
-        identity(convolution, convolution.in_channels)
-        convolution.bias[:CHANNELS] = sign * FluxAutoencoder.shift_factor
 
 
 def held_out_squares() -> Tensor:
@@ -249,8 +244,10 @@ def held_out_squares() -> Tensor:
 
 @torch.no_grad()
 def mean_psnr(autoencoder: AutoencoderKL, images: Tensor) -> float:
-    restored = torch.cat([autoencoder.decode(autoencoder.encode(part).mode()) for part in images.split(16)])
-    return float(np.mean([psnr(to_uint8(a), to_uint8(b)) for a, b in zip(restored, images, strict=True)]))
+    device = next(autoencoder.parameters()).device
+    restored = [autoencoder.decode(autoencoder.encode(part.to(device)).mode()) for part in images.split(16)]
+    pairs = zip(torch.cat(restored).cpu(), images, strict=True)
+    return float(np.mean([psnr(to_uint8(ours), to_uint8(truth)) for ours, truth in pairs]))
 
 
 # ---- stages ------------------------------------------------------------------------------------------------
@@ -276,9 +273,8 @@ class Stage:
         rise = min(1.0, (step + 1) / self.settings.warmup)
         return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
 
-    def batches(self, dataset: Dataset):
-        batch_size = self.settings.batch_size
-        loader = self.run.loader(dataset, batch_size * self.fabric.world_size, self.steps, self.settings.seed)
+    def batches(self, dataset: Dataset) -> Iterator:
+        loader = self.run.loader(dataset, self.settings.batch_size, self.steps, self.settings.seed)
         return self.run.batches(loader, self.steps)
 
     def update(self, loss: Tensor) -> bool:
@@ -293,12 +289,11 @@ class Stage:
         self.run.advance({"loss": loss})
         return self.run.step % self.settings.save_steps == 0 or self.run.step == self.steps
 
-    def save(self, scores: dict[str, float], picture: np.ndarray | None = None) -> None:
-        self.run.log({f"train/{name}": value for name, value in self.run.means().items()} | scores)
-        if picture is not None:
-            self.run.picture("sample", picture)
+    def save(self, scores: dict[str, float]) -> None:
+        values = {f"train/{name}": value for name, value in self.run.means().items()} | scores
+        self.run.log(values)
         self.run.save()
-        self.run.say(f"step {self.run.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        self.run.say(f"step {self.run.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
 
 
 def base_model() -> LatentDiffusion:
@@ -343,13 +338,13 @@ def teach_autoencoder(fabric: Fabric, settings: Settings, pieces: np.ndarray, _:
 def teach_unet(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions: np.ndarray) -> None:
     model = with_encoder(base_model(), pieces)
     data = Latents(encode_all(model, pieces), captions)
-    embeddings = model.get_learned_conditioning(CAPTIONS)  # (captions, 77, 16)
+    embeddings = model.get_learned_conditioning(CAPTIONS).to(fabric.device)  # (captions, 77, 16)
     model.to(fabric.device)
     stage = Stage(fabric, settings, "unet", model.model, settings.unet_steps)
     for batch in stage.batches(data):
-        shown = torch.where(torch.rand(len(batch["caption"])) < 0.1, 0, batch["caption"])
-        t = torch.randint(0, model.num_timesteps, (len(shown),), device=fabric.device)
-        x = batch["latent"]
+        x, b = batch["latent"], len(batch["latent"])
+        shown = torch.where(torch.rand(b, device=fabric.device) < 0.1, 0, batch["caption"])
+        t = torch.randint(0, model.num_timesteps, (b,), device=fabric.device)
         with fabric.autocast():
             loss, _ = model.p_losses(x, {"c_crossattn": [embeddings[shown]]}, t, torch.randn_like(x))
         if stage.update(loss):
@@ -365,7 +360,9 @@ def teach_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions:
     folder = settings.output_dir / "small_kontext"
     write_text_encoders(folder, model.cond_stage_model)
     prompts = [encode_prompt(folder, prompt, "cpu") for prompt in (KEEP, OTHER)]
-    t5, pooled = (torch.cat([prompt[name] for prompt in prompts]).float() for name in ("t5", "pooled"))
+    t5, pooled = (
+        torch.cat([p[name] for p in prompts]).float().to(fabric.device) for name in ("t5", "pooled")
+    )
     torch.manual_seed(settings.seed)
     flux = Flux(FLUX)
     for block in (*flux.double_blocks, *flux.single_blocks):  # each block starts as the identity
@@ -422,6 +419,8 @@ def export(settings: Settings) -> None:
         if checkpoint.is_file():
             trained[name], content = read_trained(checkpoint)
             print(f"{name}: step {content['step']}")
+        elif name != "flux":
+            raise FileNotFoundError(f"{checkpoint} is missing: teach it first (train_small_base.py {name})")
     model = base_model()
     model.first_stage_model.load_state_dict(trained["autoencoder"])
     model.model.load_state_dict(trained["unet"])
@@ -435,11 +434,10 @@ def export(settings: Settings) -> None:
     made = [unconditional(model, caption) for caption in (SHARP, LEAVES)]
     write_image(settings.output_dir / "samples.png", rows(made))
     if "flux" in trained:
-        flux, autoencoder = (
-            Flux(FLUX),
-            FluxAutoencoder(read_config(CONFIG)["params"]["first_stage_config"]["params"]["ddconfig"]),
-        )
+        flux = Flux(FLUX)
         flux.load_state_dict(trained["flux"])
+        sizes = read_config(CONFIG)["params"]["first_stage_config"]["params"]["ddconfig"]
+        autoencoder = FluxAutoencoder(sizes)
         own = {k: v for k, v in trained["autoencoder"].items() if not k.startswith(("quant", "post_quant"))}
         autoencoder.load_state_dict(own)
         write_small_folder(settings.models / "small_kontext", flux.half(), autoencoder.half())
