@@ -61,7 +61,7 @@ class Count(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.flops = self.moved = self.kernels = self.syncs = self.held = self.peak = 0
+        self.flops = self.moved = self.kernels = self.syncs = self.held = self.peak = self.trained = 0
         self._storages: dict[int, int] = {}  # bytes of each that lives
         self._host: set[int] = set()
 

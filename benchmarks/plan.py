@@ -34,7 +34,7 @@ from cldm.cache import drop_encoders
 from cldm.cldm import ControlLDM
 from cldm.deblur import add_hint_latent
 from cldm.model import read_config
-from cldm.training import prepare_model
+from cldm.training import prepare_model, with_precision
 from ldm.models.kontext import TRANSFORMER, FluxAutoencoder
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, FluxParams
@@ -138,6 +138,7 @@ def control_batch(settings: Any, model: ControlLDM, device: str) -> dict:
 
 def controlnet(settings: Any, device: str) -> Work:
     """A step of the deblurring or the inpainting ControlNet."""
+    settings = with_precision(replace(settings, output_dir=""))  # where no run has settled it
     model, parts = control_model(settings, device), settings.accumulate_grad_batches
     optimizer, trained = model.configure_optimizers(), [p for p in model.parameters() if p.requires_grad]
     ema = EMA(model, settings.ema_decay) if settings.ema_decay else None
@@ -273,6 +274,7 @@ def count_step(make: Callable[..., Work], *arguments: Any) -> Count:
     with fake_tensors(like_cuda=True) as count:
         step, parts = without_files(make, *arguments)
         for group in parts["optimizer"].param_groups:
+            count.trained += sum(p.numel() for p in group["params"] if p.requires_grad)
             if "fused" in group:  # one kernel for all parameters, as CUDA has it by default or nearly so
                 group.update(fused=True, foreach=False)
         step()
@@ -283,7 +285,7 @@ def count_step(make: Callable[..., Work], *arguments: Any) -> Count:
 
 def bounds(count: Count, card: Card, precision: str) -> tuple[float, float]:
     """Seconds that the matrix products and that the traffic take at least."""
-    rate = card.tf32 if precision.startswith("32") else card.half
+    rate = card.tf32 if precision[:2] in ("32", "no") else card.half
     return count.tflop / rate, count.gigabytes / (1000 * card.bandwidth)
 
 
@@ -299,7 +301,7 @@ def show(title: str, count: Count, images: int, precision: str, card: str) -> No
     peak = count.peak_gb
     print(
         f"{title}: {count.tflop:.1f} TFLOP, {count.gigabytes:.0f} GB moved, {count.kernels} kernels, "
-        f"peak {peak:.1f} GB (counted)"
+        f"peak {peak:.1f} GB (counted); {count.trained / 1e6:.2f} M numbers are trained"
     )
     found = find_card(card)
     if found:

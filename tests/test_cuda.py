@@ -75,7 +75,7 @@ FORMS = {  # in one precision each
 }
 
 
-def build(make, settings) -> plan.Work:
+def build(make, settings, device: str = "cuda") -> plan.Work:
     """A training step on fake CUDA tensors, of tiny networks."""
     with (
         mock.patch("benchmarks.plan.FluxParams", lambda: FLUX),
@@ -83,7 +83,7 @@ def build(make, settings) -> plan.Work:
         mock.patch("benchmarks.plan.FluxAutoencoder", lambda: FluxAutoencoder(AUTOENCODER)),
         mock.patch("ldm.models.kontext.FluxAutoencoder", lambda config: FluxAutoencoder(AUTOENCODER)),
     ):
-        return plan.without_files(make, settings, "cuda")
+        return plan.without_files(make, settings, device)
 
 
 def on_cpu(state):

@@ -1,0 +1,84 @@
+"""The plan against reality: what is counted on fake tensors is what a real step takes on a CPU."""
+
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import plan
+from benchmarks.fake_cuda import fake_tensors
+from ldm.settings import read_settings
+from tests.test_cuda import DBGAN, SRN, build
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="torch was built without CUDA: it has no fake CUDA tensors"
+)
+
+
+def measured_peak(work) -> int:
+    """The most bytes that the CPU's allocator had given away at once, by its own account."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (plan.srn, replace(SRN, width=16, crop_size=128, batch_size=4)),
+        (partial(plan.dbgan, stage="blur"), replace(DBGAN, width=16, crop_size=64, pool_size=0)),
+    ],
+)
+def test_the_counted_peak_is_the_real_one(make, settings):
+    def two_steps() -> None:
+        step, _ = make(settings, "cpu")
+        step()
+        step()
+
+    with fake_tensors(like_cuda=True) as count:
+        two_steps()
+    real = measured_peak(two_steps)
+    assert real > 2e7 and abs(count.peak - real) < 0.1 * real
+
+
+def test_counted_flop_are_those_of_the_formula():
+    with fake_tensors(like_cuda=True) as count:
+        linear, x = torch.nn.Linear(64, 32), torch.empty(128, 64)
+        held = count.held
+        loss = linear(x).sum()
+        loss.backward()
+        assert count.flops == 2 * 2 * 128 * 64 * 32  # forward, and the gradient of the weight
+        assert held == 4 * (64 * 32 + 32 + 128 * 64)
+        del loss, x
+        assert count.held == 2 * 4 * (64 * 32 + 32)  # weights and gradients
+
+
+def test_a_step_of_every_script_is_counted_and_shown(capsys):
+    words = {
+        "srn": "--width 8 --crop_size 32 --batch_size 2 --card 3060",
+        "dbgan": "--width 8 --blocks 1 --blur_blocks 1 --crop_size 32 --perceptual_loss_weight 0",
+        "deblur": "--config_path models/cldm_tiny_deblur.yaml --image_size 64 --optimizer adamw8bit",
+        "inpaint": "--config_path models/cldm_tiny_inpaint.yaml --image_size 64 --cache_latents",
+    }
+    for name, flags in words.items():
+        plan.main(read_settings(plan.COMMANDS, words=[name, *flags.split()]))
+    shown = capsys.readouterr().out
+    assert shown.count("(counted)") == 6 and "3060: fits" in shown
+
+
+def test_kontext_is_counted():
+    settings = plan.Kontext(resolution=32, batch_size=1, accumulate_grad_batches=1)
+    with fake_tensors(like_cuda=True) as count:
+        build(plan.kontext, settings, "cpu").step()
+    assert count.flops > 0 and count.kernels > 500
+
+
+def test_an_unknown_card_is_named_with_those_that_are_known():
+    with pytest.raises(
+        ValueError, match="--card 5090 is not known: give one of h200, h100, a100, 4090, 3060"
+    ):
+        plan.main(plan.SRN(card="5090"))
