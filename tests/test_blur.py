@@ -19,10 +19,10 @@ def kernels() -> list[tuple[str, np.ndarray]]:
         (f"motion {seed}", blur.motion_kernel(blur.motion_path(np.random.default_rng(seed), length, shake)))
         for seed, (length, shake) in enumerate([(1.0, 0), (8.0, 0.2), (25.0, 0.7), (40.0, 1.0), (80.0, 0.4)])
     ]
-    for radius in (0.3, 1.0, 2.5, 7.3, 20.0):
+    for radius in (0.0, 0.04, 0.3, 1.0, 2.5, 7.3, 20.0):
         found.append((f"disk {radius}", blur.aperture_kernel(radius)))
     for blades in range(3, 10):
-        radius, angle = rng.uniform(2, 12), rng.uniform(0, 2 * math.pi)
+        radius, angle = rng.uniform(2, 12) * (blades != 6), rng.uniform(0, 2 * math.pi)  # and a point
         found.append((f"{blades} blades", blur.aperture_kernel(radius, blades, angle)))
     for sigma in (0.4, 1.0, 3.7):
         line = blur.gaussian_kernel(sigma)

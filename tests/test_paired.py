@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.data import paired
+from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs, read_image, to_tensor, write_image
-from ldm.data.paired import BlurDataset, ImageFiles, Pair, PairedDataset, find_pairs, split_pairs
+from ldm.data.paired import BlurDataset, ImageFiles, Pair, PairedDataset, Together, find_pairs, split_pairs
 from ldm.data.pairs import match_folders, sharp_pairs
 from ldm.data.stream import SampleStream, item_seed
 
@@ -401,3 +402,69 @@ def test_sharp_pictures_of_a_tree_and_of_a_folder(tmp_path):
     assert [pair.sharp.name for pair in found] == ["1.png", "2.png", "3.png"]
     assert len({pair.group for pair in found}) == 3
     assert sharp_pairs(None) == []
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------
+
+
+def test_sources_are_mixed_by_a_ratio():
+    leaves = DeadLeaves(24, 4, seed=0)
+    both = Together((ImageFiles(photographs()), 3), (leaves, 1))
+    assert len(both) == 3 * len(photographs()) + 4
+    assert [both.name(index) for index in range(3)] == [str(photographs()[0])] * 3
+    assert both.name((2, len(both) - 1)) == "dead leaves (2, 3)"
+    assert np.array_equal(both[5, len(both) - 1], leaves[5, 3])
+    dataset = BlurDataset(both, size=32, seed=0, augment=True)
+    crops = [dataset[(0, index)]["sharp"] for index in range(3)]
+    assert not torch.equal(crops[0], crops[1])  # other crops of the same photograph
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.6, 1.0])
+def test_a_part_of_the_pictures_is_spared(fraction):
+    options = {"blur_types": ["defocus_blur", "lens_blur"], "noise": 0, "field": (0, 0)}
+    dataset = BlurDataset(photographs(("coffee.png",)), 64, 0, sharp_fraction=fraction, **options)
+    items = [dataset[(epoch, 0)] for epoch in range(60)]
+    losses = np.array([(item["blurry"] - item["sharp"]).square().mean().item() for item in items])
+    untouched, weak = (losses == 0).mean(), ((losses > 0) & (losses < 0.004)).mean()
+    spared = [item["blur_type"] == "" for item in items]
+    assert not losses[spared].any() and any(spared) == bool(fraction)
+    if fraction == 0.6:
+        assert 0.15 < untouched < 0.5 and 0.1 < weak < 0.5 and (losses > 0.01).mean() > 0.2
+    else:
+        mean = losses.mean()
+        assert (untouched > 0.3 and mean < 0.002) if fraction else (losses.min() > 0 and mean > 0.005)
+
+
+def test_the_sharpest_of_the_candidates_is_taken(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
+    write_image(tmp_path / "half.png", np.where(np.arange(128)[:, None] < 64, noise, 128).astype(np.uint8))
+    assert paired.sharpness(noise) > 1000 and paired.sharpness(noise * 0 + 9) == 0
+
+    def in_focus(candidates: int) -> float:
+        dataset = BlurDataset([tmp_path / "half.png"], 32, 0, augment=True, candidates=candidates)
+        return np.mean([dataset[(epoch, 0)]["sharp"].std().item() > 0.1 for epoch in range(40)])
+
+    assert in_focus(1) < 0.85 < 0.99 < in_focus(8)
+
+
+def test_crops_grow_on_a_schedule(same_pairs):
+    assert paired.crop_schedule(96, (), 10) == [(96, 10)]
+    assert paired.crop_schedule(96, (128, 160), 100) == [(96, 50), (128, 75), (160, 100)]
+    dataset = PairedDataset(same_pairs, size=16, seed=0, cache=True)
+    larger = dataset.resized(24)
+    assert larger[0]["sharp"].shape == (3, 24, 24) and dataset[0]["sharp"].shape == (3, 16, 16)
+    assert larger.sharp is dataset.sharp  # decoded once
+
+
+def test_a_crop_has_no_fall_off_of_its_own():
+    flat = np.full((80, 80, 3), 200, np.uint8)
+    source = [Path("flat.png")]
+
+    def darkest(**options) -> float:
+        images = ImageFiles(source)
+        images.images = {source[0]: flat}
+        dataset = BlurDataset(images, 48, 0, blur_types=["lens_blur"], noise=0, **options)
+        return min(dataset[(epoch, 0)]["blurry"].min().item() for epoch in range(8))
+
+    level = 200 / 127.5 - 1
+    assert darkest(field=(0.0, 0.0)) == pytest.approx(level, abs=0.01) and darkest() < level - 0.02

@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
 from PIL import Image
 from torch.nn import functional as F
 
 import train_srn
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
+from ldm.modules.gan import Discriminator
+from ldm.modules.losses import fft_loss, pixel_loss
 from tests.fill import draw, fill, relative_error
 from train_srn import Settings, SRNDeblurNet, load_network, main, pyramid, restore, scale_losses
 
@@ -116,12 +120,53 @@ def test_loss_is_the_sum_of_the_scales_mean_squares():
     assert sum(scale_losses(restored, sharp)).item() == 1 + 4 + 9
 
 
+def test_other_losses():
+    made, real = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+    difference = (made - real).double()
+    assert pixel_loss(made, real, "l1").item() == pytest.approx(difference.abs().mean().item())
+    charbonnier = (difference**2 + 1e-6).sqrt().mean().item()
+    assert pixel_loss(made, real, "charbonnier").item() == pytest.approx(charbonnier)
+    spectrum = np.fft.rfft2(difference.numpy())
+    distance = np.abs([spectrum.real, spectrum.imag]).mean()
+    assert fft_loss(made, real).item() == pytest.approx(distance, rel=1e-5)
+    assert fft_loss(made.bfloat16(), real).dtype == torch.float32
+    both = scale_losses([made], [real], "l1", 0.1)[0].item()
+    assert both == pytest.approx(pixel_loss(made, real, "l1").item() + 0.1 * fft_loss(made, real).item())
+
+
+def test_sampling_works_on_squares_of_pixels():
+    """The same network as one of 24 and 12 channels on unshuffled pictures, at a quarter of the work."""
+    network = fill(SRNDeblurNet(2, sampling=True, residual=True))
+    blurry = pyramid(torch.rand(1, 3, 32, 64) * 2 - 1)
+    calls = []
+    network.inblock.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0]))
+    restored = network(*blurry)
+    assert [tuple(x.shape) for x in calls] == [(1, 24, n, 2 * n) for n in (4, 8, 16)]
+    assert torch.equal(calls[0][0, :4], F.pixel_unshuffle(blurry[2], 2)[0, :4])
+    assert [i.shape for i in restored] == [b.shape for b in blurry]
+    assert restore(network, torch.zeros(1, 3, 17, 40)).shape == (1, 3, 17, 40)
+    with pytest.raises(ValueError, match=r"multiples of 32, not \(16, 32\)"):
+        network(*pyramid(torch.zeros(1, 3, 16, 32)))
+
+
+def test_xavier_keeps_a_residual_at_zero():
+    torch.manual_seed(0)
+    network = SRNDeblurNet(4, residual=True)
+    train_srn.xavier(network)
+    weight = network.convlstm.conv.weight
+    assert weight.abs().max().item() == pytest.approx((6 / (96 * 25)) ** 0.5, rel=0.05)
+    assert not network.convlstm.conv.bias.any() and not network.outblock.conv[0].weight.any()
+
+
 def test_learning_rates():
     step, power = Settings(), Settings(schedule="power")
     rates = [train_srn.learning_rate_factor(n, 7, 14000, step) for n in (0, 7 * 500 - 1, 7 * 500, 7 * 1999)]
     assert rates == pytest.approx([1, 1, 0.3, 0.3**3])
     rates = [train_srn.learning_rate_factor(n, 10, 100, power) for n in (0, 50, 100)]
     assert rates == pytest.approx([1, 0.5**0.3, 0])
+    cosine = Settings(schedule="cosine")
+    rates = [train_srn.learning_rate_factor(n, 10, 100, cosine) for n in (0, 25, 50, 100)]
+    assert rates == pytest.approx([1, 0.5 + 0.125**0.5, 0.5, 0])
 
 
 def test_lstm_gradients_alone_are_clipped_to_norm_3():
@@ -139,6 +184,40 @@ def test_lstm_gradients_alone_are_clipped_to_norm_3():
     assert 0 < norms(1)[0] < 2.9  # small ones are left alone
     lstm, rest = norms(1e5)
     assert lstm == pytest.approx(3, rel=1e-3) and rest > 100
+
+
+def test_all_gradients_are_clipped_if_asked():
+    torch.manual_seed(0)
+    fabric = train_srn.start_fabric()
+    network = fill(SRNDeblurNet(2))
+    wrapped, optimizer = fabric.setup(network, torch.optim.SGD(network.parameters(), lr=0.0))
+    batch = {"blurry": torch.rand(1, 3, 16, 16), "sharp": 1e4 * torch.rand(1, 3, 16, 16)}
+    train_srn.train_step(fabric, wrapped, optimizer, batch, Settings(max_grad_norm=0.5))
+    norm = torch.stack([p.grad.norm() for p in network.parameters()]).norm().item()
+    assert norm == pytest.approx(0.5, rel=1e-3)
+
+
+def test_optimizers():
+    network = SRNDeblurNet(2)
+    sgd = train_srn.make_optimizer(network, Settings(optimizer="sgd", momentum=0.8, nesterov=False))
+    assert sgd.defaults["momentum"] == 0.8 and not sgd.defaults["nesterov"]
+    adam = train_srn.make_optimizer(network, Settings(weight_decay=1e-3))
+    assert adam.defaults["weight_decay"] == 1e-3
+
+
+def test_a_fused_optimizer_steps_in_float16():
+    """What CUDA does with --precision 16: Fabric's own way to unscale refuses fused optimizers."""
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu"))
+    network = fill(SRNDeblurNet(2))
+    before = network.outblock.conv[0].bias.detach().clone()
+    fused = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
+    wrapped, optimizer = fabric.setup(network, fused)
+    batch = {"blurry": torch.rand(1, 3, 16, 16), "sharp": torch.rand(1, 3, 16, 16)}
+    for _ in range(4):  # the first may be skipped: the scale of 65536 is halved until nothing overflows
+        train_srn.train_step(fabric, wrapped, optimizer, batch, Settings())
+    lstm = torch.stack([p.grad.norm() for p in network.convlstm.parameters()]).norm()
+    assert 0 < lstm < 3.01  # in true size
+    assert not torch.equal(network.outblock.conv[0].bias, before)
 
 
 def test_it_learns_one_batch():
@@ -226,6 +305,81 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     assert rows[0] == rows[1] and len(rows[0]) == 13  # one before the first step
 
 
+def test_growing_crops_resume_exactly(tmp_path, monkeypatch):
+    """Stopped within the larger crops and gone on: as if it never stopped; a former file lacks settings."""
+    recipe = {"dead_leaves": 6, "late_crop_sizes": (32,), "sharp_fraction": 0.3, "jpeg_probability": 0.5}
+    recipe |= {"loss": "charbonnier", "fft_loss_weight": 0.1, "max_grad_norm": 1.0, "schedule": "cosine"}
+    chosen = {**TINY, **recipe, "max_steps": 8, "init": "xavier"}
+    sizes, step = [], train_srn.train_step
+
+    def noted(fabric, network, optimizer, batch, settings):
+        if len(sizes) == 7 and len(os.listdir(tmp_path)) == 2:
+            sizes.clear()
+            raise KeyboardInterrupt
+        sizes.append(batch["sharp"].shape[-1])
+        return step(fabric, network, optimizer, batch, settings)
+
+    monkeypatch.setattr(train_srn, "train_step", noted)
+    main(Settings(output_dir=tmp_path / "whole" / "run", **chosen))
+    assert sizes == [16] * 4 + [32] * 4
+    sizes.clear()
+    with pytest.raises(KeyboardInterrupt):
+        main(Settings(output_dir=tmp_path / "parts" / "run", **chosen))
+    last = tmp_path / "parts" / "run" / "checkpoints" / "last.ckpt"
+    state = checkpoint.load(last, mmap=False)
+    assert state["step"] == 6  # within the larger crops
+    for name in ("momentum", "nesterov", "weight_decay", "sampling", "photo_crops"):
+        del state["settings"][name]
+    checkpoint.save(last, state)
+    main(Settings(output_dir=tmp_path / "parts" / "run", **chosen))
+    assert same_weights(tmp_path / "whole", tmp_path / "parts") and sizes == [32] * 2
+
+
+def test_a_batch_is_that_of_a_device(tmp_path):
+    """A file of before, when batch_size counted all devices together, goes on with the same joint batch."""
+    chosen = {**TINY, "dead_leaves": 8, "max_steps": 2}
+    main(Settings(output_dir=tmp_path / "run", **chosen))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    state = checkpoint.load(last, mmap=False)
+    assert state["samples_per_step"] == 2
+    del state["samples_per_step"]
+    state["settings"] |= {"batch_size": 4, "max_steps": 4}
+    state["processes"] *= 2  # 2 on each of two processes
+    checkpoint.save(last, state)
+    message = "was trained with 4 samples a step, this run has 2 on each of 1 process.*those of one device"
+    with pytest.raises(ValueError, match=message):
+        main(Settings(output_dir=tmp_path / "run", **{**chosen, "max_steps": 4}))
+    main(Settings(output_dir=tmp_path / "run", **{**chosen, "max_steps": 4, "batch_size": 4}))
+    assert checkpoint.load(last)["step"] == 4
+
+
+def test_a_run_starts_from_weights(tmp_path, capsys):
+    torch.manual_seed(1)
+    network = SRNDeblurNet(2)
+    wild = {f"module.{name}": value for name, value in network.state_dict().items()}
+    checkpoint.write_weights(tmp_path / "wild.pth", wild)
+    chosen = {**TINY, "dead_leaves": 4, "max_steps": 1, "learning_rate": 1e-9, "ema_decay": 0.0}
+    main(settings(tmp_path, **{**chosen, "init_weights": tmp_path / "wild.pth"}))
+    trained = load_network(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for name, value in network.state_dict().items():
+        assert torch.allclose(value, trained.state_dict()[name], atol=1e-6)
+    for other, message in (
+        ({"width": 4}, "wild.pth: its width is 2, this run's 4"),
+        ({"residual": True}, "wild.pth: its residual is False, this run's True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(settings(tmp_path / "other", **{**chosen, **other, "init_weights": tmp_path / "wild.pth"}))
+    (tmp_path / "notes.txt").write_text("no weights")
+    checkpoint.write_weights(tmp_path / "judge.pth", Discriminator(4).state_dict())
+    for name, message in (
+        ("notes.txt", "notes.txt is damaged or not a checkpoint"),
+        ("judge.pth", "judge.pth holds no SRN-DeblurNet: its first key is features"),
+        ("gone.pth", "checkpoint not found: .*gone.pth"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            main(settings(tmp_path / "other", **{**chosen, "init_weights": tmp_path / name}))
+
+
 def test_max_steps_replaces_epochs(tmp_path, capsys):
     chosen = {"dead_leaves": 8, "width": 2, "crop_size": 16, "val_images": 2, "val_crop": 32, "batch_size": 2}
     main(Settings(output_dir=tmp_path, max_steps=3, num_workers=0, schedule="power", **chosen))
@@ -250,6 +404,10 @@ def test_files_with_module_in_their_keys_load(network, tmp_path):
         ({}, "nothing to train on"),
         ({"data": "data", "dead_leaves": 3}, "--dead_leaves goes with"),
         ({"data": "data", "crop_size": 40}, "crop_size must be a multiple of 16, not 40"),
+        ({"data": "data", "late_crop_sizes": (48, 50)}, "crop_size must be a multiple of 16, not 50"),
+        ({"data": "data", "sampling": True}, "crop_size must be a multiple of 32, not 16"),
+        ({"data": "data", "sharp_fraction": 1.5}, r"sharp_fraction must lie in \[0, 1\], not 1.5"),
+        ({"data": "data", "crop_candidates": 0}, "crop_candidates must be at least 1, not 0"),
         ({"data": "data", "val_images": 0}, "nothing to evaluate on"),
         ({"data": "missing"}, "missing"),
         ({"sharp_dir": "empty"}, "no images"),
