@@ -44,7 +44,9 @@ class Settings:
     inpaint_path: Path | None = None  # the inpainting ControlNet; None takes the newest run's in outputs/
     base_path: Path | None = None  # Stable Diffusion for these two; None takes the file that they name
     kontext_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
-    lora_path: Path | None = Path("outputs/kontext_lora/lora.safetensors")  # of Kontext; None: no LoRA
+    lora_path: Path | None = Path(
+        "outputs/kontext_lora/pytorch_lora_weights.safetensors"
+    )  # of Kontext; None: no LoRA
     kontext_prompt: str = ""  # empty: the one that the LoRA was trained with
 
 

@@ -6,7 +6,7 @@
     python infer.py srn --input FOLDER --output_dir restored --checkpoint_path models/my.safetensors
     python infer.py dbgan --input photo.jpg --output_dir restored --checkpoint_path dbgan.safetensors
     python infer.py bgan --input sharp.jpg --output_dir blurred --checkpoint_path bgan.safetensors
-    python infer.py kontext --input photo.jpg --output_dir restored --lora_path lora.safetensors
+    python infer.py kontext --input photo.jpg --output_dir restored --lora_path outputs/kontext_lora
     python infer.py inpaint --input_image photo.jpg --input_mask mask.png --output_dir filled
         --checkpoint_path outputs/RUN/final_model/model.ckpt
 
@@ -188,7 +188,7 @@ class Kontext(Files):
     """Restore with FLUX.1 Kontext and a LoRA of train_kontext_lora.py (docs/kontext.md)."""
 
     pretrained_model_name_or_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
-    lora_path: Path | None = None  # without it the model as it is
+    lora_path: Path | None = None  # a file, or the folder of a run; without it the model as it is
     lora_scale: float = 1.0  # strength of the LoRA
     prompt: str = ""  # empty: the one that the LoRA was trained with
     num_inference_steps: int = 30  # sampling steps
@@ -201,8 +201,9 @@ class Kontext(Files):
 
     def weights(self) -> Path:
         from ldm.models.kontext import TRANSFORMER
+        from ldm.modules.lora import lora_file
 
-        return self.lora_path or self.pretrained_model_name_or_path / TRANSFORMER
+        return lora_file(self.lora_path or self.pretrained_model_name_or_path / TRANSFORMER)
 
     def restorer(self) -> Restorer:
         from ldm.models.kontext import load_restorer

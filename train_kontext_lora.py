@@ -6,8 +6,8 @@ Black Forest Labs: FLUX.1 Kontext, 2025; Hu et al.: LoRA, 2021; Lipman et al.: F
     python train_kontext_lora.py --hr_root clean --lr_root damaged          # real pairs
     python train_kontext_lora.py --demo                                     # a minute on two CPU cores
 
-The same command again resumes a stopped run. The result, lora.safetensors, loads in diffusers, ComfyUI and
-Forge. The files that the model folder needs, memory and time are in docs/kontext.md.
+The same command again resumes a stopped run. The result, pytorch_lora_weights.safetensors, loads in diffusers
+(by the name of its folder), ComfyUI and Forge. What the model folder needs, memory and time: docs/kontext.md.
 """
 
 import math
@@ -40,12 +40,13 @@ from ldm.models.kontext import (
     check_folder,
     load_autoencoder,
     load_flux,
+    prompt_file,
     restore_image,
     write_tiny_folder,
 )
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity, shift_timesteps
-from ldm.modules.lora import load_lora, make_lora, merge, save_lora, start_from
+from ldm.modules.lora import LORA_FILE, load_lora, make_lora, merge, save_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.run import Run, average_gradients, start_fabric
 from ldm.settings import (
@@ -122,7 +123,7 @@ class Settings:
     num_nodes: int = 1  # machines
     num_workers: int = 4  # processes that prepare pictures
 
-    # steps to a preview, a checkpoint and a lora_STEP.safetensors
+    # steps to a preview, a checkpoint and a snapshot of the LoRA
     save_steps: Annotated[int, tyro.conf.arg(aliases=["--save_every"])] = 500
     lora_dtype: Literal["fp32", "bf16"] = "bf16"  # of these files
     preview_images: int = 4  # pictures in a preview
@@ -159,6 +160,13 @@ MAY_CHANGE = {
     "examples_only",
     "validation_root",
     *(name for name in Settings.__dataclass_fields__ if name.startswith("preview_")),
+}
+# What Forge and other browsers of files show (Stability AI's ModelSpec 1.0.0).
+MODELSPEC = {
+    "sai_model_spec": "1.0.0",
+    "architecture": "flux-1-dev/lora",
+    "implementation": "https://github.com/black-forest-labs/flux",
+    "title": "restoration LoRA of FLUX.1 Kontext",
 }
 
 
@@ -263,13 +271,13 @@ def preview(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Rows of damaged, restored and clean pictures, and the mean PSNR of the first two against the third."""
     options = {"steps": settings.preview_steps, "guidance": settings.preview_guidance}
-    rows, scores = [], {"preview/psnr": [], "preview/psnr_damaged": []}
+    rows, scores = [], {"val/psnr": [], "val/psnr_input": []}
     for index in range(min(settings.preview_images, len(dataset))):
         control, target = (to_uint8(dataset[index][name]) for name in ("control", "target"))
         restored = restore(control, resolution=settings.resolution, **options)
         rows.append(np.hstack([control, restored, target]))
-        scores["preview/psnr"].append(psnr(restored, target))
-        scores["preview/psnr_damaged"].append(psnr(control, target))
+        scores["val/psnr"].append(psnr(restored, target))
+        scores["val/psnr_input"].append(psnr(control, target))
     return np.vstack(rows), {name: float(np.mean(values)) for name, values in scores.items()}
 
 
@@ -312,12 +320,13 @@ def check(settings: Settings) -> None:
 
 def load_models(folder: Path, settings: Settings, device: torch.device) -> tuple[FluxAutoencoder, Flux]:
     """The frozen autoencoder and transformer."""
-    autoencoder = load_autoencoder(folder / AUTOENCODER, device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    autoencoder = load_autoencoder(folder / AUTOENCODER, device, dtype)
     autoencoder.decoder.use_checkpoint = True
     model = load_flux(
         folder / TRANSFORMER,
         "cpu" if settings.shard_base else device,
-        torch.bfloat16 if device.type == "cuda" else torch.float32,
+        dtype,
         fp8=settings.base_precision == "fp8",
         progress=partial(tqdm, desc="loading the transformer", unit="tensors"),
     )
@@ -365,8 +374,9 @@ def add_trained_lora(model: Flux, settings: Settings, device: torch.device) -> n
     blocks = (*model.double_blocks, *model.single_blocks)
     if settings.shard_base:
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        for block in blocks:  # each process keeps a part of the frozen weights; the LoRA stays whole
-            fully_shard(block, mesh=mesh, ignored_params=set(adapter.parameters()))
+        for part in (*blocks, model):  # each process keeps a part of the frozen weights; the LoRA stays whole
+            whole = set(adapter.parameters())
+            fully_shard(part, mesh=mesh, reshard_after_forward=part is not model, ignored_params=whole)
         model.to(device)
     if settings.compile:
         for block in blocks:
@@ -412,7 +422,7 @@ def main(settings: Settings) -> None:
     # The prompt, and the network with everything frozen but the LoRA
     folder = check_folder(settings.pretrained_model_name_or_path, (TRANSFORMER, AUTOENCODER))
     with fabric.rank_zero_first():
-        cache = settings.output_dir / "prompt.safetensors"
+        cache = prompt_file(settings.output_dir, settings.instance_prompt)
         prompt = cached_prompt(cache, folder, settings.instance_prompt, fabric.device)
     prompt = {name: value.to(fabric.device) for name, value in prompt.items()}
     distance = PerceptualLoss().to(fabric.device) if settings.perceptual_loss else None
@@ -450,7 +460,7 @@ def main(settings: Settings) -> None:
             continue
 
         # Preview, log and save the averaged LoRA
-        report = run.means()
+        report, scores = run.means(), {}
         with ema.applied(adapter):
             adapter.eval()
             if fabric.is_global_zero or settings.shard_base:
@@ -460,26 +470,30 @@ def main(settings: Settings) -> None:
                 run.picture("preview", picture)
                 report |= scores
             if fabric.is_global_zero:
-                save_outputs(adapter, settings, run.step)
+                save_outputs(adapter, settings, run.step, scores["val/psnr"] > run.best)
         run.log(report | {"learning_rate": rate})
-        run.save()
+        run.save(scores.get("val/psnr"))
         start = time.perf_counter()
 
     if settings.demo:
         check_demo(settings, run)
     run.finish(
         f"python infer.py kontext --pretrained_model_name_or_path {settings.pretrained_model_name_or_path} "
-        f"--lora_path {settings.output_dir / 'lora.safetensors'} --input PHOTOS --output_dir restored"
+        f"--lora_path {settings.output_dir} --input PHOTOS --output_dir restored"
     )
 
 
-def save_outputs(adapter: nn.ModuleDict, settings: Settings, step: int) -> None:
-    """The (averaged) LoRA as lora_STEP.safetensors, and as lora.safetensors, which is always the latest."""
+def save_outputs(adapter: nn.ModuleDict, settings: Settings, step: int, best: bool) -> None:
+    """The (averaged) LoRA: the latest, as the one file that diffusers takes from the folder of the run, a
+    snapshot, and best/ if no preview had a higher PSNR."""
     metadata = {"base": "FLUX.1-Kontext-dev", "prompt": settings.instance_prompt, "steps": step}
     metadata |= {n: getattr(settings, n) for n in ("rank", "alpha", "lora_targets", "resolution")}
+    metadata |= {f"modelspec.{name}": value for name, value in MODELSPEC.items()}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.lora_dtype]
-    for name in (f"lora_{step:07d}.safetensors", "lora.safetensors"):
-        save_lora(settings.output_dir / name, adapter, metadata, dtype)
+    names = [f"snapshots/lora_{step:07d}.safetensors", *[f"best/{LORA_FILE}"] * best, LORA_FILE]
+    for path in (settings.output_dir / name for name in names):
+        path.parent.mkdir(exist_ok=True)
+        save_lora(path, adapter, metadata, dtype)
 
 
 # ---- demonstration -----------------------------------------------------------------------------------------
@@ -493,26 +507,25 @@ def make_demo(settings: Settings) -> None:
             image = cv2.resize(read_image(path), None, fx=0.5, fy=0.5)
             write_image(settings.hr_root / f"{path.stem}.png", image)
     if settings.pretrained_model_name_or_path == DEMO["pretrained_model_name_or_path"]:
-        prompt = settings.output_dir / "prompt.safetensors"
-        prompt.parent.mkdir(parents=True, exist_ok=True)
-        write_tiny_folder(settings.pretrained_model_name_or_path, prompt, settings.instance_prompt)
+        cache = prompt_file(settings.output_dir, settings.instance_prompt)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_tiny_folder(settings.pretrained_model_name_or_path, cache, settings.instance_prompt)
 
 
 def check_demo(settings: Settings, run: Run) -> None:
     """Load the file that was saved into a fresh model, merge it, and say what either changes."""
     folder, image = settings.pretrained_model_name_or_path, read_image(list_images(settings.hr_root)[0])
     autoencoder, model = load_models(folder, settings, run.fabric.device)
-    prompt = cached_prompt(settings.output_dir / "prompt.safetensors", folder, settings.instance_prompt)
+    cache = prompt_file(settings.output_dir, settings.instance_prompt)
+    prompt = cached_prompt(cache, folder, settings.instance_prompt)
     prompt = {name: value.to(run.fabric.device) for name, value in prompt.items()}
     restore = partial(restore_image, model, autoencoder, prompt, image[:64, :96], steps=4)
     base = restore().astype(float)
-    load_lora(model, settings.output_dir / "lora.safetensors")
+    load_lora(model, settings.output_dir)
     loaded = restore().astype(float)
     merge(model)
     change, rounding = abs(loaded - base).mean(), abs(restore() - loaded).max()
-    run.say(
-        f"lora.safetensors, loaded: changes a picture by {change:.1f} of 255; merged: {rounding:.0f} more"
-    )
+    run.say(f"{LORA_FILE}, loaded: changes a picture by {change:.1f} of 255; merged: {rounding:.0f} more")
 
 
 if __name__ == "__main__":

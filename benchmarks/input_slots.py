@@ -160,7 +160,7 @@ WEIGHTS_OF = {
     "bgan": "runs/dbgan/blur/bgan.safetensors",
     "deblur": "runs/deblur/checkpoints/best.ckpt",
     "inpaint": "runs/inpaint/final_model/model.ckpt",
-    "kontext": "runs/kontext/lora.safetensors",
+    "kontext": "runs/kontext/pytorch_lora_weights.safetensors",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from ldm.modules.flux import (
     Flux,
     FluxParams,
+    Rotate,
     pack,
     predict_velocity,
     rotary_embedding,
@@ -120,11 +121,27 @@ def test_shift_leaves_the_ends_and_moves_the_middle():
 
 def test_rotation_is_exact_at_the_largest_picture():
     ids = torch.tensor([[[1.0, 97.0, 42.0]]])
-    rotation = rotary_embedding(ids, (16, 56, 56), 10_000)[0, 0, 0]
+    cos, sin = (values[0, 0, 0].numpy() for values in rotary_embedding(ids, (16, 56, 56), 10_000))
     exact = []
     for position, dim in zip((1, 97, 42), (16, 56, 56), strict=True):
         exact.append(np.exp(1j * position * 10_000.0 ** (-np.arange(0, dim, 2) / dim)))
-    assert np.abs(rotation.numpy() - np.concatenate(exact)).max() < 1e-5
+    exact = np.concatenate(exact)
+    assert np.abs(cos[0::2] + 1j * sin - exact).max() < 1e-5 and np.array_equal(cos[0::2], cos[1::2])
+
+
+def test_pairs_are_turned_like_complex_numbers_and_gradients_back():
+    x, grad = draw("x", (2, 3, 5, 8)).requires_grad_(), draw("grad", (2, 3, 5, 8))
+    cos, sin = rotary_embedding(draw("ids", (2, 5, 3)), (2, 2, 4), 100)
+    turned = Rotate.apply(x, cos, sin)
+    turned.backward(grad)
+    angle = torch.complex(cos[..., 0::2], sin)
+    for value, expected in (
+        (turned, torch.view_as_complex(x.detach().unflatten(-1, (-1, 2))) * angle),
+        (x.grad, torch.view_as_complex(grad.unflatten(-1, (-1, 2))) * angle.conj()),
+    ):
+        torch.testing.assert_close(value, torch.view_as_real(expected).flatten(-2))
+    half = Rotate.apply(x.detach().bfloat16(), cos, sin)
+    assert half.dtype == torch.bfloat16 and relative_error(half.float(), turned.detach()) < 0.01
 
 
 def test_checkpointing_changes_memory_not_gradients():

@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -20,12 +21,13 @@ from ldm.models.kontext import (
     load_autoencoder,
     load_flux,
     load_restorer,
+    prompt_file,
     restore_image,
     write_small_folder,
     write_tiny_folder,
 )
 from ldm.modules.flux import pack, shift_timesteps, unpack
-from ldm.modules.lora import load_lora, make_lora
+from ldm.modules.lora import LORA_FILE, load_lora, make_lora
 from train_kontext_lora import Settings, draw_noise, flow_loss, learning_rate_factor, loss_weight, main
 
 
@@ -96,7 +98,7 @@ def test_a_killed_run_resumes_exactly(folder, tmp_path):
     whole, resumed = trained(tmp_path / "whole"), trained(tmp_path / "broken")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    for name in ("lora.safetensors", "lora_0000002.safetensors", "lora_0000004.safetensors"):
+    for name in (LORA_FILE, "snapshots/lora_0000002.safetensors", "snapshots/lora_0000004.safetensors"):
         files = [checkpoint.read_weights(tmp_path / run / name) for run in ("whole", "broken")]
         assert all(torch.equal(value, files[1][key]) for key, value in files[0].items())
     with pytest.raises(ValueError, match="rank was 4, is 8"):
@@ -108,7 +110,7 @@ def test_a_base_of_other_sizes_is_trained_and_used(folder, tmp_path):
     settings.pretrained_model_name_or_path = tmp_path / "model"
     write_tiny_folder(tmp_path / "model", settings.output_dir / "prompt.safetensors", "restore", channels=6)
     main(settings)
-    restore = load_restorer(tmp_path / "model", settings.output_dir / "lora.safetensors")
+    restore = load_restorer(tmp_path / "model", settings.output_dir / LORA_FILE)
     image = read_image(folder / "photos" / "coffee.png")
     assert restore(image, steps=1).shape == image.shape
     model = load_flux(tmp_path / "model" / TRANSFORMER)
@@ -132,13 +134,41 @@ def test_accumulated_steps_equal_one_large_batch(folder, tmp_path):
     assert distance(trained(tmp_path / "a"), trained(tmp_path / "b")) < 1e-3
 
 
+WATCHED = """# the script, which stops unless blocks are in parts after a forward and after a preview
+from torch.distributed.tensor import DTensor
+
+import train_kontext_lora as script
+
+
+def check(model):
+    parts = [p for block in (*model.double_blocks, *model.single_blocks) for n, p in block.named_parameters()
+             if ".lora." not in n]
+    assert parts and all(isinstance(p, DTensor) for p in parts)
+
+
+def add_trained_lora(model, *arguments):
+    adapter = add(model, *arguments)
+    model.register_forward_hook(lambda *_: check(model))
+    picture = script.Run.picture
+    script.Run.picture = lambda *arguments: (check(model), picture(*arguments))
+    return adapter
+
+
+add, script.add_trained_lora = script.add_trained_lora, add_trained_lora
+script.run_main(script.main, script.Settings)
+"""
+
+
 def test_two_processes_with_a_sharded_base_equal_one(folder, tmp_path):
     common = {"dropout": 0.0, "max_steps": 2}
     main(make_settings(folder, tmp_path / "one", batch_size=2, **common))
     settings = make_settings(folder, tmp_path / "two", batch_size=1, devices=2, **common)
     values = {name: value for name, value in vars(settings).items() if not isinstance(value, bool)}
     flags = [f"--{name}={value}" for name, value in values.items() if value != getattr(Settings(), name)]
-    subprocess.run([sys.executable, "train_kontext_lora.py", "--shard_base", *flags], check=True)
+    (tmp_path / "watched.py").write_text(WATCHED)
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, str(tmp_path / "watched.py"), "--shard_base", *flags]
+    subprocess.run(command, check=True, env=environment)
     assert distance(trained(tmp_path / "one"), trained(tmp_path / "two")) < 1e-3
 
 
@@ -321,7 +351,7 @@ def test_restoring_from_the_command_line(folder, tmp_path, monkeypatch):
     arguments = ["infer.py", "kontext", "--pretrained_model_name_or_path", str(folder / "model")]
     arguments += [
         "--lora_path",
-        str(settings.output_dir / "lora.safetensors"),
+        str(settings.output_dir / LORA_FILE),
         "--input",
         str(folder / "photos"),
     ]
@@ -345,7 +375,7 @@ def test_restorer_needs_a_prompt(folder, tmp_path):
 
 def test_metadata_says_how_it_was_made(folder, tmp_path):
     main(make_settings(folder, tmp_path, lora_targets="attn", max_steps=1, lora_dtype="fp32"))
-    _, metadata = load_lora(load_flux(folder / "model" / TRANSFORMER), tmp_path / "lora.safetensors")
+    _, metadata = load_lora(load_flux(folder / "model" / TRANSFORMER), tmp_path / LORA_FILE)
     assert metadata == {
         "base": "FLUX.1-Kontext-dev",
         "prompt": "restore",
@@ -354,15 +384,37 @@ def test_metadata_says_how_it_was_made(folder, tmp_path):
         "alpha": "16.0",
         "lora_targets": "attn",
         "resolution": "32",
+        **{f"modelspec.{name}": value for name, value in script.MODELSPEC.items()},
     }
+    assert metadata["modelspec.architecture"] == "flux-1-dev/lora"
+
+
+def test_the_folder_of_a_run_is_what_diffusers_takes(folder, tmp_path):
+    """One LoRA at the top; more are below. A run of the former layout goes on and is read as well."""
+    from diffusers.loaders.lora_base import _best_guess_weight_name
+
+    main(make_settings(folder, tmp_path, save_steps=2, lora_targets="attn_mlp"))
+    assert [path.name for path in tmp_path.glob("*lora*.safetensors")] == [LORA_FILE]
+    assert len([*(tmp_path / "snapshots").iterdir()]) == 2 and (tmp_path / "best" / LORA_FILE).is_file()
+    (tmp_path / "lora_0000001.safetensors").write_bytes(b"of an old run")
+    assert _best_guess_weight_name(tmp_path) == _best_guess_weight_name(tmp_path / "best") == LORA_FILE
+    header = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"val/psnr", "val/psnr_input"} <= {*header}
+    restore = load_restorer(folder / "model", tmp_path)  # the prompt of the former layout, beside the LoRA
+    assert torch.equal(restore.args[2]["t5"], checkpoint.read_weights(folder / "prompt.safetensors")["t5"])
+    cache = prompt_file(tmp_path / "new", "restore")
+    cache.parent.mkdir(parents=True)
+    shutil.move(tmp_path / "prompt.safetensors", cache)
+    (tmp_path / LORA_FILE).rename(tmp_path / "new" / LORA_FILE)
+    load_restorer(folder / "model", tmp_path / "new" / LORA_FILE)
 
 
 def test_training_goes_on_from_a_lora_and_on_8_bit_weights(folder, tmp_path):
     main(make_settings(folder, tmp_path / "first", lora_dtype="fp32", max_steps=1))
-    lora = tmp_path / "first" / "lora.safetensors"
+    lora = tmp_path / "first" / LORA_FILE
     more = {"resume_lora": lora, "base_precision": "fp8", "learning_rate": 0.0, "weight_decay": 0.0}
     main(make_settings(folder, tmp_path / "second", **more, max_steps=1, lora_dtype="fp32"))
-    before, after = (checkpoint.read_weights(tmp_path / n / "lora.safetensors") for n in ("first", "second"))
+    before, after = (checkpoint.read_weights(tmp_path / n / LORA_FILE) for n in ("first", "second"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from ldm.models.kontext import load_flux, save_flux
 from ldm.modules.flux import Flux, FluxParams
 from ldm.modules.lora import (
+    LORA_FILE,
     LoRA,
     LoRALinear,
     kohya_name,
@@ -143,11 +144,11 @@ def test_diffusers_pipeline_gives_the_same_output(tmp_path):
         if name.endswith("linear1"):
             lora.lora_up.weight.data.zero_()
     weights = {name: lora for name, lora in adapter.items() if not name.endswith("linear1")}
-    save_lora(tmp_path / "lora.safetensors", torch.nn.ModuleDict(weights), {"rank": 6}, torch.float32)
+    save_lora(tmp_path / LORA_FILE, torch.nn.ModuleDict(weights), {"rank": 6}, torch.float32)
     pipeline = FluxKontextPipeline(
         FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, transformer=oracle
     )
-    pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
+    pipeline.load_lora_weights(str(tmp_path))
     theirs = diffusers_output(pipeline.transformer, tiny_inputs(), *CONDITIONS)
     assert relative_error(output(tiny_flux()), theirs) > 0.1  # it has an effect
     assert relative_error(output(model), theirs) < 1e-4

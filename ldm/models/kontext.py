@@ -3,6 +3,7 @@
 Weights are memory-mapped and go straight into place: nothing is initialised first, nothing is copied twice.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -63,11 +64,13 @@ class FluxAutoencoder(AutoencoderKL):
         self.config = config
 
     def encode(self, image: Tensor) -> Tensor:
-        """The mode of the posterior, shifted and scaled."""
-        return self.scale_factor * (super().encode(image).mode() - self.shift_factor)
+        """The mode of the posterior, shifted and scaled: float32, computed in the dtype of the weights."""
+        mode = super().encode(image.to(self.encoder.conv_in.weight.dtype)).mode()
+        return self.scale_factor * (mode.float() - self.shift_factor)
 
     def decode(self, latent: Tensor) -> Tensor:
-        return super().decode(latent / self.scale_factor + self.shift_factor)
+        latent = latent / self.scale_factor + self.shift_factor
+        return super().decode(latent.to(self.decoder.conv_in.weight.dtype)).float()
 
 
 def load_flux(
@@ -89,12 +92,12 @@ def load_flux(
     with torch.device("meta"):
         model = Flux(FluxParams(**sizes))
         check_weights(model, weights, path)
-        eight_bit = store_in_fp8(model, block_linears(model)) if fp8 else set()
+        eight_bit = store_in_fp8(model, block_linears(model)) if fp8 else {}
     state = {}
     for name in progress(list(weights)):
         value = weights.pop(name).to(device)
         if name in eight_bit:
-            state[name], state[f"{name}_scale"] = quantize(value)
+            state[name], eight_bit[name].scale = quantize(value)
         else:
             state[name] = value.to(dtype)
     model.load_state_dict(state, assign=True)
@@ -121,16 +124,16 @@ def save_flux(path: str | Path, model: Flux) -> None:
     write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params))})
 
 
-def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> FluxAutoencoder:
-    """The frozen autoencoder in float32, of the usual sizes unless the metadata holds "ddconfig"."""
+def load_autoencoder(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> FluxAutoencoder:
+    """The frozen autoencoder, of the usual sizes unless the metadata holds "ddconfig"."""
     weights = read_weights(path)
     config = read_settings(path, "ddconfig")
     with torch.device("meta"):
         model = FluxAutoencoder(config)
     check_weights(model, weights, path)
-    model.load_state_dict(
-        {name: value.to(device, torch.float32) for name, value in weights.items()}, assign=True
-    )
+    model.load_state_dict({name: value.to(device, dtype) for name, value in weights.items()}, assign=True)
     return model.requires_grad_(False).eval()
 
 
@@ -191,8 +194,17 @@ def cached_prompt(
         if {name: value.ndim for name, value in found.items()} == {"t5": 3, "pooled": 2}:
             return found  # otherwise it is damaged and made anew
     embeddings = encode_prompt(folder, prompt, device)
+    Path(cache).parent.mkdir(parents=True, exist_ok=True)
     write_weights(cache, embeddings, {"prompt": prompt})
     return embeddings
+
+
+def prompt_file(run: Path, prompt: str) -> Path:
+    """Where the folder of a run keeps the embedding of a prompt: cache/, or as it was, beside the LoRA."""
+    old = run / "prompt.safetensors"
+    if old.is_file() and read_metadata(old).get("prompt") == prompt:
+        return old
+    return run / "cache" / f"prompt_{hashlib.sha256(prompt.encode()).hexdigest()[:12]}.safetensors"
 
 
 @torch.no_grad()
@@ -242,17 +254,16 @@ def load_restorer(
 ) -> Callable[..., np.ndarray]:
     """`restore_image` with model, autoencoder and prompt filled in from a model folder and a LoRA file.
 
-    Without `prompt` it is the LoRA's own, whose embedding is beside its file after training; that of another
-    prompt is kept in `prompt_cache`. Raises ValueError if there is no prompt at all.
+    The LoRA is a file or the folder of a run. Without `prompt` it is the LoRA's own, whose embedding the run
+    keeps; that of another prompt goes to `prompt_cache`. Raises ValueError if there is no prompt at all.
     """
     folder = check_folder(folder, (TRANSFORMER, AUTOENCODER))
-    trained = read_lora(lora_path)[1].get("prompt", "") if lora_path else ""
-    if not (prompt or trained):
+    prompt = prompt or (read_lora(lora_path)[1].get("prompt", "") if lora_path else "")
+    if not prompt:
         raise ValueError("give a --prompt: there is no LoRA, or its file does not name its own")
-    own = trained and prompt in ("", trained)
-    cache = Path(lora_path).with_name("prompt.safetensors") if own else Path(prompt_cache)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    embeddings = cached_prompt(cache, folder, prompt or trained, device)
+    runs = [Path(lora_path), *list(Path(lora_path).parents)[:2]] if lora_path else []
+    kept = [path for path in (prompt_file(run, prompt) for run in runs) if path.is_file()]
+    embeddings = cached_prompt(kept[0] if kept else prompt_cache, folder, prompt, device)
     embeddings = {name: value.to(device) for name, value in embeddings.items()}
     autoencoder = load_autoencoder(folder / AUTOENCODER, device)
     model = load_flux(folder / TRANSFORMER, device, fp8=fp8, progress=partial(tqdm, desc="loading"))

@@ -48,25 +48,38 @@ def timestep_embedding(values: Tensor, dim: int = 256) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotary_embedding(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
-    """Unit complex numbers that rotate the pairs of a head (RoPE): ids (b, n, axes) -> (b, 1, n, d / 2)."""
+def rotary_embedding(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
+    """What rotates the pairs of a head (RoPE), float32: ids (b, n, axes) -> cosines (b, 1, n, d), each twice,
+    and sines (b, 1, n, d / 2)."""
     angles = []
     for axis, dim in enumerate(axes_dim):
         powers = torch.arange(0, dim, 2, dtype=torch.float32, device=ids.device) / dim
         angles.append(ids[..., axis, None].float() * theta**-powers)
     angles = torch.cat(angles, dim=-1)[:, None]
-    return torch.polar(torch.ones_like(angles), angles)
+    return angles.cos().repeat_interleave(2, dim=-1), angles.sin()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Self-attention over all tokens, each q, k, v (b, heads, n, d) -> (b, n, heads * d)."""
-    q, k = rotate(q, rotation), rotate(k, rotation)
+    q, k = Rotate.apply(q, *rotation), Rotate.apply(k, *rotation)
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(rearrange(x.float(), "b h n (d pair) -> b h n d pair", pair=2))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+class Rotate(torch.autograd.Function):
+    """Neighbours (x0, x1) become (x0 cos - x1 sin, x1 cos + x0 sin), with three reads of x in all."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        turned = torch.mul(x, cos, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        turned[..., 0::2].addcmul_(x[..., 1::2], sin, value=-1)
+        turned[..., 1::2].addcmul_(x[..., 0::2], sin)
+        return turned
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return Rotate.apply(grad, cos, -sin), None, None  # turned back
 
 
 class MLPEmbedder(nn.Module):
@@ -85,7 +98,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.scale  # the norm itself is taken in float32
+        return F.rms_norm(x, x.shape[-1:], self.scale, eps=1e-6)  # computed in float32 inside
 
 
 class QKNorm(nn.Module):
@@ -142,7 +155,7 @@ class DoubleStreamBlock(nn.Module):
             self.add_module(f"{stream}_attn", SelfAttention(dim, num_heads, qkv_bias))
             self.add_module(f"{stream}_mlp", mlp)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rotation: tuple) -> tuple[Tensor, Tensor]:
         img_shift, img_scale, img_gate, *img_mlp = self.img_mod(vec)
         txt_shift, txt_scale, txt_gate, *txt_mlp = self.txt_mod(vec)
         img_qkv = self.img_attn(modulate(img, img_shift, img_scale))
@@ -168,7 +181,7 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(dim // num_heads)
         self.modulation = Modulation(dim, 3)
 
-    def forward(self, x: Tensor, vec: Tensor, rotation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, rotation: tuple) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
         mixed = attention(*self.norm(qkv, self.num_heads), rotation)

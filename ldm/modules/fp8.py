@@ -5,51 +5,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Fp8Matmul(torch.autograd.Function):
-    """x @ weight.T for an 8-bit weight that is widened when it is used, and again for the gradient of x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight, scale = ctx.saved_tensors
-        return (grad * scale.to(grad.dtype)) @ weight.to(grad.dtype), None, None
-
-
 class Fp8Linear(nn.Module):
-    """A frozen linear layer in float8 e4m3 with one scale per output row, computed in the input's dtype.
+    """A frozen linear layer in float8 e4m3 with one scale, computed in the input's dtype.
 
-    The scales are powers of two: widening to bfloat16 and scaling are exact, only the storage rounds.
+    Widening to bfloat16 is exact and the scale, a power of two, is the product's own factor: only the storage
+    rounds, and nothing is read twice. The widened weight is kept for the gradient of the input: with
+    activation checkpointing those of one block at a time.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.scale = in_features, out_features, 1.0
         weight = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("weight_scale", torch.empty(out_features))
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = Fp8Matmul.apply(x, self.weight, self.weight_scale)
-        return y if self.bias is None else y + self.bias
+        weight = self.weight.to(x.dtype)
+        if self.bias is None:
+            return self.scale * F.linear(x, weight)
+        y = torch.addmm(self.bias, x.flatten(0, -2), weight.T, alpha=self.scale)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) -> float8 e4m3 (out, in) and float32 scale (out,) with weight = float8 * scale, nearly."""
+def quantize(weight: Tensor) -> tuple[Tensor, float]:
+    """(out, in) -> float8 e4m3 (out, in) and a power of two with weight = float8 * scale, nearly.
+
+    Three bits of mantissa are kept down to 2^-14 of the largest value: scales of rows would gain nothing.
+    """
     limit = torch.finfo(torch.float8_e4m3fn).max
-    largest = weight.abs().amax(dim=1).float().clamp(min=1e-30)
+    largest = weight.abs().amax().float().clamp(min=1e-30)
     scale = torch.exp2(torch.ceil(torch.log2(largest / limit)))
-    return (weight.float() / scale[:, None]).clamp(-limit, limit).to(torch.float8_e4m3fn), scale
+    return (weight.float() / scale).clamp(-limit, limit).to(torch.float8_e4m3fn), scale.item()
 
 
-def store_in_fp8(model: nn.Module, linears: dict[str, nn.Linear]) -> set[str]:
-    """Replace the linears, given by name, with empty `Fp8Linear` ones; the names of their weights."""
+def store_in_fp8(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, Fp8Linear]:
+    """Replace the linears, given by name, with empty `Fp8Linear` ones: these by their weights' names."""
+    stored = {}
     for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
-        replacement = Fp8Linear(linear.in_features, linear.out_features, linear.bias is not None)
-        setattr(model.get_submodule(parent), child, replacement)
-    return {f"{name}.weight" for name in linears}
+        stored[f"{name}.weight"] = Fp8Linear(linear.in_features, linear.out_features, linear.bias is not None)
+        setattr(model.get_submodule(parent), child, stored[f"{name}.weight"])
+    return stored

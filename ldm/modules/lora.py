@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import read_metadata, read_weights, write_weights
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
+
 # Fused linears by name. A single block's linear1 holds q, k, v and half of its MLP, linear2 the other halves.
 ATTENTION, MLP, MODULATION = (
     r"_attn\.(qkv|proj)$|\.linear[12]$",
@@ -116,9 +118,18 @@ def save_lora(
     write_weights(path, weights, {name: str(value) for name, value in metadata.items()})
 
 
+def lora_file(path: str | Path) -> Path:
+    """The LoRA in a folder; anything but a folder stays as it is."""
+    return Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
+
+
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights and metadata of a LoRA file. Raises ValueError if it is not a kohya file of FLUX."""
-    if Path(path).suffix != ".safetensors":
+    """Weights and metadata of a LoRA file, or of the one in the folder of a run.
+
+    Raises ValueError if it is not a kohya file of FLUX.
+    """
+    path = lora_file(path)
+    if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a LoRA file: its name must end in .safetensors")
     weights = read_weights(path)
     form = re.compile(r"lora_unet_(double|single)_blocks_\d+_\w+\.(lora_down\.weight|lora_up\.weight|alpha)")
