@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, photographs, read_image, write_image
-from ldm.data.paired import at_least, blur_crop
+from ldm.data.paired import at_least, blur_crop, sharpness
 from ldm.data.pairs import JSONL, json_lines
 from ldm.data.stream import SampleStream
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types
@@ -53,6 +53,7 @@ class Settings:
     num_samples: int = 1000  # pairs
     image_size: int = 512  # pixels; each picture is a random square of a photograph, scaled down to this
     small_images: Literal["upscale", "skip"] = "upscale"  # what happens to photographs below image_size
+    sharpest_of: int = 1  # squares are drawn for each pair, of which the sharpest is taken
     blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # drawn evenly
     blur_scale: float = 1.0  # multiplies all blur sizes; 1 suits pictures of 256 to 1024 pixels
     jpeg_probability: float = 0.0  # part of the blurry pictures that went through a JPEG of quality 60 to 95
@@ -111,7 +112,13 @@ def make_dataset(settings: Settings) -> Summary:
 def check(settings: Settings) -> None:
     """Raise ValueError for numbers out of range or unknown blur types."""
     check_blur_types(settings.blur_types)
-    for name, least in (("num_samples", 1), ("image_size", 16), ("workers", 0), ("seed", 0)):
+    for name, least in (
+        ("num_samples", 1),
+        ("image_size", 16),
+        ("sharpest_of", 1),
+        ("workers", 0),
+        ("seed", 0),
+    ):
         if getattr(settings, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(settings, name)}")
     if not 0 <= settings.jpeg_probability <= 1:
@@ -129,7 +136,7 @@ def claim(folder: Path, settings: Settings, paths: list[Path]) -> None:
     if not file.exists():
         return write_atomically(file, lambda temporary: temporary.write_text(json.dumps(wanted, indent=1)))
     try:
-        given = dict(json.loads(file.read_text()))
+        given = asdict(Settings()) | dict(json.loads(file.read_text()))  # older files lack newer settings
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}; take a new --output_dir") from error
     changed = [
@@ -194,15 +201,24 @@ def make_pair(
     """A random square of uint8 (h, w, 3), scaled to image_size: sharp, blurry, blur type, blur parameters."""
     size = settings.image_size
     image = at_least(image, size)
+    squares = [random_square(image, rng, size) for _ in range(settings.sharpest_of)]
+    if len(squares) > 1:  # in photographs of a shallow focus most are blurred already
+        squares.sort(key=lambda s: sharpness(s[0][s[1] : s[1] + size, s[2] : s[2] + size]))
+    image, y, x = squares[-1]
+    options = {"scale": settings.blur_scale, "jpeg_probability": settings.jpeg_probability}
+    blurry, sharp, blur_type, parameters = blur_crop(image, y, x, size, rng, settings.blur_types, **options)
+    return sharp, blurry, blur_type, parameters
+
+
+def random_square(image: np.ndarray, rng: np.random.Generator, size: int) -> tuple[np.ndarray, int, int]:
+    """The picture scaled down at random, and the corner of a square of `size` pixels in it."""
     height, width = image.shape[:2]
     side = math.exp(rng.uniform(math.log(size), math.log(min(height, width))))
     target = max(size, round(width * size / side)), max(size, round(height * size / side))
     if target != (width, height):
         image = cv2.resize(image, target, interpolation=cv2.INTER_AREA)
     y, x = (int(rng.integers(length - size + 1)) for length in image.shape[:2])
-    options = {"scale": settings.blur_scale, "jpeg_probability": settings.jpeg_probability}
-    blurry, sharp, blur_type, parameters = blur_crop(image, y, x, size, rng, settings.blur_types, **options)
-    return sharp, blurry, blur_type, parameters
+    return image, y, x
 
 
 # ---- many samples ------------------------------------------------------------------------------------------

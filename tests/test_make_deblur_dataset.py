@@ -162,6 +162,28 @@ def test_small_sources_are_scaled_up_or_skipped(tmp_path):
     assert list(summary.not_used) == [str(source / "tiny.png")] and summary.made == 8
 
 
+def test_the_sharpest_of_several_squares_is_taken():
+    """One is what it was before; of many squares of a picture that is half in focus few are out of it."""
+    rng = np.random.default_rng(0)
+    image = np.full((64, 512, 3), 128, np.uint8)
+    image[:, 256:] = rng.integers(0, 256, (64, 256, 3))
+    taken = {}
+    for several in (1, 6):
+        settings = tool.Settings(image_size=32, sharpest_of=several)
+        pairs = [tool.make_pair(image, np.random.default_rng(n), settings) for n in range(40)]
+        taken[several] = np.mean([sharp.std() > 1 for sharp, *_ in pairs])
+    assert taken[1] < 0.75 < 0.95 < taken[6]
+
+
+def test_a_folder_begun_before_a_setting_came_goes_on(tmp_path):
+    settings = tool.Settings(output_dir=str(tmp_path), num_samples=1, image_size=16, workers=1)
+    tool.make_dataset(settings)
+    notes = json.loads((tmp_path / "settings.json").read_text())
+    del notes["sharpest_of"]
+    (tmp_path / "settings.json").write_text(json.dumps(notes))
+    assert tool.make_dataset(settings).kept == 1
+
+
 def test_squares_are_taken_at_many_scales(tmp_path):
     """A photograph of one white line: its width in the samples tells the scale."""
     (tmp_path / "photos").mkdir()
