@@ -16,7 +16,7 @@ from ldm.data.image import photographs, read_image, write_image
 from ldm.data.paired import PairedDataset, find_pairs, split_pairs
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.settings import run_main
-from tool_make_deblur_dataset import Settings, main, make_dataset
+from tool_make_deblur_dataset import Settings, main, make_dataset, make_pair
 
 TOOL = Path(__file__).parent.parent / "tool_make_deblur_dataset.py"
 
@@ -169,19 +169,19 @@ def test_the_sharpest_of_several_squares_is_taken():
     image[:, 256:] = rng.integers(0, 256, (64, 256, 3))
     taken = {}
     for several in (1, 6):
-        settings = tool.Settings(image_size=32, sharpest_of=several)
-        pairs = [tool.make_pair(image, np.random.default_rng(n), settings) for n in range(40)]
+        settings = Settings(image_size=32, sharpest_of=several)
+        pairs = [make_pair(image, np.random.default_rng(n), settings) for n in range(40)]
         taken[several] = np.mean([sharp.std() > 1 for sharp, *_ in pairs])
     assert taken[1] < 0.75 < 0.95 < taken[6]
 
 
 def test_a_folder_begun_before_a_setting_came_goes_on(tmp_path):
-    settings = tool.Settings(output_dir=str(tmp_path), num_samples=1, image_size=16, workers=1)
-    tool.make_dataset(settings)
+    settings = Settings(output_dir=str(tmp_path), num_samples=1, image_size=16, workers=1)
+    make_dataset(settings)
     notes = json.loads((tmp_path / "settings.json").read_text())
     del notes["sharpest_of"]
     (tmp_path / "settings.json").write_text(json.dumps(notes))
-    assert tool.make_dataset(settings).kept == 1
+    assert make_dataset(settings).kept == 1
 
 
 def test_squares_are_taken_at_many_scales(tmp_path):
