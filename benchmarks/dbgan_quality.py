@@ -12,10 +12,17 @@ blur of other pictures: BGAN sees it without pairs. Printed are distances of its
 what DBGAN gains on held-out motion blur with BGAN's pictures and without them. With --real the real blur is
 that of photographs; nothing sharp belongs to it, so restored crops are compared with sharp ones as sets.
 
+    python -m benchmarks.dbgan_quality ship --run outputs/RUN
+
+writes models/dbgan.safetensors and models/bgan.safetensors from a run of the mode `all`, with its command, commit
+and scores on the photographs inside scikit-image: of each the middle 256 pixels, with each blur at scale 0.4.
+
 Processor time is that of the process, data included: other programs do not count.
 """
 
+import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,17 +38,19 @@ import tyro
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
+from ldm.checkpoint import read_settings, read_weights, write_weights
 from ldm.data.demo import CAMERA, write_demo
-from ldm.data.image import list_images, read_image, write_image
+from ldm.data.image import PHOTOGRAPHS, list_images, photographs, read_image, write_image
 from ldm.data.patches import Patches, open_data
 from ldm.metrics import psnr, radial_power, spectrum_distance
 from ldm.modules.ema import EMA
-from ldm.modules.generators import OTHERS
-from ldm.modules.image_degradation.blur import random_blur
+from ldm.modules.generators import OTHERS, blur_image, load_generator, restore_image
+from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
 from ldm.profile import count_macs
 from ldm.run import start_fabric
 from ldm.settings import run_main
-from train_dbgan import DEMO, DEMO_DATA, STAGES, Players, blur_image, make_players, restore_image, train_step
+from ldm.validation import middle
+from train_dbgan import DEMO, DEMO_DATA, STAGES, Players, make_players, train_step
 from train_dbgan import Settings as TrainSettings
 
 
@@ -49,9 +58,11 @@ from train_dbgan import Settings as TrainSettings
 class Settings:
     """Compare generators, or DBGAN with and without BGAN, after the same processor time."""
 
-    what: tyro.conf.Positional[Literal["generators", "bgan"]]
+    what: tyro.conf.Positional[Literal["generators", "bgan", "ship"]]
     seconds: float = 120  # processor time of each training
     seeds: int = 3  # of `bgan`: runs that differ in all that is random
+    run: Path = Path("outputs/dbgan")  # of `ship`: the run's folder
+    command: str = ""  # of `ship`: what was run
     real: tuple[Path, Path] | None = None  # patches of photographs to learn from, and held-out ones
 
 
@@ -230,9 +241,62 @@ def bgan(settings: Settings) -> None:
         print(f"{key:28s} {statistics.mean(values):7.3f}  ({min(values):.3f} to {max(values):.3f})")
 
 
+# ---- weights to ship ---------------------------------------------------------------------------------------
+
+
+def deblur_scores(network: nn.Module, name: str) -> dict[str, float]:
+    """Gain in dB by blur type on one photograph of scikit-image, PSNR of the sharp one to itself, and how far
+    the spectra of restored and of blurry pictures are from the sharp one's, in decades."""
+    sharp = middle(read_image(photographs((name,))[0]), 256)
+    row, made = {}, {"restored": [], "blurry": []}
+    for number, kind in enumerate(BLUR_TYPES):
+        blurry = random_blur(sharp, np.random.default_rng(number), [kind], scale=0.4)[0]
+        restored = restore_image(network, blurry)
+        row[kind] = psnr(restored, sharp) - psnr(blurry, sharp)
+        made["restored"].append(restored)
+        made["blurry"].append(blurry)
+    row["sharp"] = psnr(restore_image(network, sharp), sharp)
+    for key, pictures in made.items():
+        row[f"spectrum_{key}"] = spectrum_distance(spectra(pictures), spectra([sharp]))
+    return row
+
+
+def blur_scores(network: nn.Module, name: str) -> dict[str, float]:
+    """What BGAN takes from one photograph: PSNR to the sharp one, and change of its spectrum, in decades."""
+    sharp = middle(read_image(photographs((name,))[0]), 256)
+    made = blur_image(network, sharp, seed=0)
+    return {"psnr": psnr(made, sharp), "spectrum": spectrum_distance(spectra([made]), spectra([sharp]))}
+
+
+def ship(settings: Settings) -> None:
+    """Write models/dbgan.safetensors and models/bgan.safetensors, and print their scores."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    content = load_generator(settings.run / "deblur" / "dbgan_content.safetensors", "deblur")
+    before = {name: deblur_scores(content, name) for name in PHOTOGRAPHS}
+    print("before the adversarial phase:", mean_scores(before))
+    for kind, name, score in (("deblur", "dbgan", deblur_scores), ("blur", "bgan", blur_scores)):
+        path = settings.run / kind / f"{name}.safetensors"
+        network = load_generator(path, kind)
+        scores = {photograph: score(network, photograph) for photograph in PHOTOGRAPHS}
+        metadata = {
+            "settings": json.dumps(read_settings(path)),
+            "command": settings.command,
+            "commit": commit.strip(),
+            "data": "photographs and licences: docs/weights.md",
+            "scores": json.dumps(scores),
+        }
+        write_weights(Path("models") / path.name, read_weights(path), metadata)
+        print(path.name, mean_scores(scores))
+
+
+def mean_scores(scores: dict[str, dict[str, float]]) -> str:
+    rows = list(scores.values())
+    return ", ".join(f"{key} {statistics.mean(row[key] for row in rows):.3f}" for key in rows[0])
+
+
 def main(settings: Settings) -> None:
     torch.set_num_threads(1)
-    {"generators": generators, "bgan": bgan}[settings.what](settings)
+    {"generators": generators, "bgan": bgan, "ship": ship}[settings.what](settings)
 
 
 if __name__ == "__main__":

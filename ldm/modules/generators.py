@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import fill, read_trained, write_half
 from ldm.data.stream import item_generator
 from ldm.modules.gan import DeblurGANGenerator, DenseBlock, SRResNet, initialise
-from ldm.modules.losses import PixelLoss, fft_loss, pixel_loss
+from ldm.modules.losses import PixelLoss, restoration_loss
 from ldm.modules.mprnet import EDGE_WEIGHT, MPRNet, edge_loss
 from ldm.modules.nafnet import NAFNet
 from ldm.modules.sftnet import SFTNet
@@ -208,9 +208,7 @@ def content_loss(
     """Distance of the pixels, and of the spectra if they have a weight. Of several stages it is the sum, with
     the distances of their edges (MPRNet's equation 1)."""
     stages = made if isinstance(made, list) else [made]
-    loss = sum(pixel_loss(stage, real, kind) for stage in stages)
-    if fft_weight:
-        loss = loss + fft_weight * sum(fft_loss(stage, real) for stage in stages)
+    loss = sum(restoration_loss(stage, real, kind, fft_weight) for stage in stages)
     if len(stages) > 1:
         loss = loss + EDGE_WEIGHT * sum(edge_loss(stage.float(), real) for stage in stages)
     return loss
