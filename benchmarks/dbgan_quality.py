@@ -14,7 +14,7 @@ that of photographs; nothing sharp belongs to it, so restored crops are compared
 
     python -m benchmarks.dbgan_quality ship --run outputs/RUN
 
-writes models/dbgan.safetensors and models/bgan.safetensors from a run of the mode `all`, with its command, commit
+writes models/dbgan.safetensors and models/bgan.safetensors from a run of the mode `all`, with command, commit
 and scores on the photographs inside scikit-image: of each the middle 256 pixels, with each blur at scale 0.4.
 
 Processor time is that of the process, data included: other programs do not count.
