@@ -38,6 +38,7 @@ from cldm.training import prepare_model, with_precision
 from ldm.models.kontext import TRANSFORMER, FluxAutoencoder
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, FluxParams
+from ldm.modules.generators import make_generator
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.settings import lightning_precision, plain, run_main
 from ldm.util import half_dtype, instantiate_from_config
@@ -190,7 +191,7 @@ def dbgan(settings: train_dbgan.Settings, device: str, stage: str = "blur", phas
     alone = replace(settings, generated_fraction=0.0, compile=False)
     players = train_dbgan.make_players(alone, stage, perceptual, torch.device(device))
     if stage == "deblur" and settings.generated_fraction:
-        blurrer = train_dbgan.make_generator("blur", plain(settings)).eval()
+        blurrer = make_generator("blur", plain(settings)).eval()
         players.blurrer = blurrer.requires_grad_(False).to(device)
     generators = players.generators
     parameters = [*generators.parameters(), *players.discriminators.parameters()]

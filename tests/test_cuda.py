@@ -23,6 +23,7 @@ from cldm.model import create_model
 from ldm.data.image import write_image
 from ldm.models.kontext import FluxAutoencoder
 from ldm.modules.flux import FluxParams
+from ldm.modules.generators import BGANGenerator, DBGANGenerator
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="torch was built without CUDA: it has no fake CUDA tensors"
@@ -155,8 +156,8 @@ def options(command, tmp_path, **more):
 def test_one_pass_networks_restore_on_cuda(tmp_path, precision, tile):
     networks = {
         infer.SRN: ("train_srn.load_network", lambda path: train_srn.SRNDeblurNet(8).eval()),
-        infer.DBGAN: ("train_dbgan.load_generator", lambda *a: train_dbgan.DBGANGenerator(8, 1).eval()),
-        infer.BGAN: ("train_dbgan.load_generator", lambda *a: train_dbgan.BGANGenerator(8, 1).eval()),
+        infer.DBGAN: ("train_dbgan.load_generator", lambda *a: DBGANGenerator(8, 1).eval()),
+        infer.BGAN: ("train_dbgan.load_generator", lambda *a: BGANGenerator(8, 1).eval()),
     }
     for command, (name, make) in networks.items():
         how = {"input": tmp_path, "precision": precision, "tile": tile, "overlap": 16}
