@@ -10,15 +10,16 @@ script uses it (train_controlnet.py: networks frozen by requires_grad_, AdamW's 
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 import tyro
 
+from benchmarks.head import begin, in_turn, ratio
 from cldm.cldm import ControlledUnetModel, ControlNet
 
 
@@ -121,53 +122,35 @@ def make_batch(settings: Settings, device: str) -> dict[str, torch.Tensor]:
     }
 
 
-def measure(step: Callable[[dict], float], batch: dict) -> tuple[float, float]:
-    """Seconds of one step and, on CUDA, its peak memory in GB."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    step(batch)
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
-
-
 def main(settings: Settings) -> None:
     """Print a table and the ratio."""
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
+    begin()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     settings.batch_size = settings.batch_size or (16 if cuda else 2)
     settings.image_size = settings.image_size or (512 if cuda else 256)
     settings.width = settings.width or (320 if cuda else 64)
-    print(settings, torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads")
-    times: dict[str, list[float]] = {"ours": [], "diffusers": []}
-    memory = dict.fromkeys(times, 0.0)
+    print(settings)
+    makers, times, memory = {"ours": our_step, "diffusers": their_step}, {}, {}
+    batch = make_batch(settings, device)
     if cuda:  # one after the other: peak memory is each one's own
-        for name, make in (("ours", our_step), ("diffusers", their_step)):
-            step, batch = make(settings, device), make_batch(settings, device)
-            for index in range(settings.steps + 2):
-                seconds, memory[name] = measure(step, batch)
-                if index >= 2:
-                    times[name].append(seconds)
-            del step
+        for name, make in makers.items():
+            torch.cuda.reset_peak_memory_stats()
+            times |= in_turn({name: partial(make(settings, device), batch)}, settings.steps, 2)
+            memory[name] = torch.cuda.max_memory_allocated() / 1e9
             torch.cuda.empty_cache()
     else:
-        steps = {"ours": our_step(settings, device), "diffusers": their_step(settings, device)}
-        for index in range(settings.steps + 2):
-            batch = make_batch(settings, device)
-            for name, step in steps.items():
-                seconds, _ = measure(step, batch)
-                if index >= 2:
-                    times[name].append(seconds)
+        works = {name: partial(make(settings, device), batch) for name, make in makers.items()}
+        times = in_turn(works, settings.steps, 2)
     for name, values in times.items():
         median = statistics.median(values)
         peak = f"{memory[name]:.1f} GB peak" if cuda else ""
         print(
             f"{name:10s} {1000 * median:8.1f} ms/step  {settings.batch_size / median:7.2f} images/s  {peak}"
         )
-    ratios = [a / b for a, b in zip(times["ours"], times["diffusers"], strict=True)]
-    print(f"ours / diffusers: {statistics.median(ratios):.3f} of the time (median of {len(ratios)} pairs)")
+    print(f"ours / diffusers: {ratio(times['ours'], times['diffusers'])} of the time, median and quartiles")
 
 
 if __name__ == "__main__":

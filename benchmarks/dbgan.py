@@ -20,6 +20,7 @@ import torch
 import tyro
 from torchvision.models import vgg19
 
+from benchmarks.head import begin
 from benchmarks.srn import CUDA, forms, measure, show
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.paired import at_least
@@ -72,6 +73,7 @@ def reading(folder: Path, count: int) -> dict[str, Callable[[], object]]:
 
 
 def main(settings: Settings) -> None:
+    begin()
     with tempfile.TemporaryDirectory() as folder:
         show("reading", measure(reading(Path(folder), 100), 5), 100, "patches")
         torch.save(vgg19().state_dict(), Path(folder) / "vgg.pth")

@@ -259,6 +259,11 @@ def fake_tensors(like_cuda: bool = False) -> Iterator[Count]:
             patch.stop()
 
 
+def is_fake() -> bool:
+    """Whether tensors made here are fake."""
+    return isinstance(torch.empty(0), FakeTensor)
+
+
 def to_fake(module: nn.Module, device: str = "cuda", dtype: torch.dtype | None = None) -> nn.Module:
     """Give a module, also one on meta, fake parameters and buffers of its own shapes; in place."""
     for part in module.modules():

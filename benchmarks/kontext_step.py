@@ -10,7 +10,6 @@ before in bfloat16. On a CPU (float32) ours and the peer's steps alternate; show
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +18,7 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.head import begin, in_turn, ratio, seconds
 from ldm.modules.flux import Flux, FluxParams, pack, token_ids
 from ldm.modules.fp8 import store_in_fp8
 from ldm.modules.lora import block_linears, make_lora
@@ -130,28 +130,18 @@ def peer_step(params: FluxParams, data: tuple) -> Callable[[], None]:
     return step
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def matmul_rate() -> float:
     """TFLOP/s of a bfloat16 product of 8192 x 8192 matrices."""
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     for _ in range(10):
         a @ b
-    times = [seconds(lambda: a @ b, "cuda") for _ in range(30)]
+    times = [seconds(lambda: a @ b) for _ in range(30)]
     return 2 * 8192**3 / statistics.median(times) / 1e12
 
 
 def on_cuda(settings: Settings) -> None:
     rate = matmul_rate()
-    print(f"{torch.cuda.get_device_name()}: bfloat16 matmul {rate:.0f} TFLOP/s")
+    print(f"bfloat16 matmul {rate:.0f} TFLOP/s")
     print(f"{'base':>5} {'px':>5} {'s/step':>8} {'TFLOP':>6} {'TFLOP/s':>8} {'of matmul':>9} {'peak GB':>8}")
     for precision in ("bf16", "fp8"):
         for resolution in settings.resolutions:
@@ -176,7 +166,7 @@ def measure(precision: str, resolution: int, settings: Settings) -> tuple[float,
     for _ in range(3):
         step()
     torch.cuda.reset_peak_memory_stats()
-    took = statistics.median(seconds(step, "cuda") for _ in range(settings.repeats))
+    took = statistics.median(seconds(step) for _ in range(settings.repeats))
     return took, counter.get_total_flops() / 1e12, torch.cuda.max_memory_allocated() / 2**30
 
 
@@ -186,19 +176,16 @@ def on_cpu(settings: Settings) -> None:
     steps = {"ours": our_step(model, data), "diffusers + peft": peer_step(SMALL, data)}
     if settings.compile:
         compile_blocks(model)
-    times = {name: [] for name in steps}
-    for repeat in range(settings.repeats + 1):
-        for name, step in steps.items():
-            took = seconds(step, "cpu")
-            if repeat:  # the first is warming up
-                times[name].append(took)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"CPU, {torch.get_num_threads()} threads, float32, 576 tokens, hidden size {SMALL.hidden_size}")
-    for name, median in medians.items():
-        print(f"{name:>18}: {median:.3f} s/step, {median / medians['ours']:.2f} x ours")
+    times = in_turn(steps, settings.repeats)
+    print(f"float32, 576 tokens, hidden size {SMALL.hidden_size}")
+    for name, values in times.items():
+        print(f"{name:>18}: {statistics.median(values):.3f} s/step")
+    shown = ratio(times["ours"], times["diffusers + peft"])
+    print(f"ours / diffusers + peft: {shown} of the time, median and quartiles")
 
 
 def main(settings: Settings) -> None:
+    begin()
     torch.manual_seed(0)
     (on_cuda if settings.device == "cuda" else on_cpu)(settings)
 

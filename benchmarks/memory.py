@@ -23,6 +23,7 @@ from pathlib import Path
 
 import tyro
 
+from benchmarks.head import begin
 from benchmarks.tiny_runs import ROOT, TRAINERS, command, make_place, must, prepare_output, run
 
 STEPS = 2000
@@ -99,6 +100,7 @@ def at(samples: list[tuple[int, float, float]], mark: int, column: int) -> float
 
 
 def main(settings: Settings) -> None:
+    begin()
     print("MiB at step  " + "".join(f"{mark:>9}" for mark in MARKS) + "   added after 200   after 1000")
     rows, fine = [], True
     with tempfile.TemporaryDirectory() as temporary:

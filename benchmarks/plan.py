@@ -29,7 +29,7 @@ import train_kontext_lora
 import train_srn
 import tutorial_train_deblur
 import tutorial_train_inpaint
-from benchmarks.fake_cuda import Count, fake_tensors, to_fake
+from benchmarks.fake_cuda import Count, fake_tensors, is_fake, to_fake
 from cldm.cache import drop_encoders
 from cldm.cldm import ControlLDM
 from cldm.deblur import add_hint_latent
@@ -113,9 +113,9 @@ def control_model(settings: Any, device: str) -> ControlLDM:
     config["params"]["control_stage_config"]["params"]["hint_channels"] = channels
     if getattr(settings, "hint_as_latent", False):
         config, _ = add_hint_latent(config, {})
-    with torch.device("meta"):
+    with torch.device("meta" if is_fake() else device):
         model = instantiate_from_config(config)
-    to_fake(model, device)
+    model = to_fake(model, device) if is_fake() else model.to(device)
     if config["params"].get("perceptual_loss_weight") and config["params"]["deblur_loss_weight"]:
         model.load_perceptual()
     if settings.cache_latents:
@@ -203,7 +203,7 @@ def dbgan(settings: train_dbgan.Settings, device: str, stage: str = "blur", phas
     losses = partial(train_dbgan.STAGES[stage][2][phase], players, settings)
 
     def step() -> None:
-        train_dbgan.train_step(fabric, optimizer, batch, parts, losses)
+        train_dbgan.train_step(fabric, optimizer, batch, parts, losses, settings.max_grad_norm)
         ema.update(generators)
 
     networks = {"state_dict": generators, "discriminators": players.discriminators}

@@ -8,7 +8,6 @@ memory. Cases alternate, so that what else the machine does hits all of them ali
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 import tyro
 from torch.nn import functional as F
 
+from benchmarks.head import begin, seconds
 from ldm.run import start_fabric
 from train_srn import Settings as TrainSettings
 from train_srn import SRNDeblurNet, make_optimizer, restore, train_step
@@ -69,36 +69,29 @@ def restoring(h: int, w: int, precision: str, channels_last: bool, compiled: boo
 
 def measure(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
     """Median seconds and peak GiB (0 on a CPU) of each case."""
-    seconds, memory = {name: [] for name in cases}, dict.fromkeys(cases, 0.0)
+    times, memory = {name: [] for name in cases}, dict.fromkeys(cases, 0.0)
     for run in cases.values():
         for _ in range(3 if CUDA else 1):  # compile, choose kernels
             run()
     for _ in range(repeats):
         for name, run in cases.items():
             if CUDA:
-                torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            run()
-            if CUDA:
-                torch.cuda.synchronize()
-                memory[name] = torch.cuda.max_memory_allocated() / 2**30
-            seconds[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(values), memory[name]) for name, values in seconds.items()}
+            times[name].append(seconds(run))
+            memory[name] = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
+    return {name: (statistics.median(values), memory[name]) for name, values in times.items()}
 
 
 def show(title: str, results: dict[str, tuple[float, float]], count: int, unit: str = "images") -> None:
     print(title)
     plain = next(iter(results.values()))[0]
-    for name, (seconds, memory) in results.items():
-        rate = f"{1e3 * seconds:9.1f} ms {count / seconds:8.2f} {unit}/s {plain / seconds:5.2f} x"
+    for name, (taken, memory) in results.items():
+        rate = f"{1e3 * taken:9.1f} ms {count / taken:8.2f} {unit}/s {plain / taken:5.2f} x"
         print(f"  {name:32} {rate}" + (f" {memory:6.2f} GiB" if memory else ""))
 
 
 def forms() -> dict[str, tuple[str, bool, bool]]:
-    """Precision, channels_last and compile of each case, by name; says on what it runs."""
-    about = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{about}, torch {torch.__version__}")
+    """Precision, channels_last and compile of each case, by name."""
     found = {"float32": ("32", False, False), "float32 channels_last": ("32", True, False)}
     if CUDA:
         found |= {"bf16": ("bf16", False, False), "bf16 channels_last": ("bf16", True, False)}
@@ -107,6 +100,7 @@ def forms() -> dict[str, tuple[str, bool, bool]]:
 
 
 def main(settings: Settings) -> None:
+    begin()
     batch_size, repeats, (h, w) = settings.batch_size, settings.repeats, settings.size
     cases = {name: training(batch_size, 256, *form) for name, form in forms().items()}
     show(f"training, batch {batch_size}, crop 256", measure(cases, repeats), batch_size)
