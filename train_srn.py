@@ -77,8 +77,8 @@ class Settings:
     max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces epochs
     batch_size: BatchSize = 16  # of each device
     optimizer: Literal["adam", "sgd"] = "adam"  # the way to step
-    momentum: float = 0.9  # of sgd
-    nesterov: bool = True  # of sgd
+    momentum: float = 0.9  # of sgd: how much of the last step goes on
+    nesterov: bool = True  # of sgd: look ahead along the momentum
     weight_decay: WeightDecay = 0.0  # L2 regularisation
     learning_rate: float = 1e-4  # at the start
     schedule: Literal["step", "power", "cosine"] = "step"  # 0.3^(epoch // 500); (1 - t/T)^0.3; cosine

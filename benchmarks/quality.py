@@ -50,6 +50,7 @@ class Settings:
     only: tuple[str, ...] = ()  # these cases
     checkpoint_path: Path | None = None  # score this network instead of training
     crop: int = 0  # score the middle so many pixels of each photograph; 0 = whole
+    seed: int = 0  # of the blurs that are scored
     precision: str = "bf16"  # of training and scoring
 
 
@@ -133,10 +134,10 @@ def train(case: Case, settings: Settings) -> tuple[nn.Module, int]:
     return network.eval(), steps
 
 
-def held_out() -> list[tuple[str, np.ndarray, np.ndarray, list[np.ndarray]]]:
+def held_out(seed: int) -> list[tuple[str, np.ndarray, np.ndarray, list[np.ndarray]]]:
     """Blur type, blurry and sharp, and the kernels (one, or one for each channel), light fall-off undone."""
     rows = []
-    for number, path in enumerate(photographs()):
+    for path in photographs():
         sharp = read_image(path)
         for blur_type in blur.BLUR_TYPES:
             kernels, convolve = [], blur.convolve
@@ -145,7 +146,7 @@ def held_out() -> list[tuple[str, np.ndarray, np.ndarray, list[np.ndarray]]]:
                 kernels.append(kernel)
                 return convolve(light, kernel)
 
-            rng = np.random.default_rng([SEED, number])
+            rng = np.random.default_rng([seed, len(rows)])  # as in ldm.validation.HeldOut
             with patch.object(blur, "convolve", note):
                 blurry, _, drawn = blur.random_blur(sharp, rng, [blur_type])
             if "sigma" in drawn:
@@ -182,11 +183,11 @@ def wiener(blurry: np.ndarray, sharp: np.ndarray, kernels: list[np.ndarray]) -> 
     return max((filtered(10.0**power) for power in np.arange(-3, 2.1, 0.5)), key=lambda x: psnr(x, sharp))
 
 
-def row(name: str, restore: Callable[..., np.ndarray], cost: str, crop: int) -> None:
+def row(settings: Settings, name: str, restore: Callable[..., np.ndarray], cost: str) -> None:
     """Print what `restore(blurry, sharp, kernels)` gains, as a line of a table."""
     gains: dict[str, list[float]] = {}
-    for blur_type, blurry, sharp, kernels in held_out():
-        blurry, sharp = middle(blurry, crop), middle(sharp, crop)
+    for blur_type, blurry, sharp, kernels in held_out(settings.seed):
+        blurry, sharp = middle(blurry, settings.crop), middle(sharp, settings.crop)
         gain = psnr(restore(blurry, sharp, kernels), sharp) - psnr(blurry, sharp)
         gains.setdefault(blur_type.removesuffix("_blur"), []).append(gain)
     means = {word: float(np.mean(gains[word])) for word in WORDS}
@@ -211,7 +212,7 @@ def score(settings: Settings, name: str, network: nn.Module, steps: int | str) -
     seconds = time.process_time() - start
     millions = sum(value.numel() for value in network.parameters()) / 1e6
     cost = f"{np.mean(kept):.1f}, {min(kept):.1f} | {millions:.2f} | {steps} "
-    row(name, restore, cost + f"| {5 * counter.get_total_flops() / 2e9:.0f} | {seconds:.1f}", settings.crop)
+    row(settings, name, restore, cost + f"| {5 * counter.get_total_flops() / 2e9:.0f} | {seconds:.1f}")
 
 
 def main(settings: Settings) -> None:
@@ -224,7 +225,7 @@ def main(settings: Settings) -> None:
     if not settings.sharp_dir:
         raise SystemExit("give --sharp_dir, a folder of photographs to train on, or --checkpoint_path")
     if not settings.only or "Wiener" in settings.only:
-        row("Wiener, true kernel", wiener, "| | | |", settings.crop)
+        row(settings, "Wiener, true kernel", wiener, "| | | |")
     for name, case in CASES.items():
         if not settings.only or name in settings.only:
             score(settings, name, *train(case, settings))

@@ -1,4 +1,6 @@
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,14 +8,17 @@ import torch
 from PIL import Image
 
 import infer
-from ldm.checkpoint import write_weights
+from ldm.checkpoint import read_metadata, write_weights
 from ldm.data.image import photographs, read_image, to_tensor, write_image
 from ldm.jobs import list_jobs
 from ldm.metrics import psnr
+from ldm.modules.image_degradation.blur import random_blur
 from ldm.settings import run_main
-from train_srn import SRNDeblurNet, restore, restore_image
+from ldm.validation import middle
+from train_srn import SRNDeblurNet, load_network, restore, restore_image
 
 FORM = '{"residual": true}'
+SHIPPED = Path(__file__).parent.parent / "models" / "srn_deblur.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +243,43 @@ def test_bad_input(photos, weights, tmp_path):
     write_weights(other, {"unet.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="holds no SRN-DeblurNet: its first key is unet.weight"):
         infer.restore_files(command(photos / "a.png", weights, checkpoint_path=other))
+
+
+def test_the_shipped_network_restores_as_recorded():
+    """The scores in its metadata, on two photographs that it never saw; a sharp one passes unharmed."""
+    network, about = load_network(SHIPPED), read_metadata(SHIPPED)
+    assert SHIPPED.stat().st_size < 12e6 and {"command", "commit", "data", "step"} <= about.keys()
+    recorded = json.loads(about["scores"])
+    assert len(recorded) == 4
+    for name, score in recorded.items():
+        photograph, kind = name.split()
+        sharp = read_image(photographs((photograph,))[0])
+        blurry, least = sharp, 40.0
+        if kind != "sharp":
+            blurry = random_blur(sharp, np.random.default_rng(0), [kind], scale=0.5)[0]
+            least = psnr(middle(blurry, 256), middle(sharp, 256)) + 0.3
+        blurry, sharp = middle(blurry, 256), middle(sharp, 256)
+        found = psnr(restore_image(network, blurry), sharp)
+        assert found > score - 0.05 and found > least, name
+
+
+def test_the_shipped_file_is_the_default(photos):
+    chosen = infer.SRN(input=photos / "a.png", output_dir=photos.parent / "out", device="cpu")
+    assert chosen.checkpoint_path.name == SHIPPED.name
+    infer.restore_files(chosen)
+    assert read_image(photos.parent / "out" / "deblurred_a.png").shape == (37, 50, 3)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (1, 5000)])
+def test_the_shipped_network_takes_any_size(size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    restored = restore_image(load_network(SHIPPED), image, tile=1536, overlap=128)
+    assert restored.shape == image.shape and restored.dtype == np.uint8
+
+
+def test_a_damaged_shipped_file_is_named(photos, tmp_path):
+    whole = SHIPPED.read_bytes()
+    for content in (whole[:100_000], b"a text file"):
+        (tmp_path / "torn.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="torn.safetensors is damaged or not a safetensors file"):
+            infer.restore_files(command(photos / "a.png", [tmp_path / "torn.safetensors"]))
