@@ -313,9 +313,7 @@ class Inpaint(ControlNet):
 class DBGAN(OnePass):
     """Deblur with a DBGAN of train_dbgan.py (docs/dbgan.md)."""
 
-    checkpoint_path: Path = Path(
-        "models/dbgan.safetensors"
-    )  # or the dbgan.safetensors of a run, or its last.ckpt or best.ckpt
+    checkpoint_path: Path = Path("models/dbgan.safetensors")  # or a run's, or its last.ckpt or best.ckpt
     output_prefix: str = "deblurred_"  # before the names of the results
 
     def restorer(self) -> Restorer:
@@ -329,9 +327,7 @@ class DBGAN(OnePass):
 class BGAN(OnePass):
     """Make realistic blur from sharp photographs with a BGAN of train_dbgan.py (docs/dbgan.md)."""
 
-    checkpoint_path: Path = Path(
-        "models/bgan.safetensors"
-    )  # or the bgan.safetensors of a run, or its last.ckpt or best.ckpt
+    checkpoint_path: Path = Path("models/bgan.safetensors")  # or a run's, or its last.ckpt or best.ckpt
     output_prefix: str = "blurred_"  # before the names of the results
     seed: int = 0  # with the file's name it decides on the blur
 

@@ -15,11 +15,13 @@ import infer
 from cldm.inpaint import (
     Inpainting,
     distance_to,
+    expand,
     fill_smoothly,
     hole_scores,
     inpaint_image,
     match_border,
     region_errors,
+    regions_of,
     widen_hint,
 )
 from cldm.model import create_model, read_config
@@ -214,6 +216,45 @@ def test_a_wider_hint_starts_as_the_same_model(model):
     assert widen_hint({"a": torch.zeros(1)}, 4).keys() == {"a"}
     result = inpaint_image(wide.eval(), photograph(64, 64), hole_in(64, 64), OPTIONS)
     assert result.shape == (64, 64, 3)
+
+
+def test_each_hole_has_its_part_and_near_ones_share_it():
+    hole = np.zeros((100, 120), np.uint8)
+    hole[5:10, 5:15] = hole[60:70, 90:95] = hole[60:64, 100:110] = 1
+    assert regions_of(hole, -1, 4) == [(slice(0, 100), slice(0, 120))]
+    parts = sorted(regions_of(hole, 6, 4), key=lambda part: part[0].start)
+    assert parts == [(slice(0, 20), slice(0, 25)), (slice(50, 80), slice(80, 120))]
+    assert len(regions_of(hole, 0, 0)) == 3
+    hole[:] = 1
+    assert regions_of(hole, 6, 4) == [(slice(0, 100), slice(0, 120))]
+
+
+def test_only_masked_works_on_each_hole_by_itself(model, monkeypatch):
+    seen = []
+
+    def fill_grey(model, image, hole, options, progress):
+        seen.append(hole.sum())
+        return np.full_like(image, 7)
+
+    monkeypatch.setattr("cldm.inpaint.fill", fill_grey)
+    image, mask = photograph(64, 256), np.zeros((64, 256), np.uint8)
+    mask[20:30, 20:30] = mask[30:34, 220:230] = 1
+    result = inpaint_image(model, image, mask, Inpainting(only_masked_padding=8, mask_blur=0))
+    assert sorted(seen) == [40, 100] and (result[mask > 0] == 7).all()
+    assert np.array_equal(result[mask == 0], image[mask == 0])
+
+
+def test_outpainting_adds_pixels_that_are_hole(model):
+    image, mask = photograph(40, 50), np.zeros((40, 50), np.uint8)
+    mask[3, 4] = 1
+    larger, hole = expand(image, mask, (8, 0, 16, 24))
+    assert larger.shape == (64, 74, 3) and hole.sum() == 64 * 74 - 40 * 50 + 1
+    assert np.array_equal(larger[:40, 8:58], image) and hole[3, 12] == 1
+    filled = inpaint_image(model, larger, hole, OPTIONS)
+    known = distance_to(hole) > OPTIONS.mask_blur
+    assert filled.shape == larger.shape and np.array_equal(filled[known], larger[known])
+    with pytest.raises(ValueError, match="0 or more pixels"):
+        expand(image, mask, (-1, 0, 0, 0))
 
 
 def test_masks_are_found_and_resized(tmp_path):

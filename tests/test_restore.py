@@ -12,9 +12,9 @@ import torch
 
 import infer
 from cldm.model import create_model, open_control_model
-from cldm.restore import Sampling, Tiles, coarse, deblur_image, fix_color
+from cldm.restore import Sampling, Tiles, coarse, deblur_image, fix_color, low_band
 from ldm import checkpoint
-from ldm.data.image import photographs, read_image, write_image
+from ldm.data.image import photographs, read_image, to_tensor, to_uint8, write_image
 from tests.fill import fill
 from tool_export_control import Settings as ExportSettings
 from tool_export_control import main as export
@@ -90,6 +90,31 @@ def test_tiles_cover_and_blend():
     assert torch.allclose(large, picture.repeat_interleave(8, 2).repeat_interleave(8, 3), atol=1e-6)
     half = tiles.blend(lambda y, x: picture[..., y, x].bfloat16())
     assert half.dtype == torch.float32  # sums of bfloat16 are up to two levels off
+
+
+def test_fidelity_draws_the_coarse_to_the_input(model):
+    image = photograph(64, 64)
+    results = [
+        deblur_image(model, image, replace(SAMPLING, color_fix=False, fidelity=f)) for f in (0, 0.5, 1)
+    ]
+    with torch.inference_mode():
+        means = model.encode_first_stage(to_tensor(image)[None]).mode()
+        through = to_uint8(model.decode_first_stage(means)[0])
+    away = [
+        np.abs(coarse(r.astype(np.float32), 4) - coarse(through.astype(np.float32), 4)).mean()
+        for r in results
+    ]
+    assert away[0] > away[1] > away[2]
+    assert np.array_equal(results[0], deblur_image(model, image, replace(SAMPLING, color_fix=False)))
+    with pytest.raises(ValueError, match="fidelity must be 0 to 1, not 1.5"):
+        deblur_image(model, image, replace(SAMPLING, fidelity=1.5))
+
+
+def test_the_low_band_keeps_what_is_flat_and_takes_what_is_fine():
+    flat, fine = torch.full((1, 4, 9, 7), 3.0), torch.zeros(1, 4, 16, 16)
+    fine[..., ::2, ::2] = fine[..., 1::2, 1::2] = 1.0
+    assert torch.allclose(low_band(flat), flat)
+    assert (low_band(fine) - 0.5).abs().max() < 0.15
 
 
 def test_tiled_restoration_has_no_seams_and_bounded_squares(model, monkeypatch):
