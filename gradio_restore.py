@@ -6,19 +6,21 @@
 A system without weights says which file it wants and where that comes from. More in docs/web.md.
 """
 
-import html
-import json
 import os
-import re
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 import infer
+from ldm.data.image import image_size
+from ldm.doorkeeper import Doorkeeper, Terse, check_picture, sentence
 from ldm.settings import run_main
 from ldm.workshop import Stopped, System, Workshop, open_upload, painted, save_mask
 
@@ -35,13 +37,14 @@ class Settings:
     max_megapixels: float = 24.0  # of a picture
     max_upload_mb: int = 40  # of its file
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda if there is one
-    precision: Literal["32", "16", "bf16"] = "32"  # of the computation (Kontext chooses itself); 32 is exact
+    precision: Literal["auto", "32", "16", "bf16"] = "auto"  # of the computation; Kontext chooses itself
 
+    # Weights; None takes those of a run in outputs/ if there is one, else those that come along in models/.
     srn_path: Path = Path("models/srn_deblur.safetensors")  # weights of SRN-DeblurNet
-    dbgan_path: Path = Path("outputs/dbgan/deblur/dbgan.safetensors")  # weights of DBGAN
-    bgan_path: Path = Path("outputs/dbgan/blur/bgan.safetensors")  # weights of BGAN
-    deblur_path: Path = Path("outputs/deblur/checkpoints/best.ckpt")  # the deblurring ControlNet
-    inpaint_path: Path | None = None  # the inpainting ControlNet; None takes the newest run's in outputs/
+    dbgan_path: Path | None = None  # weights of DBGAN
+    bgan_path: Path | None = None  # weights of BGAN
+    deblur_path: Path | None = None  # the deblurring ControlNet
+    inpaint_path: Path | None = None  # the inpainting ControlNet
     base_path: Path | None = None  # Stable Diffusion for these two; None takes the file that they name
     kontext_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
     lora_path: Path | None = Path(
@@ -56,10 +59,12 @@ def list_systems(settings: Settings) -> dict[str, System]:
     same = {"input": folder, "output_dir": folder, "device": settings.device}
     exact = {**same, "precision": settings.precision}
     sampling = ("num_inference_steps", "guidance_scale", "seed")
-    bases = () if base is None else (base,)
     runs = "controlnet_inpainting_{}/final_model/model.ckpt"
     newest = max(Path("outputs").glob(runs.format("*")), default=Path("outputs") / runs.format("TIME"))
-    inpaint = settings.inpaint_path or newest
+    deblur = choose(settings.deblur_path, "outputs/deblur/checkpoints/best.ckpt", "small_deblur")
+    inpaint = choose(settings.inpaint_path, newest, "small_inpaint")
+    dbgan = choose(settings.dbgan_path, "outputs/dbgan/deblur/dbgan.safetensors", "dbgan")
+    bgan = choose(settings.bgan_path, "outputs/dbgan/blur/bgan.safetensors", "bgan")
     loras = () if settings.lora_path is None else (settings.lora_path,)
     made = "{} makes it; --{}_path says where it is."
     return {
@@ -70,29 +75,33 @@ def list_systems(settings: Settings) -> dict[str, System]:
             ("self_ensemble",),
             (settings.srn_path,),
             made.format("train_srn.py (docs/srn.md), a small one with --demo,", "srn"),
+            one_pass=True,
         ),
         "dbgan": System(
             "DBGAN",
             "DBGAN takes away blur in one pass. It was trained on blur that a network made.",
-            infer.DBGAN(**exact, checkpoint_path=settings.dbgan_path),
+            infer.DBGAN(**exact, checkpoint_path=dbgan),
             (),
-            (settings.dbgan_path,),
+            (dbgan,),
             made.format("train_dbgan.py (docs/dbgan.md)", "dbgan"),
+            one_pass=True,
         ),
         "deblur": System(
             "ControlNet",
-            "A ControlNet takes away blur with Stable Diffusion, which invents detail: each seed its own.",
-            infer.Deblur(**exact, checkpoint_path=settings.deblur_path, base_path=base),
-            (*sampling, "scheduler", "strength", "prompt"),
-            (settings.deblur_path, *bases),
+            "A ControlNet takes away blur with Stable Diffusion, which invents detail: each seed its own."
+            + small_note(deblur),
+            infer.Deblur(**exact, checkpoint_path=deblur, base_path=base_of(deblur, base)),
+            (*sampling, "scheduler", "strength", "fidelity", "prompt"),
+            wanted(deblur, base),
             made.format("tutorial_train_deblur.py (docs/deblur.md)", "deblur"),
         ),
         "inpaint": System(
             "Inpaint",
-            "A ControlNet on Stable Diffusion fills what you paint over. All else stays as it is.",
-            infer.Inpaint(**exact, input_mask=folder, checkpoint_path=inpaint, base_path=base),
-            (*sampling, "scheduler", "strength", "mask_blur", "prompt"),
-            (inpaint, *bases),
+            "A ControlNet on Stable Diffusion fills what you paint over, what is white in a mask, and what "
+            "is added at the sides. All else stays as it is." + small_note(inpaint),
+            infer.Inpaint(**exact, checkpoint_path=inpaint, base_path=base_of(inpaint, base)),
+            (*sampling, "scheduler", "strength", "mask_blur", "only_masked_padding", *SIDES, "prompt"),
+            wanted(inpaint, base),
             made.format("tutorial_train_inpaint.py (docs/inpaint.md)", "inpaint"),
         ),
         "kontext": System(
@@ -112,12 +121,42 @@ def list_systems(settings: Settings) -> dict[str, System]:
         "bgan": System(
             "BGAN",
             "BGAN makes realistic blur from a sharp picture.",
-            infer.BGAN(**exact, checkpoint_path=settings.bgan_path),
+            infer.BGAN(**exact, checkpoint_path=bgan),
             ("seed",),
-            (settings.bgan_path,),
+            (bgan,),
             made.format("train_dbgan.py (docs/dbgan.md)", "bgan"),
+            one_pass=True,
         ),
     }
+
+
+SIDES = ("left", "top", "right", "bottom")  # to which outpainting adds
+
+
+def choose(given: Path | None, run: str | Path, shipped: str) -> Path:
+    """The file of weights: the one that is given, else a run's, else the one that comes along."""
+    comes_along = Path(f"models/{shipped}.safetensors")
+    return given or (comes_along if comes_along.exists() and not Path(run).exists() else Path(run))
+
+
+def is_small(path: Path) -> bool:
+    return path.name.startswith("small_")
+
+
+def small_note(path: Path) -> str:
+    """What to say of a small model that comes along."""
+    text = " This is the small model that comes along, to see how it works; the real one you train."
+    return text if is_small(path) else ""
+
+
+def base_of(path: Path, base: Path | None) -> Path | None:
+    """The Stable Diffusion file: the small ControlNets have a small one."""
+    return base or (Path("models/small_diffusion.safetensors") if is_small(path) else None)
+
+
+def wanted(path: Path, base: Path | None) -> tuple[Path, ...]:
+    """The files without which a ControlNet does not work."""
+    return tuple(file for file in (path, base_of(path, base)) if file)
 
 
 # ---- the page (gradio is imported where it is used, after `main` has said where its files go) --------------
@@ -142,13 +181,6 @@ def sentences(hidden: Path | None = None) -> Iterator[None]:
         raise gr.Error(sentence(error, hidden), duration=10, print_exception=False) from error
 
 
-def sentence(error: Exception, hidden: Path | None = None) -> str:
-    """What went wrong, in one line of HTML."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "The GPU has too little memory for a picture of this size."
-    return html.escape(" ".join(str(error).replace(f"{hidden}{os.sep}", "").split()))
-
-
 def make_control(option: str, value: Any) -> Any:
     """The component for an option of infer.py."""
     import gradio as gr
@@ -163,8 +195,21 @@ def make_control(option: str, value: Any) -> Any:
         "strength": lambda: gr.Slider(0.05, 1, value, step=0.05, label="Strength", **size),
         "mask_blur": lambda: gr.Slider(0, 64, value, step=1, precision=0, label="Feather, pixels", **size),
         "prompt": lambda: gr.Textbox(value or "", max_length=1000, label="Prompt", min_width=400),
+        "fidelity": lambda: gr.Slider(0, 1, value, step=0.05, label="Fidelity to the input", **size),
+        "only_masked_padding": lambda: gr.Slider(
+            -1,
+            256,
+            value,
+            step=1,
+            precision=0,
+            label="Each hole alone, with so many pixels around (-1: no)",
+            **size,
+        ),
         "self_ensemble": lambda: gr.Checkbox(value, label="Mean over 8 flips and turns: 8 times slower"),
     }
+    if option in SIDES:
+        label = f"Add at {option}, pixels"
+        return gr.Number(0, precision=0, minimum=0, maximum=1024, label=label, min_width=120)
     return make[option]()
 
 
@@ -175,6 +220,7 @@ class Page:
         self.workshop, self.settings = workshop, settings
         self.controls: dict[str, dict[str, Any]] = {}  # by system and option
         self.picture = self.editor = None  # the path of the opened picture; where the mask is painted
+        self.mask = None  # the path of the mask file
         self.stop: Callable | None = None  # stops all jobs of the page that asks for it
 
     def build(self) -> Any:
@@ -189,7 +235,8 @@ class Page:
 
         self.stop = stop
         with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-            self.picture = gr.State(None)  # stays on the server: a page cannot name another file
+            # On the server: a page cannot name other files
+            self.picture, self.mask = gr.State(None), gr.State(None)
             gr.Markdown(f"# {title}\nOne picture, any of the systems. Nothing is sent to the internet.")
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
@@ -239,9 +286,14 @@ class Page:
                 buttons=["fullscreen"],
                 elem_id="editor",
             )
+            mask = gr.File(
+                label="Or a mask file: white is filled", file_types=["image"], height=100, elem_id="mask"
+            )
+            mask.upload(self.open_mask, mask, self.mask)
+            mask.clear(lambda: None, None, self.mask)
         with gr.Row():
             self.controls[name] = {
-                option: make_control(option, getattr(system.options, option)) for option in system.shown
+                option: make_control(option, getattr(system.options, option, 0)) for option in system.shown
             }
         start = self.buttons(name)
         slider, download = self.result(name)
@@ -254,7 +306,7 @@ class Page:
             return gr.skip(), gr.skip()
 
         inputs = {self.picture, *self.controls[name].values()}
-        inputs |= {self.editor} if name == "inpaint" else set()
+        inputs |= {self.editor, self.mask} if name == "inpaint" else set()
         start.click(restore, inputs, [slider, download], show_progress_on=slider)
 
     def build_comparison(self) -> None:
@@ -292,7 +344,7 @@ class Page:
             return (found[left], found[right]), gr.DownloadButton(value=found[right], interactive=True)
 
         controls = [control for tab in self.controls.values() for control in tab.values()]
-        inputs = {self.picture, self.editor, *controls}
+        inputs = {self.picture, self.editor, self.mask, *controls}
         start.click(compare, inputs, [results, gallery, left, right], show_progress_on=gallery)
         gr.on([left.change, right.change], choose, [results, left, right], [slider, download])
 
@@ -329,15 +381,30 @@ class Page:
         if name == "deblur":
             values["prompt"] = values["prompt"] or None  # None: that of the training
         if name == "inpaint":
-            values["input_mask"] = save_mask(data[self.editor], picture)
+            values |= self.hole(data, picture, tuple(int(values.pop(side) or 0) for side in SIDES))
         return self.workshop.restore(name, picture, values, request.session_hash, progress)
+
+    def hole(self, data: dict, picture: Path, sides: tuple[int, ...]) -> dict[str, Any]:
+        """What is to be filled, as options of infer.py. Raises ValueError if the result is too large."""
+        width, height = image_size(picture)
+        pixels = (width + sides[0] + sides[2]) * (height + sides[1] + sides[3]) / 1e6
+        if any(sides) and pixels > self.settings.max_megapixels:
+            raise ValueError(f"with that added it has more than {self.settings.max_megapixels:g} megapixels")
+        if any(sides) and data[self.mask] is None and not painted(data[self.editor]):
+            return {"input_mask": None, "outpaint": sides}
+        return {"input_mask": save_mask(data[self.editor], picture, data[self.mask]), "outpaint": sides}
+
+    def open_mask(self, path: str) -> Path:
+        """An uploaded mask, kept on the server."""
+        with sentences(Path(path).parent):
+            return open_upload(Path(path), self.workshop.results, self.settings.max_megapixels)[0]
 
     def compare(self, data: dict, request: Any, progress: Callable) -> Iterator[tuple[str, Path]]:
         """The picture, then every result, as titles and files. What fails is named and holds up no other."""
         import gradio as gr
 
         systems = {k: v for k, v in self.workshop.systems.items() if k != "bgan" and not v.missing()}
-        if not painted(data[self.editor]):
+        if data[self.mask] is None and not painted(data[self.editor]):
             systems.pop("inpaint", None)
         if not systems or data[self.picture] is None:
             raise ValueError(NO_PICTURE if systems else "no system has weights yet")
@@ -350,54 +417,6 @@ class Page:
 
 
 # ---- the server --------------------------------------------------------------------------------------------
-
-
-class Doorkeeper:
-    """ASGI middleware that lets through what the page itself asks for and shuts gradio's other doors, above
-    all those through which the server would fetch any address of the internet, of any size."""
-
-    OPEN = re.compile(
-        r"/(config|theme\.css|favicon\.ico|manifest\.json|assets/.*|static/.*)?$"
-        r"|/gradio_api/(startup-events|queue/.*|upload|upload_progress|heartbeat/.*|component_server)$"
-        r"|/gradio_api/file=(?!https?:)",
-        re.IGNORECASE,
-    )
-
-    def __init__(self, app: Callable):
-        self.app = app
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        from starlette.requests import Request
-        from starlette.responses import PlainTextResponse
-
-        shut = scope["type"] == "http" and not self.OPEN.match(scope["path"])
-        if not shut and scope.get("path") == "/gradio_api/queue/join":
-            body = await Request(scope, receive).body()
-            shut = names_address(body)
-            parts = iter([{"type": "http.request", "body": body}])
-            later, receive = receive, lambda: read_again(parts, later)
-        await (PlainTextResponse("not here", 403) if shut else self.app)(scope, receive, send)
-
-
-async def read_again(parts: Iterator[dict], later: Callable) -> dict:
-    """What a request still has to say: the `parts` that were read, then what comes later."""
-    return next(parts, None) or await later()
-
-
-def names_address(body: bytes) -> bool:
-    """Whether a `path` anywhere in json is an address of the internet; so is what is no json."""
-    found = False
-
-    def look(pairs: dict) -> dict:
-        nonlocal found
-        found |= "://" in str(pairs.get("path", ""))
-        return pairs
-
-    try:
-        json.loads(body, object_hook=look)
-    except ValueError:
-        return True
-    return found
 
 
 def main(settings: Settings) -> None:
@@ -421,6 +440,15 @@ def main(settings: Settings) -> None:
     page.queue(default_concurrency_limit=16)
 
     # Server
+    names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower(), settings.host.lower()}
+    doorkeeper = Middleware(
+        Doorkeeper,
+        names=names,
+        max_bytes=settings.max_upload_mb * 2**20,
+        check=partial(check_picture, max_megapixels=settings.max_megapixels),
+    )
+    if not os.environ.get("TRACEBACK"):
+        sys.stderr = Terse(sys.stderr)
     try:
         page.launch(
             server_name=settings.host,
@@ -428,7 +456,7 @@ def main(settings: Settings) -> None:
             share=False,
             max_file_size=settings.max_upload_mb * 2**20,
             allowed_paths=[str(results)],
-            app_kwargs={"middleware": [Middleware(Doorkeeper)]},
+            app_kwargs={"middleware": [doorkeeper]},
             theme=theme,
             css=CSS,
             footer_links=[],

@@ -3,6 +3,7 @@
 import gc
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ldm.data.image import image_size, read_image, read_rgba, write_image
+from ldm.data.inpaint import read_mask, resize_mask
+from ldm.data.picture import read_picture
 
 PREVIEW = 1280  # pixels: longest side of a picture as the page shows it
 
@@ -30,6 +33,7 @@ class System:
     shown: tuple[str, ...]  # names of the options that the page offers
     wanted: tuple[Path, ...]  # its files
     source: str  # of the files: a sentence
+    one_pass: bool = False  # whether a picture is one step of work
 
     def missing(self) -> str:
         """What is missing and where it comes from, as sentences; empty if nothing is."""
@@ -41,13 +45,44 @@ class Stopped(Exception):
     """The user has stopped this job."""
 
 
+class Meter:
+    """How far a step of work is, judged by its layers: it takes as many as the step before did."""
+
+    def __init__(self):
+        self.before: list[float] = []  # work up to and with each layer
+        self.now: list[float] = []
+
+    def next(self) -> None:
+        """A step ends, another begins."""
+        self.before, self.now = self.now or self.before, []
+
+    def layer(self, module: torch.nn.Module, inputs: tuple) -> float:
+        """Count a layer that begins; which part of the step's work is done, from 0 to 1."""
+        weight = getattr(module, "weight", None)
+        if not (isinstance(weight, torch.Tensor) and weight.ndim > 1 and inputs):
+            return self.part()
+        work = inputs[0].numel() * weight[:, 0].numel()
+        self.now.append(work + (self.now[-1] if self.now else 0.0))
+        return self.part()
+
+    def part(self) -> float:
+        count = len(self.now) - 1  # the last one has only begun
+        if not self.before or count < 1:
+            return 0.0
+        return self.before[min(count, len(self.before)) - 1] / self.before[-1]
+
+
 @contextmanager
-def stoppable(stop: Event) -> Iterator[None]:
-    """All networks that run within raise Stopped at their next layer once `stop` is set."""
+def stoppable(stop: Event, on_layer: Callable = lambda module, inputs: None) -> Iterator[None]:
+    """All networks that run within raise Stopped at their next layer once `stop` is set.
+
+    `on_layer(module, inputs)` is called before every layer.
+    """
 
     def check(module: torch.nn.Module, inputs: tuple) -> None:
         if stop.is_set():
             raise Stopped
+        on_layer(module, inputs)
 
     handle = register_module_forward_pre_hook(check)
     try:
@@ -63,6 +98,7 @@ class Workshop:
         self.systems, self.results = systems, results
         self.name, self.restorer = "", None  # what is loaded
         self.turn = Lock()
+        self.meter = Meter()
         self.jobs: list[tuple[str, Event]] = []  # of which page, and what stops it; waiting ones too
 
     def restore(self, name: str, picture: Path, values: dict[str, Any], page: str, report: Callable) -> Path:
@@ -79,8 +115,7 @@ class Workshop:
                 if job[1].is_set():
                     raise Stopped
             try:
-                with stoppable(job[1]):
-                    return self._restore(name, picture, values, report)
+                return self._restore(name, picture, values, report, job[1])
             finally:
                 self.turn.release()
         finally:
@@ -92,24 +127,45 @@ class Workshop:
             if owner == page:
                 stop.set()
 
-    def _restore(self, name: str, picture: Path, values: dict[str, Any], report: Callable) -> Path:
+    def _restore(
+        self, name: str, picture: Path, values: dict[str, Any], report: Callable, stop: Event
+    ) -> Path:
         system = self.systems[name]
         if problem := system.missing():
             raise FileNotFoundError(problem)
 
-        def progress(steps: Iterable) -> Iterator:
-            for done, step in enumerate(steps := list(steps)):
-                report((done, len(steps)), desc=system.title)
+        steps, told = (0, 1), time.monotonic()
+
+        def progress(todo: Iterable) -> Iterator:
+            nonlocal steps
+            for done, step in enumerate(todo := list(todo)):
+                steps = done, len(todo)
+                self.meter.next()
+                report(steps, desc=system.title)
                 yield step
+
+        def on_layer(module: torch.nn.Module, inputs: tuple) -> None:
+            nonlocal told
+            part = self.meter.layer(module, inputs)
+            if part and time.monotonic() > told + 0.5:
+                told = time.monotonic()
+                report((round(steps[0] + part, 2), steps[1]), desc=system.title)
 
         vars(system.options).update(values, input=picture, progress=progress)
         if self.name != name:
             self.free()
             report(0, desc=f"loading {system.title}")
             self.restorer, self.name = system.options.restorer(), name
+            self.meter = Meter()
+            if system.one_pass:  # on a small picture: how much of the work each layer is
+                with stoppable(stop, self.meter.layer):
+                    self.restorer(np.zeros((64, 64, 3), np.uint8), picture)
         report(0, desc=system.title)
+        self.meter.next()
+        shown = read_picture(picture)
         try:
-            restored = self.restorer(read_image(picture), picture)
+            with stoppable(stop, on_layer):
+                restored = shown.with_alpha(self.restorer(shown.pixels, picture))
         except torch.OutOfMemoryError:
             self.free()
             raise
@@ -150,13 +206,18 @@ def painted(drawing: dict | None) -> bool:
     return any(layer[..., 3].any() for layer in (drawing or {}).get("layers", []))
 
 
-def save_mask(drawing: dict | None, picture: Path) -> Path:
-    """The strokes in what gradio's image editor gives, as a mask of the size of `picture` and beside it.
+def save_mask(drawing: dict | None, picture: Path, file: Path | None = None) -> Path:
+    """The strokes in what gradio's image editor gives and the mask in `file` as one of the size of `picture`.
 
-    Raises ValueError if there are none.
+    It lies beside it. Raises ValueError if there is neither, or if the file's mask is of another shape.
     """
-    if not painted(drawing):
-        raise ValueError("nothing is painted yet: paint over what is to be filled")
-    hole = np.any([layer[..., 3] > 0 for layer in drawing["layers"]], axis=0)
-    mask = cv2.resize(hole.astype(np.uint8) * 255, image_size(picture), interpolation=cv2.INTER_NEAREST)
+    if file is None and not painted(drawing):
+        raise ValueError("nothing is painted yet: paint over what is to be filled, or load a mask")
+    size = image_size(picture)
+    mask = np.zeros(size[::-1], np.uint8)
+    if painted(drawing):
+        hole = np.any([layer[..., 3] > 0 for layer in drawing["layers"]], axis=0)
+        mask = cv2.resize(hole.astype(np.uint8) * 255, size, interpolation=cv2.INTER_NEAREST)
+    if file is not None:
+        mask |= 255 * resize_mask(read_mask(file), mask.shape, file.name)
     return save(picture.parent, f"{picture.stem}_mask", mask)

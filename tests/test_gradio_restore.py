@@ -1,6 +1,8 @@
 """The web page: what is behind it, its server, and the page itself in a real browser, on tiny networks."""
 
 import gc
+import io
+import itertools
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 import weakref
@@ -26,10 +29,11 @@ from PIL import Image
 
 from cldm.inpaint import distance_to
 from cldm.model import create_model, read_config
-from gradio_restore import Settings, list_systems, main, names_address
+from gradio_restore import SIDES, Settings, list_systems, main
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.inpaint import read_mask
+from ldm.doorkeeper import Terse, names_address
 from ldm.workshop import Stopped, System, Workshop, open_upload, save, save_mask
 from tests.fill import fill
 from train_srn import SRNDeblurNet, load_network, restore_image
@@ -230,7 +234,7 @@ def test_systems_say_what_they_want(weights, tmp_path):
             assert path.exists() or (str(path) in system.missing() and "docs/" in system.missing()), name
         for page in re.findall(r"docs/\w+\.md", system.source):
             assert (ROOT / page).is_file()
-        assert all(hasattr(system.options, option) for option in system.shown)
+        assert all(hasattr(system.options, option) for option in {*system.shown} - {*SIDES})
     workshop = Workshop(systems, tmp_path)
     with pytest.raises(
         FileNotFoundError, match="DBGAN has no weights yet: it wants .*dbgan.safetensors. train_"
@@ -242,6 +246,77 @@ def test_systems_say_what_they_want(weights, tmp_path):
         with pytest.raises(ValueError, match="max_megapixels must be above 0"):
             main(Settings(output_dir=tmp_path / "none", **change))
     assert not (tmp_path / "none").exists()
+
+
+def png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_a_mask_file_and_strokes_are_one_mask(tmp_path):
+    write_image(tmp_path / "picture.png", photograph(40, 60))
+    file = np.zeros((20, 30), np.uint8)  # of another size, but of the same shape
+    file[:5] = 255
+    write_image(tmp_path / "file.png", file)
+    layer = np.zeros((40, 60, 4), np.uint8)
+    layer[30:, :, 3] = 255
+    for drawing, rows in ((None, [0, 10]), ({"layers": [layer]}, [0, 10, 30, 40])):
+        with pytest.warns(UserWarning, match="it is resized"):
+            mask = read_mask(save_mask(drawing, tmp_path / "picture.png", tmp_path / "file.png"))
+        expected = np.zeros((40, 60), np.uint8)
+        for start, stop in zip(rows[::2], rows[1::2], strict=True):
+            expected[start:stop] = 1
+        assert np.array_equal(mask, expected)
+    write_image(tmp_path / "file.png", np.zeros((20, 20), np.uint8))
+    with pytest.raises(ValueError, match="file.png is 20x20, its picture 60x40 .*same shape"):
+        save_mask(None, tmp_path / "picture.png", tmp_path / "file.png")
+
+
+def test_the_page_reports_within_one_pass(weights, tmp_path):
+    """In the first picture too, and by work: the small scales have two thirds of SRN's layers."""
+    workshop = Workshop(list_systems(make_settings(weights, tmp_path)), tmp_path)
+    write_image(tmp_path / "a.png", photograph(64, 96))
+    parts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.workshop.time", SimpleNamespace(monotonic=itertools.count().__next__))
+        workshop.restore("srn", tmp_path / "a.png", {}, "page", lambda part, desc: parts.append(part))
+    told = [part[0] for part in parts if part]
+    assert len(told) > 20 and told == sorted(told) and told[0] < 0.1 and 0.9 < told[-1] <= 1
+    assert 0.4 < sum(part < 0.3 for part in told) / len(told) < 0.9
+
+
+def test_tracebacks_become_one_line():
+    stream = io.StringIO()
+    terse = Terse(stream)
+    terse.write("a warning\n")
+    try:
+        {}["key"]
+    except KeyError:
+        traceback.print_exc(file=terse)
+    for part in (
+        "Traceback (most recent call last):\n",
+        "  File x\n",
+        "ValueError: a\nits internals\n",
+        "b\n",
+    ):
+        terse.write(part)
+    assert stream.getvalue() == "a warning\nrefused: KeyError: 'key'\nrefused: ValueError: a\nb\n"
+
+
+def test_a_small_model_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    systems = list_systems(Settings())
+    assert "small" not in systems["deblur"].does
+    (tmp_path / "models").mkdir()
+    for name in ("small_deblur", "small_diffusion", "dbgan", "bgan"):
+        (tmp_path / "models" / f"{name}.safetensors").touch()
+    systems = list_systems(Settings())
+    assert "small model that comes along" in systems["deblur"].does and not systems["deblur"].missing()
+    assert systems["deblur"].options.base_path == Path("models/small_diffusion.safetensors")
+    assert not systems["dbgan"].missing() and not systems["bgan"].missing() and systems["inpaint"].missing()
+    chosen = list_systems(Settings(deblur_path=tmp_path / "own.ckpt"))["deblur"]
+    assert "small" not in chosen.does and chosen.options.base_path is None
 
 
 def test_addresses_are_found_in_requests():
@@ -320,7 +395,7 @@ def test_nothing_outside_its_folder_is_read_or_written(server):
         assert request(f"{api}/{door}") == (403, "not here"), door
     for door in ("process_recording", "vibe-edit", "run/predict", "call/restore"):
         assert request(f"{api}/{door}", b"{}") == (403, "not here"), door
-    status, answer = upload(server.url, "../../../evil.png", b"x")
+    status, answer = upload(server.url, "../../../evil.png", png(photograph(8, 8)))
     assert status == 200 and json.loads(answer)[0].startswith(f"{server.folder}/uploads/")
 
 
@@ -340,9 +415,58 @@ def test_pictures_from_elsewhere_are_refused(server):
     assert "was not uploaded by a user" in answer and '"success":false' in answer
 
 
-def test_large_files_are_refused(server):
-    assert upload(server.url, "large.png", bytes(2**20 + 1))[0] == 413
-    assert upload(server.url, "fits.png", bytes(2**20 - 1))[0] == 200
+def test_files_are_looked_at_before_they_are_stored(server):
+    def stored():
+        return sum(path.is_file() for path in (server.folder / "uploads").rglob("*"))
+
+    before = stored()
+    for large in (2**20 + 1, 5 * 2**20):
+        assert upload(server.url, "large.png", png(photograph(8, 8)) + bytes(large))[0] == 413
+    whole = png(photograph(100, 100))
+    huge = huge_header(server.folder / "huge.png", 60000, 60000).read_bytes()
+    for content in (b"a text", b"", b"GIF89a", whole[:2000], huge, b"<svg onload='alert(1)'>"):
+        status, answer = upload(server.url, "<b>x.png", content)
+        assert status == 415 and answer.startswith("cannot read image &lt;b&gt;x.png: "), answer
+        assert "BytesIO" not in answer
+    no_form = request(f"{server.url}/gradio_api/upload", b"no form", "multipart/form-data; boundary=X")
+    assert no_form[0] in (400, 415) and stored() == before
+    assert upload(server.url, "fits.png", whole)[0] == 200 and stored() == before + 1
+
+
+def test_other_sites_are_refused(server):
+    def ask(path="/config", body=None, **headers):
+        asked = urllib.request.Request(
+            server.url + path, body, {"Content-Type": "application/json", **headers}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            return opener.open(asked, timeout=PATIENCE).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    port = server.url.rpartition(":")[2]
+    join = "/gradio_api/queue/join"
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example"):
+        assert ask(Host=host) == 403, host
+    for host in (f"localhost:{port}", f"[::1]:{port}", "127.0.0.1"):
+        assert ask(Host=host) == 200, host
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"{server.url}.evil.example"):
+        assert ask(join, b"{}", Origin=origin) == 403, origin
+    assert ask(join, b"{}", Origin=server.url) in (400, 422)  # the page's own, though it asks for nothing
+
+
+def test_forged_calls_do_not_print_internals(server):
+    config = json.loads(request(f"{server.url}/config")[1])
+    join = f"{server.url}/gradio_api/queue/join"
+    calls = [(d["id"], len(d["inputs"])) for d in config["dependencies"]]
+    for number, count in [*calls, (10**6, 0), (-1, 1)]:
+        for data in ([], ["forged"] * count, [{"a": 1}] * count, [None] * (count + 3)):
+            body = json.dumps({"fn_index": number, "session_hash": "forger", "data": data})
+            request(join, body.encode())
+    time.sleep(1)  # its workers print
+    errors = (server.folder.parent / "errors.txt").read_text()
+    assert "Traceback" not in errors and "site-packages" not in errors, errors[-2000:]
+    assert server.process.poll() is None and request(f"{server.url}/config")[0] == 200
 
 
 # ---- the page in a browser ---------------------------------------------------------------------------------
@@ -493,6 +617,35 @@ def test_the_brush_says_what_is_filled(driver, server, tmp_path):
     )
     differs = (result != photograph(240, 320)).any(axis=-1)
     assert differs[mask > 0].mean() > 0.9 and not differs[distance_to(mask) > 4].any()
+
+
+@in_browser
+def test_a_mask_file_and_pixels_at_the_sides_are_filled(driver, server, tmp_path):
+    write_image(tmp_path / "wide.png", photograph(64, 128))
+    mask = np.zeros((64, 128), np.uint8)
+    mask[20:40, 30:50] = 255
+    write_image(tmp_path / "hole.png", mask)
+    visitor = Visitor(driver, server, 390, 844)
+    visitor.open(tmp_path / "wide.png")
+    visitor.tab("Inpaint")
+    visitor.set_steps(1)
+    visitor.wait(lambda: visitor.find("#mask input[type=file]"))[0].send_keys(str(tmp_path / "hole.png"))
+    visitor.wait(lambda: list(visitor.results.glob("hole_*.png")))
+    visitor.press("#start-inpaint")
+    result = read_image(visitor.download("inpaint"))
+    differs = (result != photograph(64, 128)).any(axis=-1)
+    assert differs[mask > 0].mean() > 0.9 and not differs[distance_to(mask) > 4].any()
+    for side, pixels in (("right", "32"), ("top", "16")):
+        box = visitor.find(f"[aria-label='Add at {side}, pixels']")[0]
+        box.clear()
+        box.send_keys(pixels, "\ue004")
+    before = set(visitor.results.glob("wide_*_inpaint_*.png"))
+    visitor.press("#start-inpaint")
+    new = visitor.wait(lambda: set(visitor.results.glob("wide_*_inpaint_*.png")) - before).pop()
+    larger = read_image(new)
+    assert larger.shape == (80, 160, 3)
+    assert np.array_equal(larger[40:, 64:120], photograph(64, 128)[24:, 64:120])
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
 
 
 @in_browser

@@ -36,19 +36,24 @@ def read_image(path: str | Path, max_megapixels: float | None = None) -> np.ndar
     """
     path = Path(path)
     try:
-        with _open(path) as image:
-            pixels = image.width * image.height / 1e6
-            if max_megapixels is not None and pixels > max_megapixels:
-                raise ValueError(f"it has {pixels:.1f} megapixels, more than {max_megapixels:g}")
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+        with open_image(path) as image:
+            return decode_image(image, max_megapixels)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {path}: {error}") from error
 
 
-def _open(path: Path) -> Image.Image:
+def decode_image(image: Image.Image, max_megapixels: float | None = None) -> np.ndarray:
+    """What `read_image` makes of an opened picture. Raises what Pillow does, and ValueError."""
+    pixels = image.width * image.height / 1e6
+    if max_megapixels is not None and pixels > max_megapixels:
+        raise ValueError(f"it has {pixels:.1f} megapixels, more than {max_megapixels:g}")
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def open_image(path: Path) -> Image.Image:
     """The picture at a path, which may lie in an lmdb."""
     if database(path):
         return Image.open(read_packed(path))
@@ -59,7 +64,7 @@ def _open(path: Path) -> Image.Image:
 
 def read_rgba(path: str | Path) -> np.ndarray | None:
     """Read a picture that has transparency as uint8 sRGB (h, w, 4), upright; None if it has none."""
-    with Image.open(path) as image:
+    with open_image(Path(path)) as image:
         if not image.has_transparency_data:
             return None
         return np.array(_to_srgb(ImageOps.exif_transpose(image)).convert("RGBA"))
@@ -72,7 +77,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     """
     path = Path(path)
     try:
-        with _open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             turned = turned and image.format != "TIFF"  # Pillow gives that upright already

@@ -15,7 +15,8 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from ldm.data.image import over_white, read_image, read_rgba, to_8_bit, write_whole
+from ldm.data.image import open_image, over_white, read_image, read_rgba, to_8_bit, write_whole
+from ldm.data.packed import database, read_packed
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of results, by their ending
 TAGS = ExifTags.Base
@@ -63,7 +64,7 @@ def read_picture(path: str | Path, deep: bool = False) -> Picture:
     Raises FileNotFoundError and ValueError as `read_image` does.
     """
     pixels = read_image(path)
-    with Image.open(path) as image:
+    with open_image(Path(path)) as image:
         exif, profile = keep_exif(image, path), image.info.get("icc_profile")
         if deep and _bits(image, path) == 16 and (found := _read_deep(image, path)) is not None:
             return Picture(*found, exif, profile)
@@ -96,7 +97,7 @@ def _bits(image: Image.Image, path: str | Path) -> int:
     """Bits of a channel in a PNG or TIFF, 8 for all others."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(TAGS.BitsPerSample, (8,)))
-    if image.format == "PNG":
+    if image.format == "PNG" and not database(Path(path)):
         with open(path, "rb") as file:
             return file.read(25)[24]
     return 8
@@ -180,6 +181,8 @@ def make_record(command: str, options: Mapping[str, Any], sources: Iterable[Path
 
 def identity(path: Path) -> str:
     """What a file's content is known by. Raises FileNotFoundError if there is no such file."""
+    if database(path):
+        return hashlib.sha256(read_packed(path).read()).hexdigest()[:16]
     if not path.is_file():
         raise FileNotFoundError(f"file not found: {path}")
     stat = path.stat()
