@@ -395,7 +395,9 @@ def with_subcommand(words: list[str]) -> list[str]:
         )
     command = system_of(Path(words[at + 1])) if options[at] == "--checkpoint_path" else "kontext"
     if command == "kontext" and options[at] == "--checkpoint_path":
-        folder = Path(words[at + 1]).is_dir()
+        from ldm.models.kontext import TRANSFORMER
+
+        folder = (Path(words[at + 1]) / TRANSFORMER).is_file()
         words[at] = "--pretrained_model_name_or_path" if folder else "--lora_path"
     return [command, *words]
 

@@ -140,6 +140,10 @@ def test_the_file_says_the_system(weights, tmp_path, model, monkeypatch, capsys)
     assert infer.with_subcommand(words) == ["srn", *words[:2], "--checkpoint-path", str(weights[0])]
     words = ["--checkpoint_path", str(tmp_path / "lora.safetensors")]
     assert infer.with_subcommand(words) == ["kontext", "--lora_path", words[1]]
+    words = ["--checkpoint_path", str(tmp_path)]  # a run's folder, then a model folder
+    assert infer.with_subcommand(words) == ["kontext", "--lora_path", words[1]]
+    (tmp_path / "flux1-kontext-dev.safetensors").touch()
+    assert infer.with_subcommand(words) == ["kontext", "--pretrained_model_name_or_path", words[1]]
     assert infer.with_subcommand(["--input_mask", "m.png"])[0] == "inpaint"
     assert infer.with_subcommand(["srn", "--input", "a"]) == ["srn", "--input", "a"]
     write_weights(tmp_path / "vae.safetensors", {"decoder.conv_in.weight": torch.zeros(1)})
