@@ -3,9 +3,10 @@
     python evaluate.py --restored restored --sharp photos/sharp --blurry photos/blur --prefix deblurred_ \\
         --output report.json --html report.html
 
-PSNR and SSIM are of uint8 RGB images with a data range of 255, per image, then averaged (ldm/metrics.py).
-Pictures are matched by their path in the folder without its extension; in a GoPro tree by sequence and frame,
-in a folder of tool_make_deblur_dataset.py by number.
+PSNR and SSIM are of uint8 RGB images with a data range of 255, per image, then averaged (ldm/metrics.py); the
+flags add the figures of other papers (ldm/scores.py). Pictures are matched by their path in the folder
+without its extension; in a tree (GoPro, RealBlur, HIDE, input/target) by scene and frame, in a folder of
+tool_make_deblur_dataset.py by number.
 """
 
 import base64
@@ -14,8 +15,10 @@ import html
 import io
 import json
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -24,17 +27,13 @@ from tqdm import tqdm
 
 from ldm.checkpoint import describe, write_atomically
 from ldm.data.image import list_images, read_image, side_by_side
-from ldm.metrics import psnr, rgb_shift, ssim
+from ldm.data.scenes import place, side
+from ldm.metrics import rgb_shift
 from ldm.profile import PROFILE, cost_lines, read_profile, weights_lines
+from ldm.scores import ABOUT, SCORES, deep_network, load_baseline, plain, timed
 from ldm.settings import run_main
 
 WORST = 5
-# Folders of one kind inside a data set, and what the names in them begin with: GoPro's, then
-# tool_make_deblur_dataset.py's.
-FOLDERS = {
-    "blur": {"blur": "", "blur_images": "blur_"},
-    "sharp": {"sharp": "", "clear_images": "clear_"},
-}
 
 
 @dataclass
@@ -46,27 +45,34 @@ class Settings:
     blurry: Path | None = None  # folder of the blurry pictures, for the baseline and the gain
     prefix: str = ""  # what the names of the restored have before those of the sharp, such as deblurred_
     suffix: str = ""  # and behind, before the extension
+    ssim3d: bool = False  # also the SSIM of the published GoPro tables, with a window over the channels too
+    y: bool = False  # also PSNR and SSIM of the Y channel
+    align: bool = False  # also PSNR and SSIM after RealBlur's alignment
+    lpips: bool = False  # also LPIPS (AlexNet): torchvision downloads the network, 233 MB
+    dists: bool = False  # also DISTS (VGG-16): torchvision downloads the network, 528 MB
+    # also restore the blurry pictures by these: blur kernels (Wiener's filter), files of networks (spandrel)
+    baseline: tuple[Path, ...] = ()
     output: Path | None = None  # write all numbers to this .json, and those of each image to a .csv beside it
     html: Path | None = None  # write a page with the worst five pictures
     checkpoint_path: Path | None = None  # the weights behind the pictures: their hash and step are reported
 
 
 def index_folder(folder: Path, kind: str, prefix: str = "", suffix: str = "") -> dict[str, Path]:
-    """Pictures of a folder by name: path without extension, prefix, suffix and the FOLDERS of this kind.
+    """Pictures of a folder by name: path without extension, prefix, suffix and what tells the kind.
 
-    Where some have such a parent only these count. Raises ValueError if two have one name, or none has the
-    prefix and suffix.
+    Where some are in folders of this `kind` (see ldm.data.scenes.side) only these count. Raises ValueError if
+    two have one name, or none has the prefix and suffix.
     """
-    begins = FOLDERS[kind]
     paths = {path: path.relative_to(folder) for path in list_images(folder)}
-    of_kind = {path: place for path, place in paths.items() if not begins.keys().isdisjoint(place.parts[:-1])}
+    of_kind = {path: where for path, where in paths.items() if kind in map(side, where.parts[:-1])}
     named: dict[str, Path] = {}
-    for path, place in (of_kind or paths).items():
-        stem = place.stem
+    for path, where in (of_kind or paths).items():
+        stem = path.stem
         if not (stem.startswith(prefix) and stem.endswith(suffix)):
             continue
-        stem = stem.removeprefix(prefix).removesuffix(suffix).removeprefix(begins.get(path.parent.name, ""))
-        name = "/".join([*(part for part in place.parts[:-1] if part not in begins), stem])
+        stem = stem.removeprefix(prefix).removesuffix(suffix)
+        told = place(where.with_name(f"{stem}.png"))
+        name = (told if side(path.parent.name) else told.with_name(stem)).as_posix()
         if name in named:
             raise ValueError(f"{named[name]} and {path} have the same name, {name}")
         named[name] = path
@@ -75,19 +81,57 @@ def index_folder(folder: Path, kind: str, prefix: str = "", suffix: str = "") ->
     return named
 
 
-def score(name: str, paths: dict[str, Path]) -> dict:
+def find_files(settings: Settings) -> tuple[dict[str, dict[str, Path]], dict[str, int]]:
+    """The files of each picture, by name, then kind; and how many of each kind have no partner.
+
+    If no names agree those of the files alone do, without folders: HIDE has one folder of sharp pictures.
+    Raises ValueError if there is no picture to score.
+    """
+    folders = {
+        "restored": index_folder(settings.restored, "blurry", settings.prefix, settings.suffix),
+        "sharp": index_folder(settings.sharp, "sharp"),
+    }
+    if settings.blurry:
+        folders["blurry"] = index_folder(settings.blurry, "blurry")
+    short = {
+        kind: {name.split("/")[-1]: path for name, path in folder.items()} for kind, folder in folders.items()
+    }
+    unique = all(len(short[kind]) == len(folder) for kind, folder in folders.items())
+    for index in (folders, short) if unique else (folders,):
+        names = [name for name in index["sharp"] if all(name in folder for folder in index.values())]
+        files = {name: {kind: folder[name] for kind, folder in index.items()} for name in names}
+        if files:
+            return files, {kind: len(folder) - len(files) for kind, folder in index.items()}
+    examples = ", ".join(f"{kind} {next(iter(folder))}" for kind, folder in folders.items())
+    raise ValueError(f"no names in common; the first ones are: {examples} (see --prefix and --suffix)")
+
+
+def score(name: str, paths: dict[str, Path], scores: list[Callable], baselines: dict[str, Callable]) -> dict:
     """Metrics of one picture, or the reason why it is skipped."""
     try:
         images = {kind: read_image(path) for kind, path in paths.items()}
-        restored, sharp = images["restored"], images["sharp"]
-        row = {"name": name, "psnr": psnr(restored, sharp), "ssim": ssim(restored, sharp)}
+        restored, sharp, blurry = images["restored"], images["sharp"], images.get("blurry")
+        row = {"name": name, **figures(scores, restored, sharp)}
         row |= dict(zip(("shift_r", "shift_g", "shift_b"), rgb_shift(restored, sharp), strict=True))
-        if "blurry" in images:
-            row["psnr_blurry"] = psnr(images["blurry"], sharp)
-            row["ssim_blurry"] = ssim(images["blurry"], sharp)
+        if blurry is not None:
+            row |= figures(scores, blurry, sharp, "_blurry")
+        for label, restore in baselines.items():
+            result, seconds, memory = timed(restore, blurry)
+            row |= {
+                **figures(scores, result, sharp, f"_{label}"),
+                f"s_{label}": seconds,
+                f"MiB_{label}": memory,
+            }
     except (ValueError, FileNotFoundError) as error:  # the second of a link that leads nowhere
         return {"name": name, "skipped": str(error)}
     return row
+
+
+def figures(
+    scores: list[Callable], image: np.ndarray, sharp: np.ndarray, suffix: str = ""
+) -> dict[str, float]:
+    """What `scores` find, named with a suffix."""
+    return {f"{name}{suffix}": value for one in scores for name, value in one(image, sharp).items()}
 
 
 def evaluate(settings: Settings) -> tuple[dict, list[dict], dict[str, dict[str, Path]]]:
@@ -96,39 +140,40 @@ def evaluate(settings: Settings) -> tuple[dict, list[dict], dict[str, dict[str, 
     Raises ValueError if no pair can be scored.
     """
     made = describe_making(settings)
-    folders = {
-        "restored": index_folder(settings.restored, "blur", settings.prefix, settings.suffix),
-        "sharp": index_folder(settings.sharp, "sharp"),
-    }
-    if settings.blurry:
-        folders["blurry"] = index_folder(settings.blurry, "blur")
-    names = [name for name in folders["sharp"] if all(name in folder for folder in folders.values())]
-    files = {name: {kind: folder[name] for kind, folder in folders.items()} for name in names}
-    if not files:
-        examples = ", ".join(f"{kind} {next(iter(folder))}" for kind, folder in folders.items())
-        raise ValueError(f"no names in common; the first ones are: {examples} (see --prefix and --suffix)")
-    with ThreadPoolExecutor() as threads:
-        rows = list(tqdm(threads.map(score, files, files.values()), "scoring", len(files), unit="image"))
+    if settings.baseline and not settings.blurry:
+        raise ValueError("--baseline restores the blurry pictures: give --blurry")
+    for name in ("lpips", "dists"):
+        if getattr(settings, name):
+            deep_network(name)
+    baselines = {path.stem: load_baseline(path) for path in settings.baseline}
+    scores = [plain, *(one for name, one in SCORES.items() if getattr(settings, name))]
+    files, unmatched = find_files(settings)
+    with ThreadPoolExecutor(1 if baselines else None) as threads:  # what is timed runs alone
+        found = threads.map(partial(score, scores=scores, baselines=baselines), files, files.values())
+        rows = list(tqdm(found, "scoring", len(files), unit="image"))
     skipped = {row["name"]: row["skipped"] for row in rows if "skipped" in row}
     rows = sorted((row for row in rows if "skipped" not in row), key=lambda row: row["psnr"])
     if not rows:
         raise ValueError(f"none of {len(files)} pairs can be scored: {next(iter(skipped.values()))}")
-    unmatched = {kind: len(folder) - len(files) for kind, folder in folders.items()}
     pairs = {"found": len(files), "used": len(rows), "skipped": skipped, "without_partner": unmatched}
-    report = {"pairs": pairs, **means(rows), "worst": [row["name"] for row in rows[:WORST]]}
+    report = {"pairs": pairs, **means(rows, list(baselines)), "worst": [row["name"] for row in rows[:WORST]]}
     return report | made, rows, files
 
 
-def means(rows: list[dict]) -> dict:
-    """Means of per-image values, and the gain over the blurry pictures."""
+def means(rows: list[dict], baselines: list[str]) -> dict:
+    """Means of per-image values, the gain over the blurry pictures, baselines, and what the figures are."""
     mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "name"}
-    report = {"psnr": mean["psnr"], "ssim": mean["ssim"]}
+    names = [name for name in ABOUT if name in mean]
+    report = {name: mean[name] for name in names}
     report["rgb_shift"] = [mean["shift_r"], mean["shift_g"], mean["shift_b"]]
-    if "psnr_blurry" in mean:
-        report |= {"psnr_blurry": mean["psnr_blurry"], "ssim_blurry": mean["ssim_blurry"]}
-        report["psnr_gain"] = mean["psnr"] - mean["psnr_blurry"]
-        report["ssim_gain"] = mean["ssim"] - mean["ssim_blurry"]
-    return report
+    for name in names if "psnr_blurry" in mean else ():
+        report[f"{name}_blurry"] = mean[f"{name}_blurry"]
+        report[f"{name}_gain"] = mean[name] - mean[f"{name}_blurry"]
+    if baselines:
+        report["baselines"] = {
+            label: {name: mean[f"{name}_{label}"] for name in (*names, "s", "MiB")} for label in baselines
+        }
+    return report | {"definitions": {name: ABOUT[name] for name in names}}
 
 
 def describe_making(settings: Settings) -> dict:
@@ -156,17 +201,22 @@ def as_text(report: dict) -> str:
     lines = [f"pairs     {pairs['found']} found, {pairs['used']} used, {len(pairs['skipped'])} skipped"]
     lines[0] += f"; without partner: {alone}" if alone else ""
     lines += [f"  skipped {name}: {reason}" for name, reason in pairs["skipped"].items()]
-    for name, form in (("psnr", "{:.3f} dB"), ("ssim", "{:.4f}")):
-        line = f"{name.upper()}      {form.format(report[name])}"
+    for name in report["definitions"]:
+        form = "{:.3f} dB" if name.startswith("psnr") else "{:.4f}"
+        line = f"{name.upper():<12} {form.format(report[name])}"
         if f"{name}_blurry" in report:
             signed = form.replace(":", ":+")
             line += f"   blurry {form.format(report[f'{name}_blurry'])}"
             line += f"   gain {signed.format(report[f'{name}_gain'])}"
         lines.append(line)
+    for label, values in report.get("baselines", {}).items():
+        line = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        lines.append(f"baseline  {label}: {line}")
     shift = " ".join(f"{value:+.2f}" for value in report["rgb_shift"])
     lines += [f"RGB shift {shift} (of 255)", f"worst     {', '.join(report['worst'])}"]
     lines += cost_lines(report["profile"]) if "profile" in report else []
     lines += weights_lines(report["checkpoint"]) if "checkpoint" in report else []
+    lines += [f"{name.upper()}: {about}" for name, about in report["definitions"].items()]
     return "\n".join(lines)
 
 

@@ -1,0 +1,147 @@
+"""The figures of other papers against formulas written another way, and baselines."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import correlate
+
+from ldm import scores
+from ldm.data.image import photographs, read_image, write_image
+from ldm.metrics import psnr, ssim
+
+CHELSEA = read_image(photographs(("chelsea.png",))[0])[60:220, 100:260]
+
+
+def blurred(sigma: float = 2.0) -> np.ndarray:
+    return cv2.GaussianBlur(CHELSEA, (0, 0), sigma)
+
+
+def conv3d_ssim(x: np.ndarray, y: np.ndarray) -> float:
+    """The definition as a three-dimensional convolution with repeated borders."""
+    line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window = np.einsum("i,j,k->ijk", line, line, line) / line.sum() ** 3
+
+    def mean(image: np.ndarray) -> np.ndarray:
+        return correlate(image, window, mode="nearest")  # (h, w, 3) is the volume
+
+    x, y = x[:48, :48].astype(np.float64), y[:48, :48].astype(np.float64)
+    mx, my = mean(x), mean(y)
+    xx, yy, xy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    c1, c2 = 6.5025, 58.5225
+    return float(((2 * mx * my + c1) * (2 * xy + c2) / ((mx**2 + my**2 + c1) * (xx + yy + c2))).mean())
+
+
+def test_ssim3d_is_the_three_dimensional_convolution():
+    noise = np.random.default_rng(0).normal(0, 25, CHELSEA.shape)
+    noisy = (CHELSEA + noise).clip(0, 255).astype(np.uint8)
+    for restored in (blurred(), noisy, CHELSEA):
+        value = scores.ssim3d(restored[:48, :48], CHELSEA[:48, :48])["ssim3d"]
+        assert value == pytest.approx(conv3d_ssim(restored, CHELSEA), abs=1e-9)
+    assert value == pytest.approx(1)
+    # above the two-dimensional one, and the more so the poorer the picture: no constant lies between them
+    gaps = [
+        scores.ssim3d(image, CHELSEA)["ssim3d"] - ssim(image, CHELSEA) for image in (blurred(1), blurred(4))
+    ]
+    assert 0.005 < gaps[0] < gaps[1] / 2
+
+
+def test_the_y_channel_is_matlabs():
+    colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)
+    expected = [16, 235, 81.481, 144.553, 40.966]  # rgb2ycbcr's of these five
+    assert scores.luma(colours)[0] == pytest.approx(expected, abs=1e-6)
+    found = scores.on_luma(blurred(), CHELSEA)
+    weights = np.array([65.481, 128.553, 24.966]) / 255
+    error = np.mean(((blurred().astype(float) - CHELSEA) @ weights) ** 2)
+    assert found["psnr_y"] == pytest.approx(10 * np.log10(255**2 / error))
+    assert found["psnr_y"] > psnr(blurred(), CHELSEA) + 1  # 219 steps instead of 255, and chroma left out
+    assert found["ssim_y"] > ssim(blurred(), CHELSEA)
+
+
+def test_alignment_undoes_a_shift_and_a_brighter_picture():
+    photo = read_image(photographs(("coffee.png",))[0])
+    shift = np.array([[1, 0, 1.5], [0, 1, -0.75]], np.float32)
+    moved = cv2.warpAffine(photo, shift, photo.shape[1::-1], flags=cv2.INTER_CUBIC)[60:260, 100:360]
+    moved, sharp = (moved * 0.9).round().astype(np.uint8), photo[60:260, 100:360]
+    found = scores.aligned(moved, sharp)
+    assert psnr(moved, sharp) < 24 and found["psnr_aligned"] > 31
+    assert found["ssim_aligned"] > ssim(moved, sharp) + 0.05
+    same = scores.aligned(sharp, sharp)
+    assert same["psnr_aligned"] > 45 and same["ssim_aligned"] > 0.99
+    flat = np.zeros_like(sharp)
+    with pytest.raises(ValueError, match="cannot be aligned"):
+        scores.aligned(flat, sharp)
+
+
+@pytest.fixture
+def backbones(tmp_path, monkeypatch):
+    """Random weights under torchvision's names, so that nothing is downloaded."""
+    from torchvision.models import alexnet, vgg16
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.manual_seed(0)
+    for name, make in (("alexnet-owt-7be5be79.pth", alexnet), ("vgg16-397923af.pth", vgg16)):
+        torch.save(make(weights=None).state_dict(), tmp_path / "checkpoints" / name)
+    scores.deep_network.cache_clear()
+    yield tmp_path
+    scores.deep_network.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["lpips", "dists"])
+def test_deep_distances(name, backbones):
+    near, far = (scores.SCORES[name](blurred(sigma), CHELSEA)[name] for sigma in (0.8, 4))
+    assert 0 < near < far < 2
+    assert scores.SCORES[name](CHELSEA, CHELSEA)[name] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lpips", "dists"])
+def test_a_missing_backbone_is_one_sentence(name, tmp_path, monkeypatch, capsys):
+    scores.deep_network.cache_clear()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(
+        FileNotFoundError, match=rf"--{name} needs https://.*pth at .*checkpoints.*no network"
+    ):
+        scores.deep_network(name)
+    assert "looks through https://download.pytorch.org" in capsys.readouterr().out
+
+
+# ---- baselines ---------------------------------------------------------------------------------------------
+
+
+def test_wiener_with_the_known_kernel_restores(tmp_path):
+    kernel = np.zeros((9, 9))
+    kernel[4, 1:8] = 1  # horizontal motion
+    blurry = cv2.filter2D(CHELSEA, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT_101)
+    np.save(tmp_path / "kernel.npy", kernel)
+    write_image(tmp_path / "kernel.png", np.repeat((kernel * 255).astype(np.uint8)[..., None], 3, axis=2))
+    for name in ("kernel.npy", "kernel.png"):
+        restored = scores.load_baseline(tmp_path / name)(blurry)
+        assert restored.shape == CHELSEA.shape and psnr(restored, CHELSEA) > psnr(blurry, CHELSEA) + 3
+    np.save(tmp_path / "none.npy", np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="none.npy is no blur kernel"):
+        scores.load_baseline(tmp_path / "none.npy")
+
+
+def test_networks_that_spandrel_knows(tmp_path, monkeypatch):
+    pytest.importorskip("spandrel")
+    from ldm.modules.nafnet import NAFNet
+
+    torch.manual_seed(0)
+    network = NAFNet(8, (1, 1), 1, (1, 1))
+    torch.save(network.state_dict(), tmp_path / "NAFNet.pth")
+    restored = scores.load_baseline(tmp_path / "NAFNet.pth")(CHELSEA)
+    assert restored.shape == CHELSEA.shape and restored.dtype == np.uint8
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth is no network that spandrel recognises"):
+        scores.load_baseline(tmp_path / "other.pth")
+    monkeypatch.setattr(scores, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match="other.pth: networks of others need a package: pip install spandrel"
+    ):
+        scores.load_baseline(tmp_path / "other.pth")
