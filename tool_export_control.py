@@ -7,6 +7,8 @@ models/ControlNet or ComfyUI's models/controlnet; diffusers opens it with Contro
 (see docs/deblur.md). The average (EMA) is exported where the checkpoint has one.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -32,9 +34,42 @@ class Settings:
     prefix: str = PREFIX
     """what each name begins with; "" for bare names"""
     allow_extra: bool = False
-    """export all the same what other tools leave out: hint attention, hint latent, a trained UNet decoder"""
+    """export all the same what other tools leave out: hint attention or latent, 4 channels, a trained UNet"""
     overwrite: bool = False
     """replace the output if it exists"""
+
+
+def alone(
+    weights: Mapping[str, torch.Tensor], config: Mapping | None, path: Path
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The ControlNet of a state dict, by bare names, and why other tools use it differently ("" if not).
+
+    Raises ValueError if there is none.
+    """
+    control = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
+    if "zero_convs.0.0.weight" not in control:
+        raise ValueError(f"{path} holds no ControlNet: it is {family(weights)}")
+    if extra := [name for name in control if name.startswith("hint_attention.")]:
+        return control, (
+            f"was trained with --use_attention: other tools would ignore {listing(extra)} and restore "
+            "differently"
+        )
+    unlocked = any(name.startswith(UNET + "output_blocks.") for name in weights)
+    if unlocked and UNET + "input_blocks.0.0.weight" not in weights:
+        return control, (
+            "was trained with --no_sd_locked: its ControlNet belongs to a changed UNet and restores "
+            "differently with another"
+        )
+    if (latent := hint_latent_channels(weights, config)) > 0:
+        return control, (
+            f"was trained with --hint_as_latent: its input has {latent} channels that other tools do not "
+            "give it"
+        )
+    if (channels := control["input_hint_block.0.weight"].shape[1]) != 3:
+        return control, (
+            f"was trained with --hint_channels {channels}: other tools give three, and stop with an error"
+        )
+    return control, ""
 
 
 def main(settings: Settings) -> None:
@@ -47,26 +82,10 @@ def main(settings: Settings) -> None:
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output folder not found: {output.parent}")
     weights, content = read_control(settings.checkpoint_path)
-    control = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
-    if "zero_convs.0.0.weight" not in control:
-        raise ValueError(f"{settings.checkpoint_path} holds no ControlNet: it is {family(weights)}")
-    extra = [name for name in control if name.startswith("hint_attention.")]
-    if extra and not settings.allow_extra:
+    control, differs = alone(weights, content.get("config"), settings.checkpoint_path)
+    if differs and not settings.allow_extra:
         raise ValueError(
-            f"{settings.checkpoint_path} was trained with --use_attention: other tools would ignore "
-            f"{listing(extra)} and restore differently. Pass --allow_extra to export it all the same"
-        )
-    unlocked = any(name.startswith(UNET + "output_blocks.") for name in weights)
-    if unlocked and UNET + "input_blocks.0.0.weight" not in weights and not settings.allow_extra:
-        raise ValueError(
-            f"{settings.checkpoint_path} was trained with --no_sd_locked: its ControlNet belongs to a "
-            "changed UNet and restores differently with another. Pass --allow_extra to export it all the same"
-        )
-    latent = hint_latent_channels(weights, content.get("config"))
-    if latent > 0 and not settings.allow_extra:
-        raise ValueError(
-            f"{settings.checkpoint_path} was trained with --hint_as_latent: its input has {latent} "
-            "channels that other tools do not give it. Pass --allow_extra to export it all the same"
+            f"{settings.checkpoint_path} {differs}. Pass --allow_extra to export it all the same"
         )
     dtype = torch.float16 if settings.half else torch.float32
     content = {settings.prefix + name: value.to(dtype) for name, value in control.items()}
@@ -74,6 +93,16 @@ def main(settings: Settings) -> None:
     size = output.stat().st_size / 1e6
     print(f"{len(content)} tensors, {size:.1f} MB, written to {output}")
     print("next: copy it to A1111's models/ControlNet or ComfyUI's models/controlnet")
+    if not {"inpaint", "blur"} & {*re.findall("[a-z]+", output.stem.lower())}:
+        print(
+            f"A1111's menus go by words in the name: control_sd15_inpaint_{output.name} is shown under "
+            f"Inpaint, control_sd15_blur_{output.name} under Tile"
+        )
+    if any(value.shape[-1] == 1024 for name, value in control.items() if name.endswith("attn2.to_k.weight")):
+        print(
+            "it is for Stable Diffusion 2.x: A1111 computes such ControlNets wrongly (8 heads in every "
+            "block); diffusers needs the configuration in docs/tools.md"
+        )
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from ldm.settings import (
     run_main,
 )
 from ldm.util import flush_denormals
+from tool_export_control import alone
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -219,10 +220,13 @@ def run_folder(settings: Settings) -> str:
 
 @rank_zero_only
 def keep_final_model(run: Path) -> None:
-    """The last model in `run`/final_model, and its ControlNet alone for A1111, ComfyUI and diffusers."""
-    weights, _ = read_control(keep_model(run, run / "final_model"))
-    control = {name: value for name, value in weights.items() if name.startswith("control_model.")}
-    write_weights(run / "final_model" / "controlnet.safetensors", control)
+    """The last model in `run`/final_model, and its ControlNet alone for other tools, if they can use it."""
+    model, path = keep_model(run, run / "final_model"), run / "final_model" / "controlnet.safetensors"
+    weights, content = read_control(model)
+    control, differs = alone(weights, content.get("config"), model)
+    if differs:
+        return print(f"no {path.name} for other tools is written: the run {differs}")
+    write_weights(path, {f"control_model.{name}": value for name, value in control.items()})
 
 
 # ---- demonstration -----------------------------------------------------------------------------------------

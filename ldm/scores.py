@@ -91,6 +91,7 @@ def aligned(restored: np.ndarray, sharp: np.ndarray) -> Values:
     except cv2.error as error:
         raise ValueError(f"cannot be aligned: {error.err}") from error
     size, back = (y.shape[1], y.shape[0]), cv2.WARP_INVERSE_MAP
+    x = x.astype(np.float32)  # OpenCV 5.0 warps float64 wrongly by cubics
     x = cv2.warpPerspective(x, warp, size, flags=cv2.INTER_CUBIC | back, borderMode=cv2.BORDER_REFLECT)
     both = cv2.warpPerspective(np.ones(y.shape[:2]), warp, size, flags=cv2.INTER_NEAREST | back) > 0
     error = np.square(x - y)[both].mean() * DATA_RANGE**2

@@ -133,7 +133,7 @@ def test_the_validation_grid_shows_what_its_page_says(settings):
         assert (shown_truth == truth).all() and (text == prompt).all()
 
 
-def test_what_a_run_leaves_opens_again(settings, place):
+def test_what_a_run_leaves_opens_again(settings, place, capsys):
     main(settings)
     folder, average = Path(settings.output_dir), last(settings)["ema"]["average"]
     final = open_control_model(folder / "final_model" / "model.ckpt")
@@ -153,6 +153,13 @@ def test_what_a_run_leaves_opens_again(settings, place):
     wide = last(more)["state_dict"]["control_model.input_hint_block.0.weight"]
     assert wide.shape[1] == 4 and wide[:, 3].abs().max() > 0
     assert (wide[:, :3] - control["control_model.input_hint_block.0.weight"]).abs().max() < 1e-3
+    assert not Path(
+        more.output_dir, "final_model", "controlnet.safetensors"
+    ).exists()  # no other tool reads 4
+    assert (
+        "no controlnet.safetensors for other tools is written: the run was trained with --hint_channels 4"
+        in (capsys.readouterr().out)
+    )
     name = "control_model.zero_convs.0.0.bias"
     torn = {key: value for key, value in control.items() if key != name}
     for wrong in (torn, {**control, name: torch.zeros(3)}):

@@ -40,10 +40,10 @@ def test_ssim3d_is_the_three_dimensional_convolution():
         assert value == pytest.approx(conv3d_ssim(restored, CHELSEA), abs=1e-9)
     assert value == pytest.approx(1)
     # above the two-dimensional one, and the more so the poorer the picture: no constant lies between them
-    gaps = [
+    near, far = (
         scores.ssim3d(image, CHELSEA)["ssim3d"] - ssim(image, CHELSEA) for image in (blurred(1), blurred(4))
-    ]
-    assert 0.005 < gaps[0] < gaps[1] / 2
+    )
+    assert 0.1 < near < far / 2
 
 
 def test_the_y_channel_is_matlabs():
@@ -104,9 +104,7 @@ def test_a_missing_backbone_is_one_sentence(name, tmp_path, monkeypatch, capsys)
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(
-        FileNotFoundError, match=rf"--{name} needs https://.*pth at .*checkpoints.*no network"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"--{name} needs https://.*checkpoints.*no network"):
         scores.deep_network(name)
     assert "looks through https://download.pytorch.org" in capsys.readouterr().out
 
@@ -122,7 +120,7 @@ def test_wiener_with_the_known_kernel_restores(tmp_path):
     write_image(tmp_path / "kernel.png", np.repeat((kernel * 255).astype(np.uint8)[..., None], 3, axis=2))
     for name in ("kernel.npy", "kernel.png"):
         restored = scores.load_baseline(tmp_path / name)(blurry)
-        assert restored.shape == CHELSEA.shape and psnr(restored, CHELSEA) > psnr(blurry, CHELSEA) + 3
+        assert restored.shape == CHELSEA.shape and psnr(restored, CHELSEA) > psnr(blurry, CHELSEA) + 1
     np.save(tmp_path / "none.npy", np.zeros((3, 3)))
     with pytest.raises(ValueError, match="none.npy is no blur kernel"):
         scores.load_baseline(tmp_path / "none.npy")
@@ -141,7 +139,5 @@ def test_networks_that_spandrel_knows(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="other.pth is no network that spandrel recognises"):
         scores.load_baseline(tmp_path / "other.pth")
     monkeypatch.setattr(scores, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match="other.pth: networks of others need a package: pip install spandrel"
-    ):
+    with pytest.raises(ValueError, match="other.pth: .* need a package: pip install spandrel"):
         scores.load_baseline(tmp_path / "other.pth")
