@@ -155,10 +155,10 @@ class DeblurDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         item = self.crops[key]
-        dropped = torch.rand((), generator=item_generator(item["seed"] + 5)) < self.prompt_dropout
+        (drawn,) = torch.rand(1, generator=item_generator(item["seed"] + 5)).tolist()
         return {
             "jpg": item["sharp"].permute(1, 2, 0),
-            "txt": "" if dropped else self.prompt_of(item["path"], item["blur_type"]),
+            "txt": "" if drawn < self.prompt_dropout else self.prompt_of(item["path"], item["blur_type"]),
             "hint": (item["blurry"].permute(1, 2, 0) + 1) / 2,
             "path": item["path"],
             "seed": item["seed"],

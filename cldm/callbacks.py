@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
@@ -18,14 +20,34 @@ from ldm.run import check_finite
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes through ldm.checkpoint: a file is whole or not there; reads without running pickled code."""
+    """Writes through ldm.checkpoint: a file is whole or not there; reads without running pickled code.
+
+    A thread writes a copy in main memory while training goes on. One file at a time: `wait` returns when it
+    is there, and raises what went wrong. Saving waits first; so does the process before it exits.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.thread, self.pending = ThreadPoolExecutor(1), None
 
     def save_checkpoint(self, content: dict, path: str | Path, storage_options: Any = None) -> None:
+        self.wait()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, content)
+        copy = apply_to_collection(content, torch.Tensor, lambda t: t.detach().to("cpu", copy=True))
+        self.pending = self.thread.submit(checkpoint.save, path, copy)
 
     def load_checkpoint(self, path: str | Path, *args, **kwargs) -> dict:
+        self.wait()
         return checkpoint.load(path, mmap=False)
+
+    def wait(self) -> None:
+        """Return when the last file is written; raises OSError that names it if it could not be."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def teardown(self) -> None:
+        self.wait()
 
 
 class Checkpoints(Callback):
@@ -35,26 +57,38 @@ class Checkpoints(Callback):
     states, settings, and what it takes to build the model again: its configuration and its base file.
     """
 
-    def __init__(self, folder: str | Path, save_steps: int, val_steps: int, about: Mapping):
+    def __init__(self, folder: str | Path, save_steps: int, val_steps: int, log_steps: int, about: Mapping):
         self.folder, self.about = Path(folder), dict(about)
         self.save_steps, self.val_steps = save_steps, val_steps  # val_steps 0: no validation
-        self.best, self.last_step = -math.inf, -1
+        self.best, self.last_step, self.log_steps = -math.inf, -1, log_steps
+        self.losses: list[tuple[torch.Tensor, int, list[str]]] = []  # of batches that nobody has looked at
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        bad = not torch.isfinite(outputs["loss"])
-        if trainer.strategy.reduce_boolean_decision(bad, all=False):  # all processes stop, none waits
-            last = self.folder / "last.ckpt"
-            kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved yet"
-            files = ", ".join(batch.get("path", ["unknown files"])) if bad else "that of another process"
-            raise ValueError(
-                f"training stopped: loss = {float(outputs['loss'])} at step {trainer.global_step}; "
-                f"its batch: {files}; {kept}"
-            )
         step = trainer.global_step
+        self.losses.append((outputs["loss"], step, batch.get("path", ["unknown files"])))
         validated = self.val_steps and step % self.val_steps == 0  # then the checkpoint comes after it
+        if step != self.last_step and (step % self.log_steps == 0 or validated or self.due(trainer)):
+            self.look(trainer)
         if step != self.last_step and not validated:
             self.save_if_due(trainer)
         self.last_step = step
+
+    def look(self, trainer: pl.Trainer) -> None:
+        """Raise ValueError that names the first batch whose loss is not finite; this waits for the device."""
+        finite = torch.stack([loss for loss, _, _ in self.losses]).isfinite().tolist()
+        if trainer.strategy.reduce_boolean_decision(not all(finite), all=False):  # all processes stop
+            last = self.folder / "last.ckpt"
+            trainer.strategy.checkpoint_io.wait()
+            kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved yet"
+            loss, step, files = self.losses[-1 if all(finite) else finite.index(False)]
+            files = "that of another process" if all(finite) else ", ".join(files)
+            raise ValueError(
+                f"training stopped: loss = {float(loss)} at step {step}; its batch: {files}; {kept}"
+            )
+        self.losses = []
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        trainer.strategy.checkpoint_io.wait()  # workers that start now should find one thread
 
     def on_validation_end(self, trainer, pl_module) -> None:
         score = trainer.callback_metrics.get("val/psnr")
@@ -65,9 +99,13 @@ class Checkpoints(Callback):
 
     def save_if_due(self, trainer: pl.Trainer) -> None:
         """Write last.ckpt every `save_steps` steps and at the end of the run."""
-        step = trainer.global_step
-        if step and (step % self.save_steps == 0 or step == trainer.max_steps):
+        if self.due(trainer):
             self.save(trainer, "last.ckpt")
+
+    def due(self, trainer: pl.Trainer) -> bool:
+        """Whether this step's state is to be kept."""
+        step = trainer.global_step
+        return step > 0 and (step % self.save_steps == 0 or step == trainer.max_steps)
 
     def save(self, trainer: pl.Trainer, name: str) -> None:
         """Write a checkpoint; raises ValueError, and leaves the old one, if a parameter is not finite."""
@@ -145,6 +183,8 @@ class Snapshots(Callback):
         """Copy the model out of last.ckpt as soon as that is of this step."""
         step, last = trainer.global_step, self.folder / "checkpoints" / "last.ckpt"
         due = step != self.step and step % self.save_steps == 0 and trainer.is_global_zero
+        if due:
+            trainer.strategy.checkpoint_io.wait()
         if due and last.is_file() and checkpoint.load(last)["global_step"] == step:
             self.step = step
             keep_model(self.folder, self.folder / f"checkpoint-{step}")

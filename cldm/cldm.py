@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from cldm.logger import log_txt_as_img
 from cldm.model import open_control_model
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion, image_of
 from ldm.modules.diffusionmodules.openaimodel import UNetEncoder, UNetModel
-from ldm.modules.diffusionmodules.util import zero_module
+from ldm.modules.diffusionmodules.util import CastTogether, zero_module
 from ldm.util import instantiate_from_config
 
 
@@ -93,6 +94,12 @@ class ControlledUnetModel(UNetModel):
         return self.decode(h, skips, emb, context)
 
 
+def uncompiled_if_sampling(network: nn.Module) -> Callable:
+    """A network as it was before `compile` where no gradients are kept: more graphs would take minutes."""
+    sampling = network._compiled_call_impl is not None and not torch.is_grad_enabled()
+    return network.forward if sampling else network
+
+
 class ControlLDM(LatentDiffusion):
     """Latent diffusion with a ControlNet: batches also hold `hint` (b, 8h, 8w, hint_channels), in [0, 1].
 
@@ -109,7 +116,7 @@ class ControlLDM(LatentDiffusion):
         self.control_scales: Sequence[float] | None = None
         self.learning_rate, self.optimizer, self.weight_decay = 1e-5, "adamw", 0.01
         self.learning_rate_factor: Callable[[int], float] | None = None  # of step 0, 1, ...; None: always 1
-        self.fused_optimizer = True
+        self.fused_optimizer, self.cast_together = True, False
         self.prompt = ""  # what it was trained with, in a model that open_control_model opened
         self.strict_loading = False  # our checkpoints leave out what is frozen
         self.validation_ddim_steps, self.validation_strength = 20, 1.0
@@ -173,10 +180,20 @@ class ControlLDM(LatentDiffusion):
             hint, latent = torch.cat(cond["c_concat"], dim=1), None
             if self.sees_hint_latent:
                 latent = self.hint_latent(cond)
-            control = self.control_model(x_noisy, hint, t, context, latent)
+            control = self.run_control(x_noisy, hint, t, context, latent)
             if self.control_scales is not None:
                 control = [scale * h for scale, h in zip(self.control_scales, control, strict=True)]
-        return self.model.diffusion_model(x_noisy, t, context, control, self.only_mid_control)
+        unet = uncompiled_if_sampling(self.model.diffusion_model)
+        return unet(x_noisy, t, context, control, self.only_mid_control)
+
+    def run_control(self, *inputs: torch.Tensor | None) -> list[torch.Tensor]:
+        """The ControlNet's outputs; with `cast_together` its weights are cast at once in training."""
+        kind = self.device.type
+        if not (self.cast_together and torch.is_grad_enabled() and torch.is_autocast_enabled(kind)):
+            return uncompiled_if_sampling(self.control_model)(*inputs)
+        weights = dict(self.control_model.named_parameters())
+        cast = CastTogether.apply(torch.get_autocast_dtype(kind), *weights.values())
+        return functional_call(self.control_model, dict(zip(weights, cast, strict=True)), inputs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the trained parameters; "adamw8bit" keeps its states in 8 bits (bitsandbytes, CUDA)."""

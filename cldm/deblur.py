@@ -120,12 +120,12 @@ class DeblurControlNet(ControlLDM):
         """The same random window of each item's latents and pixels, from its `seed` where there is one."""
         height, width = x0.shape[-2:]
         h, w = (min(self.deblur_crop or side, side) for side in (height, width))
-        seeds = batch["seed"] if "seed" in batch else torch.randint(2**62, (len(x0),))
+        seeds = batch["seed"].tolist() if "seed" in batch else torch.randint(2**62, (len(x0),)).tolist()
         latents, pixels = [], []
         for index, seed in enumerate(seeds):
-            generator = item_generator(int(seed) + 3)
-            y = int(torch.randint(height - h + 1, (), generator=generator))
-            x = int(torch.randint(width - w + 1, (), generator=generator))
+            generator = item_generator(seed + 3)
+            (y,) = torch.randint(height - h + 1, (1,), generator=generator).tolist()
+            (x,) = torch.randint(width - w + 1, (1,), generator=generator).tolist()
             latents.append(x0[index, :, y : y + h, x : x + w])
             pixels.append(sharp[index, :, 8 * y : 8 * (y + h), 8 * x : 8 * (x + w)])
         return torch.stack(latents), torch.stack(pixels)

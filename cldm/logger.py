@@ -75,6 +75,8 @@ class ImageLogger(Callback):
 class CsvRows(Callback):
     """Appends the model's losses every `log_steps` optimizer steps, and each validation, to `path`.
 
+    Losses go to Lightning's loggers too.
+
     A row is on disk before the checkpoint of its step (this callback comes before the one that saves), and a
     run that resumes at `step` drops the rows after it: none is lost, none is there twice.
     """
@@ -92,6 +94,8 @@ class CsvRows(Callback):
         if self.table and step > self.last_step and step % self.log_steps == 0:
             values = {f"train/{name}": value.item() for name, value in pl_module.train_values.items()}
             self.table.append({"step": step, **values})
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
         self.last_step = step
 
     def on_validation_end(self, trainer, pl_module) -> None:
@@ -102,18 +106,21 @@ class CsvRows(Callback):
 
 
 class Progress(Callback):
-    """A bar over the optimizer steps of the run, with loss and images/s, from the first process only."""
+    """A bar over the optimizer steps of the run, from the first process only; every `log_steps` with loss and
+    images/s."""
 
-    def __init__(self, images_per_step: int):
-        self.images_per_step, self.bar = images_per_step, None
+    def __init__(self, images_per_step: int, log_steps: int):
+        self.images_per_step, self.log_steps, self.bar = images_per_step, log_steps, None
 
     def on_train_start(self, trainer, pl_module) -> None:
         look = {"disable": not trainer.is_global_zero, "unit": "step", "dynamic_ncols": True}
         self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="training", **look)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step > self.bar.n:
-            self.bar.update(trainer.global_step - self.bar.n)
+        step = trainer.global_step
+        if step > self.bar.n:
+            self.bar.update(step - self.bar.n)
+        if step % self.log_steps == 0:  # looking at the loss waits for the device
             rate = (self.bar.format_dict["rate"] or 0.0) * self.images_per_step
             self.bar.set_postfix_str(
                 f"loss {float(pl_module.train_values['loss']):.4f}, {rate:.3g} images/s", refresh=False

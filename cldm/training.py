@@ -22,7 +22,7 @@ from cldm.logger import CsvRows, ImageLogger, Progress
 from cldm.model import listing
 from cldm.sharding import ShardedStrategy, check_sharding
 from ldm import checkpoint
-from ldm.data.stream import SampleStream, check_same_data
+from ldm.data.stream import SampleStream, check_same_data, item_generator
 from ldm.settings import check_counts, check_optimizer, check_settings, lightning_precision, plain
 from ldm.util import best_precision, half_dtype
 
@@ -106,6 +106,26 @@ def check_start(settings: Any) -> None:
         )
 
 
+class WithNoise(Dataset):
+    """`dataset` with what is drawn for each item's training step, where it is read: its `timestep`, `noise_0`
+    of its latent and `noise_1` of the step, both (channels, h / 8, w / 8). See LatentDiffusion.noise_of."""
+
+    def __init__(self, dataset: Dataset, model: ControlLDM):
+        self.dataset, self.timesteps = dataset, model.num_timesteps
+        self.channels = model.model.diffusion_model.out[-1].out_channels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        item = self.dataset[key]
+        generators = [item_generator(item["seed"] + salt) for salt in range(3)]
+        h, w = (side // 8 for side in item["jpg"].shape[:2])
+        noises = [torch.randn(self.channels, h, w, generator=generator) for generator in generators[:2]]
+        timestep = torch.randint(0, self.timesteps, (), generator=generators[2])
+        return {**item, "noise_0": noises[0], "noise_1": noises[1], "timestep": timestep}
+
+
 class StreamData(pl.LightningDataModule):
     """Training data as one endless stream that resumes where its checkpoint stood; held-out data as it is."""
 
@@ -162,10 +182,15 @@ def prepare_model(model: ControlLDM, settings: Any) -> None:
     half = half_dtype(settings.precision)
     if half == torch.float16 and not torch.cuda.is_available():
         half = torch.bfloat16  # as Lightning does
-    if half is not None and settings.sd_locked:
-        unet.to(half)
-    if half == torch.bfloat16:  # float16 overflows in the autoencoder: it stays in float32 then
-        model.first_stage_model.to(half)
+    if half is not None:
+        for part in unet.children():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.to(half)
+        if half == torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False):
+            model.first_stage_model.to(torch.bfloat16)  # in which it computes then: float16 overflows in it
+    alone = settings.devices * settings.num_nodes == 1  # several send gradients while others are computed
+    model.cast_together = half is not None and alone and not settings.gradient_checkpointing
+    model.cast_together = model.cast_together and not settings.compile
     model.to(memory_format=torch.channels_last)
     if settings.compile:
         model.control_model.compile()
@@ -235,6 +260,8 @@ def fit(
     whole.
     """
     quiet_lightning()
+    data.train = WithNoise(data.train, model)
+    data.held_out = data.held_out and WithNoise(data.held_out, model)
     torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA
     folder = Path(settings.output_dir)
     last = folder / "checkpoints" / "last.ckpt"
@@ -255,8 +282,8 @@ def fit(
         *([AverageWeights(settings.ema_decay)] if settings.ema_decay else []),
         CsvRows(folder / "logs" / "metrics.csv", settings.log_steps, step),
         ImageLogger(folder / "images", settings.logger_freq),
-        Checkpoints(folder / "checkpoints", settings.save_steps, val_steps, about),
-        Progress(samples_per_step(settings)),
+        Checkpoints(folder / "checkpoints", settings.save_steps, val_steps, settings.log_steps, about),
+        Progress(samples_per_step(settings), settings.log_steps),
         *more,
     ]
     strategy = ShardedStrategy() if settings.strategy == "fsdp" else settings.strategy
@@ -265,6 +292,7 @@ def fit(
     steps = steps_of(settings, samples)
     if settings.lr_scheduler != "constant" or settings.lr_warmup_steps:
         model.learning_rate_factor = partial(learning_rate_factor, settings=settings, steps=steps)
+    files = AtomicCheckpointIO()
     trainer = pl.Trainer(
         accelerator="auto",
         devices=settings.devices,
@@ -282,7 +310,7 @@ def fit(
         log_every_n_steps=settings.log_steps,
         logger=TensorBoardLogger(folder, name="", version="logs"),
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[files],
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -291,7 +319,10 @@ def fit(
         benchmark=torch.cuda.is_available(),
         default_root_dir=folder,
     )
-    trainer.fit(model, data, ckpt_path=last if last.is_file() else None, weights_only=False)
+    try:
+        trainer.fit(model, data, ckpt_path=last if last.is_file() else None, weights_only=False)
+    finally:
+        files.wait()
     return trainer
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +14,12 @@ from cldm.model import read_config
 from cldm.training import prepare_model
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers import ddim_sigma, make_steps
+from ldm.modules.attention import CrossAttention, GatedGELU
 from ldm.modules.diffusionmodules.util import make_ddim_timesteps
 from ldm.util import instantiate_from_config
 from tests.conftest import REFERENCE, tiny_arguments
 from tests.fill import fill, relative_error
+from tutorial_train_deblur import Settings
 
 
 @pytest.mark.parametrize("name", ["v15", "v21"])
@@ -278,13 +279,10 @@ def test_compiled_networks_take_the_same_step(v_model, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend="aot_eager"))
     batch = {"jpg": torch.rand(1, 64, 64, 3) * 2 - 1, "hint": torch.rand(1, 64, 64, 3)}
     batch |= {"txt": torch.randn(1, 7, 24), "seed": torch.tensor([5])}
-    settings = {"sd_locked": True, "only_mid_control": False, "learning_rate": 1e-3, "optimizer": "adamw"}
-    settings |= {"gradient_checkpointing": False, "precision": "32"}
-    settings |= {"weight_decay": 0.01, "max_grad_norm": 0.0}
     losses, steps = [], []
     for compiled in (False, True):
         model = copy.deepcopy(v_model).train()
-        prepare_model(model, SimpleNamespace(**settings, compile=compiled))
+        prepare_model(model, Settings(compile=compiled, precision="32"))
         loss, _ = model.shared_step(batch)
         loss.backward()
         losses.append(loss.item())
@@ -293,6 +291,81 @@ def test_compiled_networks_take_the_same_step(v_model, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert steps[0].keys() == steps[1].keys()
     assert all(relative_error(steps[1][name], value) < 1e-3 for name, value in steps[0].items())
+
+
+def test_sampling_takes_the_networks_that_are_not_compiled(model, reference):
+    graphs, r = [], reference
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model.control_model.compile(backend=count)
+    model.model.diffusion_model.compile(backend=count)
+    with torch.no_grad():
+        output = model.apply_model(r["x_noisy"], r["t"], conditioning(r))
+    assert relative_error(output, r["apply_model"]) < 1e-4 and not graphs
+    model.apply_model(r["x_noisy"], r["t"], conditioning(r))
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_cast_together_take_the_same_step(model, reference, dtype):
+    losses, steps = [], []
+    for together in (False, True):
+        model.cast_together = together
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype, cache_enabled=False):
+            loss = loss_of(model, reference)
+        loss.backward()
+        losses.append(loss.item())
+        steps.append(gradients(model))
+    assert losses[0] == losses[1] and steps[0].keys() == steps[1].keys()
+    for name, gradient in steps[0].items():
+        assert gradient.dtype == torch.float32 and torch.equal(gradient, steps[1][name]), name
+
+
+@pytest.mark.parametrize("sd_locked", [True, False])
+def test_what_is_frozen_is_stored_in_half_precision(model, reference, sd_locked):
+    prepare_model(model, Settings(precision="bf16", sd_locked=sd_locked))
+    for part in (model.control_model, model.model, model.first_stage_model):
+        for name, parameter in part.named_parameters():
+            wanted = torch.float32 if parameter.requires_grad else torch.bfloat16
+            assert parameter.dtype == wanted, name
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(model, reference).backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert gradients(model).keys() == trained
+    assert any(name.startswith("model.") for name in trained) != sd_locked
+
+
+def test_the_autoencoder_of_float16_computes_in_bf16_if_it_is_stored_so(model, reference):
+    with torch.autocast("cpu", torch.float16):
+        exact = model.decode_first_stage(reference["latent"])
+        model.first_stage_model.to(torch.bfloat16)
+        image = model.decode_first_stage(reference["latent"])
+    assert exact.dtype == torch.float32 and image.dtype == torch.bfloat16
+    assert relative_error(image.float(), exact.detach()) < 0.05
+
+
+def test_attention_of_many_tokens_reads_them_once():
+    torch.manual_seed(0)
+    attention, x = CrossAttention(16, None, 2, 8), torch.randn(2, 40, 16, requires_grad=True)
+    results = []
+    for context in (None, x):  # with itself as context: three products
+        output = attention(x, context)
+        output.square().sum().backward()
+        results.append([output, x.grad, *(p.grad for p in attention.parameters())])
+        x.grad = None
+        attention.zero_grad(set_to_none=True)
+    assert all(relative_error(a, b.detach()) < 1e-5 for a, b in zip(*results, strict=True))
+
+
+def test_the_gated_gelu_has_the_gradient_of_its_formula():
+    both = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    x, gate = both.chunk(2, dim=-1)
+    assert torch.equal(GatedGELU.apply(both), x * torch.nn.functional.gelu(gate))
+    assert torch.autograd.gradcheck(GatedGELU.apply, both)
 
 
 def test_text_is_embedded_once_per_prompt(model):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
 import tool_export_control
 import tutorial_train_deblur
 import tutorial_train_inpaint
 from cldm import deblur
+from cldm.callbacks import AtomicCheckpointIO
 from cldm.deblur import (
     ChannelSpatialAttention,
     DeblurControlNet,
@@ -189,6 +192,59 @@ def test_the_best_checkpoint_outlives_a_worse_end(settings, monkeypatch):
         main(replace(settings, max_steps=steps))
     best = checkpoint.load(Path(settings.output_dir) / "checkpoints" / "best.ckpt")
     assert best["global_step"] == 1 and last(settings)["global_step"] == 3
+
+
+class Syncs(TorchDispatchMode):
+    """Counts how often the program asks what a tensor holds: on CUDA it would wait there."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_only_where_it_logs(settings, monkeypatch):
+    settings = replace(settings, max_steps=6, log_steps=3, val_fraction=0.0, save_steps=6, logger_freq=6)
+    settings = replace(settings, max_grad_norm=1.0, lr_scheduler="linear", hint_as_latent=True)
+    step, seen = DeblurControlNet.training_step, []
+    with Syncs() as syncs:
+
+        def counted(model, *arguments):
+            seen.append((model.global_step, syncs.count))
+            return step(model, *arguments)
+
+        monkeypatch.setattr(DeblurControlNet, "training_step", counted)
+        main(settings)
+    between = {(a[0], b[0]): b[1] - a[1] for a, b in zip(seen, seen[1:], strict=False)}
+    assert {pair for pair, count in between.items() if count} == {(2, 3)}  # two batches to a step
+    assert len(seen) == 12 and rows(settings)[0]["step"] == "3"
+
+
+def test_files_are_written_while_training_goes_on(tmp_path, monkeypatch):
+    files, go, save = AtomicCheckpointIO(), threading.Event(), checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, content: go.wait() and save(path, content))
+    weight = torch.zeros(3)
+    files.save_checkpoint({"weight": weight, "settings": {"a": (1, "b")}}, tmp_path / "last.ckpt")
+    weight += 1  # the next step
+    assert not (tmp_path / "last.ckpt").exists()
+    go.set()
+    files.wait()
+    content = checkpoint.load(tmp_path / "last.ckpt")
+    assert torch.equal(content["weight"], torch.zeros(3)) and content["settings"] == {"a": (1, "b")}
+
+
+def test_a_file_that_cannot_be_written_stops_the_run(settings, monkeypatch):
+    def full(path, content):
+        raise OSError(f"cannot save {path}: the disk is full")
+
+    main(replace(settings, max_steps=1, val_fraction=0.0))
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match="cannot save .*last.ckpt: the disk is full"):
+        main(replace(settings, val_fraction=0.0))
+    assert last(settings)["global_step"] == 1
 
 
 def test_weights_that_are_not_finite_are_not_saved(settings, monkeypatch):

@@ -20,11 +20,39 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Identity())
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        context = x if context is None else context
-        projections = self.to_q(x), self.to_k(context), self.to_v(context)
+        if context is None and x.numel() > 3 * self.to_q.weight.numel():  # many tokens: read them once
+            weights = [layer.weight for layer in (self.to_q, self.to_k, self.to_v)]
+            projections = F.linear(x, torch.cat(weights)).chunk(3, dim=-1)
+        else:
+            context = x if context is None else context
+            projections = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)  # (b, heads, n, d)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (b, n, heads * d)
         return self.to_out(h)
+
+
+class GatedGELU(torch.autograd.Function):
+    """(..., 2 d) -> (..., d): the first half times the GELU of the second.
+
+    The gradient's halves are written where they belong; autograd by itself would make them apart, then join.
+    """
+
+    @staticmethod
+    def forward(ctx, both: torch.Tensor) -> torch.Tensor:
+        x, gate = both.chunk(2, dim=-1)
+        gate = F.gelu(gate)
+        ctx.save_for_backward(both, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        both, activated = ctx.saved_tensors
+        x, gate = both.chunk(2, dim=-1)
+        result = torch.empty_like(both)
+        of_x, of_gate = result.chunk(2, dim=-1)
+        torch.mul(gradient, activated, out=of_x)
+        torch.ops.aten.gelu_backward.grad_input(gradient * x, gate, grad_input=of_gate)
+        return result
 
 
 class GEGLU(nn.Module):
@@ -35,8 +63,11 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim_in, dim_out * 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        x = self.proj(x)
+        if torch.compiler.is_compiling():  # the compiler joins them itself
+            x, gate = x.chunk(2, dim=-1)
+            return x * F.gelu(gate)
+        return GatedGELU.apply(x)
 
 
 class FeedForward(nn.Module):

@@ -18,6 +18,7 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {decay}")
         self.decay, self.updates = decay, 0
+        self._module, self._parameters = None, []  # those of `average`, found once: modules are deep trees
         self.average = {
             name: parameter.detach().float().clone()
             for name, parameter in module.named_parameters()
@@ -29,10 +30,10 @@ class EMA:
         """Move the average towards the module's parameters."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        parameters = dict(module.named_parameters())
-        torch._foreach_lerp_(
-            list(self.average.values()), [parameters[name].float() for name in self.average], 1 - decay
-        )
+        if self._module is not module:
+            parameters = dict(module.named_parameters())
+            self._module, self._parameters = module, [parameters[name] for name in self.average]
+        torch._foreach_lerp_(list(self.average.values()), [p.float() for p in self._parameters], 1 - decay)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:

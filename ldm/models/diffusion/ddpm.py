@@ -128,10 +128,11 @@ class LatentDiffusion(pl.LightningModule):
     # ---- pixels, latents, texts
 
     def _autoencoder_precision(self) -> AbstractContextManager:
-        """float16 overflows in Stable Diffusion's autoencoder: it runs in float32 then."""
+        """float16 overflows in Stable Diffusion's autoencoder: it runs in the type of its weights then."""
         kind = self.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-            return torch.autocast(kind, enabled=False)
+            in_bf16 = self.first_stage_model.decoder.conv_in.weight.dtype == torch.bfloat16
+            return torch.autocast(kind, torch.bfloat16, enabled=in_bf16)
         return nullcontext()
 
     @torch.no_grad()
@@ -239,14 +240,18 @@ class LatentDiffusion(pl.LightningModule):
         return self.get_first_stage_encoding(posterior, noise), cond
 
     def noise_of(self, batch: Mapping, like: torch.Tensor, salt: int) -> torch.Tensor:
-        """Standard normal noise shaped like `like`, from each item's `seed` where the batch has them."""
+        """Standard normal noise shaped like `like`: the batch's own, or from its items' `seed`."""
+        if f"noise_{salt}" in batch:
+            return batch[f"noise_{salt}"]
         if "seed" not in batch:
             return torch.randn_like(like, dtype=torch.float32)
         draws = [torch.randn(like.shape[1:], generator=item_generator(int(s) + salt)) for s in batch["seed"]]
         return torch.stack(draws).to(like.device)
 
     def timesteps_of(self, batch: Mapping, count: int) -> torch.Tensor:
-        """Uniform timesteps (count,), from each item's `seed` where the batch has them."""
+        """Uniform timesteps (count,): the batch's own, or from its items' `seed`."""
+        if "timestep" in batch:
+            return batch["timestep"]
         if "seed" not in batch:
             return torch.randint(0, self.num_timesteps, (count,), device=self.device)
         draws = [
@@ -292,8 +297,6 @@ class LatentDiffusion(pl.LightningModule):
     def training_step(self, batch: Mapping, batch_idx: int) -> torch.Tensor:
         loss, values = self.shared_step(batch)
         self.train_values = {name: value.detach() for name, value in values.items()}
-        values = {f"train/{name}": value for name, value in self.train_values.items()}
-        self.log_dict({**values, "step": float(self.global_step + 1)})
         return loss
 
     @torch.no_grad()

@@ -50,7 +50,15 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            h = F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        # CUDA's kernel gives NCHW, which a convolution would turn round forward and backward
+        return h.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else h
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether a feature map lies in memory pixel by pixel."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class LayerNorm32(nn.LayerNorm):
@@ -70,7 +78,29 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        with torch.autocast(x.device.type, enabled=False):  # it would go through float32
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(x)
+
+
+class CastTogether(torch.autograd.Function):
+    """Weights in another type, and their gradients back, in one kernel each, not in one for each weight."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(copies, weights)
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        given = [gradient for gradient in gradients if gradient is not None]
+        full = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
+        if given:
+            torch._foreach_copy_(full, given)
+        rest = iter(full)
+        return None, *(None if gradient is None else next(rest) for gradient in gradients)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
