@@ -109,7 +109,12 @@ class Count(TorchDispatchMode):
             self.syncs += func.overloadpacket in (aten._to_copy, aten.copy_)
         if on_host or not (fresh or written) or func.overloadpacket in ALLOCATIONS:
             return
-        read = enter[1:] if func.overloadpacket in (aten.copy_, aten.fill_, aten.zero_) else enter
+        outputs = {id(tensor) for tensor in written}
+        only_written = func.overloadpacket in (aten.copy_, aten._foreach_copy_, aten.fill_, aten.zero_)
+        if only_written or any(argument.is_out for argument in func._schema.arguments):
+            read = [tensor for tensor in enter if id(tensor) not in outputs]
+        else:
+            read = enter
         self.kernels += 1
         self.moved += sum(map(_size, [*read, *fresh, *written]))
         if func.overloadpacket in (aten.convolution, aten.convolution_backward):

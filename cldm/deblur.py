@@ -120,7 +120,8 @@ class DeblurControlNet(ControlLDM):
         """The same random window of each item's latents and pixels, from its `seed` where there is one."""
         height, width = x0.shape[-2:]
         h, w = (min(self.deblur_crop or side, side) for side in (height, width))
-        seeds = batch["seed"].tolist() if "seed" in batch else torch.randint(2**62, (len(x0),)).tolist()
+        seeds = batch["seed"] if "seed" in batch else torch.randint(2**62, (len(x0),))
+        seeds = seeds.tolist() if isinstance(seeds, torch.Tensor) else seeds
         latents, pixels = [], []
         for index, seed in enumerate(seeds):
             generator = item_generator(seed + 3)

@@ -118,8 +118,9 @@ class Progress(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
-        if step > self.bar.n:
-            self.bar.update(step - self.bar.n)
+        if step == self.bar.n:
+            return
+        self.bar.update(step - self.bar.n)
         if step % self.log_steps == 0:  # looking at the loss waits for the device
             rate = (self.bar.format_dict["rate"] or 0.0) * self.images_per_step
             self.bar.set_postfix_str(
