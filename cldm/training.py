@@ -135,7 +135,7 @@ class StreamData(pl.LightningDataModule):
         self.samples_seen, self.start_step = 0, 0  # at the start of this process
 
     def train_dataloader(self) -> DataLoader:
-        check_same_data(len(self.train))
+        check_same_data(len(self.train), self.samples_seen)
         trainer = self.trainer
         stream = SampleStream(
             len(self.train),

@@ -120,7 +120,6 @@ class Run:
         Raises ValueError if the processes see other data, or the run that is resumed saw another number of
         samples in a step.
         """
-        check_same_data(len(dataset))
         world_size = self.fabric.world_size
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -131,6 +130,7 @@ class Run:
                 f"{batch_size} on each of {world_size} processes: batch_size counts those of one device"
             )
         start, total = self.step * joint, steps * joint
+        check_same_data(len(dataset), start)
         loader = DataLoader(
             dataset,
             batch_size,

@@ -144,6 +144,18 @@ def test_a_machine_whose_data_are_not_those_of_the_others(place, tmp_path, train
         assert "error: no images" in second and str(elsewhere) in second
 
 
+@pytest.mark.parametrize("trainer", ["srn", "deblur"])
+def test_machines_that_do_not_share_the_output_folder(place, tmp_path, trainer):
+    """The second would begin anew where the first resumes."""
+    before, after = {"srn": ({"batch_size": 4}, {}), "deblur": ({}, {"max_steps": 6})}[trainer]
+    folders = [tmp_path / "run", tmp_path / "elsewhere"]
+    must(run(script(command(trainer, place, folders[0], **SHORT[trainer] | before)), tmp_path / "log"))
+    flags = SHORT[trainer] | after | {"num_nodes": 2}
+    works = [script(command(trainer, place, folder, **flags)) for folder in folders]
+    for code, said in end_both(start_both(works, tmp_path / "log"), tmp_path / "log"):
+        assert code == 1 and "all machines must see one --output_dir" in said.splitlines()[-1], said[-2000:]
+
+
 def average_on(rank: int, answers: Path) -> None:
     """Gradients that differ by process and by type, averaged and kept."""
     fabric = start_fabric(1, num_nodes=2)

@@ -56,11 +56,16 @@ def item_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def check_same_data(count: int) -> None:
-    """Raise ValueError unless every process of the run has found so many training samples."""
+def check_same_data(count: int, start: int) -> None:
+    """Raise ValueError unless all processes found `count` samples and begin at position `start`."""
     if not torch.distributed.is_initialized():
         return
-    counts = [0] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(counts, count)
+    found = [()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (count, start))
+    counts, starts = ([place[n] for place in found] for n in range(2))
     if len(set(counts)) > 1:
         raise ValueError(f"the processes do not see the same data: they found {counts} training images")
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"the processes would go on after {starts} samples: all machines must see one --output_dir"
+        )
