@@ -22,7 +22,7 @@ from cldm.logger import CsvRows, ImageLogger, Progress
 from cldm.model import listing
 from cldm.sharding import ShardedStrategy, check_sharding
 from ldm import checkpoint
-from ldm.data.stream import SampleStream, check_same_data, item_generator
+from ldm.data.stream import DATA, PLACE, SampleStream, check_same, item_generator
 from ldm.settings import check_counts, check_optimizer, check_settings, lightning_precision, plain
 from ldm.util import best_precision, half_dtype
 
@@ -135,7 +135,8 @@ class StreamData(pl.LightningDataModule):
         self.samples_seen, self.start_step = 0, 0  # at the start of this process
 
     def train_dataloader(self) -> DataLoader:
-        check_same_data(len(self.train), self.samples_seen)
+        check_same(len(self.train), DATA)
+        check_same(self.samples_seen, PLACE)
         trainer = self.trainer
         stream = SampleStream(
             len(self.train),

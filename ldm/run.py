@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ldm import checkpoint
 from ldm.data.image import write_image
-from ldm.data.stream import SampleStream, check_same_data
+from ldm.data.stream import DATA, PLACE, SampleStream, check_same
 from ldm.metrics_csv import MetricsCsv
 from ldm.settings import check_settings, lightning_precision, plain
 from ldm.util import flush_denormals
@@ -107,6 +107,7 @@ class Run:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._joint_batch: int | None = None  # of the run that is resumed
         self._resume({"output_dir", *may_change}, plain(defaults or {}))
+        check_same(self.step, PLACE)
         if fabric.is_global_zero:
             self.csv = MetricsCsv(self.folder / "logs" / "metrics.csv", self.step or -1)
             self.board = TensorBoardLogger(self.folder / "logs", "", "", purge_step=self.step + 1)
@@ -130,7 +131,7 @@ class Run:
                 f"{batch_size} on each of {world_size} processes: batch_size counts those of one device"
             )
         start, total = self.step * joint, steps * joint
-        check_same_data(len(dataset), start)
+        check_same(len(dataset), DATA)
         loader = DataLoader(
             dataset,
             batch_size,

@@ -56,16 +56,15 @@ def item_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def check_same_data(count: int, start: int) -> None:
-    """Raise ValueError unless all processes found `count` samples and begin at position `start`."""
+DATA = "the processes do not see the same data: they found {} training images"
+PLACE = "the processes would go on after {} steps or samples: all machines must see one --output_dir"
+
+
+def check_same(value: int, problem: str) -> None:
+    """Raise ValueError, `problem` with the values of all processes, unless they are the same."""
     if not torch.distributed.is_initialized():
         return
-    found = [()] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, (count, start))
-    counts, starts = ([place[n] for place in found] for n in range(2))
-    if len(set(counts)) > 1:
-        raise ValueError(f"the processes do not see the same data: they found {counts} training images")
-    if len(set(starts)) > 1:
-        raise ValueError(
-            f"the processes would go on after {starts} samples: all machines must see one --output_dir"
-        )
+    values = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        raise ValueError(problem.format(values))
