@@ -13,6 +13,7 @@ A file has `sharp` and `blur`, uint8 (n, 128, 128, 3), chunked, and attributes t
 written as a stream and appears under its name only when it is whole.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -27,6 +28,7 @@ from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, read_image
 from ldm.data.pairs import find_pairs, sharp_pairs
 from ldm.data.patches import KEYS, open_patches
+from ldm.jobs import parse_shard, share_of
 from ldm.settings import run_main
 
 CHUNK = 1  # patches in a chunk: they are read one by one, in any order
@@ -46,6 +48,7 @@ class Settings:
     by_focus: bool = False  # photographs have both: parts in focus are `sharp`, those out of focus `blur`
     patch_size: int = 128  # width and height of the patches in pixels
     stride: int = 0  # pixels from one patch to the next; 0: patch_size, so that they do not overlap
+    shard: str = "1/1"  # i/n: only every n-th picture from the i-th on, for n processes on the same files
 
 
 def main(settings: Settings) -> None:
@@ -71,7 +74,7 @@ def main(settings: Settings) -> None:
     ]
     for path, (sources, paired) in todo:
         size, stride = settings.patch_size, settings.stride or settings.patch_size
-        make_file(path, sources, paired, size, stride, settings.by_focus)
+        make_file(path, sources, paired, size, stride, settings.by_focus, settings.shard)
 
 
 def find_sources(blurred: Path | None, gopro: Path, by_focus: bool) -> tuple[dict[str, list[Path]], bool]:
@@ -86,13 +89,21 @@ def find_sources(blurred: Path | None, gopro: Path, by_focus: bool) -> tuple[dic
 
 
 def make_file(
-    path: Path, sources: dict[str, list[Path]], paired: bool, size: int, stride: int, by_focus: bool = False
+    path: Path,
+    sources: dict[str, list[Path]],
+    paired: bool,
+    size: int,
+    stride: int,
+    by_focus: bool = False,
+    shard: str = "1/1",
 ) -> None:
     """Write one file, or say that it is there already.
 
+    A shard writes its part, train.2-of-4.h5; the one that finds all parts there, the file that joins them.
     Raises ValueError if the file there was made otherwise, if pictures of a pair differ in size, if a
     picture is smaller than a patch, or if nothing is out of focus (or in it).
     """
+    i, n = parse_shard(shard)
     names = "\n".join(f"{key} {source}" for key in KEYS for source in sources[key])
     made_by = {"paired": paired, "patch_size": size, "stride": stride}
     made_by |= {"by_focus": True} if by_focus else {}  # files from before know nothing of it
@@ -100,9 +111,45 @@ def make_file(
     if path.exists():
         return check_finished(path, made_by)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: write(temporary, sources, made_by))
+    if n > 1:
+        parts = [path.with_name(f"{path.stem}.{number}-of-{n}.h5") for number in range(1, n + 1)]
+        if min(len(names) for names in sources.values()) < n:
+            raise ValueError(f"--shard {shard}: there are fewer pictures than shards")
+        part = {key: list(share_of(names, shard)) for key, names in sources.items()}
+        make_file(parts[i - 1], part, paired, size, stride, by_focus)
+        missing = [file.name for file in parts if not file.exists()]
+        if missing:
+            return print(f"{path} joins the parts when {', '.join(missing)} are there")
+        join(path, parts, made_by, path.with_name(f"{path.stem}.{i}_{n}.h5"))
+    else:
+        write_atomically(path, lambda temporary: write(temporary, sources, made_by))
     with open_patches(path) as file:
         print(f"{path}: {len(file['sharp'])} sharp and {len(file['blur'])} blurry patches of {size} pixels")
+
+
+def join(path: Path, parts: Sequence[Path], made_by: dict, own: Path) -> None:
+    """Write a file that shows the patches of its parts, which stay beside it, by way of the file `own`.
+
+    Raises ValueError if a part was made with another patch_size.
+    """
+    size = made_by["patch_size"]
+    with h5py.File(own, "w", libver="latest") as file:
+        file.attrs.update(made_by)
+        for key in KEYS:
+            counts = []
+            for part in parts:
+                with open_patches(part) as content:
+                    counts.append(len(content[key]))
+                    if content.attrs["patch_size"] != size:
+                        raise ValueError(f"{part} was made with another patch_size: delete it")
+            layout = h5py.VirtualLayout((sum(counts), size, size, 3), np.uint8)
+            at = 0
+            for part, count in zip(parts, counts, strict=True):
+                source = h5py.VirtualSource(part.name, key, (count, size, size, 3))
+                layout[at : at + count] = source
+                at += count
+            file.create_virtual_dataset(key, layout)
+    os.replace(own, path)
 
 
 def check_finished(path: Path, made_by: dict) -> None:

@@ -36,12 +36,13 @@ from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.paired import at_least, blur_crop, sharpness
 from ldm.data.pairs import JSONL, json_lines
 from ldm.data.stream import SampleStream
+from ldm.jobs import parse_shard, share_of
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types
 from ldm.settings import run_main
 
 PNG_LEVEL = 2  # a third of the time of level 6, files 8% larger
 # Settings that may differ from those a folder was begun with.
-NOT_IN_PICTURES = ("source_dir", "output_dir", "num_samples", "workers")
+NOT_IN_PICTURES = ("source_dir", "output_dir", "num_samples", "workers", "shard")
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Settings:
     blur_scale: float = 1.0  # multiplies all blur sizes; 1 suits pictures of 256 to 1024 pixels
     jpeg_probability: float = 0.0  # part of the blurry pictures that went through a JPEG of quality 60 to 95
     seed: int = 0  # of the squares and the blurs
+    shard: str = "1/1"  # i/n: only every n-th pair from the i-th on, for n processes on one folder
     # processes; 0 takes one for each processor core
     workers: Annotated[int, tyro.conf.arg(aliases=["--num_workers"])] = 0
 
@@ -68,6 +70,7 @@ class Summary:
 
     made: int = 0
     kept: int = 0
+    missing: int = 0  # those that other shards have yet to make
     not_used: dict[str, str] = field(default_factory=dict)
 
 
@@ -78,6 +81,7 @@ def make_dataset(settings: Settings) -> Summary:
     FileNotFoundError if there are no sources.
     """
     check(settings)
+    mine = share_of(range(settings.num_samples), settings.shard)
     paths = list_images(settings.source_dir) if settings.source_dir else photographs()
     folder = Path(settings.output_dir)
     for name in ("clear_images", "blur_images"):
@@ -85,14 +89,14 @@ def make_dataset(settings: Settings) -> Summary:
     claim(folder, settings, paths)
 
     records = finished(folder)
-    todo = [index for index in range(settings.num_samples) if index not in records]
-    summary = Summary(kept=settings.num_samples - len(todo))
+    todo = [index for index in mine if index not in records]
+    summary = Summary(kept=len(mine) - len(todo))
     saved, cost = time.monotonic(), 0.0
     try:
         for index, record, not_used in tqdm(
             run(todo, Maker(settings, paths)),
             "pairs",
-            settings.num_samples,
+            len(mine),
             initial=summary.kept,
             unit="pair",
         ):
@@ -101,11 +105,15 @@ def make_dataset(settings: Settings) -> Summary:
             summary.not_used |= not_used
             if time.monotonic() - saved > 5 + 20 * cost:  # a killed run loses seconds
                 start = time.monotonic()
-                write_records(folder, records)
+                write_records(folder, records, settings.shard)
                 saved, cost = time.monotonic(), time.monotonic() - start
     finally:
-        write_records(folder, records)
-    write_preview(folder, records)
+        write_records(folder, records, settings.shard)
+    records = finished(folder)
+    summary.missing = settings.num_samples - len(records.keys() & {*range(settings.num_samples)})
+    if not summary.missing:  # the last shard, or two at once with the same content
+        write_records(folder, records, settings.shard, JSONL)
+        write_preview(folder, records)
     return summary
 
 
@@ -134,7 +142,7 @@ def claim(folder: Path, settings: Settings, paths: list[Path]) -> None:
     wanted |= {"blur_types": list(settings.blur_types), "sources": sha256(names.encode()).hexdigest()[:16]}
     file = folder / "settings.json"
     if not file.exists():
-        return write_atomically(file, lambda temporary: temporary.write_text(json.dumps(wanted, indent=1)))
+        return write_apart(file, json.dumps(wanted, indent=1), settings.shard)
     try:
         given = asdict(Settings()) | dict(json.loads(file.read_text()))  # older files lack newer settings
     except (ValueError, TypeError) as error:
@@ -254,17 +262,28 @@ def work(index: int) -> tuple[int, dict, dict[str, str]]:
 
 
 def finished(folder: Path) -> dict[int, dict]:
-    """Records of the samples that are on disk, by index."""
-    if not (folder / JSONL).exists():
-        return {}
-    records = [record for _, record in json_lines(folder / JSONL)]
+    """Records of the samples that are on disk, by index, of all shards."""
+    lists = [path for path in (folder / JSONL, *folder.glob(f"{JSONL}.*-of-*")) if path.exists()]
+    records = [record for path in lists for _, record in json_lines(path)]
     whole = [r for r in records if all((folder / r[key]).is_file() for key in ("clear_image", "blur_image"))]
     return {int(Path(record["clear_image"]).stem.rpartition("_")[2]): record for record in whole}
 
 
-def write_records(folder: Path, records: dict[int, dict]) -> None:
+def write_records(folder: Path, records: dict[int, dict], shard: str, name: str = "") -> None:
+    """Write the list, or while shards are at work those of one to a list of its own, or to `name`."""
+    i, n = parse_shard(shard)
+    if n > 1 and not name:
+        records = {index: record for index, record in records.items() if index % n == i - 1}
+        name = f"{JSONL}.{i}-of-{n}"
     lines = "".join(json.dumps(records[index], ensure_ascii=False) + "\n" for index in sorted(records))
-    write_atomically(folder / JSONL, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+    write_apart(folder / (name or JSONL), lines, shard)
+
+
+def write_apart(path: Path, text: str, shard: str) -> None:
+    """Write a text atomically, also if other shards do so at once."""
+    own = path.with_name(f"{path.name}.{shard.replace('/', '_')}")
+    write_atomically(own, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    os.replace(own, path)
 
 
 def write_preview(folder: Path, records: dict[int, dict], rows: int = 4, side: int = 256) -> None:
@@ -291,7 +310,10 @@ def main(settings: Settings) -> None:
     summary = make_dataset(settings)
     folder = Path(settings.output_dir)
     print(f"{summary.made} pairs made, {summary.kept} were there: {folder / JSONL}")
-    print(f"look at: {folder / 'preview.png'}")
+    if summary.missing:
+        print(f"{summary.missing} are left to other shards, the last of which writes the list")
+    else:
+        print(f"look at: {folder / 'preview.png'}")
     if summary.not_used:
         print(f"{len(summary.not_used)} sources were not used:")
         for reason in islice(summary.not_used.values(), 20):
