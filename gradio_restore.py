@@ -46,11 +46,9 @@ class Settings:
     deblur_path: Path | None = None  # the deblurring ControlNet
     inpaint_path: Path | None = None  # the inpainting ControlNet
     base_path: Path | None = None  # Stable Diffusion for these two; None takes the file that they name
-    kontext_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
-    lora_path: Path | None = Path(
-        "outputs/kontext_lora/pytorch_lora_weights.safetensors"
-    )  # of Kontext; None: no LoRA
-    kontext_prompt: str = ""  # empty: the one that the LoRA was trained with
+    kontext_path: Path | None = None  # the model folder; None takes models/FLUX.1-Kontext-dev
+    lora_path: Path | None = None  # of Kontext, a file or a run's folder; None takes outputs/kontext_lora
+    kontext_prompt: str = ""  # empty: the one that the LoRA was trained with; with it no LoRA is needed
 
 
 def list_systems(settings: Settings) -> dict[str, System]:
@@ -65,7 +63,7 @@ def list_systems(settings: Settings) -> dict[str, System]:
     inpaint = choose(settings.inpaint_path, newest, "small_inpaint")
     dbgan = choose(settings.dbgan_path, "outputs/dbgan/deblur/dbgan.safetensors", "dbgan")
     bgan = choose(settings.bgan_path, "outputs/dbgan/blur/bgan.safetensors", "bgan")
-    loras = () if settings.lora_path is None else (settings.lora_path,)
+    kontext, lora = choose_kontext(settings)
     made = "{} makes it; --{}_path says where it is."
     return {
         "srn": System(
@@ -106,15 +104,15 @@ def list_systems(settings: Settings) -> dict[str, System]:
         ),
         "kontext": System(
             "Kontext",
-            "FLUX.1 Kontext undoes the damage that its LoRA was trained on.",
+            "FLUX.1 Kontext undoes the damage that its LoRA was trained on." + small_note(kontext),
             infer.Kontext(
                 **same,
-                pretrained_model_name_or_path=settings.kontext_path,
-                lora_path=settings.lora_path,
+                pretrained_model_name_or_path=kontext,
+                lora_path=lora,
                 prompt=settings.kontext_prompt,
             ),
             sampling,
-            (settings.kontext_path, *loras),
+            (kontext, *([lora] if lora else [])),
             "The folder is a download of black-forest-labs/FLUX.1-Kontext-dev, train_kontext_lora.py makes "
             "the LoRA (docs/kontext.md); --kontext_path and --lora_path say where they are.",
         ),
@@ -137,6 +135,16 @@ def choose(given: Path | None, run: str | Path, shipped: str) -> Path:
     """The file of weights: the one that is given, else a run's, else the one that comes along."""
     comes_along = Path(f"models/{shipped}.safetensors")
     return given or (comes_along if comes_along.exists() and not Path(run).exists() else Path(run))
+
+
+def choose_kontext(settings: Settings) -> tuple[Path, Path | None]:
+    """The model folder and the LoRA: those that are given, else a run's LoRA, or the small model and its own.
+    With a prompt no LoRA is needed."""
+    real, small = infer.KONTEXT
+    if settings.kontext_path is None and small.exists() and not real.exists():
+        return small, settings.lora_path or Path("models/small_kontext_lora.safetensors")
+    run = None if settings.kontext_prompt else Path("outputs/kontext_lora")
+    return settings.kontext_path or real, settings.lora_path or run
 
 
 def is_small(path: Path) -> bool:

@@ -183,11 +183,15 @@ class SRN(OnePass):
         return lambda image, path: restore_image(network, image, self.self_ensemble, **self.how())
 
 
+KONTEXT = Path("models/FLUX.1-Kontext-dev"), Path("models/small_kontext")  # the real one, the small one
+
+
 @dataclass(kw_only=True)
 class Kontext(Files):
     """Restore with FLUX.1 Kontext and a LoRA of train_kontext_lora.py (docs/kontext.md)."""
 
-    pretrained_model_name_or_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
+    # the model folder; None takes models/FLUX.1-Kontext-dev, or the small model where that is not
+    pretrained_model_name_or_path: Path | None = None
     lora_path: Path | None = None  # a file, or the folder of a run; without it the model as it is
     lora_scale: float = 1.0  # strength of the LoRA
     prompt: str = ""  # empty: the one that the LoRA was trained with
@@ -203,14 +207,34 @@ class Kontext(Files):
         from ldm.models.kontext import TRANSFORMER
         from ldm.modules.lora import lora_file
 
-        return lora_file(self.lora_path or self.pretrained_model_name_or_path / TRANSFORMER)
+        folder, lora = self.files()
+        return lora_file(lora or folder / TRANSFORMER)
+
+    def files(self) -> tuple[Path, Path | None]:
+        """The model folder, and the LoRA's file if there is one: the small model has its own."""
+        folder, lora = self.pretrained_model_name_or_path, self.lora_path
+        if folder is None:
+            small = KONTEXT[1].exists() and not KONTEXT[0].exists()
+            folder = KONTEXT[small]
+            lora = small_file("kontext_lora") if small and lora is None else lora
+        return folder, lora
+
+    def made_from(self, source: Path) -> list[Path]:
+        from ldm.models.kontext import TRANSFORMER
+
+        return [*super().made_from(source), self.files()[0] / TRANSFORMER]
 
     def restorer(self) -> Restorer:
         from ldm.models.kontext import load_restorer
 
+        folder, lora = self.files()
+        if self.pretrained_model_name_or_path is None and folder == KONTEXT[1]:
+            print(
+                f"{folder}: the small model that comes along; the real one is {KONTEXT[0]} (docs/kontext.md)"
+            )
         restore = load_restorer(
-            self.pretrained_model_name_or_path,
-            self.lora_path,
+            folder,
+            lora,
             self.prompt,
             prompt_cache=self.output_dir / ".prompt.safetensors",
             lora_scale=self.lora_scale,

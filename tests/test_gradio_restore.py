@@ -315,6 +315,11 @@ def test_a_small_model_says_so(tmp_path, monkeypatch):
     assert "small model that comes along" in systems["deblur"].does and not systems["deblur"].missing()
     assert systems["deblur"].options.base_path == Path("models/small_diffusion.safetensors")
     assert not systems["dbgan"].missing() and not systems["bgan"].missing() and systems["inpaint"].missing()
+    assert systems["kontext"].options.lora_path == Path("outputs/kontext_lora")
+    (tmp_path / "models" / "small_kontext").mkdir()
+    (tmp_path / "models" / "small_kontext_lora.safetensors").touch()
+    small = list_systems(Settings())["kontext"]
+    assert "small model that comes along" in small.does and not small.missing()
     chosen = list_systems(Settings(deblur_path=tmp_path / "own.ckpt"))["deblur"]
     assert "small" not in chosen.does and chosen.options.base_path is None
 
