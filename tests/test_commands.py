@@ -158,8 +158,8 @@ SMALL = {
     "tool_make_deblur_dataset.py": "--num_samples 8 --image_size 64 --workers 1 --blur_scale 0.3",
     "tool_make_dbgan_dataset.py": "--patch_size 32",
 }
-# several machines; a server, which has its own test; minutes
-ELSEWHERE = ("srun ", "torchrun ", "gradio_restore.py", "-m benchmarks.")
+# several machines; a server and an export, which have their own tests; minutes
+ELSEWHERE = ("srun ", "torchrun ", "gradio_restore.py", "tool_export_onnx.py", "-m benchmarks.")
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,7 @@ def workplace(tmp_path_factory):
     (folder / "restored").mkdir()
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     write_image(folder / "photo.jpg", picture)
+    write_image(folder / "kernel.png", picture[:5, :5])
     for path in (folder / "SHARP").iterdir():
         shutil.copy(path, folder / "restored" / f"deblurred_{path.name}")
     for kind, run in (("deblur", "deblur_demo"), ("deblur", "walk"), ("inpaint", "inpaint_demo")):

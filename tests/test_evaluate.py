@@ -119,6 +119,53 @@ def test_a_made_data_set_is_matched_by_number(tmp_path):
     assert set(evaluate.evaluate(evaluate.Settings(restored, made, prefix="deblurred_"))[2]) == {"000001"}
 
 
+TREES = {
+    "realblur": [(f"scene{s}/blur/blur_{n}.png", f"scene{s}/gt/gt_{n}.png") for s in (1, 2) for n in (1, 2)],
+    "hide": [(f"test-close-ups/{n}fromG1.MP4.png", f"GT/{n}fromG1.MP4.png") for n in (1, 2)],
+}
+
+
+@pytest.mark.parametrize("layout", TREES)
+def test_other_trees_are_matched_by_scene_and_frame(layout, tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    tree, restored = tmp_path / "tree", tmp_path / "restored"
+    for blurry, sharp in TREES[layout]:
+        made = (restored / blurry).with_name(f"deblurred_{blurry.split('/')[-1]}")
+        for path, picture in ((tree / blurry, image // 2), (tree / sharp, image), (made, image)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_image(path, picture)
+    blurry = tree if layout == "realblur" else tree / "test-close-ups"
+    report, _, files = evaluate.evaluate(evaluate.Settings(restored, tree, blurry, prefix="deblurred_"))
+    assert report["pairs"]["without_partner"] == {"restored": 0, "sharp": 0, "blurry": 0}
+    found = [
+        tuple(str(paths[kind].relative_to(tree)) for kind in ("blurry", "sharp")) for paths in files.values()
+    ]
+    assert sorted(found) == sorted(TREES[layout])
+
+
+def test_more_figures_and_baselines_side_by_side(folders, capsys):
+    kernel = cv2.getGaussianKernel(9, 1.5)
+    np.save(folders / "kernel.npy", kernel @ kernel.T)
+    more = {"ssim3d": True, "y": True, "align": True, "baseline": (folders / "kernel.npy",)}
+    chosen = settings(folders, output=folders / "report.json", html=folders / "report.html", **more)
+    evaluate.main(chosen)
+    report, printed = json.loads(chosen.output.read_text()), capsys.readouterr().out
+    names = ["psnr", "ssim", "ssim3d", "psnr_y", "ssim_y", "psnr_aligned", "ssim_aligned"]
+    assert [*report["definitions"]] == names
+    page = chosen.html.read_text()
+    for name in names:
+        assert report[f"{name}_gain"] == pytest.approx(report[name] - report[f"{name}_blurry"])
+        assert f"{name.upper()}: " in printed and f"{name.upper()}: " in page  # what it is
+        assert report["baselines"]["kernel"][name] > 0
+    assert report["baselines"]["kernel"]["s"] > 0 and "baseline  kernel: psnr" in printed
+    assert report["ssim3d"] > report["ssim"] and report["psnr_y"] > report["psnr"]
+    with open(folders / "report.csv") as file:
+        row = next(csv.DictReader(file))
+    assert {"ssim3d", "ssim3d_blurry", "ssim3d_kernel", "s_kernel", "MiB_kernel"} <= row.keys()
+    with pytest.raises(ValueError, match="--baseline restores the blurry pictures: give --blurry"):
+        evaluate.main(settings(folders, blurry=None, baseline=(folders / "kernel.npy",)))
+
+
 def test_equal_pictures_are_written_as_json(folders):
     chosen = settings(folders, restored=folders / "sharp", prefix="", suffix="", output=folders / "r.json")
     evaluate.main(chosen)

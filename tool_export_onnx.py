@@ -1,0 +1,131 @@
+"""Export SRN or DBGAN to ONNX, for any size of picture.
+
+    python tool_export_onnx.py models/srn_deblur.safetensors srn.onnx
+
+One input `blurry`, one output `restored`, both float32 (1, 3, h, w) in [0, 1], RGB. The file is compared
+with PyTorch in onnxruntime on three sizes before it gets its name. Needs three packages:
+`pip install onnx onnxscript onnxruntime`.
+"""
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from cldm.model import read_control
+from ldm.modules.generators import load_generator
+from ldm.settings import run_main
+from train_srn import SRNDeblurNet, load_network, pyramid
+
+SIZES = (70, 90), (33, 101), (64, 128)  # compared
+TOLERANCE = 1e-4  # of values in [0, 1]
+
+
+@dataclass
+class Settings:
+    checkpoint_path: Annotated[Path, tyro.conf.Positional]
+    """a file of train_srn.py or of train_dbgan.py's deblurring generator"""
+    output_path: Annotated[Path, tyro.conf.Positional]
+    """file to write, .onnx"""
+    overwrite: bool = False
+    """replace the output if it exists"""
+
+
+class AnySize(nn.Module):
+    """(1, 3, h, w) in [0, 1], any h and w from 16 on -> restored, the same size, clamped.
+
+    The edge is repeated until the network's `multiple` divides both sides, as in ldm.tiling.pad_to_multiple.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, blurry: Tensor) -> Tensor:
+        (h, w), multiple = blurry.shape[-2:], self.network.multiple
+        rows, columns = (
+            torch.arange((n + multiple - 1) // multiple * multiple).clamp(max=n - 1) for n in (h, w)
+        )
+        padded = blurry.index_select(2, rows).index_select(3, columns)
+        if isinstance(self.network, SRNDeblurNet):
+            restored = (self.network(*pyramid(2 * padded - 1))[0] + 1) / 2
+        else:
+            restored = self.network(padded)
+        return restored[:, :, :h, :w].clamp(0, 1)
+
+
+def open_network(path: Path) -> nn.Module:
+    """SRN's network or DBGAN's deblurring generator. Raises ValueError for a file of something else."""
+    weights, content = read_control(path)
+    if any(name.startswith("control_model.") for name in weights):
+        raise ValueError(
+            f"{path} is a ControlNet: it works inside Stable Diffusion's sampling and has no ONNX export; "
+            "tool_export_control.py makes a file for other tools"
+        )
+    if any(name.removeprefix("module.").startswith("inblock.") for name in weights):
+        return load_network(path)
+    return load_generator(path, "deblur")
+
+
+@torch.no_grad()
+def compare(path: Path, network: nn.Module) -> float:
+    """The largest difference between onnxruntime and PyTorch on random pictures of SIZES."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    largest = 0.0
+    for size in SIZES:
+        blurry = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        (restored,) = session.run(None, {"blurry": blurry.numpy()})
+        largest = max(largest, float((torch.from_numpy(restored) - network(blurry)).abs().max()))
+    return largest
+
+
+def main(settings: Settings) -> None:
+    """Check, export, compare, report."""
+    output = settings.output_path
+    if output.suffix != ".onnx":
+        raise ValueError(f"the output must be an .onnx file, not {output}")
+    if output.exists() and not settings.overwrite:
+        raise ValueError(f"{output} exists already: remove it or pass --overwrite")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output folder not found: {output.parent}")
+    network = AnySize(open_network(settings.checkpoint_path)).eval()
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        raise ValueError(f"the export needs packages: pip install {' '.join(missing)}")
+    sides = {
+        2: torch.export.Dim("height", min=16, max=16384),
+        3: torch.export.Dim("width", min=16, max=16384),
+    }
+    temporary = output.with_name(f".{output.name}.tmp.onnx")
+    try:
+        torch.onnx.export(
+            network,
+            (torch.rand(1, 3, *SIZES[0]),),
+            str(temporary),
+            input_names=["blurry"],
+            output_names=["restored"],
+            dynamo=True,
+            dynamic_shapes={"blurry": sides},
+            external_data=False,
+            verbose=False,
+        )
+        difference = compare(temporary, network)
+        if difference > TOLERANCE:
+            raise ValueError(
+                f"not written: onnxruntime's pictures differ by {difference:.1e} of 1 from PyTorch's"
+            )
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    size = output.stat().st_size / 1e6
+    print(f"{size:.1f} MB, at most {difference:.1e} of 1 from PyTorch, written to {output}")
+
+
+if __name__ == "__main__":
+    run_main(main, Settings)
