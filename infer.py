@@ -199,9 +199,14 @@ class Kontext(Files):
     guidance_scale: float = 2.5  # how much the prompt counts
     resolution: int = 1024  # larger pictures are restored at that many pixels squared, and scaled back
     seed: int = 0  # the same seed gives the same picture
+    tile: int = (
+        0  # pixels of the squares that pictures above --resolution go through in (1024, say); 0: shrunk
+    )
+    overlap: int = 128  # pixels over which the squares are blended
     base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the transformer; fp8 halves it
+    blocks_to_swap: int = 0  # the last so many blocks wait in main memory: less of the GPU's, slower
 
-    LESS_MEMORY = "a smaller --resolution"
+    LESS_MEMORY = "a smaller --resolution or --tile, or --blocks_to_swap"
 
     def weights(self) -> Path:
         from ldm.models.kontext import TRANSFORMER
@@ -240,6 +245,7 @@ class Kontext(Files):
             lora_scale=self.lora_scale,
             device=self.torch_device(),
             fp8=self.base_precision == "fp8",
+            blocks_to_swap=self.blocks_to_swap,
         )
         return lambda image, path: restore(
             image,
@@ -248,6 +254,8 @@ class Kontext(Files):
             resolution=self.resolution,
             seed=self.seed,
             progress=self.progress,
+            tile=self.tile,
+            overlap=self.overlap,
         )
 
 

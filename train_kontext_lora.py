@@ -28,10 +28,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from ldm.data.degraded import DegDataset, example_sheet
+from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
 from ldm.data.image import list_images, photographs, read_image, to_uint8, write_image
 from ldm.data.stream import item_generator
 from ldm.metrics import psnr
+from ldm.models.diffusion.flow import shift_timesteps
 from ldm.models.kontext import (
     AUTOENCODER,
     TRANSFORMER,
@@ -45,7 +46,7 @@ from ldm.models.kontext import (
     write_tiny_folder,
 )
 from ldm.modules.ema import EMA
-from ldm.modules.flux import Flux, predict_velocity, shift_timesteps
+from ldm.modules.flux import Flux, predict_velocity
 from ldm.modules.lora import LORA_FILE, load_lora, make_lora, merge, save_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.run import Run, average_gradients, start_fabric
@@ -54,6 +55,7 @@ from ldm.settings import (
     BatchSize,
     Devices,
     MaxSteps,
+    Range,
     check_counts,
     check_optimizer,
     plain,
@@ -80,12 +82,16 @@ class Settings:
     random_flip: bool = True  # left and right
     native_crop: bool = False  # cut at full scale instead of shrinking to `resolution` first
     repeats: int = 1  # how often each picture comes in an epoch
-    degradation_types: str = "downsample,noise,blur"  # of downsample, noise, blur, jpeg
-    lr_scale: int = 8  # factor of the downsampling
-    noise_level: float = 0.05  # standard deviation, 1 = white
-    blur_radius: float = 1.0  # standard deviation in pixels
-    jpeg_quality: int = 75  # 1 to 100
-    examples_only: bool = False  # write images/examples.png (damaged | clean) and stop
+    # downsample, noise, blur, jpeg; motion_blur, colour_noise, film_grain, scratches, fading, low_light, haze
+    degradation_types: str = "downsample,noise,blur"
+    lr_scale: Range = 8  # factor of the downsampling; it and the next may be ranges: LOW,HIGH
+    noise_level: Range = 0.05  # standard deviation, 1 = white
+    blur_radius: Range = 1.0  # standard deviation in pixels
+    jpeg_quality: Range = 75  # 1 to 100
+    damage_strength: Range = (0.2, 0.8)  # of those from motion_blur on: 0 (next to nothing) to 1
+    degradation_order: Literal["fixed", "given", "random"] = "fixed"  # given: as in --degradation_types
+    degradation_rounds: int = 1  # how often the chain of damage is run through
+    examples_only: bool = False  # write images/examples.png (damaged | clean), images/kinds.png, and stop
 
     rank: int = 16  # of the LoRA: more learns more and takes more memory
     alpha: float = 16.0  # the LoRA is scaled by alpha / rank
@@ -117,6 +123,7 @@ class Settings:
 
     base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the frozen network; fp8 halves it
     gradient_checkpointing: bool = True  # less memory, a third more time
+    blocks_to_swap: int = 0  # the last so many blocks wait in main memory: less of the GPU's, slower
     compile: bool = False  # torch.compile of the blocks: minutes at the start, faster steps
     shard_base: bool = False  # split the frozen network over the devices (FSDP) instead of copying it
     devices: Devices = 1  # GPUs of each machine (processes on a CPU)
@@ -154,6 +161,7 @@ MAY_CHANGE = {
     "num_workers",
     "compile",
     "gradient_checkpointing",
+    "blocks_to_swap",
     "shard_base",
     "save_steps",
     "lora_dtype",
@@ -287,6 +295,7 @@ def make_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
         "instance_prompt": settings.instance_prompt,
         "degradation_types": [t.strip() for t in settings.degradation_types.split(",") if t.strip()],
         **{n: getattr(settings, n) for n in ("lr_scale", "noise_level", "blur_radius", "jpeg_quality")},
+        **{n: getattr(settings, n) for n in ("damage_strength", "degradation_order", "degradation_rounds")},
         **{n: getattr(settings, n) for n in ("resolution", "native_crop", "seed")},
     }
     cuts = {n: getattr(settings, n) for n in ("repeats", "random_crop", "random_flip")}
@@ -311,6 +320,12 @@ def check(settings: Settings) -> None:
     processes = settings.devices * settings.num_nodes
     if settings.shard_base and (processes < 2 or settings.base_precision == "fp8"):
         raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
+    if settings.blocks_to_swap and (
+        settings.shard_base or settings.compile or not settings.gradient_checkpointing
+    ):
+        raise ValueError(
+            "--blocks_to_swap needs --gradient_checkpointing, and neither --shard_base nor --compile"
+        )
     if settings.perceptual_crop < 16 or settings.perceptual_crop % 8:
         raise ValueError(f"perceptual_crop must be 16, 24, 32, ..., not {settings.perceptual_crop}")
 
@@ -329,6 +344,7 @@ def load_models(folder: Path, settings: Settings, device: torch.device) -> tuple
         dtype,
         fp8=settings.base_precision == "fp8",
         progress=partial(tqdm, desc="loading the transformer", unit="tensors"),
+        blocks_to_swap=settings.blocks_to_swap,
     )
     model.checkpointing = settings.gradient_checkpointing
     return autoencoder, model
@@ -417,7 +433,8 @@ def main(settings: Settings) -> None:
     examples = settings.output_dir / "images" / "examples.png"
     write_image(examples, example_sheet(dataset))
     if settings.examples_only:
-        return print(f"damaged | clean examples: {examples}")
+        write_image(examples.with_name("kinds.png"), kinds_sheet(dataset))
+        return print(f"damaged | clean examples: {examples}; kind by kind: {examples.with_name('kinds.png')}")
 
     # The prompt, and the network with everything frozen but the LoRA
     folder = check_folder(settings.pretrained_model_name_or_path, (TRANSFORMER, AUTOENCODER))

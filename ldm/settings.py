@@ -28,6 +28,28 @@ AnyPrecision = Annotated[
 ]
 ImageSize = Annotated[int, tyro.conf.arg(aliases=["--resolution"])]
 StartPath = Annotated[str, tyro.conf.arg(aliases=["--pretrained_model_name_or_path"])]
+
+
+def _read_range(words: list[str]) -> float | tuple[float, float]:
+    numbers = [float(word) if "." in word or "e" in word else int(word) for word in words[0].split(",")]
+    if len(numbers) > 2:
+        raise ValueError(f"{words[0]} is neither a number nor a range: write LOW,HIGH")
+    return tuple(numbers) if len(numbers) == 2 else numbers[0]
+
+
+# A number, or LOW,HIGH: drawn from there anew for every picture.
+Range = Annotated[
+    float | tuple[float, float],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="X|LOW,HIGH",
+        instance_from_str=_read_range,
+        is_instance=lambda value: isinstance(value, int | float | tuple),
+        str_from_instance=lambda value: [
+            ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        ],
+    ),
+]
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 

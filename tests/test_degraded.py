@@ -1,11 +1,14 @@
+import hashlib
+
 import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ldm.data.degraded import DEGRADATIONS, DegDataset, degrade, example_sheet
+from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
 from ldm.data.image import photographs, read_image, write_image
+from ldm.modules.image_degradation.damage import DEGRADATIONS, KINDS, degrade
 
 
 @pytest.fixture
@@ -126,6 +129,96 @@ def test_channels_stay_in_order():
     assert result[..., 0].mean() > 150 and result[..., 1:].mean() < 50
 
 
+def photograph(size: int = 128) -> np.ndarray:
+    image = read_image(photographs(("coffee.png",))[0])[:, :400]
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+
+
+OTHERS = [name for name in KINDS if name not in DEGRADATIONS]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_do_more_with_more_strength(kind):
+    image = photograph()
+    errors = []
+    for strength in (0.02, 0.4, 1.0):
+        made = [degrade(image, np.random.default_rng(4), [kind], damage_strength=strength) for _ in range(2)]
+        assert made[0].shape == image.shape and np.array_equal(*made)
+        errors.append(np.abs(made[0].astype(float) - image).mean())
+    assert errors[0] < errors[1] < errors[2] and errors[0] < 6 and errors[2] > 1.5
+    other = degrade(image, np.random.default_rng(5), [kind], damage_strength=1.0)
+    assert not np.array_equal(other, made[0])
+    assert degrade(image[:16, :20], np.random.default_rng(0), [kind]).shape == (16, 20, 3)
+
+
+def damaged(kind: str, value: int = 128, strength: float = 1.0) -> np.ndarray:
+    grey = np.full((200, 200, 3), value, np.uint8)
+    return degrade(grey, np.random.default_rng(1), [kind], damage_strength=strength).astype(float)
+
+
+def test_what_makes_each_kind_what_it_is():
+    image = photograph()
+    moved = degrade(image, np.random.default_rng(1), ["colour_noise"], damage_strength=0.5)
+    luma = (np.array([0.299, 0.587, 0.114]) * (moved - image.astype(float))).sum(axis=2)
+    assert np.abs(luma).mean() < 0.2 * np.abs(moved - image.astype(float)).mean()  # colours, not brightness
+    grain = damaged("film_grain")
+    assert np.ptp(grain, axis=2).max() == 0 and grain.std() == pytest.approx(0.08 * 255, rel=0.05)
+    assert damaged("film_grain", 5).std() < 0.4 * grain.std() and np.ptp(damaged("film_grain", 0)) == 0
+    faded = [damaged("fading", value) for value in (0, 255)]
+    assert faded[0].min() == pytest.approx(0.3 * 255, abs=1) and faded[1].max() == pytest.approx(
+        0.9 * 255, abs=1
+    )
+    dark = damaged("low_light")
+    assert 20 < dark.mean() < 50 < damaged("low_light", strength=0.3).mean() < 110 and dark.std() > 2
+    veil = damaged("haze", 0)
+    assert veil[:60].mean() > veil[-60:].mean() > 30  # the far is above
+    torn = damaged("scratches")
+    assert 0.5 < (torn == 128).mean() < 0.995 and torn.max() > 200 and torn.min() < 60
+    point = np.zeros((129, 129, 3), np.uint8)
+    point[64, 64] = 255
+    smeared = degrade(np.kron(point, np.ones((4, 4, 1), np.uint8)), np.random.default_rng(0), ["motion_blur"])
+    y, x = np.nonzero(smeared[..., 0] > 20)
+    assert 8 < max(np.ptp(y), np.ptp(x)) < 60
+
+
+def test_values_are_drawn_from_ranges_and_orders_from_the_sample():
+    grey = np.full((200, 200, 3), 128, np.uint8)
+    levels = [
+        degrade(grey, np.random.default_rng(seed), ["noise"], noise_level=(0.01, 0.1)).std() / 255
+        for seed in range(40)
+    ]
+    assert 0.009 < min(levels) < 0.025 < 0.085 < max(levels) < 0.102
+    image, types = photograph(), ["jpeg", "noise"]
+    make = {
+        order: [degrade(image, np.random.default_rng(seed), types, order=order) for seed in range(8)]
+        for order in ("fixed", "given", "random")
+    }
+    smooth = lambda x: np.abs(np.diff(x.astype(float), axis=1)).mean()  # noqa: E731
+    assert smooth(make["given"][0]) > smooth(make["fixed"][0])  # the noise comes last
+    assert len({round(smooth(x)) for x in make["random"]}) > 1
+    twice = degrade(image, np.random.default_rng(0), ["blur"], rounds=2)
+    once = degrade(image, np.random.default_rng(0), ["blur"], blur_radius=2**0.5)
+    assert np.abs(twice.astype(float) - once).mean() < 0.5  # two blurs are one of both variances
+
+
+def test_the_usual_damage_is_to_the_bit_what_it_always_was():
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    made = degrade(image, np.random.default_rng(1), ("downsample", "noise", "blur"))
+    assert hashlib.sha256(made.tobytes()).hexdigest()[:16] == "2e56531f9f364efd"
+    made = degrade(image, np.random.default_rng(1))
+    assert hashlib.sha256(made.tobytes()).hexdigest()[:16] == "729262f17bb508ed"
+
+
+def test_the_documents_name_for_it(folder):
+    dataset = DegDataset(folder, "", resolution=96, degradation_types=["noise", "haze"])
+    picture = Image.fromarray(photograph())
+    result = dataset.apply_degradation(picture)
+    assert isinstance(result, Image.Image) and result.size == picture.size
+    rng = np.random.default_rng(3)
+    assert np.asarray(dataset.apply_degradation(np.asarray(picture), rng)).std() > 0
+    assert kinds_sheet(dataset).shape == (2 * 96, 5 * 96, 3)
+
+
 def test_example_sheet(folder):
     assert example_sheet(DegDataset(folder, "", resolution=96), 4).shape == (4 * 96, 2 * 96, 3)
 
@@ -146,6 +239,13 @@ def test_any_mode_is_read(tmp_path):
         ({"lr_scale": 0}, "lr_scale"),
         ({"noise_level": -1}, "noise_level"),
         ({"repeats": 0}, "repeats"),
+        (
+            {"degradation_types": ["rain"]},
+            "choose from downsample, noise, blur, jpeg, haze, low_light, motion_",
+        ),
+        ({"noise_level": (0.1, 0.01)}, "noise_level 0.1,0.01 is reversed: write 0.01,0.1"),
+        ({"damage_strength": (0.5, 1.5)}, "damage_strength must lie in 0 ... 1, not 0.5,1.5"),
+        ({"degradation_rounds": 0}, "degradation_rounds must be at least 1, not 0"),
     ],
 )
 def test_bad_values(folder, values, message):

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from ldm.models.kontext import (
     save_flux,
 )
 from ldm.modules.fp8 import Fp8Linear
+from ldm.modules.lora import make_lora
+from ldm.modules.swap import BlockSwap
 from tests.fill import draw, fill, relative_error
 from tests.test_flux import ARRAYS, CONFIG, REFERENCE, full_output, shapes_of, tiny_flux, tiny_inputs
 
@@ -81,6 +84,43 @@ def test_fp8_gradients_reach_the_input_through_checkpoints(tmp_path):
         gradients.append(model.img_in.weight.grad)
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients)
+
+
+def gradients(model) -> tuple[torch.Tensor, torch.Tensor]:
+    adapter = make_lora(model, "attn", 4, 4)
+    for name, parameter in adapter.named_parameters():
+        parameter.data = draw(f"lora:{name}", parameter.shape) / 8
+    y = tiny_output(model)
+    y.square().mean().backward()
+    return y.detach(), torch.cat([parameter.grad.flatten() for parameter in adapter.parameters()])
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_swapped_blocks_compute_the_same_and_two_copies_live_at_most(tmp_path, monkeypatch, fp8, count):
+    save_flux(tmp_path / "flux.safetensors", tiny_flux())
+    live, most = weakref.WeakSet(), []
+
+    def move(weight, device):
+        copy = weight.clone()
+        live.add(copy.untyped_storage())
+        most.append(sum(storage.nbytes() for storage in live))
+        return copy
+
+    monkeypatch.setattr(BlockSwap, "move", staticmethod(move))
+    results = []
+    for blocks in (0, count):
+        model = load_flux(tmp_path / "flux.safetensors", dtype=torch.float32, fp8=fp8, blocks_to_swap=blocks)
+        model.checkpointing = True
+        results.append(gradients(model))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    blocks = [*model.double_blocks, *model.single_blocks][-count:]
+    frozen = [sum(p.nbytes for p in b.parameters() if not p.requires_grad) for b in blocks]
+    assert 0 < max(most) <= sum(sorted(frozen)[-2:]) and len(most) > len(frozen)
+    with torch.no_grad():
+        assert torch.equal(tiny_output(model), results[0][0])  # and in a preview
+    with pytest.raises(ValueError, match=r"blocks_to_swap must lie in 0 ... 4 \(all blocks\), not 6"):
+        load_flux(tmp_path / "flux.safetensors", blocks_to_swap=6)
 
 
 PEAK = """

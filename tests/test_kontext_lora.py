@@ -16,6 +16,7 @@ import infer
 import train_kontext_lora as script
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
+from ldm.models.diffusion.flow import shift_timesteps
 from ldm.models.kontext import (
     TRANSFORMER,
     load_autoencoder,
@@ -26,7 +27,7 @@ from ldm.models.kontext import (
     write_small_folder,
     write_tiny_folder,
 )
-from ldm.modules.flux import pack, shift_timesteps, unpack
+from ldm.modules.flux import pack, unpack
 from ldm.modules.lora import LORA_FILE, load_lora, make_lora
 from train_kontext_lora import Settings, draw_noise, flow_loss, learning_rate_factor, loss_weight, main
 
@@ -157,6 +158,13 @@ def add_trained_lora(model, *arguments):
 add, script.add_trained_lora = script.add_trained_lora, add_trained_lora
 script.run_main(script.main, script.Settings)
 """
+
+
+def test_a_run_with_swapped_blocks_leaves_the_same_weights(folder, tmp_path):
+    main(make_settings(folder, tmp_path / "a", max_steps=2))
+    main(make_settings(folder, tmp_path / "b", max_steps=2, blocks_to_swap=5))
+    ours, theirs = trained(tmp_path / "a"), trained(tmp_path / "b")
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_two_processes_with_a_sharded_base_equal_one(folder, tmp_path):
@@ -328,9 +336,44 @@ def test_identity_network_gives_back_the_picture(size):
     assert restored.dtype == np.uint8 and np.abs(restored.astype(int) - image).max() <= 1
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"resolution": 8}])
+@pytest.mark.parametrize("size", [(96, 160), (130, 71)])
+def test_tiles_have_no_seams(size):
+    """A network that knows one place only: tiles give what the whole gives, at every pixel."""
+    image = cv2.resize(read_image(photographs(("coffee.png",))[0]), size[::-1], interpolation=cv2.INTER_AREA)
+    options = {"steps": 2, "resolution": 32, "tile": 64, "overlap": 32}
+    seen = []
+
+    def network(img, **rest):
+        seen.append(img.shape[1])
+        return copy_control(img, **rest)
+
+    restored = restore_image(network, PixelAutoencoder(), PROMPT, image, **options)
+    assert restored.shape == image.shape and np.abs(restored.astype(int) - image).max() <= 1
+    assert max(seen) <= 2 * (64 // 16) ** 2 and len(seen) > 2 * 2
+    small = restore_image(network, PixelAutoencoder(), PROMPT, image, **{**options, "resolution": 512})
+    assert np.array_equal(small, restore_image(network, PixelAutoencoder(), PROMPT, image, steps=2))
+
+
+def test_blended_tiles_equal_the_mean_of_their_velocities():
+    """Each tile pulls towards a constant of its own: the blend goes from one to the other without a step."""
+    values = iter(range(1000))
+
+    def network(img, timesteps, **_):
+        return torch.full_like(img, 0.2 * (next(values) % 2) - 0.1)
+
+    image = np.full((16, 192, 3), 128, np.uint8)
+    options = {"steps": 1, "resolution": 16, "tile": 112, "overlap": 32}
+    noise = restore_image(lambda img, **_: 0 * img, PixelAutoencoder(), PROMPT, image, **options)
+    moved = restore_image(network, PixelAutoencoder(), PROMPT, image, **options).astype(int) - noise
+    columns = np.median(moved, axis=(0, 2))[::8]
+    assert 8 < np.ptp(columns) and np.abs(np.diff(columns)).max() <= 0.55 * np.ptp(columns)
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 0}, {"resolution": 8}, {"tile": 100}, {"tile": 64, "overlap": 64}]
+)
 def test_restoring_refuses_nonsense(options):
-    with pytest.raises(ValueError, match="at least 1 step and a resolution of 16"):
+    with pytest.raises(ValueError, match="at least 1 step and a resolution of 16|must be multiples of 16"):
         restore_image(copy_control, PixelAutoencoder(), PROMPT, np.zeros((32, 32, 3), np.uint8), **options)
 
 
@@ -447,6 +490,8 @@ def test_demo(tmp_path, monkeypatch, capsys):
         ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), not 1.0"),
         ({"preview_steps": 0}, "preview_steps must be at least 1"),
         ({"perceptual_crop": 100}, "perceptual_crop"),
+        ({"blocks_to_swap": 7}, r"blocks_to_swap must lie in 0 ... 6 \(all blocks\), not 7"),
+        ({"blocks_to_swap": 2, "compile": True}, "blocks_to_swap needs --gradient_checkpointing"),
         ({"shard_base": True}, "--shard_base needs --devices 2"),
         ({"rank": 500}, "rank must lie in 1 ... 128, not 500"),
     ],

@@ -11,8 +11,7 @@ from torch.utils.data import Dataset
 from ldm.data.image import list_images, read_image, to_tensor, to_uint8
 from ldm.data.pairs import find_pairs
 from ldm.data.stream import item_seed
-
-DEGRADATIONS = ("downsample", "noise", "blur", "jpeg")  # in the order in which they are applied
+from ldm.modules.image_degradation.damage import DEGRADATIONS, Value, check_damage, damage_sheet, degrade
 
 
 class DegDataset(Dataset):
@@ -26,7 +25,9 @@ class DegDataset(Dataset):
     damaged pictures, those that `find_pairs(lr_data_root, hr_data_root)` finds, instead of synthetic ones.
 
     `lr_scale` is the factor lost to downsampling, `noise_level` the standard deviation in [0, 1] units,
-    `blur_radius` the standard deviation of the Gaussian in pixels, `jpeg_quality` 1 to 100.
+    `blur_radius` the standard deviation of the Gaussian in pixels, `jpeg_quality` 1 to 100, `damage_strength`
+    that of the other kinds (KINDS): each a number, or a pair from which it is drawn for every picture. Order
+    and rounds as in `ldm.modules.image_degradation.damage.degrade`.
     Raises ValueError for an unknown degradation or value, pictures too small, pairs of unequal size.
     """
 
@@ -34,21 +35,32 @@ class DegDataset(Dataset):
         self,
         hr_data_root: str | Path,
         instance_prompt: str,
-        lr_scale: int = 8,
+        lr_scale: Value = 8,
         repeats: int = 1,
         degradation_types: Sequence[str] | None = None,
-        noise_level: float = 0.05,
-        blur_radius: float = 1.0,
-        jpeg_quality: int = 75,
+        noise_level: Value = 0.05,
+        blur_radius: Value = 1.0,
+        jpeg_quality: Value = 75,
         resolution: int = 512,
         random_crop: bool = True,
         random_flip: bool = True,
         native_crop: bool = False,
         lr_data_root: str | Path | None = None,
         seed: int = 0,
+        damage_strength: Value = (0.2, 0.8),
+        degradation_order: str = "fixed",
+        degradation_rounds: int = 1,
     ):
         self.types = DEGRADATIONS if degradation_types is None else tuple(degradation_types)
-        _check_values(self.types, lr_scale, repeats, noise_level, blur_radius, jpeg_quality, resolution)
+        self.values = {"lr_scale": lr_scale, "noise_level": noise_level, "blur_radius": blur_radius}
+        self.values |= {"jpeg_quality": jpeg_quality, "damage_strength": damage_strength}
+        check_damage(self.types, self.values)
+        for name, value in (("repeats", repeats), ("degradation_rounds", degradation_rounds)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if resolution < 16 or resolution % 16:
+            raise ValueError(f"resolution must be a multiple of 16, not {resolution}")
+        self.order, self.rounds = degradation_order, degradation_rounds
         if lr_data_root:
             pairs = find_pairs(lr_data_root, hr_data_root, blurred=False)
             self.targets, self.controls = [p.sharp for p in pairs], [p.blurry for p in pairs]
@@ -57,12 +69,6 @@ class DegDataset(Dataset):
         _check_sizes([*self.targets, *(self.controls or [])], resolution)
         self.prompt, self.repeats, self.resolution, self.seed = instance_prompt, repeats, resolution, seed
         self.random_crop, self.random_flip, self.native_crop = random_crop, random_flip, native_crop
-        self.values = {
-            "lr_scale": lr_scale,
-            "noise_level": noise_level,
-            "blur_radius": blur_radius,
-            "jpeg_quality": jpeg_quality,
-        }
 
     @property
     def fixed_targets(self) -> bool:
@@ -89,7 +95,7 @@ class DegDataset(Dataset):
         cut = self._draw_cut(*target.shape[:2], rng)
         target, control = cut(target), cut(control)
         if self.controls is None:
-            control = degrade(control, rng, self.types, **self.values)
+            control = self.apply_degradation(control, rng)
         return {
             "control": to_tensor(control),
             "target": to_tensor(target),
@@ -98,6 +104,15 @@ class DegDataset(Dataset):
             "index": index,
             "seed": seed,
         }
+
+    def apply_degradation(
+        self, img: np.ndarray | Image.Image, rng: np.random.Generator | None = None
+    ) -> np.ndarray | Image.Image:
+        """A damaged copy of a picture, uint8 (h, w, 3) or Pillow's, of the same type and size."""
+        rng = np.random.default_rng() if rng is None else rng
+        pixels = np.asarray(img.convert("RGB") if isinstance(img, Image.Image) else img)
+        damaged = degrade(pixels, rng, self.types, **self.values, order=self.order, rounds=self.rounds)
+        return Image.fromarray(damaged) if isinstance(img, Image.Image) else damaged
 
     def _pair(self, index: int, control: np.ndarray, target: np.ndarray):
         return (self.controls[index], control.shape), (self.targets[index], target.shape)
@@ -120,57 +135,17 @@ class DegDataset(Dataset):
         return cut
 
 
-def degrade(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    types: Sequence[str] = DEGRADATIONS,
-    lr_scale: int = 8,
-    noise_level: float = 0.05,
-    blur_radius: float = 1.0,
-    jpeg_quality: int = 75,
-) -> np.ndarray:
-    """Damage uint8 RGB (h, w, 3): downsample, noise, blur, jpeg, those of them that `types` names."""
-    height, width = image.shape[:2]
-    image = np.ascontiguousarray(image)
-    if "downsample" in types:
-        small = Image.fromarray(image).resize(
-            (max(1, width // lr_scale), max(1, height // lr_scale)), Image.Resampling.BICUBIC
-        )
-        image = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
-    values = image.astype(np.float32)
-    if "noise" in types:
-        values += rng.standard_normal(values.shape, dtype=np.float32) * (255 * noise_level)
-    if "blur" in types and blur_radius > 0:
-        values = cv2.GaussianBlur(values, (0, 0), blur_radius, borderType=cv2.BORDER_REFLECT)
-    image = np.rint(values.clip(0, 255)).astype(np.uint8)
-    if "jpeg" in types:
-        _, code = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality])
-        image = cv2.imdecode(code, cv2.IMREAD_COLOR)[..., ::-1]
-    return image
-
-
 def example_sheet(dataset: Dataset, count: int = 6) -> np.ndarray:
     """Rows of control and target, uint8 (rows * h, 2 * w, 3), to hold against one's own damaged pictures."""
     items = [dataset[index] for index in range(min(count, len(dataset)))]
     return np.vstack([np.hstack([to_uint8(item["control"]), to_uint8(item["target"])]) for item in items])
 
 
-def _check_values(types, lr_scale, repeats, noise_level, blur_radius, jpeg_quality, resolution) -> None:
-    unknown = [name for name in types if name not in DEGRADATIONS]
-    if unknown:
-        raise ValueError(f"unknown degradation {', '.join(unknown)}: choose from {', '.join(DEGRADATIONS)}")
-    limits = {
-        "lr_scale": (lr_scale, 1, 64),
-        "repeats": (repeats, 1, 1_000_000),
-        "noise_level": (noise_level, 0, 1),
-        "blur_radius": (blur_radius, 0, 100),
-        "jpeg_quality": (jpeg_quality, 1, 100),
-    }
-    for name, (value, lowest, highest) in limits.items():
-        if not lowest <= value <= highest:
-            raise ValueError(f"{name} must lie in {lowest} ... {highest}, not {value}")
-    if resolution < 16 or resolution % 16:
-        raise ValueError(f"resolution must be a multiple of 16, not {resolution}")
+def kinds_sheet(dataset: DegDataset, side: int = 192) -> np.ndarray:
+    """A row for each kind of damage: a picture, then it with less and with more of that kind alone."""
+    clean = to_uint8(dataset[0]["target"])
+    small = cv2.resize(clean, (side, side), interpolation=cv2.INTER_AREA) if len(clean) > side else clean
+    return damage_sheet(small, dataset.types, dataset.values) if dataset.types else small
 
 
 def _check_sizes(paths: Sequence[Path], resolution: int) -> None:

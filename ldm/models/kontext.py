@@ -5,12 +5,10 @@ Weights are memory-mapped and go straight into place: nothing is initialised fir
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -18,12 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.checkpoint import read_metadata, read_settings, read_weights, write_weights
-from ldm.data.image import to_tensor, to_uint8
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.flow import restore_image
 from ldm.modules.encoders.modules import CLIPTextModel, tokenize
-from ldm.modules.flux import Flux, FluxParams, sample, schedule
+from ldm.modules.flux import Flux, FluxParams
 from ldm.modules.fp8 import quantize, store_in_fp8
 from ldm.modules.lora import block_linears, load_lora, read_lora
+from ldm.modules.swap import BlockSwap
 
 TRANSFORMER = "flux1-kontext-dev.safetensors"
 AUTOENCODER = "ae.safetensors"
@@ -79,12 +78,14 @@ def load_flux(
     dtype: torch.dtype | None = None,
     fp8: bool = False,
     progress: Callable[[list], Iterable] = iter,
+    blocks_to_swap: int = 0,
 ) -> Flux:
     """A frozen transformer from a file; with `fp8` the linears of its blocks are stored in 8 bits.
 
     Without a `dtype` it computes in bfloat16 on CUDA and in float32 elsewhere.
     Sizes are Kontext's unless the file's metadata holds "flux_params" (see `save_flux`). `progress` may wrap
-    the list of names in a progress bar. Raises FileNotFoundError, ValueError for a damaged or foreign file.
+    the list of names in a progress bar. The last `blocks_to_swap` blocks stay in (pinned) main memory and are
+    fetched when they run. Raises FileNotFoundError, ValueError for a damaged or foreign file.
     """
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     weights = read_weights(path)
@@ -93,13 +94,19 @@ def load_flux(
         model = Flux(FluxParams(**sizes))
         check_weights(model, weights, path)
         eight_bit = store_in_fp8(model, block_linears(model)) if fp8 else {}
-    state = {}
+        if blocks_to_swap:
+            model.swap = BlockSwap([*model.double_blocks, *model.single_blocks], blocks_to_swap)
+    waiting = {id(p) for block in model.swap.blocks for p in block.parameters()} if model.swap else set()
+    waiting = {name for name, p in model.named_parameters() if id(p) in waiting}
+    state, cuda = {}, torch.device(device).type == "cuda"
     for name in progress(list(weights)):
         value = weights.pop(name).to(device)
         if name in eight_bit:
             state[name], eight_bit[name].scale = quantize(value)
         else:
             state[name] = value.to(dtype)
+        if name in waiting and cuda:
+            state[name] = state[name].cpu().pin_memory()
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -207,42 +214,6 @@ def prompt_file(run: Path, prompt: str) -> Path:
     return run / "cache" / f"prompt_{hashlib.sha256(prompt.encode()).hexdigest()[:12]}.safetensors"
 
 
-@torch.no_grad()
-def restore_image(
-    model: Callable,
-    autoencoder: FluxAutoencoder,
-    prompt: dict[str, Tensor],
-    image: np.ndarray,
-    steps: int = 30,
-    guidance: float = 2.5,
-    resolution: int = 1024,
-    seed: int = 0,
-    progress: Callable[[list], Iterable] = iter,
-) -> np.ndarray:
-    """Restore a uint8 picture (h, w, 3) of any size: the same size comes back, aligned to the pixel.
-
-    Pictures of more than resolution^2 pixels are restored at that many and scaled back. The sides are made
-    multiples of 16 by reflection, which is cut off again: nothing is stretched and nothing is lost.
-    Raises ValueError for fewer than 1 step or a resolution below 16.
-    """
-    if steps < 1 or resolution < 16:
-        raise ValueError(f"restoring needs at least 1 step and a resolution of 16, not {steps}, {resolution}")
-    height, width = image.shape[:2]
-    scale = min(1.0, resolution / math.sqrt(height * width))
-    h, w = max(1, round(height * scale)), max(1, round(width * scale))
-    small = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA) if (h, w) != (height, width) else image
-    padded = cv2.copyMakeBorder(small, 0, -h % 16, 0, -w % 16, cv2.BORDER_REFLECT)
-    device = prompt["t5"].device
-    control = autoencoder.encode(to_tensor(padded)[None].to(device))  # (1, 16, h / 8, w / 8)
-    noise = torch.randn(control.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    timesteps = schedule(steps, control.shape[-2] * control.shape[-1] // 4)
-    latent = sample(model, noise, control, prompt["t5"], prompt["pooled"], timesteps, guidance, progress)
-    restored = to_uint8(autoencoder.decode(latent)[0])[:h, :w]
-    if (h, w) == (height, width):
-        return restored
-    return cv2.resize(restored, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
 def load_restorer(
     folder: str | Path,
     lora_path: str | Path | None = None,
@@ -251,6 +222,7 @@ def load_restorer(
     lora_scale: float = 1.0,
     device: str | torch.device = "cpu",
     fp8: bool = False,
+    blocks_to_swap: int = 0,
 ) -> Callable[..., np.ndarray]:
     """`restore_image` with model, autoencoder and prompt filled in from a model folder and a LoRA file.
 
@@ -266,7 +238,8 @@ def load_restorer(
     embeddings = cached_prompt(kept[0] if kept else prompt_cache, folder, prompt, device)
     embeddings = {name: value.to(device) for name, value in embeddings.items()}
     autoencoder = load_autoencoder(folder / AUTOENCODER, device)
-    model = load_flux(folder / TRANSFORMER, device, fp8=fp8, progress=partial(tqdm, desc="loading"))
+    bar = partial(tqdm, desc="loading")
+    model = load_flux(folder / TRANSFORMER, device, None, fp8, bar, blocks_to_swap)
     if lora_path:
         load_lora(model, lora_path, lora_scale)
     return partial(restore_image, model, autoencoder, embeddings)

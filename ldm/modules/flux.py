@@ -2,20 +2,22 @@
 
 Parameters are named as in flux1-kontext-dev.safetensors (Black Forest Labs, 2025: "FLUX.1 Kontext: Flow
 Matching for In-Context Image Generation and Editing in Latent Space"). In reading order: embeddings,
-attention, blocks, the network, and the functions that train and sample it. Autoencoder, text encoders and
-files are in ldm/models/kontext.py.
+attention, blocks, the network, and the functions that feed it. It is sampled in ldm/models/diffusion/flow.py;
+autoencoder, text encoders and files are in ldm/models/kontext.py.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ldm.modules.swap import BlockSwap
 
 
 @dataclass
@@ -207,6 +209,7 @@ class Flux(nn.Module):
     def __init__(self, params: FluxParams):
         super().__init__()
         self.params, self.checkpointing = params, False
+        self.swap: BlockSwap | None = None  # runs the blocks if some wait in main memory
         dim, heads, ratio = params.hidden_size, params.num_heads, params.mlp_ratio
         self.img_in = nn.Linear(params.in_channels, dim)
         self.time_in = MLPEmbedder(256, dim)
@@ -242,6 +245,8 @@ class Flux(nn.Module):
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
         ids = torch.cat([txt_ids, img_ids], dim=1)
         rotation = rotary_embedding(ids, self.params.axes_dim, self.params.theta)
+        if self.swap:
+            self.swap.start(img.device)
         img, txt = self.img_in(img.to(dtype)), self.txt_in(txt.to(dtype))  # (b, n, dim), (b, m, dim)
         for block in self.double_blocks:
             img, txt = self._run(block, img, txt, vec, rotation)
@@ -251,9 +256,10 @@ class Flux(nn.Module):
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
     def _run(self, block: nn.Module, *inputs: Tensor):
+        call = partial(self.swap.run, block) if self.swap else block
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+            return checkpoint(call, *inputs, use_reentrant=False)
+        return call(*inputs)
 
 
 def pack(latent: Tensor) -> Tensor:
@@ -304,41 +310,3 @@ def predict_velocity(
         guidance=torch.as_tensor(guidance, dtype=torch.float32, device=latent.device).expand(b),
     )
     return unpack(output[:, : tokens.shape[1]].float(), h, w)
-
-
-def shift_timesteps(timesteps: Tensor, num_tokens: int) -> Tensor:
-    """Move timesteps towards noise, further for larger pictures; `num_tokens` counts target tokens alone.
-
-    t' = e^mu / (e^mu + 1/t - 1) with mu on the line through (256 tokens, 0.5) and (4096 tokens, 1.15).
-    """
-    mu = 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
-    return math.exp(mu) * timesteps / (math.exp(mu) * timesteps + (1 - timesteps))
-
-
-def schedule(steps: int, num_tokens: int) -> Tensor:
-    """The steps + 1 timesteps of a sampling run, from 1 to 0, float64."""
-    return shift_timesteps(torch.linspace(1, 0, steps + 1, dtype=torch.float64), num_tokens)
-
-
-@torch.no_grad()
-def sample(
-    model: Callable,
-    noise: Tensor,
-    control: Tensor,
-    t5: Tensor,
-    pooled: Tensor,
-    timesteps: Iterable[float],
-    guidance: float = 2.5,
-    progress: Callable[[list], Iterable] = iter,
-) -> Tensor:
-    """Euler's method along `timesteps` (1 ... 0) from noise (b, 16, h, w) to a clean latent.
-
-    `progress` may wrap the list of steps in a progress bar.
-    """
-    latent = noise.float()
-    for now, following in progress(list(pairwise(map(float, timesteps)))):
-        t = torch.full((len(latent),), now, device=latent.device)
-        latent = latent + (following - now) * predict_velocity(
-            model, latent, control, t5, pooled, t, guidance
-        )
-    return latent
