@@ -71,7 +71,7 @@ def colour_noise(values: np.ndarray, rng: np.random.Generator, strength: float) 
 
 
 def film_grain(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Grains of 2 pixels, the same in all channels; their deviation goes with sqrt(u (1 - u)) of the brightness
+    """Grains of 2 pixels, the same in all channels; their deviation goes with sqrt(u (1 - u)) of brightness
     u (the Boolean model of Newson et al. 2017) and is up to 0.08 in the middle."""
     brightness = values.mean(axis=2, keepdims=True).clip(0, 255) / 255
     grain = smooth_noise(rng, (*values.shape[:2], 1), 0.8)
