@@ -199,9 +199,7 @@ class Kontext(Files):
     guidance_scale: float = 2.5  # how much the prompt counts
     resolution: int = 1024  # larger pictures are restored at that many pixels squared, and scaled back
     seed: int = 0  # the same seed gives the same picture
-    tile: int = (
-        0  # pixels of the squares that larger pictures go through in (1024, say); 0 = shrunk
-    )
+    tile: int = 0  # pixels of the squares that larger pictures go through in (1024, say); 0 = shrunk
     overlap: int = 128  # pixels over which the squares are blended
     base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the transformer; fp8 halves it
     blocks_to_swap: int = 0  # the last so many blocks wait in main memory: less of the GPU's, slower
