@@ -16,7 +16,8 @@ from ldm.util import instantiate_from_config
 UNET, CONTROL = "model.diffusion_model.", "control_model."
 FIRST = "input_blocks.0.0.weight"  # of both
 SHOWN = 6  # how many names an error lists
-FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+SMALL = "the small model that comes along"
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL", 16: SMALL}
 
 
 def read_config(path: str | Path) -> dict:
@@ -251,7 +252,11 @@ def config_for(weights: Mapping[str, torch.Tensor], path: str | Path) -> Path:
 
     Stable Diffusion 2.1's two variants look alike: the 512-px one is taken.
     """
-    configs = {"Stable Diffusion 1": "cldm_v15.yaml", "Stable Diffusion 2": "cldm_v21.yaml"}
+    configs = {
+        "Stable Diffusion 1": "cldm_v15.yaml",
+        "Stable Diffusion 2": "cldm_v21.yaml",
+        SMALL: "small_diffusion.yaml",
+    }
     kind = family(weights).removesuffix(" with a ControlNet")
     if kind not in configs:
         raise ValueError(f"{path} is {kind}: give the yaml configuration that fits it")

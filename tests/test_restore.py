@@ -170,6 +170,29 @@ def test_every_kind_of_file_is_the_same_model(files, model):
         open_control_model(files / "full.ckpt")
 
 
+def test_without_a_file_the_small_model_is_taken(tmp_path, monkeypatch, capsys):
+    small = fill(create_model("models/small_diffusion.yaml")).state_dict()
+    config = Path("models/small_diffusion.yaml").read_text()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "small_diffusion.yaml").write_text(config)
+    write_image(tmp_path / "a.png", photograph(64, 64))
+    monkeypatch.chdir(tmp_path)
+    settings = {"input": Path("a.png"), "device": "cpu", "num_inference_steps": 1}
+    commands = infer.Deblur(**settings), infer.Inpaint(**settings, outpaint=(0, 0, 8, 0))
+    for kind, command in zip(("deblur", "inpaint"), commands, strict=True):
+        with pytest.raises(FileNotFoundError, match=f"models/small_{kind}.safetensors is missing"):
+            infer.restore_files(command)
+    control = {name: value for name, value in small.items() if name.startswith("control_model.")}
+    base = {name: value for name, value in small.items() if name not in control}
+    checkpoint.write_weights(tmp_path / "models" / "small_diffusion.safetensors", base)
+    for kind, command in zip(("deblur", "inpaint"), commands, strict=True):
+        checkpoint.write_weights(tmp_path / "models" / f"small_{kind}.safetensors", control)
+        infer.restore_files(command)
+        assert f"docs/{kind}.md), give --checkpoint_path" in capsys.readouterr().out
+    assert read_image("outputs/inference/a.png").shape == (64, 64, 3)
+    assert read_image("outputs/inference/inpainted.png").shape == (64, 72, 3)
+
+
 def test_the_command_restores_a_folder_and_skips_what_is_there(files, tmp_path):
     source = tmp_path / "my photos 照片"
     source.mkdir()
