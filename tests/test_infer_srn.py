@@ -2,6 +2,7 @@ import json
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -287,3 +288,34 @@ def test_a_damaged_shipped_file_is_named(photos, tmp_path):
         (tmp_path / "torn.safetensors").write_bytes(content)
         with pytest.raises(ValueError, match="torn.safetensors is damaged or not a safetensors file"):
             infer.restore_files(command(photos / "a.png", [tmp_path / "torn.safetensors"]))
+
+
+def test_odd_pictures_go_through(weights, tmp_path, capsys):
+    """Tiny, narrow, grey, 16 bits, transparent: each comes back in its size, bits and transparency."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    pictures = {
+        "tiny": rng.integers(0, 256, (3, 3, 3), dtype=np.uint8),
+        "narrow": rng.integers(0, 256, (1, 500, 3), dtype=np.uint8),
+        "grey": rng.integers(0, 256, (20, 30), dtype=np.uint8),
+        "alpha": rng.integers(0, 256, (20, 30, 4), dtype=np.uint8),
+    }
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{name}.png")
+    deep = rng.integers(0, 65536, (20, 30, 3), dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / "in" / "deep.tif"), deep)
+    infer.restore_files(command(tmp_path / "in", weights, output_prefix=""))
+    assert "5 made, 0 same, 0 remade" in capsys.readouterr().out
+    for name, pixels in pictures.items():
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            assert picture.size == pixels.shape[1::-1]
+            if name == "alpha":
+                assert np.array_equal(np.array(picture)[..., 3], pixels[..., 3])
+    restored = cv2.imread(str(tmp_path / "out" / "deep.png"), cv2.IMREAD_UNCHANGED)
+    assert restored.dtype == np.uint16 and (restored % 257 > 0).mean() > 0.9
+    assert (
+        np.abs(restored.astype(float) / 257 - read_image(tmp_path / "out" / "deep.png")[..., ::-1]).max() < 1
+    )
+    (tmp_path / "in" / "tiny.jpg").write_bytes((tmp_path / "in" / "tiny.png").read_bytes())
+    with pytest.raises(ValueError, match=r"tiny.jpg and .*tiny.png would both become .*tiny.jpg: rename"):
+        infer.restore_files(command(tmp_path / "in", weights, output_prefix="", format="jpg"))
