@@ -10,6 +10,7 @@ from ldm.modules.lora import (
     LORA_FILE,
     LoRA,
     LoRALinear,
+    block_linears,
     kohya_name,
     load_lora,
     make_lora,
@@ -172,6 +173,64 @@ def test_diffusers_splits_the_single_blocks_without_loss(tmp_path, rank, alpha):
         torch.testing.assert_close(theirs, y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("alpha", [4, 10])
+def test_a_lora_of_diffusers_does_here_what_it_does_there(tmp_path, alpha):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    model = tiny_flux()
+    trained = diffusers_flux(model)
+    parts = (
+        r"to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|norm1?(_context)?\.linear"
+    )
+    config = LoraConfig(r=4, lora_alpha=alpha, target_modules=rf".*_blocks\..*({parts}|\d\.proj_out)")
+    trained.add_adapter(config)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            parameter.data = draw(f"lora:{name}", parameter.shape) / 8
+    layers = get_peft_model_state_dict(trained)
+    FluxKontextPipeline.save_lora_weights(
+        tmp_path,
+        layers,
+        transformer_lora_adapter_metadata={"r": 4, "lora_alpha": alpha, "target_modules": []}
+        if alpha != 4
+        else None,
+    )
+    theirs = diffusers_output(trained, tiny_inputs(), *CONDITIONS)
+    adapter, _ = load_lora(model, tmp_path)
+    assert (
+        len(adapter) == len(block_linears(tiny_flux())) and relative_error(output(tiny_flux()), theirs) > 0.05
+    )
+    assert relative_error(output(model), theirs) < 1e-4
+    pipeline = FluxKontextPipeline(
+        FlowMatchEulerDiscreteScheduler(), *[None] * 5, transformer=diffusers_flux(tiny_flux())
+    )
+    pipeline.load_lora_weights(str(tmp_path))
+    again = diffusers_output(pipeline.transformer, tiny_inputs(), *CONDITIONS)
+    assert relative_error(output(model), again) < 1e-4
+
+
+def test_original_names_with_peft_endings_and_what_cannot_be_read(tmp_path):
+    model, path = tiny_flux(), tmp_path / "lora.safetensors"
+    adapter = random_lora(model, alpha=4.0)  # of rank 4: no scale
+    names = {kohya_name(name): name for name in block_linears(tiny_flux())}
+    weights = {}
+    for stem, lora in adapter.items():
+        weights[f"diffusion_model.{names[stem]}.lora_A.weight"] = lora.lora_down.weight.data
+        weights[f"diffusion_model.{names[stem]}.lora_B.weight"] = lora.lora_up.weight.data
+    save_file(weights, path)
+    other = tiny_flux()
+    load_lora(other, path)
+    assert relative_error(output(other), output(model)) < 1e-5
+    save_file(weights | {"diffusion_model.double_blocks.0.img_attn.proj.dora_scale": torch.ones(64, 1)}, path)
+    with pytest.raises(ValueError, match="lora.safetensors cannot be read: it is a DoRA"):
+        load_lora(tiny_flux(), path)
+    save_file(dict([*weights.items()][1:]), path)
+    with pytest.raises(ValueError, match="cannot be read: it is not complete: a half of double_blocks"):
+        load_lora(tiny_flux(), path)
+
+
 def test_training_starts_from_a_file(tmp_path):
     path = tmp_path / "lora.safetensors"
     model, again = tiny_flux(), tiny_flux()
@@ -195,6 +254,11 @@ def test_foreign_files(tmp_path):
     with pytest.raises(ValueError, match="not a LoRA of FLUX with kohya's names: it holds lora_unet_down"):
         read_lora(path)
     save_file({"transformer.single_transformer_blocks.0.proj_out.lora_A.weight": torch.zeros(4, 8)}, path)
+    with pytest.raises(
+        ValueError, match="cannot be read: it is not complete: a half of single_blocks.0.linear2"
+    ):
+        load_lora(tiny_flux(), path)
+    save_file({"unet.down_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 8)}, path)
     with pytest.raises(ValueError, match="not a LoRA of FLUX"):
         load_lora(tiny_flux(), path)
     sizes = FluxParams(64, 64, 24, 40, 128, 4.0, 4, depth=1, depth_single_blocks=3, axes_dim=(8, 12, 12))

@@ -21,7 +21,7 @@ from ldm.models.diffusion.flow import restore_image
 from ldm.modules.encoders.modules import CLIPTextModel, tokenize
 from ldm.modules.flux import Flux, FluxParams
 from ldm.modules.fp8 import quantize, store_in_fp8
-from ldm.modules.lora import block_linears, load_lora, read_lora
+from ldm.modules.lora import block_linears, load_lora, lora_file
 from ldm.modules.swap import BlockSwap
 
 TRANSFORMER = "flux1-kontext-dev.safetensors"
@@ -230,7 +230,9 @@ def load_restorer(
     keeps; that of another prompt goes to `prompt_cache`. Raises ValueError if there is no prompt at all.
     """
     folder = check_folder(folder, (TRANSFORMER, AUTOENCODER))
-    prompt = prompt or (read_lora(lora_path)[1].get("prompt", "") if lora_path else "")
+    if lora_path and not lora_file(lora_path).is_file():
+        raise FileNotFoundError(f"LoRA not found: {lora_file(lora_path)}")
+    prompt = prompt or (read_metadata(lora_file(lora_path)).get("prompt", "") if lora_path else "")
     if not prompt:
         raise ValueError("give a --prompt: there is no LoRA, or its file does not name its own")
     runs = [Path(lora_path), *list(Path(lora_path).parents)[:2]] if lora_path else []

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import read_metadata, read_weights, write_weights
+from ldm.modules.foreign_lora import to_kohya
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 
@@ -123,10 +124,13 @@ def lora_file(path: str | Path) -> Path:
     return Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
 
 
-def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_lora(
+    path: Path, sizes: dict[str, tuple[int, int]] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights and metadata of a LoRA file, or of the one in the folder of a run.
 
-    Raises ValueError if it is not a kohya file of FLUX.
+    With `sizes`, (out, in) of the model's linears, those of other trainers are read too, by kohya's names.
+    Raises ValueError if it is not a LoRA of FLUX.
     """
     path = lora_file(path)
     if path.suffix != ".safetensors":
@@ -134,6 +138,12 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     weights = read_weights(path)
     form = re.compile(r"lora_unet_(double|single)_blocks_\d+_\w+\.(lora_down\.weight|lora_up\.weight|alpha)")
     foreign = [name for name in weights if not form.fullmatch(name)]
+    if foreign and sizes is not None:
+        try:
+            known = to_kohya(weights, sizes, read_metadata(path))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        weights, foreign = known or weights, [] if known else foreign
     if foreign:
         raise ValueError(f"{path} is not a LoRA of FLUX with kohya's names: it holds {foreign[0]}")
     return weights, read_metadata(path)
@@ -144,12 +154,13 @@ def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> tuple[nn.M
 
     Raises ValueError if it belongs to a network of other sizes.
     """
-    weights, metadata = read_lora(path)
-    names = {kohya_name(name): name for name in block_linears(model)}
+    linears = block_linears(model)
+    weights, metadata = read_lora(path, {n: (m.out_features, m.in_features) for n, m in linears.items()})
+    names = {kohya_name(name): name for name in linears}
     ranks = {}
     for stem in dict.fromkeys(key.partition(".")[0] for key in weights):
         down, up = weights.get(f"{stem}.lora_down.weight"), weights.get(f"{stem}.lora_up.weight")
-        linear = block_linears(model).get(names.get(stem))
+        linear = linears.get(names.get(stem))
         if linear is None or down is None or up is None or down.ndim != 2 or up.ndim != 2:
             raise ValueError(f"{path} is a LoRA of another base, or not complete: {stem}")
         if up.shape[1] != len(down):
