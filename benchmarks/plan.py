@@ -107,7 +107,7 @@ def control_model(settings: Any, device: str) -> ControlLDM:
     config = read_config(settings.config_path)
     if getattr(settings, "use_attention", False):
         config["target"] = "cldm.deblur.DeblurControlNetWithAttention"
-    names = ("deblur_loss_weight", "perceptual_loss_weight", "deblur_crop", "only_mid_control")
+    names = {"only_mid_control", *tutorial_train_deblur.LOSSES} - {"deblur_every"}  # the dearest step
     config["params"] |= {name: getattr(settings, name) for name in names if hasattr(settings, name)}
     channels = getattr(settings, "hint_channels", 3)
     config["params"]["control_stage_config"]["params"]["hint_channels"] = channels
@@ -129,12 +129,14 @@ def control_batch(settings: Any, model: ControlLDM, device: str) -> dict:
     b, side = settings.batch_size, settings.image_size
     channels = model.model.diffusion_model.out[-1].out_channels
     sizes = {"jpg": (side, side, 3), "hint": (side, side, getattr(settings, "hint_channels", 3))}
+    sizes |= dict.fromkeys(("noise_0", "noise_1"), (channels, side // 8, side // 8))
     if settings.cache_latents:
         sizes["moments"] = (2 * channels, side // 8, side // 8)
     if settings.cache_latents and model.sees_hint_latent:
         sizes["hint_mean"] = (channels, side // 8, side // 8)
     tensors = {name: torch.empty(b, *size, device=device) for name, size in sizes.items()}
-    return {**tensors, "txt": [""] * b, "seed": [0] * b}
+    timesteps = torch.zeros(b, dtype=torch.long, device=device)
+    return {**tensors, "timestep": timesteps, "txt": [""] * b, "seed": [0] * b}
 
 
 def controlnet(settings: Any, device: str) -> Work:
