@@ -10,7 +10,7 @@ nothing else. Whole steps are counted on fake CPU tensors, with `like_cuda` for 
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from unittest import mock
 
@@ -143,6 +143,13 @@ class Count(TorchDispatchMode):
             self._host.add(key)
         weakref.finalize(storage, self._release, key).atexit = False
 
+    def leave_on_host(self, tensors: Iterable[Tensor]) -> None:
+        """These wait in main memory and take none of the device's."""
+        for key in map(_key, tensors):
+            self.held -= self._storages[key]
+            self._storages[key] = 0
+            self._host.add(key)
+
     def _release(self, key: int) -> None:
         self.held -= self._storages.pop(key)
         self._host.discard(key)
@@ -249,6 +256,7 @@ def fake_tensors(like_cuda: bool = False) -> Iterator[Count]:
         "torch.set_rng_state": lambda state: None,
         "torch.from_numpy": _from_numpy,
         "torch.Tensor.numpy": _to_numpy,
+        "torch.Tensor.pin_memory": lambda tensor: tensor,
         "torch.utils._foreach_utils._foreach_supported_types": [Tensor, nn.Parameter, FakeTensor],
     }
     if not like_cuda:

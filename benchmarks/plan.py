@@ -240,7 +240,19 @@ def kontext(settings: train_kontext_lora.Settings, device: str) -> Work:
         script.update(fabric, adapter, optimizer, settings.learning_rate, settings)
         ema.update(adapter)
 
-    return Work(step, {"state_dict": adapter, "optimizer": optimizer, "ema": ema})
+    parts = {"state_dict": adapter, "optimizer": optimizer, "ema": ema}
+    return Work(step, parts | ({"waiting": waiting_weights(model)} if model.swap else {}))
+
+
+def waiting_weights(model: Flux) -> list[torch.Tensor]:
+    """The frozen weights of the blocks that wait in main memory."""
+    parameters = (parameter for block in model.swap.blocks for parameter in block.parameters())
+    return [parameter for parameter in parameters if not parameter.requires_grad]
+
+
+def fetched(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A waiting block's weight on the device; counting takes place on the CPU, where both would be one."""
+    return torch.empty(weight.shape, dtype=weight.dtype, device=device)
 
 
 # ---- files that are not there ------------------------------------------------------------------------------
@@ -274,8 +286,9 @@ def without_files(make: Callable[..., Work], *arguments: Any) -> Work:
 
 def count_step(make: Callable[..., Work], *arguments: Any) -> Count:
     """What the second of two steps of make(*arguments, "cpu") costs on CUDA."""
-    with fake_tensors(like_cuda=True) as count:
+    with fake_tensors(like_cuda=True) as count, mock.patch("ldm.modules.swap.BlockSwap.move", fetched):
         step, parts = without_files(make, *arguments)
+        count.leave_on_host(parts.get("waiting", ()))
         for group in parts["optimizer"].param_groups:
             count.trained += sum(p.numel() for p in group["params"] if p.requires_grad)
             if "fused" in group:  # one kernel for all parameters, as CUDA has it by default or nearly so
