@@ -286,7 +286,10 @@ def without_files(make: Callable[..., Work], *arguments: Any) -> Work:
 
 def count_step(make: Callable[..., Work], *arguments: Any) -> Count:
     """What the second of two steps of make(*arguments, "cpu") costs on CUDA."""
-    with fake_tensors(like_cuda=True) as count, mock.patch("ldm.modules.swap.BlockSwap.move", fetched):
+    with (
+        fake_tensors(like_cuda=True) as count,
+        mock.patch("ldm.modules.swap.BlockSwap.move", staticmethod(fetched)),
+    ):
         step, parts = without_files(make, *arguments)
         count.leave_on_host(parts.get("waiting", ()))
         for group in parts["optimizer"].param_groups:

@@ -158,8 +158,8 @@ SMALL = {
     "tool_make_deblur_dataset.py": "--num_samples 8 --image_size 64 --workers 1 --blur_scale 0.3",
     "tool_make_dbgan_dataset.py": "--patch_size 32",
 }
-# several machines; a server and an export, which have their own tests; minutes
-ELSEWHERE = ("srun ", "torchrun ", "gradio_restore.py", "tool_export_onnx.py", "-m benchmarks.")
+# several devices or machines; a server and an export, which have their own tests; minutes
+ELSEWHERE = ("srun ", "torchrun ", "--devices ", "gradio_restore.py", "tool_export_onnx.py", "-m benchmarks.")
 
 
 @pytest.fixture(scope="module")
