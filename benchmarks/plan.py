@@ -38,7 +38,9 @@ from cldm.training import prepare_model, with_precision
 from ldm.models.kontext import TRANSFORMER, FluxAutoencoder
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, FluxParams
+from ldm.modules.fp8 import store_in_fp8
 from ldm.modules.generators import make_generator
+from ldm.modules.lora import block_linears
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.settings import lightning_precision, plain, run_main
 from ldm.util import half_dtype, instantiate_from_config
@@ -333,6 +335,26 @@ def show(title: str, count: Count, images: int, precision: str, card: str) -> No
         )
 
 
+def swap_that_fits(peak: float, fp8: bool, room: float) -> int | None:
+    """The fewest blocks of Kontext that must wait in main memory for a peak within `room` GB; None: never.
+
+    Two blocks' copies are on the device at once.
+    """
+    with torch.device("meta"):
+        model = Flux(FluxParams())
+        if fp8:
+            store_in_fp8(model, block_linears(model))
+    sizes = [
+        sum(p.numel() * (2 if p.dtype == torch.float32 else 1) for p in block.parameters()) / 1e9
+        for block in (*model.double_blocks, *model.single_blocks)
+    ]
+    for count in range(1, len(sizes) + 1):
+        waiting = sizes[-count:]
+        if peak - sum(waiting) + 2 * max(waiting) <= room:
+            return count
+    return None
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 
@@ -401,7 +423,13 @@ def main(settings: Deblur | Inpaint | SRN | DBGAN | Kontext) -> None:
     find_card(settings.card)
     precision = getattr(settings, "precision", "bf16")
     for title, make, images in settings.plans():
-        show(title, count_step(make, "cpu"), images, precision, settings.card)
+        count, card = count_step(make, "cpu"), find_card(settings.card)
+        show(title, count, images, precision, settings.card)
+        if card and isinstance(settings, Kontext) and not settings.blocks_to_swap:
+            room, fp8 = card.memory - OVERHEAD, settings.base_precision == "fp8"
+            blocks = 0 if count.peak_gb <= room else swap_that_fits(count.peak_gb, fp8, room)
+            found = {None: "no number of them fits", 0: "none is needed"}.get(blocks, f"{blocks} make it fit")
+            print(f"  --blocks_to_swap: {found} (of 57; with gradient checkpointing)")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,13 @@ def test_kontext_is_counted():
     assert count.flops > 0 and count.kernels > 500
 
 
+def test_the_number_of_blocks_to_swap_that_fits():
+    counts = [plan.swap_that_fits(26.3, False, room) for room in (24.0, 16.0, 10.0)]
+    assert counts == sorted(counts) and 1 < counts[0] < counts[2] <= 57
+    assert plan.swap_that_fits(14.7, True, 11.8) < plan.swap_that_fits(26.3, False, 11.8)
+    assert plan.swap_that_fits(26.3, False, 1.0) is None
+
+
 def test_an_unknown_card_is_named_with_those_that_are_known():
     with pytest.raises(
         ValueError, match="--card 5090 is not known: give one of h200, h100, a100, 4090, 3060"
