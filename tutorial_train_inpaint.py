@@ -275,10 +275,9 @@ def main(settings: Settings) -> None:
     model = create_filled_model(config, starting_weights(settings), settings.resume_path)
     model.validation_ddim_steps = settings.val_ddim_steps
 
-    # Latents and embeddings, if they are to be computed once
+    # Latents and embeddings, if they are to be computed once (those of captions are too many to remember)
     if settings.cache_latents:
-        captions = settings.captions_file or train.captions_beside  # too many to remember
-        prompts = None if captions else {"", settings.prompt}
+        prompts = None if settings.captions_file or train.captions_beside else {"", settings.prompt}
         files = [*train.paths, *(validation.paths if validation else [])]
         train, validation = with_cached_latents(model, [train, validation], files, prompts, settings)
 
