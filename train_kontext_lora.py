@@ -13,13 +13,11 @@ The same command again resumes a stopped run. The result, pytorch_lora_weights.s
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import cv2
-import numpy as np
 import torch
 import tyro
 from lightning_fabric import Fabric
@@ -29,9 +27,8 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
-from ldm.data.image import list_images, photographs, read_image, to_uint8, write_image
+from ldm.data.image import list_images, read_image, write_image
 from ldm.data.stream import item_generator
-from ldm.metrics import psnr
 from ldm.models.diffusion.flow import shift_timesteps
 from ldm.models.kontext import (
     AUTOENCODER,
@@ -43,11 +40,11 @@ from ldm.models.kontext import (
     load_flux,
     prompt_file,
     restore_image,
-    write_tiny_folder,
 )
+from ldm.models.kontext_lora import encode, make_demo, peak_memory, preview, save_outputs
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity
-from ldm.modules.lora import LORA_FILE, load_lora, make_lora, merge, save_lora, start_from
+from ldm.modules.lora import LORA_FILE, load_lora, make_lora, merge, start_from
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.run import Run, average_gradients, start_fabric
 from ldm.settings import (
@@ -61,6 +58,7 @@ from ldm.settings import (
     plain,
     run_main,
 )
+from ldm.util import learning_rate_factor
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -156,6 +154,7 @@ DEMO = {
     "save_steps": 150,
     "preview_steps": 4,
 }
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the held-out loss
 # What may differ when a run is resumed: it changes speed or reports, not the weights (beyond rounding).
 MAY_CHANGE = {
     "num_workers",
@@ -169,14 +168,6 @@ MAY_CHANGE = {
     "validation_root",
     *(name for name in Settings.__dataclass_fields__ if name.startswith("preview_")),
 }
-# What Forge and other browsers of files show (Stability AI's ModelSpec 1.0.0).
-MODELSPEC = {
-    "sai_model_spec": "1.0.0",
-    "architecture": "flux-1-dev/lora",
-    "implementation": "https://github.com/black-forest-labs/flux",
-    "title": "restoration LoRA of FLUX.1 Kontext",
-}
-
 
 # ---- loss and optimizer ------------------------------------------------------------------------------------
 
@@ -220,6 +211,25 @@ def flow_loss(
     return (loss_weight(sigma, s.weighting) * error).mean(), x - level * velocity
 
 
+@torch.no_grad()
+def held_out_loss(
+    model: Callable, autoencoder: FluxAutoencoder, prompt: dict, dataset: DegDataset, s: Settings
+) -> dict[str, float]:
+    """Unweighted loss of the preview's pictures at fixed noise and noise levels, and their mean: it can be
+    compared from one save to the next, as the training loss cannot."""
+    losses = {f"val/loss_{sigma}": [] for sigma in SIGMAS}
+    device, plainly = prompt["t5"].device, replace(s, weighting="none")
+    for item in (dataset[index] for index in range(min(s.preview_images, len(dataset)))):
+        images = (item[name][None].to(device) for name in ("target", "control"))
+        target, control = (autoencoder.encode(image) for image in images)
+        noise = torch.randn(target.shape, generator=item_generator(item["seed"])).to(device)
+        for sigma, found in zip(SIGMAS, losses.values(), strict=True):
+            level = torch.tensor([sigma], device=device)
+            found.append(flow_loss(model, target, control, prompt, level, noise, plainly)[0].item())
+    means = {name: sum(found) / len(found) for name, found in losses.items()}
+    return means | {"val/loss": sum(means.values()) / len(means)}
+
+
 def perceptual_term(
     autoencoder: FluxAutoencoder,
     distance: PerceptualLoss,
@@ -240,28 +250,6 @@ def perceptual_term(
     return ((1 - sigma[keep]) * distance(restored, clean)).sum() / len(sigma)
 
 
-@torch.no_grad()
-def encode(autoencoder: FluxAutoencoder, images: Tensor, indices: Tensor, cache: dict | None) -> Tensor:
-    """Latents (b, 16, h, w) of images; with a cache each picture index is encoded once and kept."""
-    if cache is None:
-        return autoencoder.encode(images)
-    new = [row for row, index in enumerate(indices.tolist()) if index not in cache]
-    if new:
-        cache |= zip(indices[new].tolist(), autoencoder.encode(images[new]).cpu(), strict=True)
-    return torch.stack([cache[index] for index in indices.tolist()]).to(images.device)
-
-
-def learning_rate_factor(step: int, settings: Settings) -> float:
-    """What the learning rate is multiplied by in step 0, 1, 2, ..."""
-    warmup, steps = settings.lr_warmup_steps, settings.max_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
-        settings.lr_scheduler
-    ]
-
-
 def make_optimizer(adapter: nn.ModuleDict, settings: Settings) -> torch.optim.Optimizer:
     values = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
@@ -272,21 +260,6 @@ def make_optimizer(adapter: nn.ModuleDict, settings: Settings) -> torch.optim.Op
 
 
 # ---- data and previews -------------------------------------------------------------------------------------
-
-
-def preview(
-    restore: Callable, dataset: DegDataset, settings: Settings
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Rows of damaged, restored and clean pictures, and the mean PSNR of the first two against the third."""
-    options = {"steps": settings.preview_steps, "guidance": settings.preview_guidance}
-    rows, scores = [], {"val/psnr": [], "val/psnr_input": []}
-    for index in range(min(settings.preview_images, len(dataset))):
-        control, target = (to_uint8(dataset[index][name]) for name in ("control", "target"))
-        restored = restore(control, resolution=settings.resolution, **options)
-        rows.append(np.hstack([control, restored, target]))
-        scores["val/psnr"].append(psnr(restored, target))
-        scores["val/psnr_input"].append(psnr(control, target))
-    return np.vstack(rows), {name: float(np.mean(values)) for name, values in scores.items()}
 
 
 def make_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
@@ -412,16 +385,12 @@ def update(
     optimizer.zero_grad()
 
 
-def peak_memory(device: torch.device) -> dict[str, float]:
-    return {"memory_gb": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
-
-
 # ---- the whole run -----------------------------------------------------------------------------------------
 
 
 def main(settings: Settings) -> None:
     if settings.demo:
-        make_demo(settings)
+        make_demo(settings, DEMO)
     check(settings)
 
     # Seed and devices
@@ -468,7 +437,7 @@ def main(settings: Settings) -> None:
         adapter.train()
         use = distance if run.step % settings.perceptual_every == 0 else None
         metrics = train_step(model, autoencoder, use, prompt, batch, caches, settings)
-        rate = settings.learning_rate * learning_rate_factor(run.step, settings)
+        rate = settings.learning_rate * learning_rate_factor(run.step, settings, steps)
         update(fabric, adapter, optimizer, rate, settings)
         ema.update(adapter)
         seconds, start = time.perf_counter() - start, time.perf_counter()
@@ -484,6 +453,7 @@ def main(settings: Settings) -> None:
                 picture, scores = preview(
                     partial(restore_image, model, autoencoder, prompt), previews, settings
                 )
+                scores |= held_out_loss(model, autoencoder, prompt, previews, settings)
                 run.picture("preview", picture)
                 report |= scores
             if fabric.is_global_zero:
@@ -500,33 +470,7 @@ def main(settings: Settings) -> None:
     )
 
 
-def save_outputs(adapter: nn.ModuleDict, settings: Settings, step: int, best: bool) -> None:
-    """The (averaged) LoRA: the latest, as the one file that diffusers takes from the folder of the run, a
-    snapshot, and best/ if no preview had a higher PSNR."""
-    metadata = {"base": "FLUX.1-Kontext-dev", "prompt": settings.instance_prompt, "steps": step}
-    metadata |= {n: getattr(settings, n) for n in ("rank", "alpha", "lora_targets", "resolution")}
-    metadata |= {f"modelspec.{name}": value for name, value in MODELSPEC.items()}
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.lora_dtype]
-    names = [f"snapshots/lora_{step:07d}.safetensors", *[f"best/{LORA_FILE}"] * best, LORA_FILE]
-    for path in (settings.output_dir / name for name in names):
-        path.parent.mkdir(exist_ok=True)
-        save_lora(path, adapter, metadata, dtype)
-
-
 # ---- demonstration -----------------------------------------------------------------------------------------
-
-
-def make_demo(settings: Settings) -> None:
-    """Write photographs and a tiny model folder with random weights, where the user gave no others."""
-    if settings.hr_root == DEMO["hr_root"]:
-        settings.hr_root.mkdir(parents=True, exist_ok=True)
-        for path in photographs():
-            image = cv2.resize(read_image(path), None, fx=0.5, fy=0.5)
-            write_image(settings.hr_root / f"{path.stem}.png", image)
-    if settings.pretrained_model_name_or_path == DEMO["pretrained_model_name_or_path"]:
-        cache = prompt_file(settings.output_dir, settings.instance_prompt)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_tiny_folder(settings.pretrained_model_name_or_path, cache, settings.instance_prompt)
 
 
 def check_demo(settings: Settings, run: Run) -> None:

@@ -29,11 +29,11 @@ import tool_add_control  # noqa: F401
 import tool_export_control  # noqa: F401
 import tool_make_dbgan_dataset
 import tool_make_mask  # noqa: F401
-import train_kontext_lora
 import tutorial_train_deblur  # noqa: F401
 from cldm.model import create_model
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
+from ldm.models.kontext import write_tiny_folder
 from ldm.modules.image_degradation.blur import random_blur
 from tool_make_deblur_dataset import Settings as PairSettings
 from tool_make_deblur_dataset import make_dataset
@@ -185,7 +185,7 @@ def make_place(place: Path) -> None:
             patch_size=32,
         )
     )
-    train_kontext_lora.write_tiny_folder(place / "flux", place / "prompt.safetensors", "restore")
+    write_tiny_folder(place / "flux", place / "prompt.safetensors", "restore")
 
 
 def command(name: str, place: Path, output_dir: Path, workers: int = 0, **changes: object) -> list[str]:

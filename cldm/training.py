@@ -24,7 +24,7 @@ from cldm.sharding import ShardedStrategy, check_sharding
 from ldm import checkpoint
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same, item_generator
 from ldm.settings import check_counts, check_optimizer, check_settings, lightning_precision, plain
-from ldm.util import best_precision, half_dtype
+from ldm.util import best_precision, half_dtype, learning_rate_factor
 
 COUNTS = (  # settings that must be at least 1
     "batch_size accumulate_grad_batches devices num_nodes "
@@ -209,17 +209,6 @@ def steps_of(settings: Any, samples: int) -> int:
     if settings.max_steps > 0:
         return settings.max_steps
     return math.ceil(settings.max_epochs * samples / samples_per_step(settings))
-
-
-def learning_rate_factor(step: int, settings: Any, steps: int) -> float:
-    """What the learning rate is multiplied by in step 0, 1, 2, ... of a run of so many `steps`."""
-    warmup = settings.lr_warmup_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
-        settings.lr_scheduler
-    ]
 
 
 def comparable(settings: Any) -> dict:

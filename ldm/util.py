@@ -1,6 +1,7 @@
-"""Objects from yaml (`target` names a class, `params` its arguments); denormals and 16-bit types."""
+"""Objects from yaml (`target` names a class, `params` its arguments); denormals, 16 bits, learning rates."""
 
 import importlib
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -62,3 +63,14 @@ def autocast(model: torch.nn.Module) -> AbstractContextManager:
     halves = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
     device = next(model.parameters()).device
     return torch.autocast(device.type, halves.pop()) if halves else nullcontext()
+
+
+def learning_rate_factor(step: int, settings: Any, steps: int) -> float:
+    """What the learning rate is multiplied by in step 0, 1, 2, ... of a run of so many `steps`."""
+    warmup = settings.lr_warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
+        settings.lr_scheduler
+    ]

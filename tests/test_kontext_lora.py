@@ -1,3 +1,4 @@
+import csv
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from ldm.models.kontext import (
     write_small_folder,
     write_tiny_folder,
 )
+from ldm.models.kontext_lora import MODELSPEC
 from ldm.modules.flux import pack, unpack
 from ldm.modules.lora import LORA_FILE, load_lora, make_lora
 from train_kontext_lora import Settings, draw_noise, flow_loss, learning_rate_factor, loss_weight, main
@@ -218,6 +220,19 @@ def test_loss_of_a_perfect_network_is_zero():
     assert wrong.item() == pytest.approx(0.25, rel=1e-4)
 
 
+def test_the_held_out_loss_is_the_same_each_time_and_falls_with_training(folder, tmp_path):
+    settings = make_settings(folder, tmp_path, weighting="cosmap", preview_images=2)
+    prompt = checkpoint.read_weights(folder / "prompt.safetensors")
+    autoencoder, model = script.load_models(folder / "model", settings, torch.device("cpu"))
+    data = script.make_data(settings)[1]
+    before, again = (script.held_out_loss(model, autoencoder, prompt, data, settings) for _ in range(2))
+    assert before == again and len(before) == 6
+    assert before["val/loss"] == pytest.approx(np.mean([before[f"val/loss_{s}"] for s in script.SIGMAS]))
+    main(replace(settings, max_steps=12, save_steps=6, ema_decay=0.0, batch_size=4))
+    rows = list(csv.DictReader((tmp_path / "logs" / "metrics.csv").open()))
+    assert before["val/loss"] > float(rows[0]["val/loss"]) > float(rows[1]["val/loss"])
+
+
 def test_timesteps_and_noise_belong_to_their_sample():
     together = draw_noise([1, 2, 3], (16, 4, 4), "logit_normal")
     alone = draw_noise([2], (16, 4, 4), "logit_normal")
@@ -245,7 +260,7 @@ def test_learning_rates():
     settings = Settings(max_steps=110, lr_warmup_steps=10)
     rates = {
         name: [
-            learning_rate_factor(step, replace(settings, lr_scheduler=name))
+            learning_rate_factor(step, replace(settings, lr_scheduler=name), 110)
             for step in (0, 4, 9, 10, 60, 109)
         ]
         for name in ("constant", "linear", "cosine")
@@ -427,7 +442,7 @@ def test_metadata_says_how_it_was_made(folder, tmp_path):
         "alpha": "16.0",
         "lora_targets": "attn",
         "resolution": "32",
-        **{f"modelspec.{name}": value for name, value in script.MODELSPEC.items()},
+        **{f"modelspec.{name}": value for name, value in MODELSPEC.items()},
     }
     assert metadata["modelspec.architecture"] == "flux-1-dev/lora"
 
@@ -442,7 +457,7 @@ def test_the_folder_of_a_run_is_what_diffusers_takes(folder, tmp_path):
     (tmp_path / "lora_0000001.safetensors").write_bytes(b"of an old run")
     assert _best_guess_weight_name(tmp_path) == _best_guess_weight_name(tmp_path / "best") == LORA_FILE
     header = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"val/psnr", "val/psnr_input"} <= {*header}
+    assert {"val/psnr", "val/psnr_input", "val/loss", "val/loss_0.1", "val/loss_0.9"} <= {*header}
     restore = load_restorer(folder / "model", tmp_path)  # the prompt of the former layout, beside the LoRA
     assert torch.equal(restore.args[2]["t5"], checkpoint.read_weights(folder / "prompt.safetensors")["t5"])
     cache = prompt_file(tmp_path / "new", "restore")
