@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cldm.cldm import ControlLDM
 from ldm.checkpoint import write_atomically
+from ldm.data.packed import database
 from ldm.models.diffusion.ddpm import image_of
 
 
@@ -124,7 +125,8 @@ def with_cached_latents(
     run's folder; the model's encoders are let go (see `drop_encoders`)."""
 
     def stamp(path: str | bytes | Path) -> tuple[str, int, int]:
-        status = os.stat(path)
+        packed = database(Path(os.fsdecode(path)))
+        status = os.stat(packed / "data.mdb" if packed else path)
         return os.fsdecode(path), status.st_size, status.st_mtime_ns
 
     base = stamp(settings.resume_path)[1:]

@@ -105,6 +105,11 @@ def test_hide_has_one_folder_of_all_sharp_pictures(tmp_path):
     check(tmp_path, made[:4], scenes_of[:4], tmp_path / "test" / "test-close-ups")
     assert found(tmp_path, tmp_path / "test") == made
     assert found(tmp_path, tmp_path) == [*made, *train]
+    empty = tmp_path / "empty"
+    (empty / "target").mkdir(parents=True)  # of a compiler: no folder of sharp pictures
+    make(empty, "photos/1.png photos/2.png")
+    with pytest.raises(FileNotFoundError, match="no pairs in .*photos: expected"):
+        find_pairs(empty / "photos")
     (tmp_path / "GT" / "7fromGOPR2.MP4.png").unlink()
     with pytest.raises(ValueError, match="without a partner: .*test-close-ups/7fromGOPR2.MP4.png"):
         find_pairs(tmp_path / "test")

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.image import image_size, list_images, natural_key, read_image
+from ldm.data.image import EXTENSIONS, image_size, list_images, natural_key, read_image
 from ldm.data.lists import CAPTIONS, json_lines, read_json_list, read_list
 from ldm.data.scenes import place, scenes, side
 
@@ -187,7 +187,7 @@ def _pair_folders(here: Path) -> list[tuple[Path, Path | None]]:
 def _shared_sharp(root: Path) -> list[tuple[Path, Path]]:
     """Pairs of HIDE: one folder of all sharp pictures in `root`, or beside or above it, matched by name."""
     for top in (root, *root.absolute().parents[:2]):
-        folders = [path for path in top.iterdir() if path.is_dir() and side(path.name) == "sharp"]
+        folders = [path for path in top.iterdir() if side(path.name) == "sharp" and _holds_pictures(path)]
         if len(folders) != 1 or root.absolute().is_relative_to(folders[0].absolute()):
             continue
         sharp = {path.stem: path for path in list_images(folders[0])}
@@ -197,6 +197,13 @@ def _shared_sharp(root: Path) -> list[tuple[Path, Path]]:
             _refuse_singles(single)
             return [(path, sharp[path.stem]) for path in blurry]
     return []
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Whether it is a folder with pictures directly in it, or an lmdb."""
+    if not folder.is_dir() or folder.suffix == ".lmdb":
+        return folder.is_dir()
+    return any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
 
 
 def has_pairs(folder: Path) -> bool:
