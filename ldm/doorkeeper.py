@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ldm.data.image import decode_image
+from ldm.data.image import DAMAGED, decode_image
 
 
 def sentence(error: Exception, hidden: Path | None = None) -> str:
@@ -111,7 +111,7 @@ def check_picture(content: bytes, name: str, max_megapixels: float) -> None:
     try:
         with Image.open(io.BytesIO(content)) as image:
             decode_image(image, max_megapixels)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         reason = re.sub(r" <_io\S+ object at \w+>", "", str(error))
         raise ValueError(f"cannot read image {Path(name).name}: {reason}") from error
 

@@ -1,5 +1,7 @@
 """What a result keeps of its picture: EXIF, colours, 16 bits, transparency, and what it was made from."""
 
+import warnings
+
 import cv2
 import numpy as np
 import pytest
@@ -154,3 +156,29 @@ def test_records_tell_what_differs(tmp_path):
     with pytest.raises(FileNotFoundError, match="file not found: .*none"):
         identity(tmp_path / "none")
     assert read_record(tmp_path / "a.bin") == "" and read_record(tmp_path / "none") == ""
+
+
+def test_damaged_files_are_named_or_read(tmp_path):
+    """1 to 8 bytes of a picture with EXIF are changed: it is refused in a sentence, or written."""
+    rng, read = np.random.default_rng(0), 0
+    for ending in ("jpg", "png", "tif", "webp"):
+        Image.fromarray(photograph(12, 12)).save(tmp_path / f"in.{ending}", exif=camera_exif())
+        content = (tmp_path / f"in.{ending}").read_bytes()
+        for _ in range(60):
+            broken = bytearray(content)
+            for at in rng.integers(0, min(400, len(broken)), rng.integers(1, 9)):
+                broken[at] = rng.integers(256)
+            path = tmp_path / f"broken.{ending}"
+            path.write_bytes(broken)
+            read_record(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    picture = read_picture(path, deep=True)
+                except ValueError as error:
+                    assert str(error).startswith("cannot read image")
+                    continue
+            write_picture(tmp_path / "out.png", picture.with_alpha(picture.pixels), picture, "made")
+            assert read_record(tmp_path / "out.png") == "made"
+            read += 1
+    assert read > 20

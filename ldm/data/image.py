@@ -3,18 +3,44 @@
 import io
 import os
 import re
+import struct
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms
 
 from ldm.data.packed import database, list_packed, read_packed
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 SAME = 3  # of 255: an RGB profile that moves no colour farther is an sRGB
+# What Pillow raises for files that are damaged.
+DAMAGED = (
+    *(
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        SyntaxError,
+        struct.error,
+        OSError,
+    ),
+    Image.DecompressionBombError,
+)
+_TURN = Image.Transpose
+# By EXIF's orientation.
+TURNS = {
+    2: _TURN.FLIP_LEFT_RIGHT,
+    3: _TURN.ROTATE_180,
+    4: _TURN.FLIP_TOP_BOTTOM,
+    5: _TURN.TRANSPOSE,
+    6: _TURN.ROTATE_270,
+    7: _TURN.TRANSVERSE,
+    8: _TURN.ROTATE_90,
+}
 # Photographs that come inside the scikit-image package, for demonstrations and tests.
 PHOTOGRAPHS = (
     "astronaut.png",
@@ -40,7 +66,7 @@ def read_image(path: str | Path, max_megapixels: float | None = None) -> np.ndar
             return decode_image(image, max_megapixels)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise ValueError(f"cannot read image {path}: {error}") from error
 
 
@@ -49,8 +75,17 @@ def decode_image(image: Image.Image, max_megapixels: float | None = None) -> np.
     pixels = image.width * image.height / 1e6
     if max_megapixels is not None and pixels > max_megapixels:
         raise ValueError(f"it has {pixels:.1f} megapixels, more than {max_megapixels:g}")
-    image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+    return _to_rgb(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF wants it to be shown; as it lies if its EXIF is damaged."""
+    image.load()  # turns a TIFF
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGED:
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -67,7 +102,7 @@ def read_rgba(path: str | Path) -> np.ndarray | None:
     with open_image(Path(path)) as image:
         if not image.has_transparency_data:
             return None
-        return np.array(_to_srgb(ImageOps.exif_transpose(image)).convert("RGBA"))
+        return np.array(_to_srgb(upright(image)).convert("RGBA"))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -83,7 +118,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
             turned = turned and image.format != "TIFF"  # Pillow gives that upright already
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         raise ValueError(f"cannot read image {path}: {error}") from error
     return (height, width) if turned else (width, height)
 

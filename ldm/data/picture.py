@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from ldm.data.image import open_image, over_white, read_image, read_rgba, to_8_bit, write_whole
+from ldm.data.image import DAMAGED, open_image, over_white, read_image, read_rgba, to_8_bit, write_whole
 from ldm.data.packed import database, read_packed
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of results, by their ending
@@ -87,7 +87,7 @@ def keep_exif(image: Image.Image, path: str | Path) -> Image.Exif:
             if values:
                 kept.get_ifd(ifd).update(values)
         kept.tobytes()
-    except (ValueError, TypeError, KeyError, SyntaxError, struct.error, OSError) as error:
+    except DAMAGED as error:
         warnings.warn(f"{path}: its EXIF is damaged and not kept ({error})", stacklevel=2)
         return Image.Exif()
     return kept
@@ -96,7 +96,8 @@ def keep_exif(image: Image.Image, path: str | Path) -> Image.Exif:
 def _bits(image: Image.Image, path: str | Path) -> int:
     """Bits of a channel in a PNG or TIFF, 8 for all others."""
     if image.format == "TIFF":
-        return max(image.tag_v2.get(TAGS.BitsPerSample, (8,)))
+        bits = image.tag_v2.get(TAGS.BitsPerSample, 8)
+        return max(bits) if isinstance(bits, tuple) and bits else bits
     if image.format == "PNG" and not database(Path(path)):
         with open(path, "rb") as file:
             return file.read(25)[24]
@@ -106,7 +107,10 @@ def _bits(image: Image.Image, path: str | Path) -> int:
 def _read_deep(image: Image.Image, path: str | Path) -> tuple[np.ndarray, np.ndarray | None] | None:
     """uint16 (h, w, 3), upright, and the transparency (h, w) if there is one; None if they are not uint16."""
     content = np.frombuffer(Path(path).read_bytes(), np.uint8)
-    values = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    try:
+        values = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # what Pillow could read
+        return None
     if values is None or values.dtype != np.uint16:
         return None
     values = values.reshape(*values.shape[:2], -1)
@@ -166,7 +170,7 @@ def read_record(path: str | Path) -> str:
     try:
         with Image.open(path) as image:
             return str(image.getexif().get(RECORD, ""))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except DAMAGED:
         return ""
 
 
