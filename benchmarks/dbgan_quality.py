@@ -15,7 +15,7 @@ that of photographs; nothing sharp belongs to it, so restored crops are compared
     python -m benchmarks.dbgan_quality ship --run outputs/RUN
 
 writes models/dbgan.safetensors and models/bgan.safetensors from a run of the mode `all`, with command, commit
-and scores on the photographs inside scikit-image: of each the middle 256 pixels, with each blur at scale 0.4.
+and scores on the photographs inside scikit-image: of each the middle 128 pixels, with each blur at scale 0.4.
 
 Processor time is that of the process, data included: other programs do not count.
 """
@@ -53,6 +53,8 @@ from ldm.validation import middle
 from train_dbgan import DEMO, DEMO_DATA, STAGES, Players, make_players, train_step
 from train_dbgan import Settings as TrainSettings
 
+SCORED = 128  # pixels in the middle of a photograph
+
 
 @dataclass
 class Settings:
@@ -62,6 +64,7 @@ class Settings:
     seconds: float = 120  # processor time of each training
     seeds: int = 3  # of `bgan`: runs that differ in all that is random
     run: Path = Path("outputs/dbgan")  # of `ship`: the run's folder
+    stages: tuple[str, str] = ("deblur", "blur")  # of `ship`: those that dbgan and bgan are of
     command: str = ""  # of `ship`: what was run
     real: tuple[Path, Path] | None = None  # patches of photographs to learn from, and held-out ones
 
@@ -247,7 +250,7 @@ def bgan(settings: Settings) -> None:
 def deblur_scores(network: nn.Module, name: str) -> dict[str, float]:
     """Gain in dB by blur type on one photograph of scikit-image, PSNR of the sharp one to itself, and how far
     the spectra of restored and of blurry pictures are from the sharp one's, in decades."""
-    sharp = middle(read_image(photographs((name,))[0]), 256)
+    sharp = middle(read_image(photographs((name,))[0]), SCORED)
     row, made = {}, {"restored": [], "blurry": []}
     for number, kind in enumerate(BLUR_TYPES):
         blurry = random_blur(sharp, np.random.default_rng(number), [kind], scale=0.4)[0]
@@ -263,7 +266,7 @@ def deblur_scores(network: nn.Module, name: str) -> dict[str, float]:
 
 def blur_scores(network: nn.Module, name: str) -> dict[str, float]:
     """What BGAN takes from one photograph: PSNR to the sharp one, and change of its spectrum, in decades."""
-    sharp = middle(read_image(photographs((name,))[0]), 256)
+    sharp = middle(read_image(photographs((name,))[0]), SCORED)
     made = blur_image(network, sharp, seed=0)
     return {"psnr": psnr(made, sharp), "spectrum": spectrum_distance(spectra([made]), spectra([sharp]))}
 
@@ -274,8 +277,9 @@ def ship(settings: Settings) -> None:
     content = load_generator(settings.run / "deblur" / "dbgan_content.safetensors", "deblur")
     before = {name: deblur_scores(content, name) for name in PHOTOGRAPHS}
     print("before the adversarial phase:", mean_scores(before))
-    for kind, name, score in (("deblur", "dbgan", deblur_scores), ("blur", "bgan", blur_scores)):
-        path = settings.run / kind / f"{name}.safetensors"
+    made = (("deblur", "dbgan", deblur_scores), ("blur", "bgan", blur_scores))
+    for stage, (kind, name, score) in zip(settings.stages, made, strict=True):
+        path = settings.run / stage / f"{name}.safetensors"
         network = load_generator(path, kind)
         scores = {photograph: score(network, photograph) for photograph in PHOTOGRAPHS}
         metadata = {
