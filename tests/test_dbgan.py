@@ -21,7 +21,7 @@ from torchvision.models import vgg19
 
 import infer
 import train_dbgan as script
-from benchmarks.dbgan_quality import frechet
+from benchmarks.dbgan_quality import blur_scores, deblur_scores, frechet
 from ldm import checkpoint
 from ldm.data.image import list_images, photographs, read_image, to_tensor, write_image
 from ldm.data.pairs import find_pairs
@@ -35,6 +35,7 @@ from ldm.modules.generators import (
     load_generator,
     make_generator,
 )
+from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.modules.mprnet import MPRNet
 from ldm.modules.nafnet import NAFNet
 from ldm.modules.sftnet import SFT, SFTNet
@@ -848,6 +849,24 @@ def test_infer_blurs_and_deblurs(tmp_path):
     assert not np.array_equal(first[0], first[1])  # but another blur for another picture
     assert not np.array_equal(first[0], results(infer.BGAN, "blur", "three", seed=1)[0])
     assert (tmp_path / "one" / "blurred_a.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "score"), [("dbgan", "deblur", deblur_scores), ("bgan", "blur", blur_scores)]
+)
+def test_the_shipped_weights_reach_their_scores(name, kind, score):
+    """On two held-out photographs, as recorded in the file: who breaks the restorer breaks this."""
+    path = ROOT / "models" / f"{name}.safetensors"
+    recorded, network = checkpoint.read_settings(path, "scores"), load_generator(path, kind)
+    assert checkpoint.read_metadata(path).keys() >= {"command", "commit", "data"}
+    assert path.stat().st_size < 12e6
+    for photograph in ("chelsea.png", "coffee.png"):
+        found = score(network, photograph)
+        assert found == pytest.approx(recorded[photograph], abs=0.05)
+        if kind == "deblur":
+            assert np.mean([found[blur] for blur in BLUR_TYPES]) > 0.1 and found["sharp"] > 30
+    if kind == "blur":
+        assert max(row["psnr"] for row in recorded.values()) < 40  # it does something
 
 
 def test_demo_data_and_flags(tmp_path, monkeypatch):
