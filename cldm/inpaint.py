@@ -178,8 +178,7 @@ def expand(
     """
     if min(sides) < 0:
         raise ValueError(f"outpainting adds 0 or more pixels to each side, not {sides}")
-    left, top, right, bottom = sides
-    border = (top, bottom, left, right)
+    border = [sides[n] for n in (1, 3, 0, 2)]  # top, bottom, left, right
     image = cv2.copyMakeBorder(image, *border, cv2.BORDER_REPLICATE)
     return image, cv2.copyMakeBorder(mask, *border, cv2.BORDER_CONSTANT, value=1)
 
