@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -329,3 +330,15 @@ def test_an_average_with_a_decay_of_0_is_the_parameters():
     assert torch.equal(ema.average["weight"], network.weight)
     with pytest.raises(ValueError, match="ema_decay must lie in"):
         EMA(network, 1.0)
+
+
+class Threads(Points):
+    def __getitem__(self, key):
+        return {"threads": cv2.getNumThreads()}
+
+
+def test_workers_leave_the_cores_to_each_other(tmp_path):
+    run = Run(start_fabric(), tmp_path, {}, {"state_dict": nn.Linear(1, 1)})
+    before = cv2.getNumThreads()
+    batches = list(run.loader(Threads(), 2, 2, 0, num_workers=1))
+    assert max(batch["threads"].max().item() for batch in batches) <= 1 and cv2.getNumThreads() == before
