@@ -145,7 +145,7 @@ SMALL = {
     "tutorial_train_deblur.py": f"{CONTROL} --config_path {TINY} --val_fraction 0.3 --deblur_crop 4 "
     "--perceptual_loss_weight 0",
     "tutorial_train_inpaint.py": f"{CONTROL} --config_path {TINY.with_stem('cldm_tiny_inpaint')}",
-    "train_srn.py": f"{PLAIN} --width 2",
+    "train_srn.py": f"{PLAIN} --width 2 --crop_size 32",  # two times 16 for --sampling
     "train_dbgan.py": f"{PLAIN} --width 4 --blocks 1 --blur_blocks 1 --discriminator_width 2 --accumulate 1 "
     "--perceptual_loss_weight 0",
     "train_kontext_lora.py": "--max_steps 1 --resolution 32 --rank 2 --batch_size 1 --accumulate 1 "
