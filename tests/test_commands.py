@@ -82,7 +82,7 @@ def commands():
 def split(line):
     """Script and words of a command line; infer.py's subcommand where the file would say it."""
     script, *words = shlex.split(line[line.rindex("python ") :], comments=True)[1:]
-    if script == "infer.py" and words[0].startswith("--") and words != ["--help"]:
+    if script == "infer.py" and words not in ([], ["--help"]) and words[0].startswith("--"):
         words = ["inpaint" if "--input_mask" in words else "srn", *words]
     return (words[0], words[1:]) if script == "-m" else (script, words)
 
@@ -214,7 +214,7 @@ def test_every_command_runs(line, page, workplace, monkeypatch, capsys):
     main = module.restore_files if script == "infer.py" else module.main
     words += SMALL.get(script, "").split()
     settings = read_settings(settings_of(script), getattr(module, "DEMO", None), words)
-    if script.startswith("train_"):  # the pages show several runs with one output folder
+    if script.startswith(("train_", "tutorial_")):  # the pages show several runs with one output folder
         for part in ("checkpoints", "blur", "deblur"):
-            shutil.rmtree(settings.output_dir / part, ignore_errors=True)
+            shutil.rmtree(Path(settings.output_dir) / part, ignore_errors=True)
     main(settings)

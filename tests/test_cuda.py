@@ -174,7 +174,7 @@ def test_the_deblurring_controlnet_restores_on_cuda(tmp_path, precision, how):
     how = {"input": tmp_path, "precision": precision, "num_inference_steps": 2, **how}
     with (
         fake_tensors(),
-        mock.patch("cldm.model.open_control_model", lambda *a: tiny_control_model("cldm_tiny_deblur.yaml")),
+        mock.patch("cldm.restore.open_control_model", lambda *a: tiny_control_model("cldm_tiny_deblur.yaml")),
     ):
         restore = options(infer.Deblur, tmp_path, prompt="a cat", **how).restorer()
         assert restore(np.zeros((90, 150, 3), np.uint8), Path("a.png")).shape == (90, 150, 3)
@@ -189,7 +189,9 @@ def test_the_inpainting_controlnet_restores_on_cuda(tmp_path, precision, strengt
     how = {"input": photo, "input_mask": mask, "precision": precision, "num_inference_steps": 2}
     with (
         fake_tensors(),
-        mock.patch("cldm.model.open_control_model", lambda *a: tiny_control_model("cldm_tiny_inpaint.yaml")),
+        mock.patch(
+            "cldm.restore.open_control_model", lambda *a: tiny_control_model("cldm_tiny_inpaint.yaml")
+        ),
     ):
         restore = options(infer.Inpaint, tmp_path, strength=strength, **how).restorer()
         assert restore(image, photo).shape == (90, 150, 3)
