@@ -140,7 +140,7 @@ FEW = "--batch_size 2 --num_workers 0 --precision 32"
 CONTROL = (
     f"{FEW} --image_size 64 --max_steps 2 --save_steps 2 --val_samples 2 --val_steps 2 --val_ddim_steps 1"
 )
-PLAIN = f"{FEW} --max_steps 1 --crop_size 16 --val_images 1 --val_crop 32 --no_compile"
+PLAIN = f"{FEW} --max_steps 1 --crop_size 32 --val_images 1 --val_crop 32 --no_compile"
 SMALL = {
     "tutorial_train_deblur.py": f"{CONTROL} --config_path {TINY} --val_fraction 0.3 --deblur_crop 4 "
     "--perceptual_loss_weight 0",
