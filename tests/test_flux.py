@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from ldm.models.diffusion.flow import sample, schedule, shift_timesteps
+from ldm.modules.attention import Rotate, rotary_embedding
 from ldm.modules.flux import (
     Flux,
     FluxParams,
-    Rotate,
     pack,
     predict_velocity,
-    rotary_embedding,
     token_ids,
     unpack,
 )

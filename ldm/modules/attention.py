@@ -1,4 +1,4 @@
-"""Transformer blocks: a UNet attends to itself and to a text (Rombach et al. 2022, sec. 3.3)."""
+"""Transformer blocks: a UNet attends to itself and to a text (Rombach et al. 2022, sec. 3.3); rotations."""
 
 import torch
 import torch.nn.functional as F
@@ -131,3 +131,33 @@ def tokens(x: torch.Tensor) -> torch.Tensor:
 def feature_map(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(b, h * w, c) -> (b, c, h, w), channels_last."""
     return x.transpose(1, 2).unflatten(2, size)
+
+
+def rotary_embedding(
+    ids: torch.Tensor, axes_dim: tuple[int, ...], theta: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rotates the pairs of a head (RoPE), float32: ids (b, n, axes) -> cosines (b, 1, n, d), each twice,
+    and sines (b, 1, n, d / 2)."""
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        powers = torch.arange(0, dim, 2, dtype=torch.float32, device=ids.device) / dim
+        angles.append(ids[..., axis, None].float() * theta**-powers)
+    angles = torch.cat(angles, dim=-1)[:, None]
+    return angles.cos().repeat_interleave(2, dim=-1), angles.sin()
+
+
+class Rotate(torch.autograd.Function):
+    """Neighbours (x0, x1) become (x0 cos - x1 sin, x1 cos + x0 sin), with three reads of x in all."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        turned = torch.mul(x, cos, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        turned[..., 0::2].addcmul_(x[..., 1::2], sin, value=-1)
+        turned[..., 1::2].addcmul_(x[..., 0::2], sin)
+        return turned
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return Rotate.apply(grad, cos, -sin), None, None  # turned back

@@ -17,6 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.modules.attention import Rotate, rotary_embedding
 from ldm.modules.swap import BlockSwap
 
 
@@ -50,38 +51,10 @@ def timestep_embedding(values: Tensor, dim: int = 256) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotary_embedding(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
-    """What rotates the pairs of a head (RoPE), float32: ids (b, n, axes) -> cosines (b, 1, n, d), each twice,
-    and sines (b, 1, n, d / 2)."""
-    angles = []
-    for axis, dim in enumerate(axes_dim):
-        powers = torch.arange(0, dim, 2, dtype=torch.float32, device=ids.device) / dim
-        angles.append(ids[..., axis, None].float() * theta**-powers)
-    angles = torch.cat(angles, dim=-1)[:, None]
-    return angles.cos().repeat_interleave(2, dim=-1), angles.sin()
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Self-attention over all tokens, each q, k, v (b, heads, n, d) -> (b, n, heads * d)."""
     q, k = Rotate.apply(q, *rotation), Rotate.apply(k, *rotation)
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-
-
-class Rotate(torch.autograd.Function):
-    """Neighbours (x0, x1) become (x0 cos - x1 sin, x1 cos + x0 sin), with three reads of x in all."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        turned = torch.mul(x, cos, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
-        turned[..., 0::2].addcmul_(x[..., 1::2], sin, value=-1)
-        turned[..., 1::2].addcmul_(x[..., 0::2], sin)
-        return turned
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return Rotate.apply(grad, cos, -sin), None, None  # turned back
 
 
 class MLPEmbedder(nn.Module):
