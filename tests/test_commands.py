@@ -170,7 +170,7 @@ def workplace(tmp_path_factory):
     tiny_runs.make_place(place)
     copies = {"gopro": "gopro/train gopro/test training/GOPRO_Large/train training/GOPRO_Large/test"}
     copies |= {
-        "photos": "PHOTOS photos photos/train photos/held_out my_photos sharp_photos clean damaged",
+        "photos": "PHOTOS HELD_OUT photos photos/train photos/held_out my_photos sharp_photos clean damaged",
         "real": "RWBI/train RWBI/valid",
     }
     copies |= {"gopro/GOPR0/blur": "BLURRY photos/blur", "gopro/GOPR0/sharp": "SHARP photos/sharp"}
