@@ -4,7 +4,7 @@
         --output report.json --html report.html
 
 PSNR and SSIM are of uint8 RGB images with a data range of 255, per image, then averaged (ldm/metrics.py); the
-flags add the figures of other papers (ldm/scores.py). Pictures are matched by their path in the folder
+flags add the figures of other papers (harness/scores.py). Pictures are matched by their path in the folder
 without its extension; in a tree (GoPro, RealBlur, HIDE, input/target) by scene and frame, in a folder of
 tool_make_deblur_dataset.py by number.
 """
@@ -25,13 +25,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from harness.profile import PROFILE, cost_lines, read_profile, weights_lines
+from harness.scores import ABOUT, SCORES, deep_network, load_baseline, plain, timed
+from harness.settings import run_main
 from ldm.checkpoint import describe, write_atomically
 from ldm.data.image import list_images, read_image, side_by_side
 from ldm.data.scenes import place, side
 from ldm.metrics import rgb_shift
-from ldm.profile import PROFILE, cost_lines, read_profile, weights_lines
-from ldm.scores import ABOUT, SCORES, deep_network, load_baseline, plain, timed
-from ldm.settings import run_main
 
 WORST = 5
 

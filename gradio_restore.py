@@ -19,10 +19,10 @@ from typing import Any, Literal
 import torch
 
 import infer
+from harness.settings import run_main
 from ldm.data.image import image_size
-from ldm.doorkeeper import Doorkeeper, Terse, check_picture, sentence
-from ldm.settings import run_main
-from ldm.workshop import Stopped, System, Workshop, open_upload, painted, save_mask
+from web.doorkeeper import Doorkeeper, Terse, check_picture, sentence
+from web.workshop import Stopped, System, Workshop, open_upload, painted, save_mask
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 

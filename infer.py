@@ -26,11 +26,11 @@ import numpy as np
 import torch
 import tyro
 
+from harness.jobs import Files, Job, Restorer, restore_files
+from harness.settings import run_main
 from ldm import checkpoint
 from ldm.data.image import read_rgba, side_by_side
 from ldm.data.stream import item_seed
-from ldm.jobs import Files, Job, Restorer, restore_files
-from ldm.settings import run_main
 from ldm.util import autocast
 
 Precision = Literal["auto", "32", "16", "bf16"]

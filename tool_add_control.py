@@ -15,8 +15,8 @@ from typing import Annotated
 import tyro
 
 from cldm.model import CONTROL, add_control, config_for, family, load_state_dict, read_config
+from harness.settings import run_main
 from ldm.checkpoint import write_weights
-from ldm.settings import run_main
 
 
 @dataclass

@@ -17,8 +17,8 @@ import torch
 import tyro
 
 from cldm.model import family, hint_latent_channels, listing, read_control
+from harness.settings import run_main
 from ldm.checkpoint import write_weights
-from ldm.settings import run_main
 
 PREFIX, UNET = "control_model.", "model.diffusion_model."
 

@@ -18,8 +18,8 @@ import tyro
 from torch import Tensor, nn
 
 from cldm.model import read_control
+from harness.settings import run_main
 from ldm.modules.generators import load_generator
-from ldm.settings import run_main
 from train_srn import SRNDeblurNet, load_network, pyramid
 
 SIZES = (70, 90), (33, 101), (64, 128)  # compared

@@ -24,12 +24,12 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from harness.jobs import parse_shard, share_of
+from harness.settings import run_main
 from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, read_image
 from ldm.data.pairs import find_pairs, sharp_pairs
 from ldm.data.patches import KEYS, open_patches
-from ldm.jobs import parse_shard, share_of
-from ldm.settings import run_main
 
 CHUNK = 1  # patches in a chunk: they are read one by one, in any order
 CONTRAST, SHARP, SOFT = 6.0, 0.45, 0.36  # limits of `focus`, chosen by looking at 32 photographs

@@ -31,14 +31,14 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from harness.jobs import parse_shard, share_of
+from harness.settings import run_main
 from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.paired import at_least, blur_crop, sharpness
 from ldm.data.pairs import JSONL, json_lines
 from ldm.data.stream import SampleStream
-from ldm.jobs import parse_shard, share_of
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types
-from ldm.settings import run_main
 
 PNG_LEVEL = 2  # a third of the time of level 6, files 8% larger
 # Settings that may differ from those a folder was begun with.

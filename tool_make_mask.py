@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from harness.settings import run_main
 from ldm.data.image import list_images, read_image, write_image
 from ldm.data.stream import item_seed
 from ldm.modules.image_degradation.masks import random_mask
-from ldm.settings import run_main
 
 
 @dataclass

@@ -23,9 +23,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from harness.dbgan_data import open_data
+from harness.run import Run, average_gradients, start_fabric, unscale_gradients
+from harness.settings import (
+    Accumulate,
+    BatchSize,
+    Devices,
+    MaxSteps,
+    Precision,
+    check_counts,
+    plain,
+    run_main,
+)
+from harness.validation import HeldOut, Spectra, line, report
 from ldm.checkpoint import fingerprint
 from ldm.data.demo import write_demo
-from ldm.data.patches import open_data, open_source
+from ldm.data.patches import open_source
 from ldm.modules import gan
 from ldm.modules.ema import EMA
 from ldm.modules.gan import Discriminator, ImagePool, frozen, initialise, judge
@@ -43,9 +56,6 @@ from ldm.modules.generators import (
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.modules.losses import PixelLoss
 from ldm.modules.perceptual import FILE, PerceptualLoss
-from ldm.run import Run, average_gradients, start_fabric, unscale_gradients
-from ldm.settings import Accumulate, BatchSize, Devices, MaxSteps, Precision, check_counts, plain, run_main
-from ldm.validation import HeldOut, Spectra, line, report
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 

@@ -26,6 +26,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
+from harness.run import Run, average_gradients, start_fabric
+from harness.settings import (
+    Accumulate,
+    BatchSize,
+    Devices,
+    MaxSteps,
+    Range,
+    check_counts,
+    check_optimizer,
+    plain,
+    run_main,
+)
 from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
 from ldm.data.image import list_images, read_image, write_image
 from ldm.data.stream import item_generator
@@ -46,18 +58,6 @@ from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity
 from ldm.modules.lora import LORA_FILE, load_lora, make_lora, merge, start_from
 from ldm.modules.perceptual import PerceptualLoss
-from ldm.run import Run, average_gradients, start_fabric
-from ldm.settings import (
-    Accumulate,
-    BatchSize,
-    Devices,
-    MaxSteps,
-    Range,
-    check_counts,
-    check_optimizer,
-    plain,
-    run_main,
-)
 from ldm.util import learning_rate_factor
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------

@@ -31,6 +31,8 @@ from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel
 
 from cldm.model import read_config
+from harness.run import Run, average_gradients, start_fabric
+from harness.settings import Devices, Precision, check_counts, plain, run_main
 from ldm.checkpoint import read_trained, write_atomically, write_half
 from ldm.data.dead_leaves import dead_leaves
 from ldm.data.image import list_images, photographs, read_image, to_tensor, to_uint8, write_image
@@ -47,8 +49,6 @@ from ldm.modules.ema import EMA
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.flux import Flux, FluxParams, Modulation, predict_velocity
 from ldm.modules.image_degradation.blur import random_blur
-from ldm.run import Run, average_gradients, start_fabric
-from ldm.settings import Devices, Precision, check_counts, plain, run_main
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 

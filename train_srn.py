@@ -22,6 +22,18 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.run import Run, start_fabric, unscale_gradients
+from harness.settings import (
+    BatchSize,
+    Devices,
+    MaxSteps,
+    Precision,
+    WeightDecay,
+    check_counts,
+    plain,
+    run_main,
+)
+from harness.validation import HeldOut, line, report
 from ldm.checkpoint import fill, read_trained, write_half
 from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs
@@ -30,10 +42,7 @@ from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.modules.losses import PixelLoss, restoration_loss
-from ldm.run import Run, start_fabric, unscale_gradients
-from ldm.settings import BatchSize, Devices, MaxSteps, Precision, WeightDecay, check_counts, plain, run_main
 from ldm.tiling import pad_to_multiple, restore_picture
-from ldm.validation import HeldOut, line, report
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 

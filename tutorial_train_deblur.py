@@ -26,11 +26,7 @@ from cldm.deblur import add_attention, add_hint_latent
 from cldm.demo import announce_demo, make_demo_start
 from cldm.model import create_filled_model, load_state_dict, read_config
 from cldm.training import StreamData, check_start, fit, prepare_model, report, with_precision
-from ldm.data.captions import check_captions, read_caption
-from ldm.data.paired import BlurDataset, PairedDataset
-from ldm.data.pairs import Pair, check_sizes, find_pairs, has_pairs, sharp_pairs, split_pairs
-from ldm.data.stream import item_generator
-from ldm.settings import (
+from harness.settings import (
     Accumulate,
     AnyPrecision,
     BatchSize,
@@ -42,6 +38,10 @@ from ldm.settings import (
     check_counts,
     run_main,
 )
+from ldm.data.captions import check_captions, read_caption
+from ldm.data.paired import BlurDataset, PairedDataset
+from ldm.data.pairs import Pair, check_sizes, find_pairs, has_pairs, sharp_pairs, split_pairs
+from ldm.data.stream import item_generator
 from ldm.util import flush_denormals
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset

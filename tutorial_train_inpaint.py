@@ -31,10 +31,7 @@ from cldm.demo import announce_demo, make_demo_start
 from cldm.inpaint import widen_hint
 from cldm.model import create_filled_model, listing, load_state_dict, read_config, read_control
 from cldm.training import StreamData, check_start, fit, prepare_model, report, with_precision
-from ldm.checkpoint import write_weights
-from ldm.data.image import list_images, photographs, read_image, write_image
-from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
-from ldm.settings import (
+from harness.settings import (
     Accumulate,
     AnyPrecision,
     BatchSize,
@@ -45,6 +42,9 @@ from ldm.settings import (
     StartPath,
     run_main,
 )
+from ldm.checkpoint import write_weights
+from ldm.data.image import list_images, photographs, read_image, write_image
+from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
 from ldm.util import flush_denormals
 from tool_export_control import alone
 

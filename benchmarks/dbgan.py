@@ -22,11 +22,11 @@ from torchvision.models import vgg19
 
 from benchmarks.head import begin
 from benchmarks.srn import CUDA, forms, measure, show
+from harness.run import start_fabric
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.paired import at_least
 from ldm.data.patches import Patches
 from ldm.modules.perceptual import PerceptualLoss
-from ldm.run import start_fabric
 from tool_make_dbgan_dataset import cut
 from train_dbgan import Settings as TrainSettings
 from train_dbgan import deblur_losses, make_players, train_step

@@ -38,18 +38,19 @@ import tyro
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
+from harness.dbgan_data import open_data
+from harness.profile import count_macs
+from harness.run import start_fabric
+from harness.settings import run_main
+from harness.validation import middle
 from ldm.checkpoint import read_settings, read_weights, write_weights
 from ldm.data.demo import CAMERA, write_demo
 from ldm.data.image import PHOTOGRAPHS, list_images, photographs, read_image, write_image
-from ldm.data.patches import Patches, open_data
+from ldm.data.patches import Patches
 from ldm.metrics import psnr, radial_power, spectrum_distance
 from ldm.modules.ema import EMA
 from ldm.modules.generators import OTHERS, blur_image, load_generator, restore_image
 from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
-from ldm.profile import count_macs
-from ldm.run import start_fabric
-from ldm.settings import run_main
-from ldm.validation import middle
 from train_dbgan import DEMO, DEMO_DATA, STAGES, Players, make_players, train_step
 from train_dbgan import Settings as TrainSettings
 

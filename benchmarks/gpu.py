@@ -24,8 +24,8 @@ import tutorial_train_deblur
 from benchmarks import controlnet_step, kontext_step, plan
 from benchmarks import srn as srn_benchmark
 from benchmarks.head import begin, in_turn, processor, ratio, seconds
+from harness.settings import run_main
 from ldm.modules.flux import FluxParams
-from ldm.settings import run_main
 
 LIMIT = 540  # seconds after which nothing new is begun
 TINY_FLUX = FluxParams(64, 64, 32, 48, 128, 4.0, 4, depth=1, depth_single_blocks=2, axes_dim=(8, 12, 12))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory [--trainers srn kontext]        # about 15 minutes on one core
 
-The commands of benchmarks/tiny_runs.py as processes of their own; validation, pictures and checkpoints come
+The commands of tests/faults/tiny_runs.py as processes of their own; validation, pictures and checkpoints come
 about every 100 steps. Shown is VmRSS of the main process, and of its workers together (training has one, and
 the validation of ControlNets another), at some steps: medians of the samples around each. --csv FILE keeps
 all samples. Exit code 1 if more than `limit` MiB are added after step 1000.
@@ -24,7 +24,7 @@ from pathlib import Path
 import tyro
 
 from benchmarks.head import begin
-from benchmarks.tiny_runs import ROOT, TRAINERS, command, make_place, must, prepare_output, run
+from tests.faults.tiny_runs import ROOT, TRAINERS, command, make_place, must, prepare_output, run
 
 STEPS = 2000
 MARKS = (200, 1000, STEPS)

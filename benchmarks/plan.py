@@ -35,6 +35,7 @@ from cldm.cldm import ControlLDM
 from cldm.deblur import add_hint_latent
 from cldm.model import read_config
 from cldm.training import prepare_model, with_precision
+from harness.settings import lightning_precision, plain, run_main
 from ldm.models.kontext import TRANSFORMER, FluxAutoencoder
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, FluxParams
@@ -42,7 +43,6 @@ from ldm.modules.fp8 import store_in_fp8
 from ldm.modules.generators import make_generator
 from ldm.modules.lora import block_linears
 from ldm.modules.perceptual import PerceptualLoss
-from ldm.settings import lightning_precision, plain, run_main
 from ldm.util import half_dtype, instantiate_from_config
 
 OVERHEAD = 1.0  # GB: CUDA's context, cuDNN's workspace, rounding

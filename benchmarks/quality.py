@@ -26,6 +26,8 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_srn
+from harness.run import start_fabric
+from harness.validation import middle
 from ldm.data.image import photographs, read_image
 from ldm.data.stream import SampleStream
 from ldm.metrics import psnr
@@ -33,9 +35,7 @@ from ldm.modules.ema import EMA
 from ldm.modules.image_degradation import blur
 from ldm.modules.losses import restoration_loss
 from ldm.modules.nafnet import NAFNet
-from ldm.run import start_fabric
 from ldm.tiling import restore_picture
-from ldm.validation import middle
 
 WORDS = ("motion", "gaussian", "defocus", "lens")  # the columns
 SEED = 0
@@ -146,7 +146,7 @@ def held_out(seed: int) -> list[tuple[str, np.ndarray, np.ndarray, list[np.ndarr
                 kernels.append(kernel)
                 return convolve(light, kernel)
 
-            rng = np.random.default_rng([seed, len(rows)])  # as in ldm.validation.HeldOut
+            rng = np.random.default_rng([seed, len(rows)])  # as in harness.validation.HeldOut
             with patch.object(blur, "convolve", note):
                 blurry, _, drawn = blur.random_blur(sharp, rng, [blur_type])
             if "sigma" in drawn:

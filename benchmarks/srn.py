@@ -16,7 +16,7 @@ import tyro
 from torch.nn import functional as F
 
 from benchmarks.head import begin, seconds
-from ldm.run import start_fabric
+from harness.run import start_fabric
 from train_srn import Settings as TrainSettings
 from train_srn import SRNDeblurNet, make_optimizer, restore, train_step
 

@@ -14,9 +14,9 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
 from cldm.sharding import split_like, whole
+from harness.run import check_finite
 from ldm import checkpoint
 from ldm.modules.ema import EMA
-from ldm.run import check_finite
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

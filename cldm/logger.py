@@ -12,8 +12,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from cldm.sharding import ShardedStrategy
+from harness.metrics_csv import MetricsCsv
 from ldm.data.image import to_uint8, write_image
-from ldm.metrics_csv import MetricsCsv
 
 
 def log_txt_as_img(size: tuple[int, int], texts: list[str]) -> torch.Tensor:

@@ -21,9 +21,9 @@ from cldm.cldm import ControlLDM
 from cldm.logger import CsvRows, ImageLogger, Progress
 from cldm.model import listing
 from cldm.sharding import ShardedStrategy, check_sharding
+from harness.settings import check_counts, check_optimizer, check_settings, lightning_precision, plain
 from ldm import checkpoint
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same, item_generator
-from ldm.settings import check_counts, check_optimizer, check_settings, lightning_precision, plain
 from ldm.util import best_precision, half_dtype, learning_rate_factor
 
 COUNTS = (  # settings that must be at least 1

@@ -21,7 +21,7 @@ def ssim(restored: np.ndarray, sharp: np.ndarray) -> float:
     """Structural similarity of two uint8 (h, w, 3) images in [-1, 1]: the mean over channels and pixels.
 
     Wang et al. 2004, equation 13, with a gaussian window of sigma 1.5 and population covariances, by
-    scikit-image. The published GoPro tables use a window over the channels too: ldm.scores.ssim3d.
+    scikit-image. The published GoPro tables use a window over the channels too: harness.scores.ssim3d.
     Raises ValueError if shapes differ, an image is not uint8, or a side is shorter than the window (11).
     """
     _check(restored, sharp)

@@ -22,6 +22,8 @@ from torchvision.models import vgg19
 import infer
 import train_dbgan as script
 from benchmarks.dbgan_quality import blur_scores, deblur_scores, frechet
+from harness.run import start_fabric
+from harness.validation import HeldOut, Spectra
 from ldm import checkpoint
 from ldm.data.image import list_images, photographs, read_image, to_tensor, write_image
 from ldm.data.pairs import find_pairs
@@ -39,8 +41,6 @@ from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.modules.mprnet import MPRNet
 from ldm.modules.nafnet import NAFNet
 from ldm.modules.sftnet import SFT, SFTNet
-from ldm.run import start_fabric
-from ldm.validation import HeldOut, Spectra
 from tests.fill import draw, fill, relative_error
 from train_dbgan import Settings, main, restore_image
 

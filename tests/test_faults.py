@@ -1,4 +1,4 @@
-"""The fault campaign of benchmarks/faults.py in short: kills, a full disk, malformed inputs."""
+"""The fault campaign of tests/faults in short: kills, a full disk, malformed inputs."""
 
 from functools import partial
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import bad_inputs, damage, faults, input_slots
-from benchmarks.tiny_runs import Result, command, make_place, must, prepare_output, run, script
 from ldm import checkpoint
+from tests.faults.tiny_runs import Result, command, make_place, must, prepare_output, run, script
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked: no CUDA")
 # Places to read damaged files in, quick ones of every kind, by their names in SLOTS.

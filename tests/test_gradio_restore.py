@@ -33,10 +33,10 @@ from gradio_restore import SIDES, Settings, list_systems, main
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.inpaint import read_mask
-from ldm.doorkeeper import Terse, names_address
-from ldm.workshop import Stopped, System, Workshop, open_upload, save, save_mask
 from tests.fill import fill
 from train_srn import SRNDeblurNet, load_network, restore_image
+from web.doorkeeper import Terse, names_address
+from web.workshop import Stopped, System, Workshop, open_upload, save, save_mask
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 90  # seconds that a busy machine may take for one thing
@@ -279,7 +279,7 @@ def test_the_page_reports_within_one_pass(weights, tmp_path):
     write_image(tmp_path / "a.png", photograph(64, 96))
     parts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.workshop.time", SimpleNamespace(monotonic=itertools.count().__next__))
+        patch.setattr("web.workshop.time", SimpleNamespace(monotonic=itertools.count().__next__))
         workshop.restore("srn", tmp_path / "a.png", {}, "page", lambda part, desc: parts.append(part))
     told = [part[0] for part in parts if part]
     assert len(told) > 20 and told == sorted(told) and told[0] < 0.1 and 0.9 < told[-1] <= 1

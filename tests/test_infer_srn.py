@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 import infer
+from harness.jobs import list_jobs
+from harness.settings import run_main
+from harness.validation import middle
 from ldm.checkpoint import read_metadata, write_weights
 from ldm.data.image import photographs, read_image, to_tensor, write_image
-from ldm.jobs import list_jobs
 from ldm.metrics import psnr
 from ldm.modules.image_degradation.blur import random_blur
-from ldm.settings import run_main
-from ldm.validation import middle
 from train_srn import SRNDeblurNet, load_network, restore, restore_image
 
 FORM = '{"residual": true}'

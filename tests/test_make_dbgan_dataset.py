@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import tool_make_dbgan_dataset as tool
+from harness.dbgan_data import HeldOutPatches
+from harness.settings import run_main
 from ldm.data.image import photographs, read_image, write_image
-from ldm.data.patches import HeldOutPatches, Patches, SourceDataset, open_patches
-from ldm.settings import run_main
+from ldm.data.patches import Patches, SourceDataset, open_patches
 
 
 @pytest.fixture

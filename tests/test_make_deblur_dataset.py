@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness.settings import run_main
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.paired import PairedDataset, find_pairs, split_pairs
 from ldm.modules.image_degradation.blur import BLUR_TYPES
-from ldm.settings import run_main
 from tool_make_deblur_dataset import Settings, main, make_dataset, make_pair
 
 TOOL = Path(__file__).parent.parent / "tool_make_deblur_dataset.py"

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import plan
 from benchmarks.fake_cuda import fake_tensors
-from ldm.settings import read_settings
+from harness.settings import read_settings
 from tests.test_cuda import DBGAN, SRN, build
 
 pytestmark = pytest.mark.skipif(

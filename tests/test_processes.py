@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks import tiny_runs
-from benchmarks.tiny_runs import command, make_place, must, prepare_output, run, script
+from harness.run import average_gradients, start_fabric
 from ldm import checkpoint
-from ldm.run import average_gradients, start_fabric
+from tests.faults.tiny_runs import command, make_place, must, prepare_output, run, script
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked: no CUDA")
 # Flags of the tiny runs: long enough to be killed on the way, or three steps.

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 import evaluate
 import infer
+from harness.profile import count_macs, peak_resident_memory, read_profile
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
-from ldm.profile import count_macs, peak_resident_memory, read_profile
 from train_srn import SRNDeblurNet
 
 

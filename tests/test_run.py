@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from harness.metrics_csv import MetricsCsv
+from harness.run import Run, start_fabric
+from harness.settings import run_main
 from ldm import checkpoint
 from ldm.checkpoint import read_trained
-from ldm.metrics_csv import MetricsCsv
 from ldm.modules.ema import EMA
-from ldm.run import Run, start_fabric
-from ldm.settings import run_main
 
 ROOT = Path(__file__).parent.parent
 

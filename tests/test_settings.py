@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.settings import read_settings
+from harness.settings import read_settings
 
 TRAINING = "tutorial_train_deblur tutorial_train_inpaint train_srn train_dbgan train_kontext_lora".split()
 

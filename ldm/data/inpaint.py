@@ -22,7 +22,6 @@ from ldm.data.coco import CocoRecords
 from ldm.data.image import list_images, read_image, side_by_side, to_tensor, to_uint8, write_image
 from ldm.data.stream import item_generator, item_seed
 from ldm.modules.image_degradation.masks import fit_area, pixel_limits, random_mask
-from ldm.settings import run_main
 
 MaskType = Literal["rectangle", "irregular", "mixed", "object", "folder"]
 USABLE = 0.25  # an object this much smaller than the smallest hole is not grown into one
@@ -282,4 +281,6 @@ def main(settings: Settings) -> None:
 SHOWN = (("jpg", 1, 0), ("mask", 2, 1), ("hint", 2, 1))  # key, and what makes it lie in [-1, 1]
 
 if __name__ == "__main__":
+    from harness.settings import run_main
+
     run_main(main, Settings)

@@ -2,29 +2,20 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
-from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import list_images
 from ldm.data.paired import (
-    BlurDataset,
     CropDataset,
     ImageFiles,
     Key,
-    PairedDataset,
-    Together,
     at_least,
     sharpness,
 )
-from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
-from ldm.settings import check_counts
-from ldm.validation import HeldOut, middle
 
 KEYS = ("sharp", "blur")  # of the file: uint8 (n, size, size, 3) each
-SMALLEST = 11  # pixels that SSIM needs
 SUFFIXES = (".h5", ".hdf5")
 
 
@@ -90,6 +81,15 @@ def open_source(path: str | Path, key: str, cache: bool = False) -> Source:
     return Patches(path, key) if is_patches(path) else ImageFiles(list_images(path), cache)
 
 
+def check_paired(blurry: Patches, sharp: Patches) -> None:
+    """Raise ValueError if two sources cannot be pairs."""
+    with open_patches(sharp.path) as file:
+        if not file.attrs.get("paired", True):
+            raise ValueError(f"{sharp.path} is unpaired (for --blur_data): its patches are no pairs")
+    if len(blurry) != len(sharp):
+        raise ValueError(f"{sharp.path} has {len(blurry)} blurry and {len(sharp)} sharp patches: no pairs")
+
+
 class SourceDataset(CropDataset):
     """Crops of two sources: number n with number n if `paired`, else each sharp one with any blurry one, the
     sharp one the sharpest of `candidates` windows.
@@ -131,121 +131,3 @@ class SourceDataset(CropDataset):
             for image, (top, left) in ((blurry, (y, x)), (sharp, here))
         ]
         return *crops, f"{self.blurry.name(other)} with {self.sharp.name(index)}", ""
-
-
-def open_data(settings: Any, stage: str) -> tuple[CropDataset, HeldOut]:
-    """What a stage of train_dbgan.py trains on, and what is held out, by that script's settings.
-
-    Pairs come from `data` (what `find_pairs` takes, or a file of paired patches); without it they are made of
-    the sharp pictures in `sharp_dir` and of dead leaves. `blur` takes each sharp picture with any of
-    `blur_data`. Raises ValueError if something is not given, or too little for a batch.
-    """
-    size, seed, cache, data = settings.crop_size, settings.seed, settings.cache, settings.data
-    _check(settings)
-    pairs, held_out = _split(settings)
-    look = {"augment": True, "color_jitter": settings.color_jitter}
-    photographs = [pair.sharp for pair in pairs for _ in range(settings.photo_crops if not data else 1)]
-    smallest = None
-    if stage == "blur":
-        blurry, sharp = open_unpaired(settings, photographs)
-        look["candidates"] = settings.crop_candidates if settings.sharp_dir else 1
-        dataset = SourceDataset(blurry, sharp, size, seed, **look)
-        smallest = min(len(blurry), len(sharp))
-    elif is_patches(data):
-        dataset = SourceDataset(
-            Patches(data, "blur"), Patches(data, "sharp"), size, seed, paired=True, **look
-        )
-    elif data:
-        dataset = PairedDataset(pairs, size, seed, cache=cache, **look)
-    elif photographs or settings.dead_leaves:
-        leaves = DeadLeaves(size + 64, settings.dead_leaves, seed)
-        look |= {name: getattr(settings, name) for name in ("jpeg_probability", "sharp_fraction")}
-        look |= {"candidates": settings.crop_candidates, "field": (0.0, 0.0), **_camera(settings)}
-        dataset = BlurDataset(Together((ImageFiles(photographs, cache), 1), (leaves, 1)), size, seed, **look)
-    else:
-        raise ValueError(
-            f"the stage `{stage}` needs pairs: give --data, --sharp_dir or --dead_leaves (or try --demo)"
-        )
-    smallest = len(dataset) if smallest is None else smallest
-    if smallest < settings.batch_size:
-        raise ValueError(f"{smallest} images for `{stage}` are fewer than a batch of {settings.batch_size}")
-    return dataset, held_out
-
-
-def _check(settings: Any) -> None:
-    check_counts(settings, "photo_crops crop_candidates")
-    if settings.crop_size < 16 or settings.crop_size % 16:
-        raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
-    if settings.data and settings.dead_leaves:
-        raise ValueError("--dead_leaves goes with --sharp_dir or alone, not with the pairs of --data")
-    for name in ("sharp_fraction", "jpeg_probability"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], not {getattr(settings, name)}")
-
-
-def _camera(settings: Any) -> dict[str, Any]:
-    """How pictures are blurred on the fly."""
-    return {"blur_types": settings.blur_types, "scale": settings.blur_scale}
-
-
-def _split(settings: Any) -> tuple[list[Pair], HeldOut]:
-    """Pairs on disk to train on (sharp pictures with themselves, to be blurred) and what is held out:
-    `val_data`, or the part `val_fraction` of them."""
-    limits, pairs, held_out = (settings.val_images, settings.seed, settings.val_crop), [], []
-    if not is_patches(settings.data):
-        pairs = find_pairs(settings.data) if settings.data else sharp_pairs(settings.sharp_dir)
-    if is_patches(settings.val_data):
-        return pairs, HeldOutPatches(settings.val_data, *limits)
-    if settings.val_data:
-        held_out = find_pairs(settings.val_data)
-    elif pairs:
-        pairs, held_out = split_pairs(pairs, settings.val_fraction, settings.seed)
-    if not held_out:
-        raise ValueError(
-            "nothing to evaluate on: give --val_data, or --data or --sharp_dir as folders (or try --demo)"
-        )
-    return pairs, HeldOut(held_out, *limits, **_camera(settings))
-
-
-def open_unpaired(settings: Any, photographs: list[Path]) -> tuple[Source, Source]:
-    """Real blurred pictures, and sharp ones: of `sharp_dir`, else of the pairs, else of the same file."""
-    if not settings.blur_data:
-        raise ValueError("the stage `blur` needs --blur_data: real blurred photographs (or try --demo)")
-    blurry = open_source(settings.blur_data, "blur", settings.cache)
-    if settings.data and settings.sharp_dir:
-        photographs = [pair.sharp for pair in sharp_pairs(settings.sharp_dir)]
-    if photographs:
-        return blurry, ImageFiles(photographs, settings.cache)
-    for path in (settings.data, settings.blur_data):
-        if is_patches(path):
-            return blurry, Patches(path, "sharp")
-    raise ValueError("the stage `blur` needs sharp photographs: give --sharp_dir or --data")
-
-
-def check_paired(blurry: Patches, sharp: Patches) -> None:
-    """Raise ValueError if two sources cannot be pairs."""
-    with open_patches(sharp.path) as file:
-        if not file.attrs.get("paired", True):
-            raise ValueError(f"{sharp.path} is unpaired (for --blur_data): its patches are no pairs")
-    if len(blurry) != len(sharp):
-        raise ValueError(f"{sharp.path} has {len(blurry)} blurry and {len(sharp)} sharp patches: no pairs")
-
-
-class HeldOutPatches(HeldOut):
-    """Held-out pairs (ldm.validation.HeldOut) from a file of paired patches."""
-
-    def __init__(self, path: str | Path, limit: int, seed: int, crop: int = 0):
-        self.blurry, self.sharp = Patches(path, "blur"), Patches(path, "sharp")
-        check_paired(self.blurry, self.sharp)
-        if self.sharp.size < SMALLEST:
-            raise ValueError(
-                f"{path}: patches of {self.sharp.size} pixels cannot be scored, it takes {SMALLEST}"
-            )
-        names = [Path(self.blurry.name(index)) for index in range(len(self.blurry))]
-        super().__init__([Pair(name, Path(f"{name} sharp")) for name in names], limit, seed, crop)
-        order = np.random.default_rng(seed).permutation(len(names))
-        self.chosen = sorted(order[:limit].tolist())
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        index = self.chosen[number]
-        return middle(self.blurry[index], self.crop), middle(self.sharp[index], self.crop)

@@ -1,9 +1,9 @@
 """What a training run survives: kills at any moment, a disk that fills up, malformed inputs.
 
-    python -m benchmarks.faults kills --seed 0 --count 200     # about 15 minutes on one core
-    python -m benchmarks.faults disk --seed 0                  # 3 minutes; a small tmpfs where one may mount
-    python -m benchmarks.faults inputs --seed 0 --count 500    # 10 minutes, see benchmarks/bad_inputs.py
-    python -m benchmarks.faults all
+    python -m tests.faults kills --seed 0 --count 200     # about 15 minutes on one core
+    python -m tests.faults disk --seed 0                  # 3 minutes; a small tmpfs where one may mount
+    python -m tests.faults inputs --seed 0 --count 500    # 10 minutes, see tests/faults/bad_inputs.py
+    python -m tests.faults all
 
 All five trainers at tiny size, as a user runs them. Everything follows from the seed but for the machine's
 own timing. Exit code 1 if anything is lost, unreadable or different. Results are in docs/reliability.md.
@@ -31,7 +31,9 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import bad_inputs
-from benchmarks.tiny_runs import (  # first: it sees to it that there is one thread
+from ldm import checkpoint
+from ldm.data.image import read_image
+from tests.faults.tiny_runs import (  # first: it sees to it that there is one thread
     TRAINERS,
     Result,
     command,
@@ -44,8 +46,6 @@ from benchmarks.tiny_runs import (  # first: it sees to it that there is one thr
     start,
     wait,
 )
-from ldm import checkpoint
-from ldm.data.image import read_image
 
 TIMES = ("images/s", "tokens/s")  # columns that no two runs share
 PARTS = "state_dict discriminators optimizer optimizer_states scheduler ema random processes step global_step"

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
+from harness.run import Run
 from ldm.data.image import read_image, side_by_side
 from ldm.data.paired import at_least
 from ldm.data.pairs import Pair
 from ldm.metrics import psnr, radial_power, rgb_shift, spectrum_distance, ssim
 from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
-from ldm.run import Run
 
 SPECTRUM = 128  # pixels, of the squares whose spectra are compared
 

@@ -25,11 +25,11 @@ from lightning_fabric.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from harness.metrics_csv import MetricsCsv
+from harness.settings import check_settings, lightning_precision, plain
 from ldm import checkpoint
 from ldm.data.image import write_image
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same
-from ldm.metrics_csv import MetricsCsv
-from ldm.settings import check_settings, lightning_precision, plain
 from ldm.util import flush_denormals
 
 CHECK_EVERY = 10  # steps between two looks at the losses: each look waits for the device

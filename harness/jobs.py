@@ -12,11 +12,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from harness.profile import PROFILE, cost_lines, measure, weights_lines, write_profile
+from harness.settings import plain
 from ldm import checkpoint
 from ldm.data.image import EXTENSIONS, list_images, over_white, side_by_side, to_8_bit
 from ldm.data.picture import make_record, read_picture, read_record, write_picture
-from ldm.profile import PROFILE, cost_lines, measure, weights_lines, write_profile
-from ldm.settings import plain
 from ldm.util import compute_dtype
 
 Job = tuple[Path, Path]  # a source and its target

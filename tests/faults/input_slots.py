@@ -1,4 +1,4 @@
-"""The places where scripts read a file that a user gives, for benchmarks/bad_inputs.py."""
+"""The places where scripts read a file that a user gives, for tests/faults/bad_inputs.py."""
 
 import json
 import shutil
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.damage import ANY, H5, JSON, JSON_LINES, LIST, PICTURE, TEXT, WEIGHTS, YAML, Damage
-from benchmarks.tiny_runs import ROOT, TRAINERS, command, must, prepare_output, run, script
 from ldm import checkpoint
 from ldm.data.coco import CocoRecords
 from ldm.data.image import write_image
+from tests.faults.damage import ANY, H5, JSON, JSON_LINES, LIST, PICTURE, TEXT, WEIGHTS, YAML, Damage
+from tests.faults.tiny_runs import ROOT, TRAINERS, command, must, prepare_output, run, script
 
 IN_EMA = ("shape_changed", "tensor_missing")  # the averaged weights are used, not those that are damaged
 Build = Callable[[Path, Path], "Case"]

@@ -40,7 +40,7 @@ from tool_make_deblur_dataset import make_dataset
 from tutorial_train_inpaint import cut_photographs
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TRAINERS = ("deblur", "inpaint", "srn", "dbgan", "kontext")
 
 

@@ -1,6 +1,6 @@
 """Malformed inputs for every script: each case ends in one clear sentence, or is read as it should be.
 
-benchmarks/input_slots.py lists the places where a script reads a user's file, benchmarks/damage.py what can
+input_slots.py lists the places where a script reads a user's file, damage.py what can
 be wrong with one. `campaign` runs damaged file after damaged file through the scripts. Whatever happens,
 there is no traceback, no hang, no output half-written, no temporary file left, and no code from a file is
 run. Besides: bad files end the script with exit code 1 and one line that begins with "error: " and names the
@@ -15,11 +15,11 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.damage import MARKER
-from benchmarks.input_slots import SLOTS, Case, make_ready
-from benchmarks.tiny_runs import Result, must, run, script
 from ldm import checkpoint
 from ldm.data.image import read_image
+from tests.faults.damage import MARKER
+from tests.faults.input_slots import SLOTS, Case, make_ready
+from tests.faults.tiny_runs import Result, must, run, script
 
 SECONDS = 90  # until a script is said to hang
 

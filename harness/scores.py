@@ -15,9 +15,9 @@ from skimage.metrics import structural_similarity
 from skimage.restoration import wiener
 from torch import nn
 
+from harness.profile import peak_resident_memory
 from ldm.data.image import read_image, to_tensor
 from ldm.metrics import DATA_RANGE, psnr, ssim
-from ldm.profile import peak_resident_memory
 
 Values = dict[str, float]
 # What the names of figures mean, and who prints them.
