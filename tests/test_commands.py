@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import tiny_runs
 from harness.settings import read_settings
 from ldm import checkpoint
 from ldm.data import demo
 from ldm.data.image import write_image
 from ldm.models.kontext import write_tiny_folder
+from tests.faults import tiny_runs
 from train_srn import SRNDeblurNet
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from benchmarks import bad_inputs, damage, faults, input_slots
 from ldm import checkpoint
+from tests.faults import __main__ as faults
+from tests.faults import bad_inputs, damage, input_slots
 from tests.faults.tiny_runs import Result, command, make_place, must, prepare_output, run, script
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked: no CUDA")

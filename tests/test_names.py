@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import infer
-from benchmarks import tiny_runs
 from harness.settings import read_settings
 from ldm.data.image import image_size, list_images, write_image
 from ldm.data.inpaint import Window
 from ldm.models.kontext import write_tiny_folder
+from tests.faults import tiny_runs
 from tests.test_commands import ROOT, SMALL, module_of, settings_of
 
 PAGE = (ROOT / "docs" / "names.md").read_text(encoding="utf-8")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tiny_runs
 from harness.run import average_gradients, start_fabric
 from ldm import checkpoint
+from tests.faults import tiny_runs
 from tests.faults.tiny_runs import command, make_place, must, prepare_output, run, script
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked: no CUDA")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.ndimage import correlate
 
-from ldm import scores
+from harness import scores
 from ldm.data.image import photographs, read_image, write_image
 from ldm.metrics import psnr, ssim
 

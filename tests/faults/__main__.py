@@ -30,9 +30,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from benchmarks import bad_inputs
 from ldm import checkpoint
 from ldm.data.image import read_image
+from tests.faults import bad_inputs
 from tests.faults.tiny_runs import (  # first: it sees to it that there is one thread
     TRAINERS,
     Result,
