@@ -81,7 +81,8 @@ class Settings:
 
 
 STEPS = ("autoencoder_steps", "unet_steps", "flux_steps")
-MAY_CHANGE = ("stage", "photos", "models", "devices", "save_steps", "precision")
+# With more steps a run goes on: its learning rate is then that of the longer cosine.
+MAY_CHANGE = ("stage", "photos", "models", "devices", "save_steps", "precision", *STEPS)
 SIZE, CHANNELS = 128, 32  # pixels of a picture; components of an 8 x 8 block
 CONFIG = Path(__file__).parent / "models" / "small_diffusion.yaml"
 SHARP, LEAVES, NOTHING = "a sharp photograph", "dead leaves", ""
@@ -265,9 +266,7 @@ class Stage:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.learning_rate_factor)
         parts = {"state_dict": network, "optimizer": self.optimizer}
         parts |= {"scheduler": self.scheduler, "ema": self.ema}
-        others = {own for own in STEPS if own != f"{name}_steps"}
-        known = {key: value for key, value in plain(settings).items() if key not in others}
-        self.run = Run(fabric, settings.output_dir / name, known, parts, MAY_CHANGE)
+        self.run = Run(fabric, settings.output_dir / name, settings, parts, MAY_CHANGE)
 
     def learning_rate_factor(self, step: int) -> float:
         rise = min(1.0, (step + 1) / self.settings.warmup)
@@ -299,9 +298,9 @@ class Stage:
 def base_model() -> LatentDiffusion:
     """The whole small model without a ControlNet; everything in it is still random."""
     params = read_config(CONFIG)["params"]
-    names = ("unet_config", "first_stage_config", "cond_stage_config", "parameterization", "scale_factor")
+    names = "unet_config first_stage_config cond_stage_config parameterization timestep_spacing scale_factor"
     torch.manual_seed(0)  # the text tower is never taught: its random directions tell prompts apart
-    return LatentDiffusion(**{name: params[name] for name in names})
+    return LatentDiffusion(**{name: params[name] for name in names.split()})
 
 
 def with_encoder(model: LatentDiffusion, pieces: np.ndarray) -> LatentDiffusion:

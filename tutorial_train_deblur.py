@@ -14,17 +14,20 @@ Judge by the grids and val/psnr, not by the training loss. After a stop the same
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import Dataset
 
 from cldm.cache import with_cached_latents
-from cldm.deblur import add_attention, add_hint_latent
-from cldm.demo import announce_demo, make_demo_start
+from cldm.deblur import DeblurControlNet, add_attention, add_hint_latent
+from cldm.demo import MODELS, announce_demo, make_demo_start, pixels, show_demo
 from cldm.model import create_filled_model, load_state_dict, read_config
+from cldm.restore import Sampling, deblur_image
 from cldm.training import StreamData, check_start, fit, prepare_model, report, with_precision
 from harness.settings import (
     Accumulate,
@@ -42,6 +45,7 @@ from ldm.data.captions import check_captions, read_caption
 from ldm.data.paired import BlurDataset, PairedDataset
 from ldm.data.pairs import Pair, check_sizes, find_pairs, has_pairs, sharp_pairs, split_pairs
 from ldm.data.stream import item_generator
+from ldm.metrics import psnr, ssim
 from ldm.util import flush_denormals
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset
@@ -115,26 +119,33 @@ class Settings:
 DEMO = {
     "output_dir": "./outputs/deblur_demo",
     "data_root": "./outputs/deblur_demo/data",
-    "image_size": 64,
-    "val_fraction": 0.2,
-    "val_samples": 8,
+    "image_size": 128,
+    "val_fraction": 0.34,
+    "val_samples": 12,
     "num_workers": 0,
-    "resume_path": "./outputs/deblur_demo/control_tiny_ini.safetensors",
-    "config_path": str(Path(__file__).parent / "models" / "cldm_tiny_deblur.yaml"),
+    "resume_path": "./outputs/deblur_demo/control_small_ini.safetensors",
+    "config_path": str(MODELS / "small_diffusion.yaml"),
+    "hint_as_latent": True,
     "sd_locked": False,
-    "perceptual_loss_weight": 0.0,
-    "deblur_crop": 2,
+    "deblur_loss_weight": 0.0,
     "batch_size": 8,
-    "learning_rate": 2e-3,
-    "max_steps": 450,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 20,
+    "max_grad_norm": 1.0,
+    "max_steps": 600,
     "ema_decay": 0.98,
-    "logger_freq": 150,
-    "save_steps": 150,
-    "val_steps": 150,
-    "val_ddim_steps": 10,
+    "cache_latents": True,
+    "logger_freq": 300,
+    "save_steps": 300,
+    "val_steps": 300,
+    "val_ddim_steps": 4,
 }
+DEMO_DATA = MakeSettings(
+    output_dir=DEMO["data_root"], num_samples=480, image_size=128, sharpest_of=2, blur_scale=0.6
+)
+SHIPPED = MODELS / "small_deblur.safetensors"
 LOSSES = "deblur_loss_weight perceptual_loss_weight deblur_every deblur_crop weight_by_alpha_bar".split()
-DEMO_STEPS = 300, 300  # of teaching the tiny autoencoder, then the tiny UNet
 
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -218,6 +229,20 @@ def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]
     return train, DeblurDataset(validation, settings.prompt, 0.0, captions), [*pairs, *few]
 
 
+# ---- demonstration -----------------------------------------------------------------------------------------
+
+
+def restore_item(model: DeblurControlNet, item: dict, sampling: Sampling) -> np.ndarray:
+    """An item's blurry picture, restored: uint8."""
+    return deblur_image(model, pixels(item["hint"], "hint"), sampling)
+
+
+def score_item(item: dict, restored: np.ndarray) -> dict[str, float]:
+    blurry, sharp = pixels(item["hint"], "hint"), pixels(item["jpg"])
+    psnrs = {"PSNR": psnr(restored, sharp), "PSNR of the blurry": psnr(blurry, sharp)}
+    return psnrs | {"SSIM": ssim(restored, sharp), "SSIM of the blurry": ssim(blurry, sharp)}
+
+
 def check(settings: Settings) -> None:
     """Find mistakes before anything is loaded: see cldm.training.check_start."""
     check_start(settings)
@@ -234,7 +259,7 @@ def main(settings: Settings) -> None:
     """Train, then say where everything is."""
     # Settings: what can be wrong is found before anything is loaded
     if settings.demo:
-        announce_demo("is no restorer")
+        announce_demo()
     settings = with_precision(settings)
     check(settings)
     config = read_config(settings.config_path)
@@ -247,10 +272,10 @@ def main(settings: Settings) -> None:
     pl.seed_everything(settings.seed, verbose=False)
     flush_denormals()
     if settings.demo and settings.data_root == DEMO["data_root"]:
-        make_dataset(MakeSettings(output_dir=DEMO["data_root"], num_samples=240, image_size=64))
+        make_dataset(DEMO_DATA)
     train, validation, pairs = find_crops(settings)
     if settings.demo:
-        make_demo_start(settings.resume_path, config, train, DEMO_STEPS)
+        make_demo_start(settings.resume_path, config)
 
     # Model
     weights = load_state_dict(settings.resume_path)
@@ -277,6 +302,10 @@ def main(settings: Settings) -> None:
     checkpoint = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
     what_next = f"python infer.py deblur --checkpoint_path {checkpoint} --input PHOTOS --output_dir restored"
     report(trainer, settings, what_next)
+    if settings.demo and validation is not None:
+        sampling = Sampling(settings.prompt, steps=settings.val_ddim_steps, strength=settings.val_strength)
+        folder = Path(settings.output_dir)
+        show_demo(SHIPPED, validation, folder, partial(restore_item, sampling=sampling), score_item)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ class DDIMSampler:
             known = step.alpha**0.5 * x0 + (1 - step.alpha) ** 0.5 * noise(x)
             return mask * known + (1 - mask) * x
 
-        steps = samplers.make_steps(model.alphas_cumprod.cpu().double().numpy(), S, strength)
+        alphas = model.alphas_cumprod.cpu().double().numpy()
+        steps = samplers.make_steps(alphas, S, strength, model.timestep_spacing)
         x = noise(torch.empty(batch_size, *shape)) if x_T is None else x_T
         if strength < 1:
             alpha = steps[0].alpha if steps else 1.0

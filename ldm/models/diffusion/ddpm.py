@@ -42,7 +42,8 @@ class LatentDiffusion(pl.LightningModule):
     Batches are dict(jpg, txt, ...): images (b, h, w, 3) float in [-1, 1] and a list of prompts; an optional
     `seed` (b,) makes everything random about an item repeatable. `parameterization` is what the UNet
     predicts, "eps" or "v" (Salimans & Ho 2022). Without `cond_stage_config` prompts must be embeddings.
-    Raises ValueError for another parameterization or `loss_type`, and TypeError for unknown arguments.
+    `timestep_spacing` is where sampling steps lie, "leading" or "trailing" (see make_ddim_timesteps).
+    Raises ValueError for another of these words or `loss_type`, and TypeError for unknown arguments.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class LatentDiffusion(pl.LightningModule):
         l_simple_weight: float = 1.0,
         original_elbo_weight: float = 0.0,
         loss_type: str = "l2",
+        timestep_spacing: str = "leading",
         **unused,
     ):
         super().__init__()
@@ -67,6 +69,8 @@ class LatentDiffusion(pl.LightningModule):
             raise TypeError(f"unknown arguments: {', '.join(sorted(set(unused) - UNUSED))}")
         if parameterization not in ("eps", "v"):
             raise ValueError(f"parameterization must be 'eps' or 'v', not {parameterization!r}")
+        if timestep_spacing not in ("leading", "trailing"):
+            raise ValueError(f"timestep_spacing must be 'leading' or 'trailing', not {timestep_spacing!r}")
         if loss_type not in ("l1", "l2"):
             raise ValueError(f"loss_type must be 'l1' or 'l2', not {loss_type!r}")
         self.parameterization, self.scale_factor, self.num_timesteps = (
@@ -74,7 +78,7 @@ class LatentDiffusion(pl.LightningModule):
             scale_factor,
             timesteps,
         )
-        self.loss_type = loss_type
+        self.loss_type, self.timestep_spacing = loss_type, timestep_spacing
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
         self.l_simple_weight, self.original_elbo_weight = l_simple_weight, original_elbo_weight
         self.register_schedule(timesteps, linear_start, linear_end)

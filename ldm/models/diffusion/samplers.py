@@ -28,14 +28,18 @@ class Step:
     last: bool = False
 
 
-def make_steps(alphas_cumprod: np.ndarray, count: int, strength: float = 1.0) -> list[Step]:
+def make_steps(
+    alphas_cumprod: np.ndarray, count: int, strength: float = 1.0, spacing: str = "leading"
+) -> list[Step]:
     """The last `strength` part of `count` evenly spaced steps, noisiest first; none if that part is empty.
+
+    `spacing` says where they lie: see make_ddim_timesteps.
 
     Raises ValueError for a strength outside [0, 1] or a count outside 1..len(alphas_cumprod).
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must lie between 0 and 1, not {strength}")
-    timesteps = make_ddim_timesteps(count, len(alphas_cumprod))
+    timesteps = make_ddim_timesteps(count, len(alphas_cumprod), spacing)
     alphas = alphas_cumprod[[0, *timesteps]].tolist()
     steps = [Step(int(t), alphas[i + 1], alphas[i], last=i == 0) for i, t in enumerate(timesteps)]
     return steps[: round(count * strength)][::-1]

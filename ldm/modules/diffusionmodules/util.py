@@ -14,14 +14,20 @@ def make_beta_schedule(n_timestep: int, linear_start: float, linear_end: float) 
     return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
 
 
-def make_ddim_timesteps(num_ddim_timesteps: int, num_ddpm_timesteps: int = 1000) -> np.ndarray:
+def make_ddim_timesteps(
+    num_ddim_timesteps: int, num_ddpm_timesteps: int = 1000, spacing: str = "leading"
+) -> np.ndarray:
     """Ascending int64 timesteps, evenly spaced and exactly `num_ddim_timesteps` of them.
 
     They are shifted up by one as in the original sampler (1, 51, ..., 951 for 20 of 1000), except when every
-    timestep is used. Raises ValueError for a number outside 1..num_ddpm_timesteps.
+    timestep is used. With `spacing` "trailing" they end at the noisiest (49, ..., 999), from which sampling
+    starts: with few steps that matters (Lin et al. 2024, "Common Diffusion Noise Schedules ...", sec. 3.3).
+    Raises ValueError for a number outside 1..num_ddpm_timesteps.
     """
     if not 1 <= num_ddim_timesteps <= num_ddpm_timesteps:
         raise ValueError(f"sampling steps must lie in 1..{num_ddpm_timesteps}, not {num_ddim_timesteps}")
+    if spacing == "trailing":
+        return np.arange(1, num_ddim_timesteps + 1) * num_ddpm_timesteps // num_ddim_timesteps - 1
     steps = np.arange(num_ddim_timesteps) * num_ddpm_timesteps // num_ddim_timesteps
     return steps + (num_ddim_timesteps < num_ddpm_timesteps)
 
