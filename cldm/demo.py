@@ -42,7 +42,7 @@ def make_demo_start(path: str | Path, config: Mapping) -> None:
 
 @rank_zero_only
 def show_demo(shipped: Path, held_out: Dataset, folder: Path, restore: Restore, score: Score) -> None:
-    """Restore the `held_out` pictures as infer.py does, with the run's ControlNet and the one that comes along.
+    """Restore `held_out` pictures as infer.py does, with the run's ControlNet and the one that comes along.
 
     Prints the means of their scores, and writes images/demo.png of the run's `folder`: each picture as it
     came, as the first and the second restored it, and as it should be.
