@@ -11,6 +11,7 @@ meanwhile the UNet and the transformer can learn on its latents already. The sam
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ from ldm.modules.ema import EMA
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.flux import Flux, FluxParams, Modulation, predict_velocity
 from ldm.modules.image_degradation.blur import random_blur
+from ldm.modules.lora import LORA_FILE
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -441,7 +443,22 @@ def export(settings: Settings) -> None:
         autoencoder.load_state_dict(own)
         write_small_folder(settings.models / "small_kontext", flux.half(), autoencoder.half())
         write_text_encoders(settings.models / "small_kontext", model.cond_stage_model)
+    export_runs(settings)
     print(f"written: {settings.models}; look at {settings.output_dir}/autoencoder.png and samples.png")
+
+
+def export_runs(settings: Settings) -> None:
+    """Write what the other scripts taught on the base, in the folders deblur, inpaint and kontext_lora of
+    `output_dir`: ControlNets in half precision with their settings, the LoRA as it is."""
+    for kind in ("deblur", "inpaint"):
+        checkpoint = settings.output_dir / kind / "checkpoints" / "best.ckpt"
+        if checkpoint.is_file():
+            weights, content = read_trained(checkpoint)
+            about = {**content["settings"], "step": content["global_step"]}
+            write_half(settings.models / f"small_{kind}.safetensors", weights, about)
+    lora = settings.output_dir / "kontext_lora" / "best" / LORA_FILE
+    if lora.is_file():
+        shutil.copy(lora, settings.models / "small_kontext_lora.safetensors")
 
 
 @torch.no_grad()
