@@ -201,7 +201,8 @@ class Kontext(Files):
     seed: int = 0  # the same seed gives the same picture
     tile: int = 0  # pixels of the squares that larger pictures go through in (1024, say); 0 = shrunk
     overlap: int = 128  # pixels over which the squares are blended
-    base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the transformer; fp8 halves it
+    # storage of the transformer; fp8 halves it, nf4 halves that (bitsandbytes)
+    base_precision: Literal["bf16", "fp8", "nf4"] = "bf16"
     blocks_to_swap: int = 0  # the last so many blocks wait in main memory: less of the GPU's, slower
 
     LESS_MEMORY = "a smaller --resolution or --tile, or --blocks_to_swap"
@@ -244,6 +245,7 @@ class Kontext(Files):
             device=self.torch_device(),
             fp8=self.base_precision == "fp8",
             blocks_to_swap=self.blocks_to_swap,
+            nf4=self.base_precision == "nf4",
         )
         return lambda image, path: restore(
             image,

@@ -4,6 +4,7 @@ Black Forest Labs: FLUX.1 Kontext, 2025; Hu et al.: LoRA, 2021; Lipman et al.: F
 
     python train_kontext_lora.py --hr_root my_photos                        # damage is made on the fly
     python train_kontext_lora.py --hr_root clean --lr_root damaged          # real pairs
+    python train_kontext_lora.py --tasks tasks.yaml                         # several tasks, by prompt
     python train_kontext_lora.py --demo                                     # a minute on two CPU cores
 
 The same command again resumes a stopped run. The result, pytorch_lora_weights.safetensors, loads in diffusers
@@ -33,27 +34,26 @@ from harness.settings import (
     Devices,
     MaxSteps,
     Range,
+    check_bitsandbytes,
     check_counts,
     check_optimizer,
     plain,
     run_main,
 )
-from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
+from ldm.data.degraded import example_sheet, kinds_sheet
 from ldm.data.image import list_images, read_image, write_image
 from ldm.data.stream import item_generator
-from ldm.models.diffusion.flow import shift_timesteps
+from ldm.data.tasks import make_data
+from ldm.models.diffusion.flow import restore_image, shift_timesteps
 from ldm.models.kontext import (
     AUTOENCODER,
     TRANSFORMER,
     FluxAutoencoder,
-    cached_prompt,
-    check_folder,
     load_autoencoder,
     load_flux,
-    prompt_file,
-    restore_image,
 )
-from ldm.models.kontext_lora import encode, make_demo, peak_memory, preview, save_outputs
+from ldm.models.kontext_lora import encode, make_demo, peak_memory, save_outputs, validate
+from ldm.models.prompts import Prompts, check_folder
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity
 from ldm.modules.lora import LORA_FILE, load_lora, make_lora, merge, start_from
@@ -74,8 +74,12 @@ class Settings:
     validation_root: Path | None = None  # clean photographs for previews; without it, those of hr_root
     output_dir: Path = Path("outputs/kontext_lora")  # an old run in it is resumed
     instance_prompt: str = "restore this degraded photograph"  # used in training and in restoring
+    captions: bool = False  # a picture's prompt is NAME.txt beside it, where there is one
+    caption_dropout: float = 0.0  # part of the samples whose prompt is empty
+    tasks: Path | None = None  # a yaml of several tasks: folders, prompts, damage (ldm/data/tasks.py)
 
     resolution: int = 512  # of the square training pictures, a multiple of 16
+    buckets: bool = False  # no squares: sizes near to the pictures' shapes, of as many pixels
     random_crop: bool = True  # without it the middle is cut
     random_flip: bool = True  # left and right
     native_crop: bool = False  # cut at full scale instead of shrinking to `resolution` first
@@ -119,7 +123,8 @@ class Settings:
     perceptual_crop: int = 256  # pixels, a multiple of 8
     seed: int = 0  # of the data's order, first weights and noise
 
-    base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the frozen network; fp8 halves it
+    # storage of the frozen network: fp8 halves it, nf4 halves that (bitsandbytes)
+    base_precision: Literal["bf16", "fp8", "nf4"] = "bf16"
     gradient_checkpointing: bool = True  # less memory, a third more time
     blocks_to_swap: int = 0  # the last so many blocks wait in main memory: less of the GPU's, slower
     compile: bool = False  # torch.compile of the blocks: minutes at the start, faster steps
@@ -154,7 +159,6 @@ DEMO = {
     "save_steps": 150,
     "preview_steps": 4,
 }
-SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the held-out loss
 # What may differ when a run is resumed: it changes speed or reports, not the weights (beyond rounding).
 MAY_CHANGE = {
     "num_workers",
@@ -211,25 +215,6 @@ def flow_loss(
     return (loss_weight(sigma, s.weighting) * error).mean(), x - level * velocity
 
 
-@torch.no_grad()
-def held_out_loss(
-    model: Callable, autoencoder: FluxAutoencoder, prompt: dict, dataset: DegDataset, s: Settings
-) -> dict[str, float]:
-    """Unweighted loss of the preview's pictures at fixed noise and noise levels, and their mean: it can be
-    compared from one save to the next, as the training loss cannot."""
-    losses = {f"val/loss_{sigma}": [] for sigma in SIGMAS}
-    device, plainly = prompt["t5"].device, replace(s, weighting="none")
-    for item in (dataset[index] for index in range(min(s.preview_images, len(dataset)))):
-        images = (item[name][None].to(device) for name in ("target", "control"))
-        target, control = (autoencoder.encode(image) for image in images)
-        noise = torch.randn(target.shape, generator=item_generator(item["seed"])).to(device)
-        for sigma, found in zip(SIGMAS, losses.values(), strict=True):
-            level = torch.tensor([sigma], device=device)
-            found.append(flow_loss(model, target, control, prompt, level, noise, plainly)[0].item())
-    means = {name: sum(found) / len(found) for name, found in losses.items()}
-    return means | {"val/loss": sum(means.values()) / len(means)}
-
-
 def perceptual_term(
     autoencoder: FluxAutoencoder,
     distance: PerceptualLoss,
@@ -262,23 +247,6 @@ def make_optimizer(adapter: nn.ModuleDict, settings: Settings) -> torch.optim.Op
 # ---- data and previews -------------------------------------------------------------------------------------
 
 
-def make_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
-    """The training set, and a set for previews that is the same at every preview."""
-    common = {
-        "instance_prompt": settings.instance_prompt,
-        "degradation_types": [t.strip() for t in settings.degradation_types.split(",") if t.strip()],
-        **{n: getattr(settings, n) for n in ("lr_scale", "noise_level", "blur_radius", "jpeg_quality")},
-        **{n: getattr(settings, n) for n in ("damage_strength", "degradation_order", "degradation_rounds")},
-        **{n: getattr(settings, n) for n in ("resolution", "native_crop", "seed")},
-    }
-    cuts = {n: getattr(settings, n) for n in ("repeats", "random_crop", "random_flip")}
-    train = DegDataset(settings.hr_root, lr_data_root=settings.lr_root, **cuts, **common)
-    fixed = {"random_crop": False, "random_flip": False}
-    if settings.validation_root:
-        return train, DegDataset(settings.validation_root, **fixed, **common)
-    return train, DegDataset(settings.hr_root, lr_data_root=settings.lr_root, **fixed, **common)
-
-
 def check(settings: Settings) -> None:
     """Raise ValueError for a value that would fail only later."""
     check_counts(settings, "rank batch_size accumulate_grad_batches max_steps save_steps devices num_nodes")
@@ -288,16 +256,19 @@ def check(settings: Settings) -> None:
         raise ValueError(f"ema_decay must lie in [0, 1), not {settings.ema_decay}")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), not {settings.dropout}")
-    if not settings.hr_root.exists():
-        raise FileNotFoundError(f"no clean photographs at {settings.hr_root}: give --hr_root (or try --demo)")
+    if settings.base_precision == "nf4":
+        check_bitsandbytes("--base_precision nf4")
     processes = settings.devices * settings.num_nodes
-    if settings.shard_base and (processes < 2 or settings.base_precision == "fp8"):
+    if settings.shard_base and (processes < 2 or settings.base_precision != "bf16"):
         raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
     if settings.blocks_to_swap and (
-        settings.shard_base or settings.compile or not settings.gradient_checkpointing
+        settings.shard_base
+        or settings.compile
+        or not settings.gradient_checkpointing
+        or settings.base_precision == "nf4"
     ):
         raise ValueError(
-            "--blocks_to_swap needs --gradient_checkpointing, and neither --shard_base nor --compile"
+            "--blocks_to_swap needs --gradient_checkpointing, and neither --shard_base, --compile nor nf4"
         )
     if settings.perceptual_crop < 16 or settings.perceptual_crop % 8:
         raise ValueError(f"perceptual_crop must be 16, 24, 32, ..., not {settings.perceptual_crop}")
@@ -318,6 +289,7 @@ def load_models(folder: Path, settings: Settings, device: torch.device) -> tuple
         fp8=settings.base_precision == "fp8",
         progress=partial(tqdm, desc="loading the transformer", unit="tensors"),
         blocks_to_swap=settings.blocks_to_swap,
+        nf4=settings.base_precision == "nf4",
     )
     model.checkpointing = settings.gradient_checkpointing
     return autoencoder, model
@@ -332,17 +304,19 @@ def train_step(
     caches: tuple[dict | None, dict | None],
     settings: Settings,
 ) -> dict[str, Tensor]:
-    """Gradients of one step's pictures, `batch_size` at a time; the mean losses."""
+    """Gradients of one step's pictures, `batch_size` at a time; the mean losses. `prompt` is one for all, or
+    has a row for each picture."""
     batch = batch | {name: batch[name].cpu() for name in ("seed", "index")}
     losses = []
     for rows in torch.arange(len(batch["seed"])).split(settings.batch_size):
         part = {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
+        words = {name: value[rows] if len(value) > 1 else value for name, value in prompt.items()}
         share = len(rows) / len(batch["seed"])
         target = encode(autoencoder, part["target"], part["index"], caches[0])
         control = encode(autoencoder, part["control"], part["index"], caches[1])
         drawn = draw_noise(part["seed"], target.shape[1:], settings.timestep_sampling)
         sigma, noise = (values.to(target.device) for values in drawn)
-        loss, estimate = flow_loss(model, target, control, prompt, sigma, noise, settings)
+        loss, estimate = flow_loss(model, target, control, words, sigma, noise, settings)
         terms = {"loss": loss}
         if distance is not None:
             crop = settings.perceptual_crop
@@ -395,22 +369,24 @@ def main(settings: Settings) -> None:
 
     # Seed and devices
     fabric = start_fabric(settings.devices, settings.num_nodes, seed=settings.seed)
-    (settings.output_dir / "images").mkdir(parents=True, exist_ok=True)
+    (images := settings.output_dir / "images").mkdir(parents=True, exist_ok=True)
 
     # Data
-    dataset, previews = make_data(settings)
-    examples = settings.output_dir / "images" / "examples.png"
-    write_image(examples, example_sheet(dataset))
+    dataset, previews, tasks = make_data(settings)
+    for task, part in dataset.datasets.items():
+        suffix = f"_{task}.png" if task else ".png"
+        write_image(images / f"examples{suffix}", example_sheet(part))
+        if settings.examples_only:
+            write_image(images / f"kinds{suffix}", kinds_sheet(part))
+            print(f"{images}: damaged | clean: examples{suffix}; kind by kind: kinds{suffix}")
     if settings.examples_only:
-        write_image(examples.with_name("kinds.png"), kinds_sheet(dataset))
-        return print(f"damaged | clean examples: {examples}; kind by kind: {examples.with_name('kinds.png')}")
+        return
 
-    # The prompt, and the network with everything frozen but the LoRA
+    # The prompts, and the network with everything frozen but the LoRA
     folder = check_folder(settings.pretrained_model_name_or_path, (TRANSFORMER, AUTOENCODER))
     with fabric.rank_zero_first():
-        cache = prompt_file(settings.output_dir, settings.instance_prompt)
-        prompt = cached_prompt(cache, folder, settings.instance_prompt, fabric.device)
-    prompt = {name: value.to(fabric.device) for name, value in prompt.items()}
+        texts = [*dataset.prompts, *(text for part in previews.values() for text in part.prompts)]
+        prompts = Prompts(settings.output_dir, folder, texts, fabric.device)
     distance = PerceptualLoss().to(fabric.device) if settings.perceptual_loss else None
     autoencoder, model = load_models(folder, settings, fabric.device)
     adapter = add_trained_lora(model, settings, fabric.device)
@@ -419,28 +395,28 @@ def main(settings: Settings) -> None:
     optimizer = make_optimizer(adapter, settings)
     ema = EMA(adapter, settings.ema_decay)
     parts = {"state_dict": adapter, "optimizer": optimizer, "ema": ema}
-    known = {**plain(settings), "samples": len(dataset)}
-    run = Run(fabric, settings.output_dir, known, parts, MAY_CHANGE)
+    known = {**plain(settings), "samples": len(dataset), "tasks": tasks}
+    run = Run(fabric, settings.output_dir, known, parts, MAY_CHANGE, {**plain(Settings()), "tasks": {}})
     count = sum(parameter.numel() for parameter in adapter.parameters())
-    run.say(f"{len(dataset)} pictures an epoch; {count / 1e6:.2f} M LoRA parameters on {len(adapter)} layers")
+    run.say(f"{dataset.describe()}\n{count / 1e6:.2f} M LoRA parameters on {len(adapter)} layers")
 
     # Loop
     steps = settings.max_steps
     batch_size = settings.batch_size * settings.accumulate_grad_batches
     loader = run.loader(dataset, batch_size, steps, settings.seed, settings.num_workers)
-    tokens = run.samples_per_step * (
-        prompt["t5"].shape[1] + 2 * (settings.resolution // 16) ** 2
-    )  # of one step
-    caches = tuple({} if fixed else None for fixed in (dataset.fixed_targets, dataset.fixed_controls))
+    caches = tuple({} if fixed else None for fixed in dataset.fixed)
     start = time.perf_counter()
     for batch in run.batches(loader, steps):
         adapter.train()
         use = distance if run.step % settings.perceptual_every == 0 else None
+        prompt = prompts(batch["prompts"])
         metrics = train_step(model, autoencoder, use, prompt, batch, caches, settings)
         rate = settings.learning_rate * learning_rate_factor(run.step, settings, steps)
         update(fabric, adapter, optimizer, rate, settings)
         ema.update(adapter)
         seconds, start = time.perf_counter() - start, time.perf_counter()
+        pixels = batch["target"][0, 0].numel()
+        tokens = run.samples_per_step * (prompt["t5"].shape[1] + 2 * pixels // 16**2)
         run.advance({**metrics, "tokens/s": tokens / seconds, **peak_memory(fabric.device)}, batch["name"])
         if run.step % settings.save_steps and run.step != steps:
             continue
@@ -450,14 +426,13 @@ def main(settings: Settings) -> None:
         with ema.applied(adapter):
             adapter.eval()
             if fabric.is_global_zero or settings.shard_base:
-                picture, scores = preview(
-                    partial(restore_image, model, autoencoder, prompt), previews, settings
-                )
-                scores |= held_out_loss(model, autoencoder, prompt, previews, settings)
+                loss = partial(flow_loss, s=replace(settings, weighting="none"))
+                picture, scores = validate(model, autoencoder, prompts, previews, loss, settings)
                 run.picture("preview", picture)
                 report |= scores
             if fabric.is_global_zero:
-                save_outputs(adapter, settings, run.step, scores["val/psnr"] > run.best)
+                said = {task: part.instance_prompt for task, part in previews.items()}
+                save_outputs(adapter, settings, run.step, scores["val/psnr"] > run.best, said)
         run.log(report | {"learning_rate": rate})
         run.save(scores.get("val/psnr"))
         start = time.perf_counter()
@@ -477,9 +452,8 @@ def check_demo(settings: Settings, run: Run) -> None:
     """Load the file that was saved into a fresh model, merge it, and say what either changes."""
     folder, image = settings.pretrained_model_name_or_path, read_image(list_images(settings.hr_root)[0])
     autoencoder, model = load_models(folder, settings, run.fabric.device)
-    cache = prompt_file(settings.output_dir, settings.instance_prompt)
-    prompt = cached_prompt(cache, folder, settings.instance_prompt)
-    prompt = {name: value.to(run.fabric.device) for name, value in prompt.items()}
+    text = settings.instance_prompt
+    prompt = Prompts(settings.output_dir, folder, [text], run.fabric.device)([text])
     restore = partial(restore_image, model, autoencoder, prompt, image[:64, :96], steps=4)
     base = restore().astype(float)
     load_lora(model, settings.output_dir)

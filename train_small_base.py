@@ -43,7 +43,8 @@ from ldm.metrics import psnr
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.kontext import FluxAutoencoder, encode_prompt, write_small_folder
+from ldm.models.kontext import FluxAutoencoder, write_small_folder
+from ldm.models.prompts import encode_prompt
 from ldm.modules.diffusionmodules.model import AttnBlock, ResnetBlock
 from ldm.modules.diffusionmodules.util import zero_module
 from ldm.modules.ema import EMA

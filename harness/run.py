@@ -116,7 +116,8 @@ class Run:
         self, dataset: Dataset, batch_size: int, steps: int, seed: int, num_workers: int = 0
     ) -> DataLoader:
         """Batches from where the run stands up to `steps` steps; `batch_size` is what each process sees in a
-        step. Runs of n processes with batches of b and of one with n * b are the same.
+        step: of one group, if the dataset has `group` (SampleStream). Runs of n processes with batches of b
+        and of one with n * b are the same.
 
         Raises ValueError if the processes see other data, or the run that is resumed saw another number of
         samples in a step.
@@ -132,10 +133,11 @@ class Run:
             )
         start, total = self.step * joint, steps * joint
         check_same(len(dataset), DATA)
+        place = self.fabric.global_rank, world_size, getattr(dataset, "group", None), joint
         loader = DataLoader(
             dataset,
             batch_size,
-            sampler=SampleStream(len(dataset), seed, start, total, self.fabric.global_rank, world_size),
+            sampler=SampleStream(len(dataset), seed, start, total, *place),
             num_workers=num_workers,
             pin_memory=self.fabric.device.type == "cuda",
             persistent_workers=num_workers > 0,

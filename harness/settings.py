@@ -130,8 +130,14 @@ def check_counts(settings: Any, names: str) -> None:
 
 def check_optimizer(name: str) -> None:
     """Raise ValueError for adamw8bit where the package that it comes from is not installed."""
-    if name == "adamw8bit" and find_spec("bitsandbytes") is None:
-        raise ValueError("--optimizer adamw8bit needs a package: pip install bitsandbytes")
+    if name == "adamw8bit":
+        check_bitsandbytes("--optimizer adamw8bit")
+
+
+def check_bitsandbytes(flag: str) -> None:
+    """Raise ValueError that names `flag` if the package bitsandbytes is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"{flag} needs a package: pip install bitsandbytes")
 
 
 def lightning_precision(precision: str) -> str:

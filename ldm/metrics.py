@@ -1,7 +1,8 @@
-"""How close a restored image is to the sharp one: PSNR, SSIM, colour shift, spectrum of uint8 RGB images."""
+"""How close a restored image is to the sharp one: PSNR, SSIM, colour and pixel shift, spectrum, all uint8."""
 
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.registration import phase_cross_correlation
 
 DATA_RANGE = 255  # of uint8: never guessed from the pixels
 
@@ -38,6 +39,31 @@ def rgb_shift(restored: np.ndarray, sharp: np.ndarray) -> tuple[float, float, fl
     _check(restored, sharp)
     red, green, blue = restored.mean((0, 1)) - sharp.mean((0, 1))
     return float(red), float(green), float(blue)
+
+
+def misalignment(restored: np.ndarray, sharp: np.ndarray) -> tuple[float, float]:
+    """By how many pixels a picture is shifted, and by how many its corners are moved by a zoom.
+
+    The cross-correlation's peak is found to 0.01 pixel (Guizar-Sicairos et al. 2008) in each quarter of the
+    grey pictures, under a Hann window; shift and zoom fit these best, quarters with more contrast counting
+    more. It is not whitened as in plain phase correlation, which goes astray where the restored picture lacks
+    fine detail. Raises ValueError if shapes differ, an image is not uint8, or a side is below 32.
+    """
+    _check(restored, sharp)
+    if min(sharp.shape[:2]) < 32:
+        raise ValueError(f"alignment needs 32 x 32 pixels, not {sharp.shape[1]} x {sharp.shape[0]}")
+    h, w = (side // 2 for side in sharp.shape[:2])
+    window, rows, found = np.outer(np.hanning(h), np.hanning(w)), [], []
+    for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        here = slice(y * h, y * h + h), slice(x * w, x * w + w)
+        grey = [image[here].mean(axis=2) for image in (sharp, restored)]
+        moved = [(part - part.mean()) * window for part in grey]
+        dy, dx = -phase_cross_correlation(*moved, upsample_factor=100, normalization=None)[0]
+        weight = np.hypot(*np.gradient(grey[0])).mean()
+        rows += [[weight, 0, weight * (x - 0.5) * w], [0, weight, weight * (y - 0.5) * h]]
+        found += [weight * dx, weight * dy]
+    shift_x, shift_y, zoom = np.linalg.lstsq(np.array(rows), np.array(found))[0]
+    return float(np.hypot(shift_x, shift_y)), float(abs(zoom) * np.hypot(h, w))
 
 
 def radial_power(image: np.ndarray) -> np.ndarray:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
+from ldm.data.degraded import DegDataset, bucket_sizes, example_sheet, kinds_sheet
 from ldm.data.image import photographs, read_image, write_image
+from ldm.metrics import misalignment
 from ldm.modules.image_degradation.damage import DEGRADATIONS, KINDS, degrade
 
 
@@ -82,6 +83,53 @@ def test_which_latents_may_be_kept(folder):
     assert not moving.fixed_targets
     flips = {moving[(epoch, 0)]["target"].numpy().tobytes() for epoch in range(8)}
     assert len(flips) == 2
+
+
+def test_buckets_have_the_pictures_shapes(tmp_path):
+    sizes = {"wide": (200, 120), "tall": (120, 200), "square": (130, 128), "panorama": (400, 90)}
+    for name, (width, height) in sizes.items():
+        ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))
+        write_image(tmp_path / f"{name}.png", ramp.astype(np.uint8))
+    dataset = DegDataset(tmp_path, "", resolution=96, buckets=True, degradation_types=())
+    shapes = {}
+    for index in range(4):
+        item = dataset[(2, index)]
+        name = dataset.targets[index].stem
+        shapes[name] = tuple(item["target"].shape[1:])
+        assert dataset.group((2, index)) == shapes[name] and torch.equal(item["target"], item["control"])
+    assert shapes == {"wide": (80, 112), "tall": (112, 80), "square": (96, 96), "panorama": (64, 144)}
+    for resolution in (16, 64, 512, 1024):
+        for height, width in bucket_sizes(resolution):
+            assert height % 16 == width % 16 == 0 < height * width <= resolution**2
+    ratios = [width / height for height, width in bucket_sizes(512)]
+    assert len(ratios) == 13 and max(ratios) > 2.3 and min(ratios) < 0.43 and 1 in ratios
+    assert example_sheet(dataset).shape[1] == 2 * 144
+    with pytest.raises(ValueError, match=r"1 of 4 pictures are smaller than their buckets: .*\(130x128\)"):
+        DegDataset(tmp_path, "", resolution=144, buckets=True)
+
+
+def test_captions_beside_pictures(folder):
+    (folder / "coffee.txt").write_text("a cup,\nscratched\n")
+    dataset = DegDataset(folder, "restore", resolution=96, captions=True, caption_dropout=0.3)
+    place = [path.stem for path in dataset.targets].index("coffee")
+    said = [dataset[(epoch, place)]["prompts"] for epoch in range(60)]
+    assert {*said} == {"a cup, scratched", ""} and 8 < said.count("") < 30
+    assert dataset.prompts[place - 1] == "restore" and dataset.captioned == 1
+    assert dataset.describe() == "6 pictures; 5 without a caption take the prompt"
+    plain = DegDataset(folder, "restore", resolution=96)
+    assert {plain[index]["prompts"] for index in range(6)} == {"restore"}
+    assert torch.equal(dataset[(1, 2)]["control"], plain[(1, 2)]["control"])  # the damage is what it was
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_damage_moves_the_picture(kind):
+    """A LoRA would learn to move it back."""
+    image = photograph(192)
+    seeds = range(4)
+    moved = [
+        misalignment(degrade(image, np.random.default_rng(seed), [kind], lr_scale=4), image) for seed in seeds
+    ]
+    assert np.median(moved, axis=0).max() < 0.5  # where a path is bent the peak is near its middle
 
 
 def test_noise_has_the_given_standard_deviation():
@@ -246,6 +294,8 @@ def test_any_mode_is_read(tmp_path):
         ({"noise_level": (0.1, 0.01)}, "noise_level 0.1,0.01 is reversed: write 0.01,0.1"),
         ({"damage_strength": (0.5, 1.5)}, "damage_strength must lie in 0 ... 1, not 0.5,1.5"),
         ({"degradation_rounds": 0}, "degradation_rounds must be at least 1, not 0"),
+        ({"degradation_order": "any"}, "degradation_order must be fixed, given or random, not 'any'"),
+        ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\), not 1.0"),
     ],
 )
 def test_bad_values(folder, values, message):

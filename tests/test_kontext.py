@@ -13,13 +13,11 @@ from safetensors.torch import load_file, save_file
 from ldm.checkpoint import write_weights
 from ldm.models.kontext import (
     FluxAutoencoder,
-    cached_prompt,
-    check_folder,
-    encode_prompt,
     load_autoencoder,
     load_flux,
     save_flux,
 )
+from ldm.models.prompts import Prompts, cached_prompt, check_folder, encode_prompt, prompt_file
 from ldm.modules.fp8 import Fp8Linear
 from ldm.modules.lora import make_lora
 from ldm.modules.swap import BlockSwap
@@ -248,6 +246,22 @@ def test_prompt_is_encoded_once(text_folder, tmp_path):
     assert not torch.equal(first["t5"], other["t5"])
     with pytest.raises(FileNotFoundError, match="text_encoder/config.json MISSING"):
         cached_prompt(cache, tmp_path, "a prompt that is not in the cache")
+
+
+def test_several_prompts_are_encoded_once_and_stacked(text_folder, tmp_path):
+    texts = ["old photograph", "restore this", ""]
+    prompts = Prompts(tmp_path, text_folder, [*texts, texts[0]])
+    again = Prompts(tmp_path, tmp_path / "no folder is needed", texts)
+    both = again([texts[1], texts[0], texts[1]])
+    assert both["t5"].shape == (3, 512, 32) and both["pooled"].shape == (3, 24)
+    for row, text in enumerate((texts[1], texts[0])):
+        alone = encode_prompt(text_folder, text)
+        assert all(torch.equal(both[name][row], value[0]) for name, value in alone.items())
+    assert prompts(["", ""])["t5"].shape == (1, 512, 32)
+    assert not torch.equal(prompts([""])["pooled"], prompts([texts[0]])["pooled"])
+    prompt_file(tmp_path, texts[0]).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="safetensors"):
+        Prompts(tmp_path, text_folder, texts)
 
 
 def test_damaged_text_encoder_is_named(text_folder, tmp_path):

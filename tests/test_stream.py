@@ -49,6 +49,28 @@ def test_processes_share_the_same_joint_batches(world_size, start):
         assert ranks[position % world_size][position // world_size] == key
 
 
+def group(key: tuple[int, int]) -> int:
+    return key[1] % 3 == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_batches_of_one_group_leave_nothing_out_and_resume(world_size):
+    grouped = {"group": group, "batch": 4}
+    whole = list(SampleStream(10, seed=5, total=80, **grouped))
+    assert len({*whole}) == 80 and max(epoch for epoch, _ in whole) <= 9
+    batches = [whole[start : start + 4] for start in range(0, 80, 4)]
+    assert all(len({group(key) for key in batch}) == 1 for batch in batches)
+    assert 6 <= sum(group(batch[0]) for batch in batches) <= 9  # 4 of 10 pictures
+    for start in (0, 4, 36):
+        ranks = [SampleStream(10, 5, start, 80, rank, world_size, **grouped) for rank in range(world_size)]
+        keys = [list(stream) for stream in ranks]
+        assert [len(stream) for stream in ranks] == [len(own) for own in keys]
+        assert [keys[n % world_size][n // world_size] for n in range(80 - start)] == whole[start:]
+    plain = SampleStream(10, seed=5, start=8, total=80)
+    alike = SampleStream(10, seed=5, start=8, total=80, group=lambda key: 0, batch=4)
+    assert list(alike) == list(plain)
+
+
 def test_the_number_of_workers_changes_nothing():
     def batches(workers: int) -> list[dict]:
         stream = SampleStream(7, seed=1, total=20)

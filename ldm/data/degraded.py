@@ -1,5 +1,7 @@
 """Training data for restoration by FLUX.1 Kontext: clean photographs, degraded on the fly, or real pairs."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,10 +10,14 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.data.image import list_images, read_image, to_tensor, to_uint8
+from ldm.data.captions import check_captions, read_caption
+from ldm.data.image import image_size, list_images, read_image, to_tensor, to_uint8
 from ldm.data.pairs import find_pairs
 from ldm.data.stream import item_seed
 from ldm.modules.image_degradation.damage import DEGRADATIONS, Value, check_damage, damage_sheet, degrade
+
+TOKEN = 16  # pixels along a side
+RATIOS = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2, 21 / 9)  # longer to shorter side of a bucket
 
 
 class DegDataset(Dataset):
@@ -24,11 +30,16 @@ class DegDataset(Dataset):
     full scale; without `random_crop` the cut is in the middle. With `lr_data_root` the controls are real
     damaged pictures, those that `find_pairs(lr_data_root, hr_data_root)` finds, instead of synthetic ones.
 
+    With `buckets` a sample is (3, h, w), of `bucket_sizes` the one nearest to its picture's shape; `group`
+    tells which. The prompt is `instance_prompt`, or with `captions` what NAME.txt beside the clean or the
+    damaged picture says, if there is one; `caption_dropout` of the samples have an empty prompt.
+
     `lr_scale` is the factor lost to downsampling, `noise_level` the standard deviation in [0, 1] units,
     `blur_radius` the standard deviation of the Gaussian in pixels, `jpeg_quality` 1 to 100, `damage_strength`
     that of the other kinds (KINDS): each a number, or a pair from which it is drawn for every picture. Order
     and rounds as in `ldm.modules.image_degradation.damage.degrade`.
-    Raises ValueError for an unknown degradation or value, pictures too small, pairs of unequal size.
+    Raises ValueError for an unknown degradation or value, pictures smaller than what is cut from them, pairs
+    of unequal size, captions that are no text.
     """
 
     def __init__(
@@ -50,6 +61,9 @@ class DegDataset(Dataset):
         damage_strength: Value = (0.2, 0.8),
         degradation_order: str = "fixed",
         degradation_rounds: int = 1,
+        buckets: bool = False,
+        captions: bool = False,
+        caption_dropout: float = 0.0,
     ):
         self.types = DEGRADATIONS if degradation_types is None else tuple(degradation_types)
         self.values = {"lr_scale": lr_scale, "noise_level": noise_level, "blur_radius": blur_radius}
@@ -58,7 +72,11 @@ class DegDataset(Dataset):
         for name, value in (("repeats", repeats), ("degradation_rounds", degradation_rounds)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if resolution < 16 or resolution % 16:
+        if degradation_order not in ("fixed", "given", "random"):
+            raise ValueError(f"degradation_order must be fixed, given or random, not {degradation_order!r}")
+        if not 0 <= caption_dropout < 1:
+            raise ValueError(f"caption_dropout must lie in [0, 1), not {caption_dropout}")
+        if resolution < TOKEN or resolution % TOKEN:
             raise ValueError(f"resolution must be a multiple of 16, not {resolution}")
         self.order, self.rounds = degradation_order, degradation_rounds
         if lr_data_root:
@@ -66,8 +84,14 @@ class DegDataset(Dataset):
             self.targets, self.controls = [p.sharp for p in pairs], [p.blurry for p in pairs]
         else:
             self.targets, self.controls = list_images(hr_data_root), None
-        _check_sizes([*self.targets, *(self.controls or [])], resolution)
-        self.prompt, self.repeats, self.resolution, self.seed = instance_prompt, repeats, resolution, seed
+        sizes = bucket_sizes(resolution) if buckets else [(resolution, resolution)]
+        self.sizes = _cut_sizes(self.targets, sizes)
+        _cut_sizes(self.controls or [], sizes)
+        self.captioned, self.caption_dropout = 0, caption_dropout
+        self.instance_prompt, self.prompts = instance_prompt, [instance_prompt] * len(self.targets)
+        if captions:
+            self._read_captions()
+        self.repeats, self.seed = repeats, seed
         self.random_crop, self.random_flip, self.native_crop = random_crop, random_flip, native_crop
 
     @property
@@ -83,6 +107,25 @@ class DegDataset(Dataset):
     def __len__(self) -> int:
         return len(self.targets) * self.repeats
 
+    def group(self, key: int | tuple[int, int]) -> tuple[int, int]:
+        """Height and width of a sample: those of a batch must be the same."""
+        return self.sizes[(key[1] if isinstance(key, tuple) else key) % len(self.targets)]
+
+    def describe(self) -> str:
+        """What it holds, in a line."""
+        text = f"{len(self.targets)} pictures"
+        if len(counts := Counter(self.sizes)) > 1:
+            text += ", " + ", ".join(f"{w}x{h}: {n}" for (h, w), n in sorted(counts.items()))
+        lacking = len(self.targets) - self.captioned
+        return f"{text}; {lacking} without a caption take the prompt" if self.captioned and lacking else text
+
+    def _read_captions(self) -> None:
+        check_captions([*self.targets, *(self.controls or [])])
+        beside = zip(self.targets, self.controls or self.targets, strict=True)
+        found = [read_caption(*pair) for pair in beside]
+        self.captioned = sum(map(bool, found))
+        self.prompts = [own or prompt for own, prompt in zip(found, self.prompts, strict=True)]
+
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         seed = item_seed(self.seed, key)
         rng = np.random.default_rng(seed)
@@ -92,14 +135,17 @@ class DegDataset(Dataset):
         if control.shape != target.shape:
             sizes = [f"{path} is {w}x{h}" for path, (h, w, _) in self._pair(index, control, target)]
             raise ValueError(f"the pictures of a pair differ in size: {', '.join(sizes)} (width x height)")
-        cut = self._draw_cut(*target.shape[:2], rng)
+        cut = self._draw_cut(*target.shape[:2], self.sizes[index], rng)
         target, control = cut(target), cut(control)
         if self.controls is None:
             control = self.apply_degradation(control, rng)
+        unsaid = (
+            np.random.default_rng([seed, 1]).random() < self.caption_dropout
+        )  # apart: `rng` stays as it was
         return {
             "control": to_tensor(control),
             "target": to_tensor(target),
-            "prompts": self.prompt,
+            "prompts": "" if unsaid else self.prompts[index],
             "name": str(self.targets[index]),
             "index": index,
             "seed": seed,
@@ -117,20 +163,20 @@ class DegDataset(Dataset):
     def _pair(self, index: int, control: np.ndarray, target: np.ndarray):
         return (self.controls[index], control.shape), (self.targets[index], target.shape)
 
-    def _draw_cut(self, height: int, width: int, rng: np.random.Generator) -> Callable:
+    def _draw_cut(self, height: int, width: int, size: tuple[int, int], rng: np.random.Generator) -> Callable:
         """One scale, crop and flip, as a function that is then applied to both pictures."""
-        n = self.resolution
-        scale = 1.0 if self.native_crop else n / min(height, width)
-        height, width = max(n, round(height * scale)), max(n, round(width * scale))
-        y, x = (height - n) // 2, (width - n) // 2
+        h, w = size
+        scale = 1.0 if self.native_crop else max(h / height, w / width)
+        height, width = max(h, round(height * scale)), max(w, round(width * scale))
+        y, x = (height - h) // 2, (width - w) // 2
         if self.random_crop:
-            y, x = int(rng.integers(height - n + 1)), int(rng.integers(width - n + 1))
+            y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
         step = -1 if self.random_flip and rng.random() < 0.5 else 1
 
         def cut(image: np.ndarray) -> np.ndarray:
             if image.shape[:2] != (height, width):
                 image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-            return image[y : y + n, x : x + n][:, ::step]
+            return image[y : y + h, x : x + w][:, ::step]
 
         return cut
 
@@ -138,7 +184,14 @@ class DegDataset(Dataset):
 def example_sheet(dataset: Dataset, count: int = 6) -> np.ndarray:
     """Rows of control and target, uint8 (rows * h, 2 * w, 3), to hold against one's own damaged pictures."""
     items = [dataset[index] for index in range(min(count, len(dataset)))]
-    return np.vstack([np.hstack([to_uint8(item["control"]), to_uint8(item["target"])]) for item in items])
+    return stack_rows([np.hstack([to_uint8(item["control"]), to_uint8(item["target"])]) for item in items])
+
+
+def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 pictures (h, w, 3) below each other, those that are narrower than others on white."""
+    width = max(row.shape[1] for row in rows)
+    white = {"borderType": cv2.BORDER_CONSTANT, "value": (255, 255, 255)}
+    return np.vstack([cv2.copyMakeBorder(row, 0, 0, 0, width - row.shape[1], **white) for row in rows])
 
 
 def kinds_sheet(dataset: DegDataset, side: int = 192) -> np.ndarray:
@@ -148,18 +201,28 @@ def kinds_sheet(dataset: DegDataset, side: int = 192) -> np.ndarray:
     return damage_sheet(small, dataset.types, dataset.values) if dataset.types else small
 
 
-def _check_sizes(paths: Sequence[Path], resolution: int) -> None:
-    small = []
+def bucket_sizes(resolution: int) -> list[tuple[int, int]]:
+    """Heights and widths of at most resolution^2 pixels, multiples of 16, near to RATIOS; no size twice."""
+    side = resolution // TOKEN
+    longer = [round(side * ratio**0.5) for ratio in RATIOS]
+    sides = [(side * side // n * TOKEN, n * TOKEN) for n in longer if n <= side * side]
+    return list(dict.fromkeys([*sides, *(size[::-1] for size in sides)]))
+
+
+def _cut_sizes(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Height and width of what is cut from each picture: of `sizes` the nearest in shape, which must fit."""
+    chosen, small = [], []
     for path in paths:
-        try:
-            with Image.open(path) as image:  # the header alone
-                if min(image.size) < resolution:
-                    small.append(f"{path} ({image.width}x{image.height})")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read image {path}: {error}") from error
+        width, height = image_size(path)  # the header alone
+        errors = [abs(math.log(height * w / (width * h))) for h, w in sizes]
+        chosen.append(sizes[int(np.argmin(errors))])
+        if height < chosen[-1][0] or width < chosen[-1][1]:
+            small.append(f"{path} ({width}x{height})")
     if small:
         more = f" and {len(small) - 3} more" if len(small) > 3 else ""
+        least = f"{sizes[0][1]} px" if len(sizes) == 1 else "their buckets"
         raise ValueError(
-            f"{len(small)} of {len(paths)} pictures are smaller than {resolution} px: "
+            f"{len(small)} of {len(paths)} pictures are smaller than {least}: "
             f"{', '.join(small[:3])}{more}. Take them out or lower --resolution"
         )
+    return chosen

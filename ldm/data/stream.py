@@ -1,6 +1,7 @@
 """The order in which training samples are seen, as a pure function of seed and position."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ class SampleStream(Sampler):
     p = r (mod world_size). A run that resumes after n samples (over all ranks) passes `start=n` and sees
     exactly what the uninterrupted run would have seen; more processes see the same joint batches.
     `total` is where the stream ends (samples over all ranks); None never ends.
+    With `group`, a function of the key, every `batch` samples in a row are of one group: a key waits until
+    there are so many of its group. Nothing is left out and nothing comes twice.
     """
 
     def __init__(
@@ -24,20 +27,35 @@ class SampleStream(Sampler):
         total: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        group: Callable[[tuple[int, int]], Hashable] | None = None,
+        batch: int = 1,
     ):
         if length < 1:
             raise ValueError("the training set is empty")
         self.length, self.seed, self.start, self.total = length, seed, start, total
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.group, self.batch = rank, world_size, group, batch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        position, epoch, order = self.start + self.rank, -1, []
-        while self.total is None or position < self.total:
-            if position // self.length != epoch:
-                epoch = position // self.length
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-            yield epoch, int(order[position % self.length])
-            position += self.world_size
+        if self.group is None:
+            left = None if self.total is None else max(0, self.total - self.start)
+            return islice(self._keys(self.start), self.rank, left, self.world_size)
+        return islice(self._grouped(), self.start + self.rank, self.total, self.world_size)
+
+    def _keys(self, position: int) -> Iterator[tuple[int, int]]:
+        for epoch in count(position // self.length):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            for index in order[position % self.length :]:
+                yield epoch, int(index)
+            position = 0
+
+    def _grouped(self) -> Iterator[tuple[int, int]]:
+        waiting: dict[Hashable, list] = {}
+        for key in self._keys(0):
+            same = waiting.setdefault(self.group(key), [])
+            same.append(key)
+            if len(same) == self.batch:
+                yield from same
+                same.clear()
 
     def __len__(self) -> int:
         if self.total is None:

@@ -1,9 +1,8 @@
-"""The model folder of FLUX.1 Kontext [dev]: transformer, autoencoder and two text encoders, read from disk.
+"""The model folder of FLUX.1 Kontext [dev]: transformer and autoencoder, read from disk.
 
 Weights are memory-mapped and go straight into place: nothing is initialised first, nothing is copied twice.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,42 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.checkpoint import read_metadata, read_settings, read_weights, write_weights
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.flow import restore_image
-from ldm.modules.encoders.modules import CLIPTextModel, tokenize
+from ldm.models.prompts import cached_prompt, check_folder, prompt_file
 from ldm.modules.flux import Flux, FluxParams
 from ldm.modules.fp8 import quantize, store_in_fp8
 from ldm.modules.lora import block_linears, load_lora, lora_file
+from ldm.modules.nf4 import nf4_weight, store_in_nf4
 from ldm.modules.swap import BlockSwap
 
 TRANSFORMER = "flux1-kontext-dev.safetensors"
 AUTOENCODER = "ae.safetensors"
-TEXT_FILES = (
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "text_encoder_2/config.json",
-    "text_encoder_2/model*.safetensors",
-    "tokenizer_2/tokenizer.json",
-)
 AUTOENCODER_CONFIG = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 16}
-
-
-def check_folder(folder: str | Path, files: Iterable[str]) -> Path:
-    """The folder as a Path. Raises FileNotFoundError that lists every expected file and which are there."""
-    folder, files = Path(folder), list(files)
-    found = {name: any(folder.glob(name)) for name in files}
-    if not all(found.values()):
-        listing = "; ".join(f"{name} {'found' if found[name] else 'MISSING'}" for name in files)
-        raise FileNotFoundError(
-            f"the model folder {folder} is not complete: {listing}. Expected is a download of "
-            "black-forest-labs/FLUX.1-Kontext-dev (see docs/kontext.md)"
-        )
-    return folder
 
 
 class FluxAutoencoder(AutoencoderKL):
@@ -79,14 +58,18 @@ def load_flux(
     fp8: bool = False,
     progress: Callable[[list], Iterable] = iter,
     blocks_to_swap: int = 0,
+    nf4: bool = False,
 ) -> Flux:
-    """A frozen transformer from a file; with `fp8` the linears of its blocks are stored in 8 bits.
+    """A frozen transformer from a file; with `fp8` or `nf4` its blocks' linears are stored in 8 or 4 bits.
 
     Without a `dtype` it computes in bfloat16 on CUDA and in float32 elsewhere.
     Sizes are Kontext's unless the file's metadata holds "flux_params" (see `save_flux`). `progress` may wrap
     the list of names in a progress bar. The last `blocks_to_swap` blocks stay in (pinned) main memory and are
-    fetched when they run. Raises FileNotFoundError, ValueError for a damaged or foreign file.
+    fetched when they run, which 4 bits do not allow. Raises FileNotFoundError, ValueError for a damaged or
+    foreign file, or if nf4 lacks its package.
     """
+    if nf4 and blocks_to_swap:
+        raise ValueError("--base_precision nf4 does not go with --blocks_to_swap")
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     weights = read_weights(path)
     sizes = read_settings(path, "flux_params")
@@ -94,6 +77,7 @@ def load_flux(
         model = Flux(FluxParams(**sizes))
         check_weights(model, weights, path)
         eight_bit = store_in_fp8(model, block_linears(model)) if fp8 else {}
+        four_bit = store_in_nf4(model, block_linears(model), dtype) if nf4 else {}
         if blocks_to_swap:
             model.swap = BlockSwap([*model.double_blocks, *model.single_blocks], blocks_to_swap)
     waiting = {id(p) for block in model.swap.blocks for p in block.parameters()} if model.swap else set()
@@ -103,11 +87,15 @@ def load_flux(
         value = weights.pop(name).to(device)
         if name in eight_bit:
             state[name], eight_bit[name].scale = quantize(value)
+        elif name in four_bit:
+            state[name] = nf4_weight(value.to(dtype))
         else:
             state[name] = value.to(dtype)
         if name in waiting and cuda:
             state[name] = state[name].cpu().pin_memory()
-    model.load_state_dict(state, assign=True)
+    for name, linear in four_bit.items():
+        linear.weight = state.pop(name)
+    model.load_state_dict(state, strict=not nf4, assign=True)  # what there is was checked above
     return model.requires_grad_(False).eval()
 
 
@@ -144,76 +132,6 @@ def load_autoencoder(
     return model.requires_grad_(False).eval()
 
 
-@torch.no_grad()
-def encode_prompt(folder: str | Path, prompt: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The prompt as {"t5": (1, 512, 4096), "pooled": (1, 768)}, bfloat16 on the CPU.
-
-    T5's sizes and its number of tokens (n_positions) are those of its config.json. It sees the padding too
-    (no attention mask), as in the original. The encoders are freed before it returns.
-    """
-    folder = check_folder(folder, TEXT_FILES)
-    return {"t5": _encode_t5(folder, prompt, device), "pooled": _encode_clip(folder, prompt, device)}
-
-
-def _encode_t5(folder: Path, prompt: str, device: str | torch.device) -> Tensor:
-    from tokenizers import Tokenizer
-    from transformers import T5EncoderModel
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer_2" / "tokenizer.json"))
-    tokenizer.no_padding()
-    length = json.loads((folder / "text_encoder_2" / "config.json").read_text()).get("n_positions", 512)
-    tokenizer.enable_truncation(length)
-    words = tokenizer.encode(prompt).ids
-    ids = torch.tensor([words + [0] * (length - len(words))])  # (1, 512)
-    try:
-        model = T5EncoderModel.from_pretrained(
-            folder / "text_encoder_2", dtype=torch.bfloat16, local_files_only=True
-        )
-    except SafetensorError as error:
-        raise ValueError(f"a file in {folder / 'text_encoder_2'} is damaged: {error}") from error
-    return model.to(device)(ids.to(device)).last_hidden_state.bfloat16().cpu()
-
-
-def _encode_clip(folder: Path, prompt: str, device: str | torch.device) -> Tensor:
-    config = json.loads((folder / "text_encoder" / "config.json").read_text())
-    model = CLIPTextModel(
-        width=config["hidden_size"],
-        hidden=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-    )
-    path = folder / "text_encoder" / "model.safetensors"
-    position_ids = {
-        name: value for name, value in model.state_dict().items() if name.endswith("position_ids")
-    }
-    weights = {**position_ids, **read_weights(path)}
-    check_weights(model, weights, path)
-    model.load_state_dict(weights)
-    return model.to(device).float()(tokenize([prompt]).to(device))[1].bfloat16().cpu()
-
-
-def cached_prompt(
-    cache: str | Path, folder: str | Path, prompt: str, device: str | torch.device = "cpu"
-) -> dict[str, Tensor]:
-    """What `encode_prompt` returns, from the file `cache` if that is of the same prompt, else put into it."""
-    if Path(cache).is_file():
-        found = read_weights(cache) if read_metadata(cache).get("prompt") == prompt else {}
-        if {name: value.ndim for name, value in found.items()} == {"t5": 3, "pooled": 2}:
-            return found  # otherwise it is damaged and made anew
-    embeddings = encode_prompt(folder, prompt, device)
-    Path(cache).parent.mkdir(parents=True, exist_ok=True)
-    write_weights(cache, embeddings, {"prompt": prompt})
-    return embeddings
-
-
-def prompt_file(run: Path, prompt: str) -> Path:
-    """Where the folder of a run keeps the embedding of a prompt: cache/, or as it was, beside the LoRA."""
-    old = run / "prompt.safetensors"
-    if old.is_file() and read_metadata(old).get("prompt") == prompt:
-        return old
-    return run / "cache" / f"prompt_{hashlib.sha256(prompt.encode()).hexdigest()[:12]}.safetensors"
-
-
 def load_restorer(
     folder: str | Path,
     lora_path: str | Path | None = None,
@@ -223,16 +141,22 @@ def load_restorer(
     device: str | torch.device = "cpu",
     fp8: bool = False,
     blocks_to_swap: int = 0,
+    nf4: bool = False,
 ) -> Callable[..., np.ndarray]:
     """`restore_image` with model, autoencoder and prompt filled in from a model folder and a LoRA file.
 
     The LoRA is a file or the folder of a run. Without `prompt` it is the LoRA's own, whose embedding the run
-    keeps; that of another prompt goes to `prompt_cache`. Raises ValueError if there is no prompt at all.
+    keeps; that of another prompt goes to `prompt_cache`. Raises ValueError if there is no prompt at all, or
+    if the LoRA was trained with several, which it lists.
     """
     folder = check_folder(folder, (TRANSFORMER, AUTOENCODER))
     if lora_path and not lora_file(lora_path).is_file():
         raise FileNotFoundError(f"LoRA not found: {lora_file(lora_path)}")
-    prompt = prompt or (read_metadata(lora_file(lora_path)).get("prompt", "") if lora_path else "")
+    about = read_metadata(lora_file(lora_path)) if lora_path and not prompt else {}
+    if "tasks" in about:
+        known = "; ".join(f"{task}: {text!r}" for task, text in json.loads(about["tasks"]).items())
+        raise ValueError(f"give a --prompt: {lora_file(lora_path)} was trained with several ({known})")
+    prompt = prompt or about.get("prompt", "")
     if not prompt:
         raise ValueError("give a --prompt: there is no LoRA, or its file does not name its own")
     runs = [Path(lora_path), *list(Path(lora_path).parents)[:2]] if lora_path else []
@@ -241,7 +165,7 @@ def load_restorer(
     embeddings = {name: value.to(device) for name, value in embeddings.items()}
     autoencoder = load_autoencoder(folder / AUTOENCODER, device)
     bar = partial(tqdm, desc="loading")
-    model = load_flux(folder / TRANSFORMER, device, None, fp8, bar, blocks_to_swap)
+    model = load_flux(folder / TRANSFORMER, device, None, fp8, bar, blocks_to_swap, nf4)
     if lora_path:
         load_lora(model, lora_path, lora_scale)
     return partial(restore_image, model, autoencoder, embeddings)

@@ -1,6 +1,8 @@
 """What the training of a Kontext LoRA keeps and shows: latents, previews, files, the demonstration's data."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import cv2
@@ -8,12 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.data.degraded import DegDataset
+from ldm.data.degraded import DegDataset, stack_rows
 from ldm.data.image import photographs, read_image, to_uint8, write_image
+from ldm.data.stream import item_generator
 from ldm.metrics import psnr
-from ldm.models.kontext import FluxAutoencoder, prompt_file, write_tiny_folder
+from ldm.models.diffusion.flow import restore_image
+from ldm.models.kontext import FluxAutoencoder, write_tiny_folder
+from ldm.models.prompts import Prompts, prompt_file
 from ldm.modules.lora import LORA_FILE, save_lora
 
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the held-out loss
 # What Forge and other browsers of files show (Stability AI's ModelSpec 1.0.0).
 MODELSPEC = {
     "sai_model_spec": "1.0.0",
@@ -34,23 +40,72 @@ def encode(autoencoder: FluxAutoencoder, images: Tensor, indices: Tensor, cache:
     return torch.stack([cache[index] for index in indices.tolist()]).to(images.device)
 
 
-def preview(restore: Callable, dataset: DegDataset, settings: Any) -> tuple[np.ndarray, dict[str, float]]:
-    """Rows of damaged, restored and clean pictures, and the mean PSNR of the first two against the third."""
+def validate(
+    model: Callable,
+    autoencoder: FluxAutoencoder,
+    prompts: Prompts,
+    previews: Mapping[str, DegDataset],
+    loss: Callable[..., tuple[Tensor, Tensor]],
+    settings: Any,
+) -> tuple[np.ndarray, dict[str, float]]:
+    """The preview of every task, and its figures: val/psnr and the like, of several tasks val/TASK/psnr and
+    the means over them. `loss` takes model, target, control, prompt, sigma and noise (`flow_loss`)."""
+    pictures, scores = [], {}
+    for task, dataset in previews.items():
+        picture, found = preview(partial(restore_image, model, autoencoder), prompts, dataset, settings)
+        found |= held_out_loss(partial(loss, model), autoencoder, prompts, dataset, settings.preview_images)
+        pictures.append(picture)
+        scores |= {f"val/{task}/{name}" if task else f"val/{name}": value for name, value in found.items()}
+    if len(pictures) > 1 or "" not in previews:
+        means = {name: [scores[f"val/{task}/{name}"] for task in previews] for name in found}
+        scores |= {f"val/{name}": float(np.mean(values)) for name, values in means.items()}
+    return stack_rows(pictures), scores
+
+
+def preview(
+    restore: Callable, prompts: Prompts, dataset: DegDataset, settings: Any
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Rows of damaged, restored and clean pictures, and the mean PSNR of the first two against the third.
+
+    restore(prompt, control, ...) is `restore_image`.
+    """
     options = {"steps": settings.preview_steps, "guidance": settings.preview_guidance}
-    rows, scores = [], {"val/psnr": [], "val/psnr_input": []}
-    for index in range(min(settings.preview_images, len(dataset))):
-        control, target = (to_uint8(dataset[index][name]) for name in ("control", "target"))
-        restored = restore(control, resolution=settings.resolution, **options)
+    rows, scores = [], {"psnr": [], "psnr_input": []}
+    for item in (dataset[index] for index in range(min(settings.preview_images, len(dataset)))):
+        control, target = (to_uint8(item[name]) for name in ("control", "target"))
+        prompt = prompts([item["prompts"]])
+        restored = restore(prompt, control, resolution=settings.resolution, **options)
         rows.append(np.hstack([control, restored, target]))
-        scores["val/psnr"].append(psnr(restored, target))
-        scores["val/psnr_input"].append(psnr(control, target))
-    return np.vstack(rows), {name: float(np.mean(values)) for name, values in scores.items()}
+        scores["psnr"].append(psnr(restored, target))
+        scores["psnr_input"].append(psnr(control, target))
+    return stack_rows(rows), {name: float(np.mean(values)) for name, values in scores.items()}
 
 
-def save_outputs(adapter: nn.ModuleDict, settings: Any, step: int, best: bool) -> None:
+@torch.no_grad()
+def held_out_loss(
+    loss: Callable, autoencoder: FluxAutoencoder, prompts: Prompts, dataset: DegDataset, count: int
+) -> dict[str, float]:
+    """Loss of the first `count` pictures at fixed noise and noise levels, and its mean: it can be compared
+    from one save to the next, as the training loss cannot."""
+    losses = {f"loss_{sigma}": [] for sigma in SIGMAS}
+    for item in (dataset[index] for index in range(min(count, len(dataset)))):
+        prompt = prompts([item["prompts"]])
+        device = prompt["t5"].device
+        images = (item[name][None].to(device) for name in ("target", "control"))
+        target, control = (autoencoder.encode(image) for image in images)
+        noise = torch.randn(target.shape, generator=item_generator(item["seed"])).to(device)
+        for sigma, found in zip(SIGMAS, losses.values(), strict=True):
+            level = torch.tensor([sigma], device=device)
+            found.append(loss(target, control, prompt, level, noise)[0].item())
+    means = {name: sum(found) / len(found) for name, found in losses.items()}
+    return means | {"loss": sum(means.values()) / len(means)}
+
+
+def save_outputs(adapter: nn.ModuleDict, settings: Any, step: int, best: bool, said: dict[str, str]) -> None:
     """The (averaged) LoRA: the latest, as the one file that diffusers takes from the folder of the run, a
-    snapshot, and best/ if no preview had a higher PSNR."""
-    metadata = {"base": "FLUX.1-Kontext-dev", "prompt": settings.instance_prompt, "steps": step}
+    snapshot, and best/ if no preview had a higher PSNR. `said` are the prompts by task."""
+    metadata = {"base": "FLUX.1-Kontext-dev", "prompt": next(iter(said.values())), "steps": step}
+    metadata |= {"tasks": json.dumps(said)} if len({*said.values()}) > 1 else {}
     metadata |= {n: getattr(settings, n) for n in ("rank", "alpha", "lora_targets", "resolution")}
     metadata |= {f"modelspec.{name}": value for name, value in MODELSPEC.items()}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.lora_dtype]

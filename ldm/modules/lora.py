@@ -69,8 +69,8 @@ class LoRALinear(nn.Module):
     def merge(self, merged: bool = True) -> None:
         """Put the LoRA into the weight (exact to the rounding of its dtype), or take it out."""
         weight = self.base.weight
-        if weight.dtype == torch.float8_e4m3fn:
-            raise ValueError("a LoRA cannot be merged into weights stored in fp8: use bf16")
+        if weight.dtype in (torch.float8_e4m3fn, torch.uint8):
+            raise ValueError("a LoRA cannot be merged into weights stored in fp8 or nf4: use bf16")
         if merged != self.merged:
             weight.copy_(weight.float() + (1 if merged else -1) * self.lora.delta())
         self.merged = merged

@@ -1,0 +1,155 @@
+"""Prompts of FLUX: encoded by T5 and CLIP from the model folder, once, and kept in the folder of a run."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.checkpoint import fill, read_metadata, read_weights, write_weights
+from ldm.modules.encoders.modules import CLIPTextModel, tokenize
+
+TEXT_FILES = (
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder_2/config.json",
+    "text_encoder_2/model*.safetensors",
+    "tokenizer_2/tokenizer.json",
+)
+
+
+def check_folder(folder: str | Path, files: Iterable[str]) -> Path:
+    """The folder as a Path. Raises FileNotFoundError that lists every expected file and which are there."""
+    folder, files = Path(folder), list(files)
+    found = {name: any(folder.glob(name)) for name in files}
+    if not all(found.values()):
+        listing = "; ".join(f"{name} {'found' if found[name] else 'MISSING'}" for name in files)
+        raise FileNotFoundError(
+            f"the model folder {folder} is not complete: {listing}. Expected is a download of "
+            "black-forest-labs/FLUX.1-Kontext-dev (see docs/kontext.md)"
+        )
+    return folder
+
+
+def encode_prompt(folder: str | Path, prompt: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The prompt as {"t5": (1, 512, 4096), "pooled": (1, 768)}, bfloat16 on the CPU.
+
+    T5's sizes and its number of tokens (n_positions) are those of its config.json. It sees the padding too
+    (no attention mask), as in the original. The encoders are freed before it returns.
+    """
+    [embeddings] = encode_prompts(folder, [prompt], device)  # to its end: that frees the encoders
+    return embeddings
+
+
+def encode_prompts(
+    folder: str | Path, prompts: Sequence[str], device: str | torch.device = "cpu"
+) -> Iterator[dict[str, Tensor]]:
+    """What `encode_prompt` returns for each, one after the other."""
+    folder = check_folder(folder, TEXT_FILES)
+    pooled = _encode_clip(folder, prompts, device)
+    for number, t5 in enumerate(_encode_t5(folder, prompts, device)):
+        yield {"t5": t5, "pooled": pooled[number]}
+
+
+@torch.no_grad()
+def _encode_t5(folder: Path, prompts: Sequence[str], device: str | torch.device) -> Iterator[Tensor]:
+    from tokenizers import Tokenizer
+    from transformers import T5EncoderModel
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer_2" / "tokenizer.json"))
+    tokenizer.no_padding()
+    length = json.loads((folder / "text_encoder_2" / "config.json").read_text()).get("n_positions", 512)
+    tokenizer.enable_truncation(length)
+    try:
+        model = T5EncoderModel.from_pretrained(
+            folder / "text_encoder_2", dtype=torch.bfloat16, local_files_only=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"a file in {folder / 'text_encoder_2'} is damaged: {error}") from error
+    model.to(device)
+    for words in (tokenizer.encode(prompt).ids for prompt in prompts):
+        ids = torch.tensor([words + [0] * (length - len(words))], device=device)  # (1, 512)
+        yield model(ids).last_hidden_state.bfloat16().cpu()
+
+
+@torch.no_grad()
+def _encode_clip(folder: Path, prompts: Sequence[str], device: str | torch.device) -> list[Tensor]:
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    model = CLIPTextModel(
+        width=config["hidden_size"],
+        hidden=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+    )
+    path = folder / "text_encoder" / "model.safetensors"
+    position_ids = {
+        name: value for name, value in model.state_dict().items() if name.endswith("position_ids")
+    }
+    weights = {**position_ids, **read_weights(path)}
+    fill(model, weights, path).to(device).float()
+    return [model(tokenize([prompt]).to(device))[1].bfloat16().cpu() for prompt in prompts]
+
+
+def cached_prompt(
+    cache: str | Path, folder: str | Path, prompt: str, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """What `encode_prompt` returns, from the file `cache` if that is of the same prompt, else put into it."""
+    found = _read_cache(Path(cache), prompt)
+    if found is None:
+        found = encode_prompt(folder, prompt, device)
+        _write_cache(Path(cache), prompt, found)
+    return found
+
+
+def _read_cache(cache: Path, prompt: str) -> dict[str, Tensor] | None:
+    if not cache.is_file() or read_metadata(cache).get("prompt") != prompt:
+        return None
+    found = read_weights(cache)
+    whole = {name: value.ndim for name, value in found.items()} == {"t5": 3, "pooled": 2}
+    return found if whole else None  # damaged: it is made anew
+
+
+def _write_cache(cache: Path, prompt: str, embeddings: dict[str, Tensor]) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(cache, embeddings, {"prompt": prompt})
+
+
+def prompt_file(run: Path, prompt: str) -> Path:
+    """Where the folder of a run keeps the embedding of a prompt: cache/, or as it was, beside the LoRA."""
+    old = run / "prompt.safetensors"
+    if old.is_file() and read_metadata(old).get("prompt") == prompt:
+        return old
+    return run / "cache" / f"prompt_{hashlib.sha256(prompt.encode()).hexdigest()[:12]}.safetensors"
+
+
+class Prompts:
+    """The embeddings of several prompts, each encoded once and kept in the folder `run` of a run.
+
+    prompts(texts) gives {"t5": (b, tokens, dim), "pooled": (b, dim)} of b texts on the device, b = 1 if all
+    are the same. Raises what `encode_prompt` does.
+    """
+
+    def __init__(
+        self, run: Path, folder: str | Path, texts: Iterable[str], device: str | torch.device = "cpu"
+    ):
+        self.run, self.device = run, device
+        self.read = lru_cache(maxsize=32)(self._read)  # of FLUX's own 4 MB each
+        missing = [text for text in dict.fromkeys(texts) if _read_cache(prompt_file(run, text), text) is None]
+        if missing:
+            made = tqdm(
+                encode_prompts(folder, missing, device), "encoding prompts", len(missing), leave=False
+            )
+            for text, embeddings in zip(missing, made, strict=True):
+                _write_cache(prompt_file(run, text), text, embeddings)
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        found = [self.read(text) for text in (texts[:1] if len({*texts}) == 1 else texts)]
+        return {name: torch.cat([one[name] for one in found]) for name in ("t5", "pooled")}
+
+    def _read(self, text: str) -> dict[str, Tensor]:
+        return {n: v.to(self.device) for n, v in read_weights(prompt_file(self.run, text)).items()}
