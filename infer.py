@@ -17,7 +17,7 @@ for evaluate.py.
 """
 
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from zlib import crc32
@@ -30,6 +30,7 @@ from harness.jobs import Files, Job, Restorer, restore_files
 from harness.settings import run_main
 from ldm import checkpoint
 from ldm.data.image import read_rgba, side_by_side
+from ldm.data.picture import identity
 from ldm.data.stream import item_seed
 from ldm.util import autocast
 
@@ -63,7 +64,8 @@ class ControlNet(Files):
 
     def made_from(self, source: Path) -> list[Path]:
         path, base = self.files()
-        return [source, path, *(file for file in (base or named_base(path), self.config_path) if file)]
+        wanted = base_of(path, base, identity(path))
+        return [source, path, *(file for file in (wanted, self.config_path) if file)]
 
     def open(self) -> torch.nn.Module:
         """The model on its device, in the type of the computation."""
@@ -88,11 +90,13 @@ def small_file(name: str) -> Path:
     return path
 
 
-@cache
-def named_base(path: Path) -> Path | None:
-    """The Stable Diffusion file that a checkpoint of ours names."""
-    base = None if path.suffix == ".safetensors" else checkpoint.load(path).get("base")
-    return base and Path(base)
+@lru_cache(maxsize=8)
+def base_of(path: Path, base: Path | None, content: str) -> Path | None:
+    """cldm.model.wanted_base of a file, which is read once for each `content` (ldm.data.picture.identity):
+    another may come under its name."""
+    from cldm.model import read_control, wanted_base
+
+    return wanted_base(*read_control(path), path, base)
 
 
 @dataclass(kw_only=True)
