@@ -395,8 +395,16 @@ def system_of(path: Path) -> str:
 
     Raises FileNotFoundError, or ValueError if it is of none.
     """
+    from ldm.models.kontext import TRANSFORMER
+    from ldm.modules.generators import authors_form
+    from ldm.modules.lora import LORA_FILE
+
     if path.is_dir():
-        return "kontext"
+        if (path / LORA_FILE).is_file() or (path / TRANSFORMER).is_file():
+            return "kontext"
+        raise ValueError(
+            f"{path} is a folder without {LORA_FILE}: give a file, such as checkpoints/best.ckpt"
+        )
     weights, content = checkpoint.read_trained(path)
     begins = {name.removeprefix("module.").partition(".")[0] for name in weights}
     for prefix, command in (("inblock", "srn"), ("deblur", "dbgan"), ("blur", "bgan")):
@@ -407,6 +415,8 @@ def system_of(path: Path) -> str:
         return "inpaint" if "inpaint" in about.lower() or "mask_ratio" in about else "deblur"
     if any(".lora_" in name or name.startswith("lora_") for name in weights):
         return "kontext"
+    if authors_form({name.removeprefix("module."): value.shape for name, value in weights.items()}):
+        return "dbgan"
     raise ValueError(f"{path} is of none of {', '.join(COMMANDS)}: its first key is {next(iter(weights))}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.data.degraded import DegDataset
 from ldm.data.image import photographs, read_image, to_uint8, write_image
-from ldm.metrics import psnr
+from ldm.metrics import psnr, ssim
 from ldm.models.kontext import FluxAutoencoder, prompt_file, write_tiny_folder
 from ldm.modules.lora import LORA_FILE, save_lora
 
@@ -35,15 +35,17 @@ def encode(autoencoder: FluxAutoencoder, images: Tensor, indices: Tensor, cache:
 
 
 def preview(restore: Callable, dataset: DegDataset, settings: Any) -> tuple[np.ndarray, dict[str, float]]:
-    """Rows of damaged, restored and clean pictures, and the mean PSNR of the first two against the third."""
+    """Rows of damaged, restored and clean pictures; the mean PSNR of the first two against the third, and the
+    mean SSIM of the second."""
     options = {"steps": settings.preview_steps, "guidance": settings.preview_guidance}
-    rows, scores = [], {"val/psnr": [], "val/psnr_input": []}
+    rows, scores = [], {"val/psnr": [], "val/psnr_input": [], "val/ssim": []}
     for index in range(min(settings.preview_images, len(dataset))):
         control, target = (to_uint8(dataset[index][name]) for name in ("control", "target"))
         restored = restore(control, resolution=settings.resolution, **options)
         rows.append(np.hstack([control, restored, target]))
         scores["val/psnr"].append(psnr(restored, target))
         scores["val/psnr_input"].append(psnr(control, target))
+        scores["val/ssim"].append(ssim(restored, target))
     return np.vstack(rows), {name: float(np.mean(values)) for name, values in scores.items()}
 
 
