@@ -17,7 +17,7 @@ for evaluate.py.
 """
 
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from zlib import crc32
@@ -30,6 +30,7 @@ from harness.jobs import Files, Job, Restorer, restore_files
 from harness.settings import run_main
 from ldm import checkpoint
 from ldm.data.image import read_rgba, side_by_side
+from ldm.data.picture import identity
 from ldm.data.stream import item_seed
 from ldm.util import autocast
 
@@ -63,7 +64,8 @@ class ControlNet(Files):
 
     def made_from(self, source: Path) -> list[Path]:
         path, base = self.files()
-        return [source, path, *(file for file in (base or named_base(path), self.config_path) if file)]
+        wanted = base_of(path, base, identity(path))
+        return [source, path, *(file for file in (wanted, self.config_path) if file)]
 
     def open(self) -> torch.nn.Module:
         """The model on its device, in the type of the computation."""
@@ -88,11 +90,13 @@ def small_file(name: str) -> Path:
     return path
 
 
-@cache
-def named_base(path: Path) -> Path | None:
-    """The Stable Diffusion file that a checkpoint of ours names."""
-    base = None if path.suffix == ".safetensors" else checkpoint.load(path).get("base")
-    return base and Path(base)
+@lru_cache(maxsize=8)
+def base_of(path: Path, base: Path | None, content: str) -> Path | None:
+    """cldm.model.wanted_base of a file, which is read once for each `content` (ldm.data.picture.identity):
+    another may come under its name."""
+    from cldm.model import read_control, wanted_base
+
+    return wanted_base(*read_control(path), path, base)
 
 
 @dataclass(kw_only=True)
@@ -393,8 +397,16 @@ def system_of(path: Path) -> str:
 
     Raises FileNotFoundError, or ValueError if it is of none.
     """
+    from ldm.models.kontext import TRANSFORMER
+    from ldm.modules.generators import authors_form
+    from ldm.modules.lora import LORA_FILE
+
     if path.is_dir():
-        return "kontext"
+        if (path / LORA_FILE).is_file() or (path / TRANSFORMER).is_file():
+            return "kontext"
+        raise ValueError(
+            f"{path} is a folder without {LORA_FILE}: give a file, such as checkpoints/best.ckpt"
+        )
     weights, content = checkpoint.read_trained(path)
     begins = {name.removeprefix("module.").partition(".")[0] for name in weights}
     for prefix, command in (("inblock", "srn"), ("deblur", "dbgan"), ("blur", "bgan")):
@@ -405,6 +417,8 @@ def system_of(path: Path) -> str:
         return "inpaint" if "inpaint" in about.lower() or "mask_ratio" in about else "deblur"
     if any(".lora_" in name or name.startswith("lora_") for name in weights):
         return "kontext"
+    if authors_form({name.removeprefix("module."): value.shape for name, value in weights.items()}):
+        return "dbgan"
     raise ValueError(f"{path} is of none of {', '.join(COMMANDS)}: its first key is {next(iter(weights))}")
 
 

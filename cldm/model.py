@@ -216,6 +216,21 @@ def read_control(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     return weights, content
 
 
+def wanted_base(
+    weights: Mapping[str, torch.Tensor], content: Mapping, path: str | Path, base_path: str | Path | None
+) -> Path | None:
+    """The Stable Diffusion file that a ControlNet read by `read_control` from `path` is put on: `base_path`,
+    else the one that it names; None if it is whole. Raises ValueError if it needs one and there is none."""
+    if any(name.startswith(UNET + "input_blocks.") for name in weights):
+        return None
+    base_path = base_path or content.get("base")
+    if base_path is None:
+        raise ValueError(
+            f"{path} is a ControlNet alone: give the Stable Diffusion file it belongs to as --base_path"
+        )
+    return Path(base_path)
+
+
 def open_control_model(
     path: str | Path, base_path: str | Path | None = None, config_path: str | Path | None = None
 ) -> nn.Module:
@@ -231,10 +246,8 @@ def open_control_model(
     config = content.get("config")
     if not any(name.startswith(CONTROL) for name in weights):
         raise ValueError(f"{path} holds no ControlNet: it is {family(weights)}")
-    if not any(name.startswith(UNET + "input_blocks.") for name in weights):
-        base_path = base_path or content.get("base")
-        if base_path is None:
-            raise ValueError(f"{path} is a ControlNet alone: give the Stable Diffusion file it belongs to")
+    base_path = wanted_base(weights, content, path, base_path)
+    if base_path is not None:
         weights, path = {**read_weights(base_path), **weights}, f"{path} on {base_path}"
     if config_path is not None or config is None:
         config = read_config(config_path or config_for(weights, path))

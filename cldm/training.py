@@ -91,7 +91,8 @@ def check_start(settings: Any) -> None:
         if not 0 <= getattr(settings, name) < math.inf:
             raise ValueError(f"{name} must not be negative, but is {getattr(settings, name)}")
     if not 0 <= settings.ema_decay < 1 or not 0 <= settings.prompt_dropout <= 1:
-        raise ValueError("ema_decay must lie in [0, 1), prompt_dropout in [0, 1]")
+        given = f"{settings.ema_decay} and {settings.prompt_dropout}"
+        raise ValueError(f"ema_decay must lie in [0, 1), prompt_dropout in [0, 1], not {given}")
     if settings.cache_latents and settings.use_augmentation:
         raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation")
     check_optimizer(settings.optimizer)

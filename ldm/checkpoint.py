@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+SUFFIXES = (".safetensors", ".ckpt", ".pth")
 FULL = 2**20  # bytes: a disk with less space is called full
 # Classes that Stable Diffusion's own .ckpt files mention: read as empty shells, never run.
 _SHELLS = [
@@ -69,7 +70,9 @@ def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint not found: {path}")
+        beside = sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES)[:6]
+        there = f"; beside it are {', '.join(beside)}" if beside else ""
+        raise FileNotFoundError(f"checkpoint not found: {path}{there}")
     shells = [*_SHELLS, np.dtype, np.ndarray, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
     try:
         with torch.serialization.safe_globals(shells):
@@ -80,7 +83,8 @@ def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
             raise ValueError(f"{path} holds code, not only weights, and is not loaded: {code[1]}") from error
         raise ValueError(f"{path} is damaged or not a checkpoint") from error
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
+        reason = "" if isinstance(error, LookupError) else f": {error}"  # which would be a number
+        raise ValueError(f"{path} is damaged or not a checkpoint{reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary")
     return content

@@ -89,6 +89,9 @@ def test_damage_is_named(tmp_path):
         checkpoint.load(tmp_path / "none.ckpt")
     with pytest.raises(FileNotFoundError, match="none.safetensors"):
         checkpoint.read_weights(tmp_path / "none.safetensors")
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(FileNotFoundError, match="not found: .*none.pth; beside it are model.ckpt$"):
+        checkpoint.load(tmp_path / "none.pth")
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match=r"list.ckpt is not a checkpoint: it holds a list"):
         checkpoint.load(tmp_path / "list.ckpt")

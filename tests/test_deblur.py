@@ -58,6 +58,21 @@ def settings(place, tmp_path) -> Settings:
     return small_settings(place, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def first_step(place, tmp_path_factory) -> Path:
+    """The folder of a run that was stopped after its first step."""
+    settings = replace(small_settings(place, tmp_path_factory.mktemp("first")), max_steps=1)
+    main(settings)
+    return Path(settings.output_dir)
+
+
+@pytest.fixture
+def stopped(settings, first_step) -> Settings:
+    """The settings of a run whose folder has the first of its two steps."""
+    shutil.copytree(first_step, settings.output_dir)
+    return settings
+
+
 def make_place(folder: Path) -> Path:
     """A small data set and starting weights."""
     make_dataset(MakeSettings(output_dir=str(folder / "data"), num_samples=8, image_size=64, workers=1))
@@ -236,19 +251,17 @@ def test_files_are_written_while_training_goes_on(tmp_path, monkeypatch):
     assert torch.equal(content["weight"], torch.zeros(3)) and content["settings"] == {"a": (1, "b")}
 
 
-def test_a_file_that_cannot_be_written_stops_the_run(settings, monkeypatch):
+def test_a_file_that_cannot_be_written_stops_the_run(stopped, monkeypatch):
     def full(path, content):
         raise OSError(f"cannot save {path}: the disk is full")
 
-    main(replace(settings, max_steps=1, val_fraction=0.0))
     monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(OSError, match="cannot save .*last.ckpt: the disk is full"):
-        main(replace(settings, val_fraction=0.0))
-    assert last(settings)["global_step"] == 1
+        main(replace(stopped, val_steps=4))
+    assert last(stopped)["global_step"] == 1
 
 
-def test_weights_that_are_not_finite_are_not_saved(settings, monkeypatch):
-    main(replace(settings, max_steps=1))
+def test_weights_that_are_not_finite_are_not_saved(stopped, monkeypatch):
     step = DeblurControlNet.shared_step
 
     def broken(model, batch):
@@ -259,8 +272,8 @@ def test_weights_that_are_not_finite_are_not_saved(settings, monkeypatch):
 
     monkeypatch.setattr(DeblurControlNet, "shared_step", broken)
     with pytest.raises(ValueError, match="zero_convs.0.0.weight is not finite at step 2"):
-        main(settings)
-    assert last(settings)["global_step"] == 1
+        main(stopped)
+    assert last(stopped)["global_step"] == 1
 
 
 def test_any_configuration_of_the_family_will_do(settings, tmp_path):
@@ -282,34 +295,30 @@ def test_sharp_pictures_alone_are_blurred_on_the_fly(settings, place):
         main(replace(settings, data_root=sharp, output_dir=settings.output_dir + "x"))
 
 
-def test_other_settings_do_not_continue_a_run(settings):
-    main(replace(settings, max_steps=1))
+def test_other_settings_do_not_continue_a_run(stopped):
     with pytest.raises(ValueError, match="learning_rate was 0.0001, is 0.001"):
-        main(replace(settings, learning_rate=1e-3))
+        main(replace(stopped, learning_rate=1e-3))
 
 
-def test_other_data_do_not_continue_a_run(settings, tmp_path):
-    data = shutil.copytree(settings.data_root, tmp_path / "data")
-    settings = replace(settings, data_root=str(data))
-    main(replace(settings, max_steps=1))
+def test_other_data_do_not_continue_a_run(stopped, tmp_path):
+    data = shutil.copytree(stopped.data_root, tmp_path / "data")
     pairs = (data / "blur_types.json").read_text().splitlines()
     pairs = [line for line in pairs if json.loads(line)["source"] != json.loads(pairs[0])["source"]]
     (data / "blur_types.json").write_text("\n".join(pairs))
-    with pytest.raises(ValueError, match=r"samples was \d+, is \d+"):
-        main(settings)
+    with pytest.raises(ValueError, match=r"; samples was \d+, is \d+"):  # beside the folder's name
+        main(replace(stopped, data_root=str(data)))
 
 
-def test_a_run_with_the_old_names_of_settings_goes_on(settings):
-    main(replace(settings, max_steps=1))
-    path = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
+def test_a_run_with_the_old_names_of_settings_goes_on(stopped):
+    path = Path(stopped.output_dir) / "checkpoints" / "last.ckpt"
     content = checkpoint.load(path, mmap=False)
     old = content["settings"]
     for name in ("samples", "hint_as_latent", "lr_scheduler", "weight_decay", "max_grad_norm"):
         del old[name]
     old |= {"gpus": old.pop("devices"), "num_epochs": old.pop("max_epochs"), "precision": "32-true"}
     checkpoint.save(path, content)
-    main(settings)
-    assert last(settings)["global_step"] == 2
+    main(stopped)
+    assert last(stopped)["global_step"] == 2
 
 
 @pytest.mark.parametrize("script", [tutorial_train_deblur, tutorial_train_inpaint])
@@ -650,9 +659,8 @@ def test_mistakes_are_found_before_training(settings, change, message):
     assert not (Path(settings.output_dir) / "logs").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_pictures(settings, monkeypatch):
-    main(replace(settings, max_steps=1))
-    before = (Path(settings.output_dir) / "checkpoints" / "last.ckpt").read_bytes()
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_pictures(stopped, monkeypatch):
+    before = (Path(stopped.output_dir) / "checkpoints" / "last.ckpt").read_bytes()
     step = DeblurControlNet.shared_step
 
     def broken(model, batch):
@@ -663,8 +671,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_pictures(settings
     with pytest.raises(
         ValueError, match=r"loss = nan at step 1; its batch: .*blur_\d+\.png, .*last good checkpoint"
     ):
-        main(settings)
-    assert (Path(settings.output_dir) / "checkpoints" / "last.ckpt").read_bytes() == before
+        main(stopped)
+    assert (Path(stopped.output_dir) / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
 def test_cached_latents_train_as_fresh_ones_do_and_stale_ones_are_noticed(settings, tmp_path):
@@ -694,10 +702,8 @@ def test_half_precision_trains_on_finite_numbers(settings, precision):
 
 
 @pytest.mark.parametrize("part", ["loops", "optimizer_states", "random", "StreamData", "weight", "shape"])
-def test_a_checkpoint_that_is_not_whole_does_not_resume(settings, part):
-    settings = replace(settings, max_steps=1, val_fraction=0.0)
-    main(settings)
-    path = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
+def test_a_checkpoint_that_is_not_whole_does_not_resume(stopped, part):
+    path = Path(stopped.output_dir) / "checkpoints" / "last.ckpt"
     content = checkpoint.load(path, mmap=False)
     weights, name = content["state_dict"], "control_model.zero_convs.0.0.weight"
     if part == "weight":
@@ -708,7 +714,7 @@ def test_a_checkpoint_that_is_not_whole_does_not_resume(settings, part):
         del content[part]
     checkpoint.save(path, content)
     with pytest.raises(ValueError, match=f"last.ckpt .*{name if part in ('weight', 'shape') else part}"):
-        main(settings)
+        main(stopped)
 
 
 def command(settings: Settings, *more: str) -> list[str]:

@@ -133,10 +133,16 @@ def test_the_file_says_the_system(weights, tmp_path, model, monkeypatch, capsys)
     files |= {tmp_path / "a.safetensors": (control, "deblur"), tmp_path / "b.pth": (bare, "deblur")}
     files |= {tmp_path / "control_v11p_sd15_inpaint.pth": (bare, "inpaint")}
     files |= {tmp_path / "lora.safetensors": (lora, "kontext")}
+    authors = {"module.intro.weight": torch.zeros(2, 3, 3, 3), "module.encoders.3.0.beta": torch.zeros(1)}
+    files |= {tmp_path / "NAFNet-GoPro.pth": (authors, "dbgan")}
     for path, (content, kind) in files.items():
         write_weights(path, content)
         assert infer.system_of(path) == kind, path
-    assert infer.system_of(weights[0]) == "srn" and infer.system_of(tmp_path) == "kontext"
+    assert infer.system_of(weights[0]) == "srn"
+    with pytest.raises(ValueError, match="is a folder without pytorch_lora_weights.safetensors: give a file"):
+        infer.system_of(tmp_path)
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    assert infer.system_of(tmp_path) == "kontext"
     words = ["--input", "a.png", f"--checkpoint-path={weights[0]}"]
     assert infer.with_subcommand(words) == ["srn", *words[:2], "--checkpoint-path", str(weights[0])]
     words = ["--checkpoint_path", str(tmp_path / "lora.safetensors")]

@@ -43,6 +43,18 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def settings(place, tmp_path) -> Settings:
+    return small_settings(place, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory) -> Settings:
+    """Of a run that nobody changes."""
+    settings = small_settings(place, tmp_path_factory.mktemp("finished"))
+    main(settings)
+    return settings
+
+
+def small_settings(place: Path, folder: Path) -> Settings:
     """Two steps on the small data set, everything switched on that costs little."""
     return Settings(
         image_dir=str(place / "photos"),
@@ -56,7 +68,7 @@ def settings(place, tmp_path) -> Settings:
         learning_rate=1e-4,
         precision="32",
         max_steps=2,
-        output_dir=str(tmp_path / "run"),
+        output_dir=str(folder / "run"),
         logger_freq=2,
         log_steps=1,
         save_steps=1,
@@ -114,8 +126,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, place, tmp_path):
     assert any("tfevents" in path.name for path in (folder / "logs").iterdir())
 
 
-def test_the_validation_grid_shows_what_its_page_says(settings):
-    main(settings)
+def test_the_validation_grid_shows_what_its_page_says(finished):
+    settings = finished
     folder = Path(settings.output_dir)
     grid = read_image(folder / "images" / "val_0000002.png")
     _, held_out = find_pictures(settings)
@@ -133,8 +145,8 @@ def test_the_validation_grid_shows_what_its_page_says(settings):
         assert (shown_truth == truth).all() and (text == prompt).all()
 
 
-def test_what_a_run_leaves_opens_again(settings, place, capsys):
-    main(settings)
+def test_what_a_run_leaves_opens_again(finished, tmp_path, capsys):
+    settings = finished
     folder, average = Path(settings.output_dir), last(settings)["ema"]["average"]
     final = open_control_model(folder / "final_model" / "model.ckpt")
     assert isinstance(final, InpaintControlNet)
@@ -148,7 +160,7 @@ def test_what_a_run_leaves_opens_again(settings, place, capsys):
         first["control_model.middle_block_out.0.weight"], control["control_model.middle_block_out.0.weight"]
     )
     # a ControlNet of someone else as the start, with the mask as fourth channel
-    more = replace(settings, output_dir=settings.output_dir + "2", hint_channels=4, max_steps=1)
+    more = replace(settings, output_dir=str(tmp_path / "run"), hint_channels=4, max_steps=1)
     main(replace(more, init_control=str(folder / "final_model" / "controlnet.safetensors")))
     wide = last(more)["state_dict"]["control_model.input_hint_block.0.weight"]
     assert wide.shape[1] == 4 and wide[:, 3].abs().max() > 0
@@ -163,9 +175,9 @@ def test_what_a_run_leaves_opens_again(settings, place, capsys):
     name = "control_model.zero_convs.0.0.bias"
     torn = {key: value for key, value in control.items() if key != name}
     for wrong in (torn, {**control, name: torch.zeros(3)}):
-        checkpoint.write_weights(folder / "torn.safetensors", wrong)
+        checkpoint.write_weights(tmp_path / "torn.safetensors", wrong)
         with pytest.raises(ValueError, match="torn.safetensors is no ControlNet for .*zero_convs.0.0.bias$"):
-            main(replace(more, init_control=str(folder / "torn.safetensors")))
+            main(replace(more, init_control=str(tmp_path / "torn.safetensors")))
 
 
 def test_one_batch_can_be_learnt(place):

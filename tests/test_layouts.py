@@ -327,6 +327,8 @@ def test_bare_names_lie_in_the_two_folders(tmp_path, monkeypatch):
     assert len(pairs) == 4 and {pair.blur_type for pair in pairs} == {"motion_blur"}
     file.rename(tmp_path / "blur_types.json")  # here
     assert len(find_pairs("blur_types.json", data_root="./training/deblur_dataset")) == 4
+    with pytest.raises(FileNotFoundError, match="no such file: a.json, nor training/deblur_dataset/a.json"):
+        find_pairs("a.json", data_root="./training/deblur_dataset")
 
 
 def test_bare_names_that_are_missing_or_twice(tmp_path):

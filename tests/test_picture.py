@@ -150,9 +150,10 @@ def test_records_tell_what_differs(tmp_path):
     assert record.isascii() and record == make_record("SRN", {"prompt": "Öl", "tile": 1}, [first])
     others = [("DBGAN", 1, first), ("SRN", 2, first), ("SRN", 1, second)]
     assert record not in [make_record(c, {"tile": t, "prompt": "Öl"}, [p]) for c, t, p in others]
-    known = identity(first)
+    both, known = make_record("Inpaint", {}, [first, second]), identity(first)
     first.write_bytes(b"3")
     assert identity(first) != known
+    assert make_record("Inpaint", {}, [first, second]) != both  # though they have one name
     with pytest.raises(FileNotFoundError, match="file not found: .*none"):
         identity(tmp_path / "none")
     assert read_record(tmp_path / "a.bin") == "" and read_record(tmp_path / "none") == ""

@@ -15,6 +15,7 @@ from cldm.model import create_model, open_control_model
 from cldm.restore import Sampling, Tiles, coarse, deblur_image, fix_color, low_band
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, to_tensor, to_uint8, write_image
+from ldm.data.picture import read_record
 from tests.fill import fill
 from tool_export_control import Settings as ExportSettings
 from tool_export_control import main as export
@@ -237,6 +238,24 @@ def test_the_command_restores_a_folder_and_skips_what_is_there(files, tmp_path):
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     infer.restore_files(restorer)
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_result_is_of_the_base_that_its_checkpoint_names_now(files, tmp_path, monkeypatch):
+    """A process that lives for days sees other files under the same names; a whole file needs no base."""
+    write_image(tmp_path / "a.png", photograph(64, 64))
+    monkeypatch.chdir(tmp_path)
+    command = infer.Deblur(input=Path("a.png"), checkpoint_path=Path("c.ckpt"), num_inference_steps=1)
+    ours = checkpoint.load(files / "ours.ckpt", mmap=False)
+    whole = checkpoint.read_weights(files / "full.ckpt")
+    for name, weights in (("first", ours["state_dict"]), ("second", ours["state_dict"]), ("gone", whole)):
+        if name != "gone":
+            checkpoint.write_weights(
+                f"{name}.safetensors", checkpoint.read_weights(files / "base.safetensors")
+            )
+        checkpoint.save("c.ckpt", {**ours, "state_dict": weights, "base": f"{name}.safetensors"})
+        infer.restore_files(command)
+        assert (f"{name}.safetensors" in read_record("outputs/inference/a.png")) == (name != "gone")
+        Path(f"{name}.safetensors").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -53,7 +53,9 @@ def find_pairs(
     says that the pairs are reversed (with `blurred`: if names tell nothing, by a sample of the pictures).
     """
     source = Path(source)
-    if not source.exists() and data_root and (Path(data_root) / source).is_file():
+    if not source.exists() and data_root:
+        if not (Path(data_root) / source).is_file():
+            raise FileNotFoundError(f"no such file: {source}, nor {Path(data_root) / source}")
         source = Path(data_root) / source
     told = True
     if sharp_dir is not None:

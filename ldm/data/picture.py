@@ -179,7 +179,7 @@ def make_record(command: str, options: Mapping[str, Any], sources: Iterable[Path
 
     Raises FileNotFoundError if one of the sources (picture, mask, weights) does not exist.
     """
-    made_from = {path.name: identity(path) for path in sources}
+    made_from = [[path.name, identity(path)] for path in sources]  # a mask may have its picture's name
     return json.dumps({"command": command, "from": made_from, "options": dict(options)}, sort_keys=True)
 
 

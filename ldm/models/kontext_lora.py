@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.data.degraded import DegDataset, stack_rows
 from ldm.data.image import photographs, read_image, to_uint8, write_image
 from ldm.data.stream import item_generator
-from ldm.metrics import psnr
+from ldm.metrics import psnr, ssim
 from ldm.models.diffusion.flow import restore_image
 from ldm.models.kontext import FluxAutoencoder, write_tiny_folder
 from ldm.models.prompts import Prompts, prompt_file
@@ -65,12 +65,13 @@ def validate(
 def preview(
     restore: Callable, prompts: Prompts, dataset: DegDataset, settings: Any
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Rows of damaged, restored and clean pictures, and the mean PSNR of the first two against the third.
+    """Rows of damaged, restored and clean pictures; the mean PSNR of the first two against the third, and the
+    mean SSIM of the second.
 
     restore(prompt, control, ...) is `restore_image`.
     """
     options = {"steps": settings.preview_steps, "guidance": settings.preview_guidance}
-    rows, scores = [], {"psnr": [], "psnr_input": []}
+    rows, scores = [], {"psnr": [], "psnr_input": [], "ssim": []}
     for item in (dataset[index] for index in range(min(settings.preview_images, len(dataset)))):
         control, target = (to_uint8(item[name]) for name in ("control", "target"))
         prompt = prompts([item["prompts"]])
@@ -78,6 +79,7 @@ def preview(
         rows.append(np.hstack([control, restored, target]))
         scores["psnr"].append(psnr(restored, target))
         scores["psnr_input"].append(psnr(control, target))
+        scores["ssim"].append(ssim(restored, target))
     return stack_rows(rows), {name: float(np.mean(values)) for name, values in scores.items()}
 
 
