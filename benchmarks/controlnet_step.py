@@ -2,24 +2,26 @@
 
     python -m benchmarks.controlnet_step                        # reduced width on a CPU, full SD 1.5 on CUDA
     python -m benchmarks.controlnet_step --batch_size 16 --precision bf16
+    python -m benchmarks.controlnet_step --compile              # ours as --compile trains it: minutes more
 
 A step: ControlNet and UNet predict the noise in cached latents, the loss goes back to the ControlNet, AdamW
 moves it. Same shapes, batch and precision for both; only the ControlNet is trained. They take turns (on CUDA
 one goes after the other, so that the peak memory is each one's own). diffusers is used as its own training
-script uses it (train_controlnet.py: networks frozen by requires_grad_, AdamW's defaults, autocast).
+script uses it (train_controlnet.py: networks frozen by requires_grad_, AdamW's defaults, autocast). What both
+compute is counted beside, with the time that it takes at least at this machine's measured rates.
 """
 
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 import tyro
 
-from benchmarks.head import begin, in_turn, ratio
+from benchmarks.head import begin, bound, in_turn, rates, ratio, seconds
 from cldm.cldm import ControlledUnetModel, ControlNet
 
 
@@ -35,6 +37,8 @@ class Settings:
     precision: str = "32"
     # Counted steps of each, after two that are not.
     steps: int = 10
+    # torch.compile of our two networks, as the training scripts' --compile does it; the peer stays as it is.
+    compile: bool = False
 
 
 def our_step(settings: Settings, device: str) -> Callable[[dict], float]:
@@ -52,6 +56,9 @@ def our_step(settings: Settings, device: str) -> Callable[[dict], float]:
     control = ControlNet(**sizes).to(device, memory_format=torch.channels_last)
     if settings.precision != "32":
         unet.to(DTYPES[settings.precision])
+    if settings.compile:
+        control.compile()
+        unet.compile()
     optimizer = torch.optim.AdamW(control.parameters(), lr=1e-5, fused=True)
 
     def predict(batch: dict) -> torch.Tensor:
@@ -134,7 +141,13 @@ def main(settings: Settings) -> None:
     settings.width = settings.width or (320 if cuda else 64)
     print(settings)
     makers, times, memory = {"ours": our_step, "diffusers": their_step}, {}, {}
-    batch = make_batch(settings, device)
+    batch, plainly = make_batch(settings, device), replace(settings, compile=False)
+    machine = rates(device, DTYPES.get(settings.precision, torch.float32))
+    for name, make in makers.items():
+        print(bound(name, partial(make(plainly, device), batch), machine))
+    if settings.compile:
+        started = seconds(partial(our_step(settings, device), batch))
+        print(f"torch.compile: the first step takes {started:.0f} s")
     if cuda:  # one after the other: peak memory is each one's own
         for name, make in makers.items():
             torch.cuda.reset_peak_memory_stats()

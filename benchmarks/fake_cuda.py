@@ -175,15 +175,16 @@ def _written(func, args: tuple, kwargs: dict) -> list[Tensor]:
 
 
 class LikeCuda(TorchFunctionMode):
-    """CPU tensors treated as CUDA would: autocast's list of float32, and GroupNorm, which copies to NCHW."""
+    """CPU tensors treated as CUDA would: autocast's list of float32; GroupNorm, which copies to NCHW; and
+    RMSNorm, one kernel each way as LayerNorm is (a CPU has a dozen), both of which copy what is strided."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in FLOAT32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = ([_float32(v) for v in args], {k: _float32(v) for k, v in kwargs.items()})
-        if func is F.group_norm:
+        if func in (F.group_norm, F.layer_norm, F.rms_norm):
             args = (args[0].contiguous(), *args[1:])
-        return func(*args, **kwargs)
+        return (F.layer_norm if func is F.rms_norm else func)(*args, **kwargs)
 
 
 def _float32(value):
@@ -208,6 +209,15 @@ def _backward(loss: Tensor, *args, **kwargs) -> None:
     """Gradients of the right shapes where backward would leave them: its engine wants a real device."""
     for parameter in _leaves(loss.grad_fn):
         parameter.grad = torch.empty_like(parameter)
+
+
+_real_engine = torch.autograd._engine_run_backward
+
+
+def _engine_like_cuda(*args, **kwargs):
+    """What a backward pass recomputes is as CUDA would, too: within `backward` no function mode is active."""
+    with LikeCuda():
+        return _real_engine(*args, **kwargs)
 
 
 def _step_of_scaler(scaler, optimizer, state: dict, *args, **kwargs):
@@ -259,7 +269,9 @@ def fake_tensors(like_cuda: bool = False) -> Iterator[Count]:
         "torch.Tensor.pin_memory": lambda tensor: tensor,
         "torch.utils._foreach_utils._foreach_supported_types": [Tensor, nn.Parameter, FakeTensor],
     }
-    if not like_cuda:
+    if like_cuda:
+        patches["torch.autograd._engine_run_backward"] = _engine_like_cuda
+    else:
         patches["torch.Tensor.backward"] = _backward
     entered = [mock.patch(name, value) for name, value in patches.items()]
     for patch in entered:

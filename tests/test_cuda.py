@@ -1,6 +1,7 @@
 """What would happen on CUDA, on fake tensors: devices, types, waits and resumed states of every system."""
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 import infer
@@ -24,6 +26,7 @@ from ldm.data.image import write_image
 from ldm.models.kontext import FluxAutoencoder
 from ldm.modules.flux import FluxParams
 from ldm.modules.generators import BGANGenerator, DBGANGenerator
+from ldm.modules.swap import BlockSwap
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="torch was built without CUDA: it has no fake CUDA tensors"
@@ -137,6 +140,40 @@ def test_a_step_of_the_real_controlnet_runs_on_cuda():
 def test_a_mix_of_devices_raises():
     with fake_tensors(), pytest.raises(RuntimeError, match="two devices, cuda:0 and cpu"):
         torch.empty(3, device="cuda") + torch.empty(3)
+
+
+def test_blocks_that_wait_are_fetched_while_the_one_before_computes(monkeypatch):
+    """What each stream waits for: a copy is used once it is there, and its room again once it was used."""
+    log = []
+
+    class Stream:
+        def __init__(self, name: str):
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    main, side = Stream("main"), Stream("side")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(
+        torch.cuda, "stream", lambda stream: log.append(f"{stream.name} copies") or nullcontext()
+    )
+    there, fetched = "main waits for side", ["side waits for main", "side copies"]
+    with fake_tensors():
+        x = torch.empty(1, 4, device="cuda")
+        blocks = [to_fake(nn.Linear(4, 4).requires_grad_(False), "cpu") for _ in range(3)]
+        swap = BlockSwap([to_fake(nn.Linear(4, 4)), *blocks], 3)
+        for _ in range(2):
+            swap.start(x.device)
+            for block in blocks:
+                x = swap.run(block, x)
+            for block in reversed(blocks):  # as a backward pass recomputes them
+                x = swap.run(block, x)
+            assert x.is_cuda and all(not block.weight.is_cuda for block in blocks)
+            forward = [there, *fetched, there, *fetched, there, *fetched, there]
+            assert log == [*forward, *fetched, there, *fetched, there, *fetched, there]
+            log.clear()
 
 
 # ---- restorers ---------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ from itertools import accumulate
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks import plan
 from benchmarks.fake_cuda import fake_tensors
@@ -55,6 +57,24 @@ def test_counted_flop_are_those_of_the_formula():
         assert held == 4 * (64 * 32 + 32 + 128 * 64)
         del loss, x
         assert count.held == 2 * 4 * (64 * 32 + 32)  # weights and gradients
+
+
+def test_a_norm_is_one_kernel_as_on_cuda_also_where_it_is_recomputed():
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (128,), torch.empty(128, device=x.device), eps=1e-6)
+
+    with fake_tensors() as on_cuda:
+        x = torch.empty(64, 128, device="cuda")
+        on_cuda.restart()
+        norm(x)
+    with fake_tensors(like_cuda=True) as count:
+        x = torch.empty(64, 128, requires_grad=True)
+        loss = checkpoint(norm, x, use_reentrant=False).sum()
+        forward = count.kernels - 1  # the sum
+        count.restart()
+        loss.backward()
+    assert on_cuda.kernels == forward == 1
+    assert count.kernels == 3  # the loss's own gradient, the norm again, its gradient
 
 
 def test_a_step_of_every_script_is_counted_and_shown(capsys):

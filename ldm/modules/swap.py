@@ -13,7 +13,8 @@ class BlockSwap:
     A block is fetched while the one before it runs, on a stream of its own (CUDA), and its copy is let go
     once nothing needs it: after a forward, or after the block's backward. Host to device only: the weights
     are frozen. What is trained stays where it is. A backward pass must recompute the blocks (activation
-    checkpointing), else it keeps the copies of them all.
+    checkpointing), else it keeps the copies of them all. Copies are memory of the stream that computes, and
+    a fetch waits for what computes already: two are on the device however far ahead the program is.
     Raises ValueError for a count outside 0 ... len(blocks).
     """
 
@@ -28,8 +29,9 @@ class BlockSwap:
 
     def start(self, device: torch.device) -> None:
         """A forward pass on `device` begins."""
-        if device.type == "cuda" and self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+        if device.type == "cuda":
+            self._stream = self._stream or torch.cuda.Stream(device)
+            torch.cuda.current_stream(device).wait_stream(self._stream)  # for copies that nobody came for
         self._direction = 1
         self._ready.clear()
         self._fetch(0, device)
@@ -42,10 +44,7 @@ class BlockSwap:
         self._fetch(place, device)
         weights = self._ready.pop(place)
         if self._stream is not None:
-            now = torch.cuda.current_stream(device)
-            now.wait_stream(self._stream)
-            for weight in weights.values():
-                weight.record_stream(now)
+            torch.cuda.current_stream(device).wait_stream(self._stream)
         self._fetch(place + self._direction, device)
         if place == len(self.blocks) - 1:
             self._direction = -1  # what comes next, if anything does, is the backward pass
@@ -54,11 +53,15 @@ class BlockSwap:
     def _fetch(self, place: int, device: torch.device) -> None:
         if not 0 <= place < len(self.blocks) or place in self._ready:
             return
-        frozen = {name: p for name, p in self.blocks[place].named_parameters() if not p.requires_grad}
+        frozen = {n: p.data for n, p in self.blocks[place].named_parameters() if not p.requires_grad}
+        self._ready[place] = copies = {name: self.room(weight, device) for name, weight in frozen.items()}
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # who had that room may compute yet
         with torch.cuda.stream(self._stream):  # of None: as it is
-            self._ready[place] = {name: self.move(weight.data, device) for name, weight in frozen.items()}
+            for name, weight in frozen.items():
+                copies[name].copy_(weight, non_blocking=True)
 
     @staticmethod
-    def move(weight: Tensor, device: torch.device) -> Tensor:
-        """The copy of a waiting weight on the device."""
-        return weight.to(device, non_blocking=True)
+    def room(weight: Tensor, device: torch.device) -> Tensor:
+        """An empty tensor on the device for a waiting weight."""
+        return torch.empty_like(weight, device=device)
