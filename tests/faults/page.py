@@ -153,14 +153,17 @@ def too_much(rng: np.random.Generator) -> dict[str, bytes]:
     noise = rng.integers(0, 255, (640, 640, 3), np.uint8)
     return {
         "bytes": png(noise),
-        "pixels": png(np.zeros((500, 501, 3), np.uint8)),
+        "pixels": png(np.zeros((800, 701, 3), np.uint8)),
         "text": b"no picture",
         "cut off": png(noise[:200, :200])[:9000],
     }
 
 
 def visit(port: int, network: SRNDeblurNet, uploads: int, seed: tuple[int, ...]) -> Counter:
-    """One person: pictures, each restored, stopped or left by a reload. Raises RuntimeError for what is wrong."""
+    """One person: pictures, each restored, stopped or left by a reload.
+
+    Raises RuntimeError for what is wrong.
+    """
     rng, tally = np.random.default_rng(seed), Counter()
     photo = read_image(photographs()[int(rng.integers(6))])
     visitor = Visitor(port)
