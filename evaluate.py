@@ -60,13 +60,16 @@ class Settings:
 def index_folder(folder: Path, kind: str, prefix: str = "", suffix: str = "") -> dict[str, Path]:
     """Pictures of a folder by name: path without extension, prefix, suffix and what tells the kind.
 
-    Where some are in folders of this `kind` (see ldm.data.scenes.side) only these count. Raises ValueError if
-    two have one name, or none has the prefix and suffix.
+    Where some are in folders of this `kind` (see ldm.data.scenes.side) only these count, else where some are
+    in folders of no kind only those: HIDE's. Raises ValueError if two have one name, or none has the prefix
+    and suffix.
     """
     paths = {path: path.relative_to(folder) for path in list_images(folder)}
-    of_kind = {path: where for path, where in paths.items() if kind in map(side, where.parts[:-1])}
+    kinds = {path: {*map(side, where.parts[:-1])} - {""} for path, where in paths.items()}
+    of_kind = {path: where for path, where in paths.items() if kind in kinds[path]}
+    of_none = {path: where for path, where in paths.items() if not kinds[path]}
     named: dict[str, Path] = {}
-    for path, where in (of_kind or paths).items():
+    for path, where in (of_kind or of_none or paths).items():
         stem = path.stem
         if not (stem.startswith(prefix) and stem.endswith(suffix)):
             continue

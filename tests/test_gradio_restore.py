@@ -19,6 +19,8 @@ import urllib.error
 import urllib.request
 import weakref
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +35,7 @@ from gradio_restore import SIDES, Settings, list_systems, main
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.inpaint import read_mask
+from tests.faults.page import tiny_network, visit
 from tests.fill import fill
 from train_srn import SRNDeblurNet, load_network, restore_image
 from web.doorkeeper import Terse, names_address
@@ -330,6 +333,7 @@ def test_addresses_are_found_in_requests():
 
     assert names_address(body("http://x/y.png")) and names_address(b"{") and names_address(b"")
     assert names_address(body("http://x").replace(b"http", b"\\u0068ttp"))
+    assert names_address(b"[" * 10**6)  # deeper than can be read
     assert not names_address(body("/tmp/x.png")) and not names_address(body(None))
 
 
@@ -438,6 +442,34 @@ def test_files_are_looked_at_before_they_are_stored(server):
     assert upload(server.url, "fits.png", whole)[0] == 200 and stored() == before + 1
 
 
+def test_what_is_painted_is_looked_at_as_uploads_are(server):
+    """The door by which the page sends layers: their size and number, and what is no picture."""
+    config = json.loads(request(f"{server.url}/config")[1])
+    editor = next(part["id"] for part in config["components"] if part["type"] == "imageeditor")
+
+    def paint(content: bytes, files: int = 1, **fields: str) -> tuple[int, str]:
+        fields = {"component_id": str(editor), "session_hash": "s", "fn_name": "accept_blobs", **fields}
+        fields = {"type": "layer", "index": "0", "id": "one", **fields}
+        parts = [
+            f'--X\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in fields.items()
+        ]
+        head = '--X\r\nContent-Disposition: form-data; name="file"; filename="blob"\r\n\r\n'
+        body = "".join(parts).encode() + (head.encode() + content + b"\r\n") * files + b"--X--\r\n"
+        form = "multipart/form-data; boundary=X"
+        return request(f"{server.url}/gradio_api/component_server", body, form)
+
+    assert paint(png(photograph(40, 40)))[0] == 200
+    for index in ("1000000000", "8", "-1", "x"):  # gradio would make so many layers
+        assert paint(png(photograph(40, 40)), index=index) == (415, "not here"), index
+    for content in (b"a text", png(np.zeros((1300, 1300, 3), np.uint8))):
+        status, answer = paint(content)
+        assert status == 415 and answer.startswith("cannot read image blob: "), answer
+    assert paint(png(photograph(40, 40)), files=9)[0] == 415
+    assert paint(png(photograph(40, 40)) + bytes(2**21))[0] == 413
+    door = f"{server.url}/gradio_api/component_server"
+    assert request(door, json.dumps({"component_id": editor}).encode()) == (415, "not here")
+
+
 def test_other_sites_are_refused(server):
     def ask(path="/config", body=None, **headers):
         asked = urllib.request.Request(
@@ -475,6 +507,18 @@ def test_forged_calls_do_not_print_internals(server):
     assert "refused: " in errors
     assert "Traceback" not in errors and "site-packages" not in errors, errors[-2000:]
     assert server.process.poll() is None and request(f"{server.url}/config")[0] == 200
+
+
+def test_pages_at_once_see_their_own_pictures_alone(server, weights):
+    """A short `python -m tests.faults page`."""
+    port, network = int(server.url.rpartition(":")[2]), load_network(weights / "srn.safetensors")
+    with ThreadPoolExecutor(3) as threads:
+        people = [threads.submit(visit, port, network, 4, (1, page)) for page in range(3)]
+    tally = sum((person.result() for person in people), Counter())
+    assert tally["refused"] == 12 and tally["restored"] >= 3
+    assert tally["restored"] + tally["stopped"] + tally["reloaded"] == 12
+    with pytest.raises(RuntimeError, match="what is not its own picture's result"):  # it would be noticed
+        visit(port, tiny_network(2), 4, (1, 0))
 
 
 # ---- the page in a browser ---------------------------------------------------------------------------------

@@ -146,6 +146,15 @@ def test_two_folders_of_a_kind_are_named(tmp_path):
         ("000001 000002", "000001 000002"),
         ("seq/1 seq/2 other/1", "seq seq other"),
         ("train/1 train/2 test/1", "train/1 train/2 test/1"),
+        (
+            "train/GoPro/A4_00-1 train/GoPro/A4_00-2 test/HIDE/7fromG1",
+            "train/GoPro/A4_00 train/GoPro/A4_00 test/HIDE/G1",
+        ),
+        ("RealBlur_J/s1-1 RealBlur_J/s1-2 RealBlur_J/s2-1", "RealBlur_J/s1 RealBlur_J/s1 RealBlur_J/s2"),
+        (
+            "GOPRO_Large/train/GOPR4/1 GOPRO_Large/train/GOPR4/2",
+            "GOPRO_Large/train/GOPR4 GOPRO_Large/train/GOPR4",
+        ),
         ("test-close-ups/3fromG1 test-close-ups/4fromG1", "test-close-ups/G1 test-close-ups/G1"),
     ],
 )

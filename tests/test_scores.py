@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import correlate
+from skimage.metrics import structural_similarity
 
 from harness import scores
 from ldm.data.image import photographs, read_image, write_image
@@ -71,6 +72,23 @@ def test_alignment_undoes_a_shift_and_a_brighter_picture():
     flat = np.zeros_like(sharp)
     with pytest.raises(ValueError, match="cannot be aligned"):
         scores.aligned(flat, sharp)
+
+
+def test_aligned_figures_are_of_the_pixels_that_both_have(monkeypatch):
+    """Brightness scaled, 5 pixels of margin left out of SSIM as scikit-image does, the rest black in both."""
+    shift = np.float32([[1, 0, 7], [0, 1, 0], [0, 0, 1]])
+    x, y = (image.astype(np.float64) for image in (blurred(), CHELSEA))
+    x *= (x * y).sum() / (x * x).sum()
+    for warp, columns in ((np.eye(3, dtype=np.float32), 160), (shift, 153)):
+        monkeypatch.setattr(cv2, "findTransformECC", lambda *_, warp=warp: (1.0, warp))
+        found, moved, sharp = scores.aligned(blurred(), CHELSEA), np.zeros_like(x), y.copy()
+        moved[:, :columns], sharp[:, columns:] = x[:, 160 - columns :], 0
+        error = np.square(moved - sharp)[:, :columns].mean()
+        assert found["psnr_aligned"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
+        window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "full": True}
+        similar = structural_similarity(moved, sharp, data_range=255, channel_axis=2, **window)[1]
+        expected = similar[5:-5, 5 : min(columns, 155)].mean()
+        assert found["ssim_aligned"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ldm.data.image import DAMAGED, decode_image
+from web.workshop import PREVIEW
 
 
 def sentence(error: Exception, hidden: Path | None = None) -> str:
@@ -29,7 +30,8 @@ class Doorkeeper:
     all those through which the server would fetch any address of the internet, of any size.
 
     Requests for another site's name, or from another site's page, are refused (DNS rebinding, forged posts).
-    An upload is passed on, and so stored, after `check` has seen its files, of `max_bytes` each at most.
+    An upload, and what is painted, is passed on, and so kept, after `check(content, name, painted)` has seen
+    its files, of `max_bytes` each at most.
     """
 
     OPEN = re.compile(
@@ -38,6 +40,9 @@ class Doorkeeper:
         r"|/gradio_api/file=(?!https?:)",
         re.IGNORECASE,
     )
+
+    READ = ("/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/component_server")
+    FILES = 8  # in a request, and layers of a painting
 
     def __init__(self, app: Callable, names: set[str], max_bytes: int, check: Callable):
         self.app, self.names, self.max_bytes, self.check = app, names, max_bytes, check
@@ -50,7 +55,7 @@ class Doorkeeper:
         problem, code = "", 403
         if not (self.OPEN.match(scope["path"]) and is_own(dict(scope["headers"]), self.names)):
             problem = "not here"
-        elif scope["path"] in ("/gradio_api/queue/join", "/gradio_api/upload"):
+        elif scope["path"] in self.READ:
             body, later = await self.body(receive), receive
             if body is None:
                 problem, code = "the file exceeds the maximum allowed size", 413
@@ -80,11 +85,14 @@ class Doorkeeper:
         from starlette.requests import Request
 
         parts = iter([{"type": "http.request", "body": body}])
+        painted = scope["path"].endswith("component_server")
         try:
-            async with Request(scope, lambda: read_again(parts, None)).form() as form:
-                for file in form.getlist("files"):
-                    content = await file.read() if hasattr(file, "read") else b""
-                    await run_in_threadpool(self.check, content, getattr(file, "filename", None) or "it")
+            async with Request(scope, lambda: read_again(parts, None)).form(max_files=self.FILES) as form:
+                files = [part for _, part in form.multi_items() if hasattr(part, "read")]
+                if not files or form.get("index", "null") not in ("null", *map(str, range(self.FILES))):
+                    return "not here"
+                for file in files:
+                    await run_in_threadpool(self.check, await file.read(), file.filename or "it", painted)
         except (ValueError, HTTPException) as error:
             return sentence(error)
         return ""
@@ -106,8 +114,13 @@ def is_own(headers: dict[bytes, bytes], names: set[str]) -> bool:
     return origin is None or origin.decode("latin-1").lower().partition("://")[2] == host
 
 
-def check_picture(content: bytes, name: str, max_megapixels: float) -> None:
-    """Raise ValueError if a file's content is no picture, or one that is too large."""
+def check_picture(content: bytes, name: str, painted: bool, max_megapixels: float) -> None:
+    """Raise ValueError if a file's content is no picture, or one that is too large.
+
+    What is painted may be as large as the page shows pictures.
+    """
+    if painted:
+        max_megapixels = max(max_megapixels, PREVIEW**2 / 1e6)
     try:
         with Image.open(io.BytesIO(content)) as image:
             decode_image(image, max_megapixels)
@@ -158,6 +171,6 @@ def names_address(body: bytes) -> bool:
 
     try:
         json.loads(body, object_hook=look)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return found

@@ -182,7 +182,7 @@ class Workshop:
 def save(folder: Path, stem: str, image: np.ndarray) -> Path:
     """Write a picture as PNG under a name that starts like `stem`, made harmless, and that is new."""
     stem = re.sub(r"[^\w-]+", "_", stem)[:80].strip("_") or "picture"
-    path = folder / f"{stem}_{secrets.token_hex(4)}.png"
+    path = folder / f"{stem}_{secrets.token_hex(8)}.png"
     write_image(path, image, compress_level=3)
     return path
 

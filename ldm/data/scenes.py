@@ -18,6 +18,8 @@ SPLITS = {
     "ups",
     "long",
     "shot",
+    # and of data sets, whose folders are no scenes either: MPRNet's train/GoPro/input
+    *("gopro", "hide", "realblur", "dvd", "reds", "dataset", "datasets", "large", "j", "r"),
 }
 # What cameras and people call pictures that have nothing in common.
 COMMON = {
@@ -68,9 +70,9 @@ def place(path: PurePath) -> PurePosixPath:
 def scenes(places: Sequence[PurePosixPath]) -> list[str]:
     """The scene of each picture of a data set, from its `place`.
 
-    It is the folder; in a folder of a split (train, test) or in none, the sequence that the name begins with
-    (SEQ_000047, SEQ_000047_s001, 47fromSEQ); else the picture is a scene of its own. Numbers behind a date,
-    and behind what cameras call every picture (IMG_1), make no sequence.
+    It is the folder; in a folder of a split (train, test) or data set (GoPro), or in none, the sequence that
+    the name begins with (SEQ_000047, SEQ_000047_s001, 47fromSEQ); else the picture is a scene of its own.
+    Numbers behind a date, and behind what cameras call every picture (IMG_1), make no sequence.
     """
     sequences = [_sequence(where.name) for where in places]
     known = {sequence for sequence in sequences if sequence}

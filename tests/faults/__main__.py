@@ -3,6 +3,7 @@
     python -m tests.faults kills --seed 0 --count 200     # about 15 minutes on one core
     python -m tests.faults disk --seed 0                  # 3 minutes; a small tmpfs where one may mount
     python -m tests.faults inputs --seed 0 --count 500    # 10 minutes, see tests/faults/bad_inputs.py
+    python -m tests.faults page --seed 0                  # the web page under load, see tests/faults/page.py
     python -m tests.faults all
 
 All five trainers at tiny size, as a user runs them. Everything follows from the seed but for the machine's
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from ldm import checkpoint
 from ldm.data.image import read_image
 from tests.faults import bad_inputs
+from tests.faults.page import run_page
 from tests.faults.tiny_runs import (  # first: it sees to it that there is one thread
     TRAINERS,
     Result,
@@ -55,9 +57,9 @@ PARTS = "state_dict discriminators optimizer optimizer_states scheduler ema rand
 class Settings:
     """Kill, starve and feed badly."""
 
-    what: tyro.conf.Positional[Literal["kills", "disk", "inputs", "all"]] = "all"
+    what: tyro.conf.Positional[Literal["kills", "disk", "inputs", "page", "all"]] = "all"
     seed: int = 0
-    count: int = 0  # of kills or inputs; 0 takes 200 and 500
+    count: int = 0  # of kills, inputs or uploads; 0 takes 200, 500 and 50
     trainers: tuple[str, ...] = TRAINERS  # for kills and disk
     folder: Path | None = None  # keep everything here; None takes a temporary folder
 
@@ -352,7 +354,8 @@ def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = settings.folder or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        must(run(partial(make_place, work / "place"), work / "log"))
+        if settings.what != "page":
+            must(run(partial(make_place, work / "place"), work / "log"))
         fine = True
         if settings.what in ("kills", "all"):
             fine &= run_kills(settings, work / "place", work / "kills")
@@ -360,6 +363,8 @@ def main(settings: Settings) -> None:
             fine &= run_disk(settings, work / "place", work)
         if settings.what in ("inputs", "all"):
             fine &= bad_inputs.campaign(work / "place", work / "inputs", settings.seed, settings.count or 500)
+        if settings.what in ("page", "all"):  # last: it has threads
+            fine &= run_page(settings.seed, settings.count or 50, work / "page")
     sys.exit(0 if fine else 1)
 
 
