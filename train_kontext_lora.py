@@ -5,7 +5,7 @@ Black Forest Labs: FLUX.1 Kontext, 2025; Hu et al.: LoRA, 2021; Lipman et al.: F
     python train_kontext_lora.py --hr_root my_photos                        # damage is made on the fly
     python train_kontext_lora.py --hr_root clean --lr_root damaged          # real pairs
     python train_kontext_lora.py --tasks tasks.yaml                         # several tasks, by prompt
-    python train_kontext_lora.py --demo                                     # a minute on two CPU cores
+    python train_kontext_lora.py --demo                                     # minutes on two CPU cores
 
 The same command again resumes a stopped run. The result, pytorch_lora_weights.safetensors, loads in diffusers
 (by the name of its folder), ComfyUI and Forge. What the model folder needs, memory and time: docs/kontext.md.
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from lightning_fabric import Fabric
@@ -40,8 +41,8 @@ from harness.settings import (
     plain,
     run_main,
 )
-from ldm.data.degraded import example_sheet, kinds_sheet
-from ldm.data.image import list_images, read_image, write_image
+from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
+from ldm.data.image import write_image
 from ldm.data.stream import item_generator
 from ldm.data.tasks import make_data
 from ldm.models.diffusion.flow import restore_image, shift_timesteps
@@ -52,11 +53,11 @@ from ldm.models.kontext import (
     load_autoencoder,
     load_flux,
 )
-from ldm.models.kontext_lora import encode, make_demo, peak_memory, save_outputs, validate
+from ldm.models.kontext_lora import encode, make_demo, peak_memory, preview, save_outputs, validate
 from ldm.models.prompts import Prompts, check_folder
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity
-from ldm.modules.lora import LORA_FILE, load_lora, make_lora, merge, start_from
+from ldm.modules.lora import load_lora, make_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import learning_rate_factor
 
@@ -67,7 +68,7 @@ from ldm.util import learning_rate_factor
 class Settings:
     """Train a LoRA of FLUX.1 Kontext on photographs."""
 
-    demo: bool = False  # tiny networks of random weights: the loss falls, but previews stay noise
+    demo: bool = False  # the small model that comes along, scikit-image's photographs, minutes on a CPU
     pretrained_model_name_or_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
     hr_root: Path = Path("training/photos")  # clean photographs
     lr_root: Path | None = None  # their damaged versions; without it damage is made on the fly
@@ -142,23 +143,31 @@ class Settings:
 
 
 DEMO_DIR = Path("outputs/kontext_demo")
+MODELS = Path(__file__).parent / "models"
 DEMO = {
     "output_dir": DEMO_DIR,
-    "pretrained_model_name_or_path": DEMO_DIR / "tiny_model",
+    "pretrained_model_name_or_path": MODELS / "small_kontext",
     "hr_root": DEMO_DIR / "photos",
-    "resolution": 64,
+    "validation_root": DEMO_DIR / "held_out",
+    "resolution": 128,
+    "native_crop": True,
+    "repeats": 50,
+    "lr_scale": 4,
     "lora_targets": "all",
-    "batch_size": 4,
+    "batch_size": 8,
     "accumulate_grad_batches": 1,
     "gradient_checkpointing": False,
-    "max_steps": 300,
+    "max_steps": 400,
     "learning_rate": 3e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 10,
-    "num_workers": 1,
-    "save_steps": 150,
+    "num_workers": 0,
+    "save_steps": 200,
     "preview_steps": 4,
+    "preview_guidance": 1.0,
+    "preview_images": 6,
 }
+SHIPPED = MODELS / "small_kontext_lora.safetensors"
 # What may differ when a run is resumed: it changes speed or reports, not the weights (beyond rounding).
 MAY_CHANGE = {
     "num_workers",
@@ -437,8 +446,8 @@ def main(settings: Settings) -> None:
         run.save(scores.get("val/psnr"))
         start = time.perf_counter()
 
-    if settings.demo:
-        check_demo(settings, run)
+    if settings.demo and fabric.is_global_zero:
+        show_demo(settings, previews[""], run)
     run.finish(
         f"python infer.py kontext --pretrained_model_name_or_path {settings.pretrained_model_name_or_path} "
         f"--lora_path {settings.output_dir} --input PHOTOS --output_dir restored"
@@ -448,19 +457,26 @@ def main(settings: Settings) -> None:
 # ---- demonstration -----------------------------------------------------------------------------------------
 
 
-def check_demo(settings: Settings, run: Run) -> None:
-    """Load the file that was saved into a fresh model, merge it, and say what either changes."""
-    folder, image = settings.pretrained_model_name_or_path, read_image(list_images(settings.hr_root)[0])
-    autoencoder, model = load_models(folder, settings, run.fabric.device)
-    text = settings.instance_prompt
-    prompt = Prompts(settings.output_dir, folder, [text], run.fabric.device)([text])
-    restore = partial(restore_image, model, autoencoder, prompt, image[:64, :96], steps=4)
-    base = restore().astype(float)
-    load_lora(model, settings.output_dir)
-    loaded = restore().astype(float)
-    merge(model)
-    change, rounding = abs(loaded - base).mean(), abs(restore() - loaded).max()
-    run.say(f"{LORA_FILE}, loaded: changes a picture by {change:.1f} of 255; merged: {rounding:.0f} more")
+def show_demo(settings: Settings, previews: DegDataset, run: Run) -> None:
+    """Restore the held-out pictures with the run's LoRA and with the one that comes along.
+
+    Prints their scores and writes images/demo.png: damaged, restored by the first and the second, clean.
+    """
+    folder, text = settings.pretrained_model_name_or_path, settings.instance_prompt
+    loras = {"these minutes": settings.output_dir / "best", "the one that comes along": SHIPPED}
+    pictures = []
+    for name, lora in loras.items():
+        autoencoder, model = load_models(folder, settings, run.fabric.device)
+        load_lora(model, lora)
+        prompts = Prompts(settings.output_dir, folder, [text], run.fabric.device)
+        restore = partial(restore_image, model, autoencoder)
+        picture, scores = preview(restore, prompts, previews, settings)
+        run.say(f"  {name}: {', '.join(f'{key} {value:.2f}' for key, value in scores.items())}")
+        pictures.append(np.hsplit(picture, 3))
+    damaged, ours, clean = pictures[0]
+    path = settings.output_dir / "images" / "demo.png"
+    write_image(path, np.hstack([damaged, ours, pictures[1][1], clean]))
+    run.say(f"  damaged, these two, clean: {path}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from harness.settings import read_settings
 from ldm import checkpoint
 from ldm.data import demo
 from ldm.data.image import write_image
-from ldm.models.kontext import write_tiny_folder
 from tests.faults import tiny_runs
+from tests.tiny_flux import write_tiny_folder
 from train_srn import SRNDeblurNet
 
 ROOT = Path(__file__).parent.parent

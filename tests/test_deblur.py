@@ -753,15 +753,23 @@ def test_two_processes_take_the_steps_of_one(settings, tmp_path):
 
 def test_the_demonstration_runs_through_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tutorial_train_deblur, "DEMO_STEPS", (3, 3))
-    main(Settings(demo=True, **tutorial_train_deblur.DEMO | {"max_steps": 2}))
-    start = Path("outputs/deblur_demo/control_tiny_ini.safetensors")
+    data = replace(tutorial_train_deblur.DEMO_DATA, num_samples=12)
+    monkeypatch.setattr(tutorial_train_deblur, "DEMO_DATA", data)
+    few = tutorial_train_deblur.DEMO | {
+        "batch_size": 2,
+        "val_samples": 2,
+        "val_steps": 1,
+        "val_ddim_steps": 1,
+    }
+    main(Settings(demo=True, **few | {"max_steps": 1}))
+    start = Path("outputs/deblur_demo/control_small_ini.safetensors")
     stamp = start.stat().st_mtime_ns
-    main(Settings(demo=True, **tutorial_train_deblur.DEMO | {"max_steps": 3}))
+    main(Settings(demo=True, **few | {"max_steps": 2}))
     printed = capsys.readouterr().out
-    assert "is no restorer" in printed and "resuming" in printed and "finished at step 3" in printed
+    assert "adds a ControlNet" in printed and "resuming" in printed and "finished at step 2" in printed
+    assert printed.count("these minutes: PSNR") == printed.count("the one that comes along: PSNR") == 2
     assert start.stat().st_mtime_ns == stamp
-    assert len(list(Path("outputs/deblur_demo/data/blur_images").iterdir())) == 240
+    assert read_image("outputs/deblur_demo/images/demo.png").shape[1] >= 4 * 128
 
 
 def test_a_users_mistake_is_one_line(settings):

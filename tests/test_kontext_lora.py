@@ -27,12 +27,12 @@ from ldm.models.kontext import (
     load_restorer,
     restore_image,
     write_small_folder,
-    write_tiny_folder,
 )
 from ldm.models.kontext_lora import MODELSPEC, SIGMAS, held_out_loss
 from ldm.models.prompts import prompt_file
 from ldm.modules.flux import pack, unpack
 from ldm.modules.lora import LORA_FILE, load_lora, make_lora
+from tests.tiny_flux import write_tiny_folder
 from train_kontext_lora import Settings, draw_noise, flow_loss, learning_rate_factor, loss_weight, main
 
 
@@ -582,13 +582,21 @@ def test_examples_only(folder, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+ROOTS = "validation_root", "hr_root"
+
+
 def test_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    few = {"max_steps": 2, "resolution": 32, "num_workers": 0, "preview_images": 1}
+    few = {"max_steps": 2, "save_steps": 2, "batch_size": 2, "preview_images": 2}
     main(Settings(demo=True, **script.DEMO | few))
     printed = capsys.readouterr().out
-    assert "changes a picture by" in printed and "python infer.py kontext" in printed
-    assert "lora_path" in printed
+    assert "these minutes: psnr" in printed and "the one that comes along: psnr" in printed
+    assert "python infer.py kontext" in printed and "lora_path" in printed
+    assert read_image("outputs/kontext_demo/images/demo.png").shape == (2 * 128, 4 * 128, 3)
+    held_out = {path.name for path in Path("outputs/kontext_demo/held_out").iterdir()}
+    assert len(held_out) == 6 and not held_out & {
+        path.name for path in Path("outputs/kontext_demo/photos").iterdir()
+    }
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import infer
 from harness.settings import read_settings
 from ldm.data.image import image_size, list_images, write_image
 from ldm.data.inpaint import Window
-from ldm.models.kontext import write_tiny_folder
 from tests.faults import tiny_runs
 from tests.test_commands import ROOT, SMALL, module_of, settings_of
+from tests.tiny_flux import write_tiny_folder
 
 PAGE = (ROOT / "docs" / "names.md").read_text(encoding="utf-8")
 PROMPT = "Restore this degraded photograph to high fidelity"

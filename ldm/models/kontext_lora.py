@@ -15,10 +15,11 @@ from ldm.data.image import photographs, read_image, to_uint8, write_image
 from ldm.data.stream import item_generator
 from ldm.metrics import psnr, ssim
 from ldm.models.diffusion.flow import restore_image
-from ldm.models.kontext import FluxAutoencoder, write_tiny_folder
-from ldm.models.prompts import Prompts, prompt_file
+from ldm.models.kontext import FluxAutoencoder
+from ldm.models.prompts import Prompts
 from ldm.modules.lora import LORA_FILE, save_lora
 
+HELD_OUT = ("chelsea", "coffee")  # by the demonstration
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the held-out loss
 # What Forge and other browsers of files show (Stability AI's ModelSpec 1.0.0).
 MODELSPEC = {
@@ -122,13 +123,17 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 def make_demo(settings: Any, defaults: dict[str, Any]) -> None:
-    """Write photographs and a tiny model folder with random weights, where the user gave no others."""
-    if settings.hr_root == defaults["hr_root"]:
-        settings.hr_root.mkdir(parents=True, exist_ok=True)
-        for path in photographs():
-            image = cv2.resize(read_image(path), None, fx=0.5, fy=0.5)
-            write_image(settings.hr_root / f"{path.stem}.png", image)
-    if settings.pretrained_model_name_or_path == defaults["pretrained_model_name_or_path"]:
-        cache = prompt_file(settings.output_dir, settings.instance_prompt)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_tiny_folder(settings.pretrained_model_name_or_path, cache, settings.instance_prompt)
+    """Write scikit-image's photographs, half as large, where the user gave no others: four to train on, and
+    three squares of each of the other two."""
+    for name, held_out in (("hr_root", False), ("validation_root", True)):
+        folder = getattr(settings, name)
+        if folder != defaults[name]:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (path for path in photographs() if (path.stem in HELD_OUT) is held_out):
+            image = cv2.resize(read_image(path), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+            side, (h, w) = settings.resolution, image.shape[:2]
+            y, places = (h - side) // 2, (0, (w - side) // 2, w - side)
+            parts = [image[y : y + side, x : x + side] for x in places] if held_out else [image]
+            for number, part in enumerate(parts):
+                write_image(folder / f"{path.stem}_{number}.png", part)

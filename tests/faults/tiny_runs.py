@@ -33,8 +33,8 @@ import tutorial_train_deblur  # noqa: F401
 from cldm.model import create_model
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
-from ldm.models.kontext import write_tiny_folder
 from ldm.modules.image_degradation.blur import random_blur
+from tests.tiny_flux import write_tiny_folder
 from tool_make_deblur_dataset import Settings as PairSettings
 from tool_make_deblur_dataset import make_dataset
 from tutorial_train_inpaint import cut_photographs

@@ -1,0 +1,34 @@
+"""A model folder of FLUX's layout with random weights and toy sizes."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm.checkpoint import write_weights
+from ldm.models.kontext import FluxAutoencoder, write_small_folder
+from ldm.modules.flux import Flux, FluxParams
+
+
+def write_tiny_folder(
+    folder: str | Path, cache: str | Path, prompt: str, seed: int = 0, channels: int = 16
+) -> None:
+    """A transformer and an autoencoder of random weights and toy sizes.
+
+    `cache` is what `cached_prompt` then finds for `prompt`: 16 random tokens instead of text encoders.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    width = 4 * channels
+    sizes = FluxParams(
+        width, width, 32, 48, 128, 4.0, 4, depth=2, depth_single_blocks=4, axes_dim=(8, 12, 12)
+    )
+    config = {"ch": 32, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_channels": channels}
+    flux, autoencoder = Flux(sizes), FluxAutoencoder(config)
+    for parameter in (*flux.parameters(), *autoencoder.parameters()):
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+        else:  # biases, and the weights of norms
+            nn.init.constant_(parameter, float((parameter == 1).all()))
+    write_small_folder(folder, flux, autoencoder)
+    t5, pooled = (torch.randn(shape, generator=generator) for shape in ((1, 16, 48), (1, 32)))
+    write_weights(cache, {"t5": t5, "pooled": pooled}, {"prompt": prompt})
