@@ -129,7 +129,7 @@ DEMO = {
     "sd_locked": False,
     "deblur_loss_weight": 0.0,
     "batch_size": 8,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 20,
     "max_grad_norm": 1.0,
