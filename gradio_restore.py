@@ -88,7 +88,7 @@ def list_systems(settings: Settings) -> dict[str, System]:
             "ControlNet",
             "A ControlNet takes away blur with Stable Diffusion, which invents detail: each seed its own."
             + small_note(deblur),
-            infer.Deblur(**exact, checkpoint_path=deblur, base_path=base_of(deblur, base)),
+            infer.Deblur(**exact, **files_of(infer.Deblur, deblur, base)),
             (*sampling, "scheduler", "strength", "fidelity", "prompt"),
             wanted(deblur, base),
             made.format("tutorial_train_deblur.py (docs/deblur.md)", "deblur"),
@@ -97,7 +97,7 @@ def list_systems(settings: Settings) -> dict[str, System]:
             "Inpaint",
             "A ControlNet on Stable Diffusion fills what you paint over, what is white in a mask, and what "
             "is added at the sides. All else stays as it is." + small_note(inpaint),
-            infer.Inpaint(**exact, checkpoint_path=inpaint, base_path=base_of(inpaint, base)),
+            infer.Inpaint(**exact, **files_of(infer.Inpaint, inpaint, base)),
             (*sampling, "scheduler", "strength", "mask_blur", "only_masked_padding", *SIDES, "prompt"),
             wanted(inpaint, base),
             made.format("tutorial_train_inpaint.py (docs/inpaint.md)", "inpaint"),
@@ -160,6 +160,12 @@ def small_note(path: Path) -> str:
 def base_of(path: Path, base: Path | None) -> Path | None:
     """The Stable Diffusion file: the small ControlNets have a small one."""
     return base or (Path("models/small_diffusion.safetensors") if is_small(path) else None)
+
+
+def files_of(command: type[infer.ControlNet], path: Path, base: Path | None) -> dict:
+    """Options that name a ControlNet's files, and the sampling steps that suit it."""
+    steps = command.usual_steps(path)
+    return {"checkpoint_path": path, "base_path": base_of(path, base), "num_inference_steps": steps}
 
 
 def wanted(path: Path, base: Path | None) -> tuple[Path, ...]:

@@ -45,13 +45,23 @@ class ControlNet(Files):
     checkpoint_path: Path | None = None
     base_path: Path | None = None  # Stable Diffusion file; None takes the one the checkpoint names
     config_path: Path | None = None  # yaml of the model; None takes the checkpoint's, or one that fits
-    num_inference_steps: int = 50  # sampling steps
+    num_inference_steps: int | None = None  # sampling steps; None: 50, of the small model as many as suit it
     control_scale: float = 1.0  # weight of the ControlNet
     negative_prompt: str = ""  # what guidance leads away from
     color_fix: bool = True  # keep the colours of the input, in a hole those around it
     precision: Precision = "auto"  # of the computation; auto: bf16 on a GPU that has it, else 32: exact
 
     KIND: ClassVar[str] = ""  # of the small model's file
+    SMALL_STEPS: ClassVar[int] = 4  # that suit it: see the table in docs/deblur.md
+
+    @classmethod
+    def usual_steps(cls, path: Path) -> int:
+        """Sampling steps that suit a file of weights."""
+        return cls.SMALL_STEPS if path.name.startswith("small_") else 50
+
+    def steps(self) -> int:
+        """Sampling steps."""
+        return self.num_inference_steps or self.usual_steps(self.files()[0])
 
     def files(self) -> tuple[Path, Path | None]:
         """The ControlNet's file, and its Stable Diffusion's unless the first names it."""
@@ -128,7 +138,7 @@ class Deblur(ControlNet):
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
             sampling = Sampling(
                 **{name: getattr(self, name) for name in names},
-                steps=self.num_inference_steps,
+                steps=self.steps(),
                 method=self.scheduler,
             )
             if self.prompt is None:
@@ -336,7 +346,7 @@ class Inpaint(ControlNet):
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
             options = {name: getattr(self, name) for name in names}
-            options = Inpainting(**options, steps=self.num_inference_steps, method=self.scheduler)
+            options = Inpainting(**options, steps=self.steps(), method=self.scheduler)
             rgba = read_rgba(path)
             with autocast(model):
                 task = self.task(image if rgba is None else rgba, path)

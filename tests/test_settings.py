@@ -1,7 +1,9 @@
 """The command line as the scripts read it."""
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -39,3 +41,24 @@ def test_flags_beside_demo_count_from_python_too(tmp_path, monkeypatch, capsys):
     with pytest.raises(FileNotFoundError, match="absent"):
         module.main(read_settings(module.Settings, module.DEMO, words))
     assert not Path("outputs/kontext_demo/photos").exists()
+
+
+@dataclass
+class Knobs:
+    """Turn knobs."""
+
+    often: int = 1  # the one that is turned
+    MORE: ClassVar[None] = None
+    seldom: int = 2  # another
+
+
+def test_the_help_shows_what_is_used_most(capsys):
+    printed = []
+    for word in ("--help", "--help_all"):
+        with pytest.raises(SystemExit):
+            read_settings(Knobs, words=[word])
+        printed.append(capsys.readouterr().out)
+    assert all("--often" in text and "the one that is turned" in text for text in printed)
+    assert "--seldom" not in printed[0] and "1 more: --help_all" in printed[0]
+    assert "--seldom" in printed[1] and "another" in printed[1]
+    assert read_settings(Knobs, words=["--seldom", "5"]) == Knobs(seldom=5)
