@@ -95,19 +95,6 @@ def gradients(model) -> tuple[torch.Tensor, torch.Tensor]:
     return y.detach(), torch.cat([parameter.grad.flatten() for parameter in adapter.parameters()])
 
 
-def test_compiled_blocks_are_one_graph_each_and_compute_the_same():
-    """Traced as `--compile` does it, without its C++ (that takes minutes to build)."""
-    results = []
-    for compiled in (False, True):
-        model = tiny_flux()
-        model.checkpointing = True
-        for block in (*model.double_blocks, *model.single_blocks) if compiled else ():
-            block.compile(backend="aot_eager", fullgraph=True)  # a break in the graph raises
-        results.append(gradients(model))
-    for plain, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, plain)
-
-
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_swapped_blocks_compute_the_same_and_two_copies_live_at_most(tmp_path, monkeypatch, fp8, count):
