@@ -1,7 +1,8 @@
 """The web page under load: many pages at once that upload, restore, stop, reload and ask for too much.
 
 Every page has pictures of its own, and a result must be, within a level of rounding, what the network makes
-of the page's last picture. What is above the limits must be refused, and the server's memory must return to where it was.
+of the page's last picture. What is above the limits must be refused, and the server's memory must return to
+where it was.
 """
 
 import http.client
