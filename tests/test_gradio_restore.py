@@ -518,7 +518,7 @@ def test_pages_at_once_see_their_own_pictures_alone(server, weights):
     assert tally["refused"] == 12 and tally["restored"] >= 3
     assert tally["restored"] + tally["stopped"] + tally["reloaded"] == 12
     with pytest.raises(RuntimeError, match="what is not its own picture's result"):  # it would be noticed
-        visit(port, tiny_network(2), 4, (1, 0))
+        visit(port, tiny_network(4), 4, (1, 0))
 
 
 # ---- the page in a browser ---------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class Doorkeeper:
         try:
             async with Request(scope, lambda: read_again(parts, None)).form(max_files=self.FILES) as form:
                 files = [part for _, part in form.multi_items() if hasattr(part, "read")]
-                if not files or form.get("index", "null") not in ("null", *map(str, range(self.FILES))):
+                if not files or form.get("index", "") not in ("", "null", *map(str, range(self.FILES))):
                     return "not here"
                 for file in files:
                     await run_in_threadpool(self.check, await file.read(), file.filename or "it", painted)

@@ -1,7 +1,8 @@
 """The web page under load: many pages at once that upload, restore, stop, reload and ask for too much.
 
-Every page has pictures of its own, and a result must be, bit for bit, what the network makes of the page's
-last picture. What is above the limits must be refused, and the server's memory must return to where it was.
+Every page has pictures of its own, and a result must be, within a level of rounding, what the network makes
+of the page's last picture. What is above the limits must be refused, and the server's memory must return to
+where it was.
 """
 
 import http.client
@@ -166,9 +167,9 @@ def visit(port: int, network: SRNDeblurNet, uploads: int, seed: tuple[int, ...])
     """
     rng, tally = np.random.default_rng(seed), Counter()
     photo = read_image(photographs()[int(rng.integers(6))])
-    visitor = Visitor(port)
+    visitor, refused = Visitor(port), [*too_much(rng).items()]
     for number in range(uploads):
-        name, content = list(too_much(rng).items())[number % 4]
+        name, content = refused[number % 4]
         if (status := visitor.upload("much.png", content)[0]) not in (413, 415):
             raise RuntimeError(f"too much is accepted ({name}): {status}")
         tally["refused"] += 1
@@ -190,7 +191,8 @@ def visit(port: int, network: SRNDeblurNet, uploads: int, seed: tuple[int, ...])
         if restored is None:
             tally["stopped"] += 1
             continue
-        if not np.array_equal(restored, restore_image(network, image, tile=1536, overlap=128)):
+        expected = restore_image(network, image, tile=1536, overlap=128).astype(int)
+        if restored.shape != image.shape or np.abs(restored - expected).max() > 1:
             raise RuntimeError("a page got what is not its own picture's result")
         tally["restored"] += 1
     visitor.close()
