@@ -271,13 +271,10 @@ def check(settings: Settings) -> None:
     if settings.shard_base and (processes < 2 or settings.base_precision != "bf16"):
         raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
     if settings.blocks_to_swap and (
-        settings.shard_base
-        or settings.compile
-        or not settings.gradient_checkpointing
-        or settings.base_precision == "nf4"
+        settings.shard_base or settings.compile or not settings.gradient_checkpointing
     ):
         raise ValueError(
-            "--blocks_to_swap needs --gradient_checkpointing, and neither --shard_base, --compile nor nf4"
+            "--blocks_to_swap needs --gradient_checkpointing, and neither --shard_base nor --compile"
         )
     if settings.perceptual_crop < 16 or settings.perceptual_crop % 8:
         raise ValueError(f"perceptual_crop must be 16, 24, 32, ..., not {settings.perceptual_crop}")

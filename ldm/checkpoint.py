@@ -185,8 +185,8 @@ def write_half(path: str | Path, weights: dict[str, torch.Tensor], settings: dic
     write_weights(path, half, {"settings": json.dumps(settings)})
 
 
-def fill(network: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> nn.Module:
-    """`network` with these weights, which come from `path`. Raises ValueError if they do not fit."""
+def check_fit(network: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raise ValueError that names `path` if names or shapes differ from the network's."""
     own = network.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} does not belong" for name in weights if name not in own]
@@ -198,6 +198,11 @@ def fill(network: nn.Module, weights: dict[str, torch.Tensor], path: str | Path)
     if wrong:
         more = f", and {len(wrong) - 3} more like these" if len(wrong) > 3 else ""
         raise ValueError(f"{path} does not fit {type(network).__name__}: {', '.join(wrong[:3])}{more}")
+
+
+def fill(network: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> nn.Module:
+    """`network` with these weights, which come from `path`. Raises ValueError if they do not fit."""
+    check_fit(network, weights, path)
     network.load_state_dict(weights)
     return network
 

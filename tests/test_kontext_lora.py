@@ -617,7 +617,6 @@ def test_demo(tmp_path, monkeypatch, capsys):
         ({"blocks_to_swap": 2, "compile": True}, "blocks_to_swap needs --gradient_checkpointing"),
         ({"shard_base": True}, "--shard_base needs --devices 2"),
         ({"rank": 500}, "rank must lie in 1 ... 128, not 500"),
-        ({"blocks_to_swap": 2, "base_precision": "nf4"}, "bitsandbytes|blocks_to_swap needs"),
         ({"hr_root": Path("absent")}, "no clean photographs at absent: give --hr_root"),
         ({"captions": True}, "no picture in .*photos has a caption"),
     ],

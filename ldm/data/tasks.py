@@ -1,16 +1,4 @@
-"""Several restoration tasks in one training set: a yaml that lists them, and the mixture of their pictures.
-
-scratches:
-  hr_root: scans                    # as the flag of this name; what is left out is as on the command line
-  instance_prompt: remove the scratches
-  degradation_types: scratches
-  damage_strength: 0.2,0.9
-  weight: 2                         # twice as many samples as a task of weight 1
-noise:
-  hr_root: sharp
-  lr_root: noisy
-  instance_prompt: remove the noise
-"""
+"""Several restoration tasks in one training set, listed in a yaml (docs/kontext.md), and their mixture."""
 
 import math
 import re
@@ -67,16 +55,16 @@ class Tasks(Dataset):
 
     @property
     def fixed(self) -> tuple[bool, bool]:
-        """Whether all targets and all controls are the same in every epoch, so that latents may be kept."""
+        """Whether all targets, and all controls, are the same in every epoch: latents may be kept."""
         every = self.datasets.values()
         return all(d.fixed_targets for d in every), all(d.fixed_controls for d in every)
 
     @property
     def prompts(self) -> list[str]:
         """Every prompt that a sample may have."""
-        every = [prompt for dataset in self.datasets.values() for prompt in dataset.prompts]
-        unsaid = any(dataset.caption_dropout for dataset in self.datasets.values())
-        return list(dict.fromkeys([*every, *[""] * unsaid]))
+        every = [*self.datasets.values()]
+        unsaid = any(d.caption_dropout for d in every)
+        return list(dict.fromkeys([prompt for d in every for prompt in d.prompts] + [""] * unsaid))
 
     def describe(self) -> str:
         """What it holds, a line for each task."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.checkpoint import read_metadata, read_settings, read_weights, write_weights
+from ldm.checkpoint import check_fit, read_metadata, read_settings, read_weights, write_weights
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.flow import restore_image
 from ldm.models.prompts import cached_prompt, check_folder, prompt_file
@@ -75,7 +75,7 @@ def load_flux(
     sizes = read_settings(path, "flux_params")
     with torch.device("meta"):
         model = Flux(FluxParams(**sizes))
-        check_weights(model, weights, path)
+        check_fit(model, weights, path)
         eight_bit = store_in_fp8(model, block_linears(model)) if fp8 else {}
         four_bit = store_in_nf4(model, block_linears(model), dtype) if nf4 else {}
         if blocks_to_swap:
@@ -99,21 +99,6 @@ def load_flux(
     return model.requires_grad_(False).eval()
 
 
-def check_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Raise ValueError that names the file if names or shapes differ from the model's."""
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is not expected" for name in weights if name not in expected]
-    problems += [
-        f"{name} is {tuple(value.shape)}, expected {expected[name]}"
-        for name, value in weights.items()
-        if name in expected and tuple(value.shape) != expected[name]
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems[:3])}{more}")
-
-
 def save_flux(path: str | Path, model: Flux) -> None:
     """Write a transformer whose sizes `load_flux` then reads from the file."""
     write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params))})
@@ -127,7 +112,7 @@ def load_autoencoder(
     config = read_settings(path, "ddconfig")
     with torch.device("meta"):
         model = FluxAutoencoder(config)
-    check_weights(model, weights, path)
+    check_fit(model, weights, path)
     model.load_state_dict({name: value.to(device, dtype) for name, value in weights.items()}, assign=True)
     return model.requires_grad_(False).eval()
 
