@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm.checkpoint import check_fit, read_metadata, read_settings, read_weights, write_weights
