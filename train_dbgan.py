@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import tyro
@@ -69,10 +69,29 @@ class Settings:
     output_dir: Path = Path("outputs/dbgan")  # a folder of logs, pictures and checkpoints for every stage
 
     data: Path | None = None  # pairs: GoPro tree, list of `blurry sharp` lines, or paired .h5
-    dead_leaves: int = 0  # without it: generated pictures in every epoch, beside --sharp_dir or alone
     blur_data: Path | None = None  # real blurred photographs: a folder, or unpaired .h5 (with its sharp ones)
     sharp_dir: Path | None = None  # sharp photographs for `blur`; without --data for all, blurred on the fly
     val_data: Path | None = None  # pairs to evaluate on, in any form of --data
+    crop_size: int = 128  # of training images, a multiple of 16
+
+    generator: Literal["dbgan", *OTHERS] = "dbgan"  # the network that deblurs (docs/dbgan.md)
+    width: int = 64  # channels of the generators
+    init_weights: Path | None = None  # start the deblurring generator from this file
+    perceptual_loss_weight: float = 1.0  # 0: VGG-19 is not needed
+
+    blur_epochs: int = 20  # passes over the data, of `blur`
+    pretrain_epochs: int = 20  # of `deblur`, on the content loss alone
+    epochs: int = 20  # adversarial ones, of `deblur` and of `paired`
+    max_steps: MaxSteps = -1  # optimizer steps of every phase; above 0 it replaces the epochs
+    batch_size: BatchSize = 4  # of each device
+    learning_rate: float = 1e-4  # at the start, by a cosine down to
+
+    precision: Precision = "32"  # bf16 or 16: mixed, faster on GPUs
+    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
+
+    MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
+
+    dead_leaves: int = 0  # without it: generated pictures in every epoch, beside --sharp_dir or alone
     val_blur_data: Path | None = None  # real blurred photographs to compare BGAN's with; None: --blur_data
     val_fraction: float = 0.05  # without val_data: the part of the data that is held out (whole sequences)
     val_images: int = 32  # evaluate on at most that many, drawn once
@@ -83,12 +102,9 @@ class Settings:
     sharp_fraction: float = 0.0  # part of them that is not, or hardly, blurred: do no harm
     photo_crops: int = 1  # crops of each photograph of --sharp_dir in an epoch: its ratio to --dead_leaves
     crop_candidates: int = 1  # windows drawn for a crop of --sharp_dir, of which the sharpest is taken
-    crop_size: int = 128  # of training images, a multiple of 16
     color_jitter: float = 0.1  # the same for both pictures of an item: against a tint of the results
     cache: bool = False  # keep all training images decoded in memory
 
-    generator: Literal["dbgan", *OTHERS] = "dbgan"  # the network that deblurs (docs/dbgan.md)
-    width: int = 64  # channels of the generators
     blocks: int = 16  # of the deblurring generator; of nafnet's fourth encoder, mprnet's parts of stage 3
     blur_blocks: int = 9  # of BGAN
     sampling: bool = False  # work at half resolution: 4 times less to compute
@@ -97,11 +113,9 @@ class Settings:
     discriminator_width: int = 64  # channels of the discriminators' first layer
 
     init_std: float = 0.01  # deviation of first weights (dbgan, srresnet, deblurgan); narrow ones want more
-    init_weights: Path | None = None  # start the deblurring generator from this file
     init_blur_weights: Path | None = None  # and BGAN from this
     content_loss: PixelLoss = "l1"  # distance of pixels
     fft_loss_weight: float = 0.0  # of the distance of Fourier transforms beside it
-    perceptual_loss_weight: float = 1.0  # 0: VGG-19 is not needed
     content_loss_weight: float = 0.005  # alpha
     adversarial_loss_weight: float = 0.01  # beta
     cycle_loss_weight: float = 10.0  # in `blur`: there and back
@@ -110,23 +124,15 @@ class Settings:
     bgan_path: Path | None = None  # for `deblur`; None takes OUTPUT_DIR/blur/bgan.safetensors
     generated_fraction: float = 0.5  # of DBGAN's blurry pictures that BGAN makes, from the sharp ones
 
-    blur_epochs: int = 20  # passes over the data, of `blur`
-    pretrain_epochs: int = 20  # of `deblur`, on the content loss alone
-    epochs: int = 20  # adversarial ones, of `deblur` and of `paired`
-    max_steps: MaxSteps = -1  # optimizer steps of every phase; above 0 it replaces the epochs
-    batch_size: BatchSize = 4  # of each device
     accumulate_grad_batches: Accumulate = 4  # batches to one optimizer step
-    learning_rate: float = 1e-4  # at the start, by a cosine down to
     last_learning_rate: float = 1e-6  # at the end
     max_grad_norm: float = 0.0  # highest global norm of all gradients; 0 = not clipped
     pool_size: int = 50  # earlier pictures that the discriminators of `blur` see again; 0 = none
     ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used; 0 for none
     seed: int = 0  # of the data's order, first weights and noise
 
-    precision: Precision = "32"  # bf16 or 16: mixed, faster on GPUs
     channels_last: bool = False  # memory layout: mostly faster
     compile: bool = False  # torch.compile: minutes at the start, faster steps
-    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
     num_workers: int = 8  # processes that prepare images
     log_epoch: int = 1  # evaluate and save every so many epochs

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -70,23 +70,41 @@ class Settings:
 
     demo: bool = False  # the small model that comes along, scikit-image's photographs, minutes on a CPU
     pretrained_model_name_or_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
+
     hr_root: Path = Path("training/photos")  # clean photographs
     lr_root: Path | None = None  # their damaged versions; without it damage is made on the fly
-    validation_root: Path | None = None  # clean photographs for previews; without it, those of hr_root
+    tasks: Path | None = None  # a yaml of several tasks: folders, prompts, damage (ldm/data/tasks.py)
     output_dir: Path = Path("outputs/kontext_lora")  # an old run in it is resumed
     instance_prompt: str = "restore this degraded photograph"  # used in training and in restoring
-    captions: bool = False  # a picture's prompt is NAME.txt beside it, where there is one
-    caption_dropout: float = 0.0  # part of the samples whose prompt is empty
-    tasks: Path | None = None  # a yaml of several tasks: folders, prompts, damage (ldm/data/tasks.py)
 
     resolution: int = 512  # of the square training pictures, a multiple of 16
+    # downsample, noise, blur, jpeg; motion_blur, colour_noise, film_grain, scratches, fading, low_light, haze
+    degradation_types: str = "downsample,noise,blur"
+
+    rank: int = 16  # of the LoRA: more learns more and takes more memory
+    resume_lora: Path | None = None  # start from this LoRA file
+
+    batch_size: BatchSize = 4  # of each device
+    accumulate_grad_batches: Accumulate = 4  # batches to one optimizer step
+    max_steps: MaxSteps = 3000  # optimizer steps
+    learning_rate: float = 1e-4  # the highest, at the end of the warm-up
+
+    # storage of the frozen network: fp8 halves it, nf4 halves that (bitsandbytes)
+    base_precision: Literal["bf16", "fp8", "nf4"] = "bf16"
+    blocks_to_swap: int = 0  # the last so many blocks wait in main memory: less of the GPU's, slower
+    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
+
+    MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
+
+    validation_root: Path | None = None  # clean photographs for previews; without it, those of hr_root
+    captions: bool = False  # a picture's prompt is NAME.txt beside it, where there is one
+    caption_dropout: float = 0.0  # part of the samples whose prompt is empty
+
     buckets: bool = False  # no squares: sizes near to the pictures' shapes, of as many pixels
     random_crop: bool = True  # without it the middle is cut
     random_flip: bool = True  # left and right
     native_crop: bool = False  # cut at full scale instead of shrinking to `resolution` first
     repeats: int = 1  # how often each picture comes in an epoch
-    # downsample, noise, blur, jpeg; motion_blur, colour_noise, film_grain, scratches, fading, low_light, haze
-    degradation_types: str = "downsample,noise,blur"
     lr_scale: Range = 8  # factor of the downsampling; it and the next may be ranges: LOW,HIGH
     noise_level: Range = 0.05  # standard deviation, 1 = white
     blur_radius: Range = 1.0  # standard deviation in pixels
@@ -96,16 +114,10 @@ class Settings:
     degradation_rounds: int = 1  # how often the chain of damage is run through
     examples_only: bool = False  # write images/examples.png (damaged | clean), images/kinds.png, and stop
 
-    rank: int = 16  # of the LoRA: more learns more and takes more memory
     alpha: float = 16.0  # the LoRA is scaled by alpha / rank
     dropout: float = 0.0  # part of the LoRA's input that is left out in training
     lora_targets: Literal["attn", "attn_mlp", "all"] = "attn_mlp"  # linears: see ldm/modules/lora.py
-    resume_lora: Path | None = None  # start from this LoRA file
 
-    batch_size: BatchSize = 4  # of each device
-    accumulate_grad_batches: Accumulate = 4  # batches to one optimizer step
-    max_steps: MaxSteps = 3000  # optimizer steps
-    learning_rate: float = 1e-4  # the highest, at the end of the warm-up
     # its course after the warm-up
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 0  # steps over which the learning rate rises
@@ -124,13 +136,9 @@ class Settings:
     perceptual_crop: int = 256  # pixels, a multiple of 8
     seed: int = 0  # of the data's order, first weights and noise
 
-    # storage of the frozen network: fp8 halves it, nf4 halves that (bitsandbytes)
-    base_precision: Literal["bf16", "fp8", "nf4"] = "bf16"
     gradient_checkpointing: bool = True  # less memory, a third more time
-    blocks_to_swap: int = 0  # the last so many blocks wait in main memory: less of the GPU's, slower
     compile: bool = False  # torch.compile of the blocks: minutes at the start, faster steps
     shard_base: bool = False  # split the frozen network over the devices (FSDP) instead of copying it
-    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
     num_workers: int = 4  # processes that prepare pictures
 

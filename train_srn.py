@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -59,6 +59,22 @@ class Settings:
     dead_leaves: int = 0  # generated pictures in every epoch, blurred on the fly, beside --sharp_dir or alone
     val_data: Path | None = None  # pairs to evaluate on, in any form of --data
     val_sharp_dir: Path | None = None  # their sharp images, or sharp images alone
+    crop_size: int = 256  # of training images, a multiple of 16
+
+    width: int = 32  # channels at full resolution
+    init_weights: Path | None = None  # start from the weights of this file; a run that exists is resumed
+
+    loss: PixelLoss = "mse"  # distance of pixels at each scale
+    epochs: int = 2000  # passes over the data
+    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces epochs
+    batch_size: BatchSize = 16  # of each device
+    learning_rate: float = 1e-4  # at the start
+
+    precision: Precision = "32"  # bf16 or 16: mixed, faster on GPUs
+    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
+
+    MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
+
     val_fraction: float = 0.05  # without the two: the part of the data that is held out (whole sequences)
     val_images: int = 32  # evaluate on at most that many, drawn once
     val_crop: int = 0  # evaluate on that many pixels in the middle; 0 = whole images
@@ -68,38 +84,28 @@ class Settings:
     sharp_fraction: float = 0.0  # part of the training images that is not, or hardly, blurred: do no harm
     photo_crops: int = 1  # crops of each photograph of --sharp_dir in an epoch: its ratio to --dead_leaves
     crop_candidates: int = 1  # windows drawn for a crop on the fly, of which the sharpest is taken
-    crop_size: int = 256  # of training images, a multiple of 16
     late_crop_sizes: tuple[int, ...] = ()  # larger ones, in equal shares of the last half of the steps
     cache: bool = False  # keep all training images decoded in memory
 
-    width: int = 32  # channels at full resolution
     coarsest: Literal["zeros", "blurry"] = "zeros"  # estimate at the first scale; the authors' code: blurry
     detach: bool = False  # no gradient through the upsampled estimate, as in the authors' code
     residual: bool = False  # predict the difference to the blurry image
     sampling: bool = False  # work at half resolution, on 2 x 2 pixels as channels: 4 times less to compute
     init: Literal["default", "xavier"] = "default"  # first weights: torch's, or Xavier's
-    init_weights: Path | None = None  # start from the weights of this file; a run that exists is resumed
 
-    loss: PixelLoss = "mse"  # distance of pixels at each scale
     fft_loss_weight: float = 0.0  # of the distance of Fourier transforms beside it; 0.1 is MIMO-UNet's
-    epochs: int = 2000  # passes over the data
-    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces epochs
-    batch_size: BatchSize = 16  # of each device
     optimizer: Literal["adam", "sgd"] = "adam"  # the way to step
     momentum: float = 0.9  # of sgd: how much of the last step goes on
     nesterov: bool = True  # of sgd: look ahead along the momentum
     weight_decay: WeightDecay = 0.0  # L2 regularisation
-    learning_rate: float = 1e-4  # at the start
     schedule: Literal["step", "power", "cosine"] = "step"  # 0.3^(epoch // 500); (1 - t/T)^0.3; cosine
     lstm_clip: float = 3.0  # highest global norm of the ConvLSTM's gradients
     max_grad_norm: float = 0.0  # highest global norm of all gradients; 0 = not clipped
     ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used; 0 for none
     seed: int = 0  # of the data's order, first weights and noise
 
-    precision: Precision = "32"  # bf16 or 16: mixed, faster on GPUs
     channels_last: bool = False  # memory layout: mostly faster
     compile: bool = False  # torch.compile: minutes at the start, faster steps
-    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
     num_workers: int = 8  # processes that prepare images
     log_epoch: int = 10  # evaluate and save every so many epochs

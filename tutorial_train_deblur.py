@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -64,17 +64,30 @@ class Settings:
     sharp_root: str = ""  # sharp pictures, matched to data_root's by name; empty: data_root holds both
     json_file: str = ""  # json lines, or a list of `blurry sharp` lines, relative to data_root
     image_size: ImageSize = 512  # pixels of the square crop, a multiple of 64
-    val_fraction: float = 0.05  # part of the source photographs held out for validation, 0 for none
-    val_samples: int = 16  # validate on at most that many pairs
     # of pairs without a caption in their json line or in NAME.txt; {blur_type} becomes "motion blur" etc.
     prompt: str = "a sharp, detailed, high-quality photograph"
+
+    resume_path: StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion, by tool_add_control.py
+    config_path: str = "./models/cldm_v15_deblur.yaml"  # yaml of the model
+
+    batch_size: BatchSize = 4  # of each device
+    learning_rate: float = 1e-5  # the highest, at the end of the warm-up
+    max_epochs: MaxEpochs = 10  # passes over the data
+    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
+
+    precision: AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
+    cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
+    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
+
+    MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
+
+    val_fraction: float = 0.05  # part of the source photographs held out for validation, 0 for none
+    val_samples: int = 16  # validate on at most that many pairs
     prompt_dropout: float = 0.1  # part of the training prompts that is left empty, so that guidance works
     use_augmentation: bool = False  # random crop, flips, turns and colour jitter, alike for both pictures
     blur_on_the_fly: bool = False  # take only the sharp pictures, and blur them anew every time
     num_workers: int = 4  # processes that read and decode pictures
 
-    resume_path: StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion, by tool_add_control.py
-    config_path: str = "./models/cldm_v15_deblur.yaml"  # yaml of the model
     use_attention: bool = False  # channel and spatial attention on the hint features; no other tool reads it
     hint_as_latent: bool = False  # the ControlNet also sees the hint's latent; no other tool reads that
     sd_locked: bool = True  # False trains the UNet's decoder too: then use learning_rate 2e-6
@@ -85,27 +98,20 @@ class Settings:
     weight_by_alpha_bar: bool = True  # each item's count less the noisier its latent
     deblur_crop: int = 32  # side of the decoded crop in latents (one is 8 pixels), 0 for the whole image
 
-    batch_size: BatchSize = 4  # of each device
     accumulate_grad_batches: Accumulate = 1  # batches to one optimizer step
-    learning_rate: float = 1e-5  # the highest, at the end of the warm-up
     # its course after the warm-up
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 0  # steps over which the learning rate rises
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 0.0  # highest global norm of the gradients, 0 for no limit
-    max_epochs: MaxEpochs = 10  # passes over the data
-    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
     seed: int = 0  # of the data's order, first weights and noise
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
 
-    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
     # several devices: ddp copies the model to each, fsdp splits it
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    precision: AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
     gradient_checkpointing: bool = False  # less memory, a third more time
-    cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
     compile: bool = False  # torch.compile: minutes at the start, faster steps
 
     log_steps: int = 10  # optimizer steps from one row of metrics to the next

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -62,45 +62,51 @@ class Settings:
     # photographs, in this folder and below it
     image_dir: Annotated[str, tyro.conf.arg(aliases=["--data_root"])] = "./training/coco/train2017"
     ann_file: str = ""  # COCO's instances_*.json, for holes in the shape of objects
-    captions_file: str = ""  # COCO's captions_*.json, for prompts
     mask_dir: str = ""  # masks of your own, white where the hole is
     mask_type: MaskType | None = None  # None: object if there is ann_file, folder if mask_dir, else mixed
     mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest part of the picture that is a hole
     image_size: ImageSize = 512  # pixels of the square crop, a multiple of 64
-    use_augmentation: bool = True  # crops anywhere, flipped half the time; else from the middle
     prompt: str = ""  # of pictures without captions, which are in captions_file or in NAME.txt beside them
+
+    resume_path: StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion, by tool_add_control.py
+    config_path: str = "./models/cldm_v15_inpaint.yaml"  # yaml of the model
+
+    batch_size: BatchSize = 4  # of each device
+    learning_rate: float = 1e-5  # the highest, at the end of the warm-up
+    max_epochs: MaxEpochs = 100  # passes over the data
+    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
+
+    precision: AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
+    cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
+    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
+
+    MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
+
+    captions_file: str = ""  # COCO's captions_*.json, for prompts
+    use_augmentation: bool = True  # crops anywhere, flipped half the time; else from the middle
     prompt_dropout: float = 0.5  # part of the training prompts that is left empty
     val_samples: int = 16  # pictures held out for validation, 0 for none
     num_workers: int = 4  # processes that read and decode pictures
 
-    resume_path: StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion, by tool_add_control.py
     init_control: str = ""  # a ControlNet to start from, such as control_v11p_sd15_inpaint.pth
-    config_path: str = "./models/cldm_v15_inpaint.yaml"  # yaml of the model
     hint_channels: int = 3  # 4 adds the mask to the hint; other tools do not read that
     sd_locked: bool = True  # False trains the UNet's decoder too: then use learning_rate 2e-6
     only_mid_control: bool = False  # steer the UNet's middle block only: faster, weaker
 
-    batch_size: BatchSize = 4  # of each device
     accumulate_grad_batches: Accumulate = 1  # batches to one optimizer step
-    learning_rate: float = 1e-5  # the highest, at the end of the warm-up
     # its course after the warm-up
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 0  # steps over which the learning rate rises
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 0.0  # highest global norm of the gradients, 0 for no limit
-    max_epochs: MaxEpochs = 100  # passes over the data
-    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
     seed: int = 0  # of the data's order, first weights and noise
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
 
-    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
     num_nodes: int = 1  # machines
     # several devices: ddp copies the model to each, fsdp splits it
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    precision: AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
     gradient_checkpointing: bool = False  # less memory, a third more time
-    cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
     compile: bool = False  # torch.compile: minutes at the start, faster steps
 
     log_steps: int = 50  # optimizer steps from one row of metrics to the next
