@@ -211,10 +211,12 @@ class Kontext(Files):
     prompt: str = ""  # empty: the one that the LoRA was trained with
     num_inference_steps: int = 30  # sampling steps
     guidance_scale: float = 2.5  # how much the prompt counts
-    resolution: int = 1024  # larger pictures are restored at that many pixels squared, and scaled back
+    # larger pictures are restored at that many pixels squared, and scaled back; None: 1024, small model 128
+    resolution: int | None = None
     seed: int = 0  # the same seed gives the same picture
-    tile: int = 0  # pixels of the squares that larger pictures go through in (1024, say); 0 = shrunk
-    overlap: int = 128  # pixels over which the squares are blended
+    # pixels of the squares that larger pictures go through in (1024, say); 0 = shrunk; None: 0, small 128
+    tile: int | None = None
+    overlap: int = 128  # pixels over which the squares are blended, at most half of one
     # storage of the transformer; fp8 halves it, nf4 halves that (bitsandbytes)
     base_precision: Literal["bf16", "fp8", "nf4"] = "bf16"
     blocks_to_swap: int = 0  # the last so many blocks wait in main memory: less of the GPU's, slower
@@ -265,12 +267,18 @@ class Kontext(Files):
             image,
             steps=self.num_inference_steps,
             guidance=self.guidance_scale,
-            resolution=self.resolution,
             seed=self.seed,
             progress=self.progress,
-            tile=self.tile,
-            overlap=self.overlap,
+            **self.sizes(),
         )
+
+    def sizes(self) -> dict[str, int]:
+        """At which size large pictures are restored."""
+        small = self.files()[0] == KONTEXT[1]
+        tile = 128 * small if self.tile is None else self.tile
+        resolution = self.resolution or (128 if small else 1024)
+        overlap = min(self.overlap, tile // 2) if tile else self.overlap
+        return {"resolution": resolution, "tile": tile, "overlap": overlap}
 
 
 @dataclass(kw_only=True)
