@@ -128,27 +128,27 @@ DEMO = {
     "image_size": 128,
     "val_fraction": 0.34,
     "val_samples": 12,
-    "num_workers": 0,
+    "num_workers": 1,
     "resume_path": "./outputs/deblur_demo/control_small_ini.safetensors",
     "config_path": str(MODELS / "small_diffusion.yaml"),
     "hint_as_latent": True,
     "sd_locked": False,
     "deblur_loss_weight": 0.0,
-    "batch_size": 8,
+    "batch_size": 16,
     "learning_rate": 3e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 20,
     "max_grad_norm": 1.0,
-    "max_steps": 600,
+    "max_steps": 500,
     "ema_decay": 0.98,
     "cache_latents": True,
-    "logger_freq": 300,
-    "save_steps": 300,
-    "val_steps": 300,
+    "logger_freq": 250,
+    "save_steps": 250,
+    "val_steps": 250,
     "val_ddim_steps": 4,
 }
 DEMO_DATA = MakeSettings(
-    output_dir=DEMO["data_root"], num_samples=480, image_size=128, sharpest_of=2, blur_scale=0.6
+    output_dir=DEMO["data_root"], num_samples=720, image_size=128, sharpest_of=2, blur_scale=0.6
 )
 SHIPPED = MODELS / "small_deblur.safetensors"
 LOSSES = "deblur_loss_weight perceptual_loss_weight deblur_every deblur_crop weight_by_alpha_bar".split()

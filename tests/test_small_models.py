@@ -1,0 +1,79 @@
+"""The small models that come along still restore as well as on the day they were made (docs/weights.md)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import infer
+from cldm.inpaint import Inpainting, hole_scores, inpaint_image
+from ldm.checkpoint import read_settings
+from ldm.data.image import photographs, read_image
+from ldm.metrics import psnr
+from ldm.modules.image_degradation.blur import random_blur
+from ldm.modules.image_degradation.damage import degrade
+from ldm.modules.image_degradation.masks import random_mask
+from train_small_base import square
+
+MODELS = Path("models")
+GAINS = {"gaussian_blur": 0.0, "motion_blur": 0.0, "damage": 0.0}  # dB, means over the two squares
+FILLED = 0.0  # dB above Telea in the holes
+
+
+@pytest.fixture(scope="module")
+def squares() -> list[np.ndarray]:
+    """Squares of two photographs that none of the models was taught with."""
+    rng = np.random.default_rng(7)
+    return [square(read_image(path), rng) for path in photographs(("astronaut.png", "coffee.png"))]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def mean_gain(restore, squares: list[np.ndarray], worse: list[np.ndarray]) -> float:
+    pairs = [
+        (restore(image, Path("a.png")), image, sharp) for image, sharp in zip(worse, squares, strict=True)
+    ]
+    return float(np.mean([psnr(restored, sharp) - psnr(image, sharp) for restored, image, sharp in pairs]))
+
+
+@pytest.mark.parametrize("kind", ["gaussian_blur", "motion_blur"])
+def test_the_small_controlnet_deblurs(kind, squares):
+    blurry = [random_blur(sharp, np.random.default_rng(3), [kind], scale=0.6)[0] for sharp in squares]
+    restore = infer.Deblur(input=Path("a.png"), device="cpu").restorer()
+    assert mean_gain(restore, squares, blurry) > GAINS[kind] - 0.1
+
+
+def test_the_small_controlnet_fills_holes(squares):
+    model = infer.Inpaint(input=Path("a.png"), device="cpu").open()
+    scores = []
+    for number, image in enumerate(squares):
+        mask = random_mask(128, 128, np.random.default_rng(number), "mixed", (0.1, 0.3))
+        filled = inpaint_image(model, image, mask, Inpainting(steps=10, method="ddim", mask_blur=0))
+        assert np.array_equal(filled[mask == 0], image[mask == 0])
+        scores.append(hole_scores(filled, image, torch.from_numpy(mask) > 0))
+    gain = np.mean([each["psnr_hole"] - each["psnr_hole_telea"] for each in scores])
+    assert gain > FILLED - 0.1
+
+
+def test_the_small_lora_undoes_damage(squares, tmp_path):
+    kinds = {"lr_scale": 4, "noise_level": 0.05, "blur_radius": 1.0}
+    damaged = [
+        degrade(sharp, np.random.default_rng(5), ("downsample", "noise", "blur"), **kinds)
+        for sharp in squares
+    ]
+    command = infer.Kontext(input=Path("a.png"), output_dir=tmp_path, num_inference_steps=4, device="cpu")
+    assert mean_gain(command.restorer(), squares, damaged) > GAINS["damage"] - 0.1
+
+
+def test_what_comes_along_is_small_and_says_how_it_was_made():
+    files = [*MODELS.glob("small_*.safetensors"), *MODELS.glob("small_kontext/**/*.safetensors")]
+    assert len(files) >= 7 and all(path.stat().st_size < 12e6 for path in files)
+    for name in ("small_deblur", "small_inpaint", "small_diffusion"):
+        assert read_settings(MODELS / f"{name}.safetensors")
