@@ -80,10 +80,13 @@ def commands():
         yield from ((page.name, " ".join(line.split())) for line in found)
 
 
+NO_WORK = ([], ["--help"], ["--help_all"])  # nothing behind the script's name, or a question
+
+
 def split(line):
     """Script and words of a command line; infer.py's subcommand where the file would say it."""
     script, *words = shlex.split(line[line.rindex("python ") :], comments=True)[1:]
-    if script == "infer.py" and words not in ([], ["--help"]) and words[0].startswith("--"):
+    if script == "infer.py" and words not in NO_WORK and words[0].startswith("--"):
         words = ["inpaint" if "--input_mask" in words else "srn", *words]
     return (words[0], words[1:]) if script == "-m" else (script, words)
 
@@ -98,7 +101,7 @@ IDS = [f"{page}: {line[:60]}" for line, page in COMMANDS]
 @pytest.mark.parametrize(("line", "page"), COMMANDS, ids=IDS)
 def test_every_command_in_the_pages_is_understood(line, page):
     script, words = split(line)
-    if words not in ([], ["--help"]):
+    if words not in NO_WORK:
         read_settings(settings_of(script), words=words)
 
 
@@ -213,7 +216,7 @@ def workplace(tmp_path_factory):
 def test_every_command_runs(line, page, workplace, monkeypatch, capsys):
     """In the pages' order, in one folder: what one command makes another uses."""
     script, words = split(line)
-    if any(word in line for word in ELSEWHERE) or words in ([], ["--help"]):
+    if any(word in line for word in ELSEWHERE) or words in NO_WORK:
         pytest.skip("not for one process on a CPU")
     if script == "infer.py" and words[0] in ("deblur", "inpaint", "kontext"):
         words += ["--num_inference_steps", "1"]
