@@ -21,6 +21,7 @@ import torch
 import infer
 from harness.settings import run_main
 from ldm.data.image import image_size
+from ldm.models.diffusion.samplers import METHODS
 from web.doorkeeper import Doorkeeper, Terse, check_picture, sentence
 from web.workshop import Stopped, System, Workshop, open_upload, painted, save_mask
 
@@ -199,13 +200,12 @@ def make_control(option: str, value: Any) -> Any:
     """The component for an option of infer.py."""
     import gradio as gr
 
-    methods = ["ddim", "ddpm", "unipc", "dpmpp_2m", "euler_a"]
     size = {"min_width": 190}
     make = {
         "num_inference_steps": lambda: gr.Slider(1, 100, value, step=1, precision=0, label="Steps", **size),
         "guidance_scale": lambda: gr.Slider(1, 15, value, step=0.1, label="Guidance", **size),
         "seed": lambda: gr.Number(value, precision=0, minimum=0, maximum=2**32 - 1, label="Seed", **size),
-        "scheduler": lambda: gr.Dropdown(methods, value=value, label="Sampler", **size),
+        "scheduler": lambda: gr.Dropdown([*METHODS], value=value, label="Sampler", **size),
         "strength": lambda: gr.Slider(0.05, 1, value, step=0.05, label="Strength", **size),
         "mask_blur": lambda: gr.Slider(0, 64, value, step=1, precision=0, label="Feather, pixels", **size),
         "prompt": lambda: gr.Textbox(value or "", max_length=1000, label="Prompt", min_width=400),

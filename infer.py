@@ -32,9 +32,11 @@ from ldm import checkpoint
 from ldm.data.image import read_rgba, side_by_side
 from ldm.data.picture import identity
 from ldm.data.stream import item_seed
+from ldm.models.diffusion.samplers import METHODS
 from ldm.util import autocast
 
 Precision = Literal["auto", "32", "16", "bf16"]
+Sampler = Literal[*METHODS]
 
 
 @dataclass(kw_only=True)
@@ -113,7 +115,7 @@ def base_of(path: Path, base: Path | None, content: str) -> Path | None:
 class Deblur(ControlNet):
     """Deblur with a ControlNet of tutorial_train_deblur.py on Stable Diffusion (docs/deblur.md)."""
 
-    scheduler: Literal["ddim", "ddpm", "unipc", "dpmpp_2m", "euler_a"] = "ddim"  # 20 steps do for the others
+    scheduler: Sampler = "ddim"  # 20 steps do for the others
     guidance_scale: float = 1.0  # above 1 follows the prompt more, in twice the time
     strength: float = 1.0  # below 1 starts from the blurry picture, noised by so much
     fidelity: float = 0.0  # 0 to 1: how far every step is drawn towards the coarse of the input
@@ -293,7 +295,7 @@ class Inpaint(ControlNet):
     input_mask: Path | None = None  # white = fill; one mask for all, or a folder: NAME or NAME_mask
     outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)  # pixels to add: left, top, right, bottom
     comparison: bool = True  # also show input, mask and output side by side
-    scheduler: Literal["ddpm", "ddim", "unipc", "dpmpp_2m", "euler_a"] = "ddpm"  # 20 steps do for the others
+    scheduler: Sampler = "ddpm"  # 20 steps do for the others
     seed: int = 42  # the same seed gives the same picture
     prompt: str = ""  # what the hole should hold
     guidance_scale: float = 7.5  # above 1 follows the prompt more, in twice the time

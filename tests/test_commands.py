@@ -34,7 +34,8 @@ SCRIPTS = sorted(
 
 
 def module_of(script):
-    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    name = script.removesuffix(".py").replace("/", ".")
+    return importlib.import_module("tests.faults.__main__" if name == "tests.faults" else name)
 
 
 def settings_of(script):
@@ -44,10 +45,10 @@ def settings_of(script):
 
 
 def explanations(settings):
-    """Name of each option -> its line in --help."""
+    """Name of each option -> its line in --help_all."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-        read_settings(settings, words=["--help"])
+        read_settings(settings, words=["--help_all"])
     lines = text.getvalue().splitlines()
     column = next(line.index("show this help") for line in lines if "show this help" in line)
     found, option = {}, None
@@ -73,16 +74,19 @@ def commands():
     """(page, command) of every command line for this project's scripts, in the pages' order."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        script = r"python (?:[\w/.]+\.py\b|-m (?:benchmarks|ldm)\.[\w.]*\w)"
+        script = r"python (?:[\w/.]+\.py\b|-m (?:benchmarks|ldm|tests)\.[\w.]*\w)"
         found = re.findall(rf"^(?: {{4}}|.*&& .*)?.*?(?<!`){script}.*$", text, re.M)
         found += re.findall(rf"`({script}[^`]*)`", text)
         yield from ((page.name, " ".join(line.split())) for line in found)
 
 
+NO_WORK = ([], ["--help"], ["--help_all"])  # nothing behind the script's name, or a question
+
+
 def split(line):
     """Script and words of a command line; infer.py's subcommand where the file would say it."""
     script, *words = shlex.split(line[line.rindex("python ") :], comments=True)[1:]
-    if script == "infer.py" and words not in ([], ["--help"]) and words[0].startswith("--"):
+    if script == "infer.py" and words not in NO_WORK and words[0].startswith("--"):
         words = ["inpaint" if "--input_mask" in words else "srn", *words]
     return (words[0], words[1:]) if script == "-m" else (script, words)
 
@@ -97,7 +101,7 @@ IDS = [f"{page}: {line[:60]}" for line, page in COMMANDS]
 @pytest.mark.parametrize(("line", "page"), COMMANDS, ids=IDS)
 def test_every_command_in_the_pages_is_understood(line, page):
     script, words = split(line)
-    if words not in ([], ["--help"]):
+    if words not in NO_WORK:
         read_settings(settings_of(script), words=words)
 
 
@@ -105,21 +109,23 @@ def test_every_command_in_the_pages_is_understood(line, page):
 def flags_of(settings):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-        read_settings(settings, words=["--help"])
-    return {*re.findall(r"--\w+", text.getvalue())}
+        read_settings(settings, words=["--help_all"])
+    return {"--help_all", *re.findall(r"--\w+", text.getvalue())}
 
 
 OTHERS = """python torch-backend no-project allow-existing logdir nodes ntasks-per-node gpus-per-node nnodes
-nproc_per_node node_rank master_addr master_port""".split()  # of uv, tensorboard, srun and torchrun
+nproc_per_node node_rank master_addr master_port collect-only check cov""".split()
+# of uv, tensorboard, srun, torchrun, pytest and ruff
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_named_in_a_page_exists(page):
     known = set().union(*(flags_of(settings) for _, settings in all_settings()))
-    benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    files = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "faults").glob("*.py")]
+    measuring = "".join(path.read_text(encoding="utf-8") for path in files)
     for flag in sorted({*re.findall(r"(?<![\w-])--([a-z][\w-]+)", page.read_text(encoding="utf-8"))}):
-        of_benchmark = re.search(rf"--{flag}\b|^ +{flag}: ", benchmarks, re.M)
-        assert f"--{flag}" in known or flag in OTHERS or of_benchmark, f"{page.name}: --{flag}"
+        of_those = re.search(rf"--{flag}\b|^ +{flag}: ", measuring, re.M)
+        assert f"--{flag}" in known or flag in OTHERS or of_those, f"{page.name}: --{flag}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -159,7 +165,15 @@ SMALL = {
     "tool_make_dbgan_dataset.py": "--patch_size 32",
 }
 # several devices or machines; a server and an export, which have their own tests; minutes
-ELSEWHERE = ("srun ", "torchrun ", "--devices ", "gradio_restore.py", "tool_export_onnx.py", "-m benchmarks.")
+ELSEWHERE = (
+    "srun ",
+    "torchrun ",
+    "--devices ",
+    "gradio_restore.py",
+    "tool_export_onnx.py",
+    "-m benchmarks.",
+    "-m tests.",
+)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +216,7 @@ def workplace(tmp_path_factory):
 def test_every_command_runs(line, page, workplace, monkeypatch, capsys):
     """In the pages' order, in one folder: what one command makes another uses."""
     script, words = split(line)
-    if any(word in line for word in ELSEWHERE) or words in ([], ["--help"]):
+    if any(word in line for word in ELSEWHERE) or words in NO_WORK:
         pytest.skip("not for one process on a CPU")
     if script == "infer.py" and words[0] in ("deblur", "inpaint", "kontext"):
         words += ["--num_inference_steps", "1"]

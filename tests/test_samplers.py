@@ -54,7 +54,7 @@ def theirs(scheduler, count: int, monkeypatch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("count", [2, 5, 10, 20])
-@pytest.mark.parametrize("method", ["ddim", "ddpm", "unipc", "dpmpp_2m", "euler_a"])
+@pytest.mark.parametrize("method", samplers.METHODS)
 def test_against_diffusers(method, count, monkeypatch):
     import diffusers
 

@@ -1,0 +1,88 @@
+"""The house: what imports what, and that the pages name no file that is not there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = "ldm cldm harness web benchmarks tests docs".split()
+# What may import what: only something lower. tests and benchmarks may import all, and nothing imports them.
+LEVELS = {
+    **{"ldm": 0, "harness": 1, "cldm": 2, "web": 2},
+    **{"tool_": 3, "train_": 4, "tutorial_train_": 4, "tool_export_onnx": 5},
+    **{"infer": 5, "evaluate": 5, "gradio_restore": 6},
+}
+PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"]
+# Names of what users make, and of other people's files.
+NOT_OURS = {"deblur.md": {"walk.yaml"}, "kontext.md": {"tasks.yaml"}}
+NOT_OURS |= {"srn.md": {"data_list.py"}, "names.md": {"config.py"}}
+
+
+def sources() -> list[Path]:
+    rooms = (path for room in ("ldm", "cldm", "harness", "web") for path in (ROOT / room).rglob("*.py"))
+    return [*ROOT.glob("*.py"), *rooms]
+
+
+def level(name: str) -> int:
+    """Of a room or a script; that of the longest beginning which is known."""
+    return LEVELS[max((known for known in LEVELS if name.startswith(known)), key=len)]
+
+
+def imported(path: Path) -> set[str]:
+    """First names of all that a file imports; what stands under `if __name__ == "__main__"` is left out."""
+    body = [
+        part
+        for part in ast.parse(path.read_text(encoding="utf-8")).body
+        if not (isinstance(part, ast.If) and "__name__" in ast.unparse(part.test))
+    ]
+    names = set()
+    for node in ast.walk(ast.Module(body, [])):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_arrows_point_one_way(path):
+    """docs/contributing.md draws them."""
+    here = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    ours = {"ldm", "cldm", "harness", "web", *(script.stem for script in ROOT.glob("*.py"))}
+    found = imported(path)
+    assert not found & {"tests", "benchmarks"}
+    wrong = [name for name in found & ours - {here} if level(name) >= level(here)]
+    assert not wrong, f"{here} imports {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_file_named_in_a_page_exists(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
+    if page.name == "names.md":  # the first column of its tables has the documents' names
+        text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.M)
+    begins = rf"(?<![\w./-])(?:{'|'.join(ROOMS)})"
+    named = re.findall(rf"{begins}/[\w./-]*\w|(?<![\w./-])[\w./-]*\w\.(?:py|md|yaml|toml)\b", text, re.A)
+    for name in {*named} - NOT_OURS.get(page.name, set()):
+        assert any((folder / name).exists() for folder in (ROOT, page.parent, ROOT / "docs")), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_module_named_in_a_page_exists(page):
+    """And what is named in it is written there."""
+    text = page.read_text(encoding="utf-8")
+    for name in {*re.findall(rf"(?<![\w./-])(?:{'|'.join(ROOMS)})(?:\.\w+)+", text, re.A)}:
+        parts, file = name.split("."), None
+        while parts and file is None:
+            place = ROOT.joinpath(*parts)
+            files = (place.with_suffix(".py"), place / "__main__.py", place / "__init__.py")
+            file = next((path for path in files if path.is_file()), None)
+            last = name.split(".")[len(parts) :]
+            parts = parts[:-1]
+        if (ROOT / "docs" / name).is_file():  # benchmarks.md
+            continue
+        assert file is not None, name
+        assert not last or re.search(rf"\b{last[0]}\b", file.read_text(encoding="utf-8")), name
