@@ -6,12 +6,14 @@ import io
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import tutorial_train_deblur
 from harness.settings import read_settings
 from ldm import checkpoint
 from ldm.data import demo
@@ -164,6 +166,7 @@ SMALL = {
     "tool_make_deblur_dataset.py": "--num_samples 8 --image_size 64 --workers 1 --blur_scale 0.3",
     "tool_make_dbgan_dataset.py": "--patch_size 32",
 }
+SHORT_DEMO = "--max_steps 2 --save_steps 2 --val_steps 2 --val_samples 2 --batch_size 2 --num_workers 0"
 # several devices or machines; a server and an export, which have their own tests; minutes
 ELSEWHERE = (
     "srun ",
@@ -197,11 +200,8 @@ def workplace(tmp_path_factory):
     write_image(folder / "kernel.png", picture[:5, :5])
     for path in (folder / "SHARP").iterdir():
         shutil.copy(path, folder / "restored" / f"deblurred_{path.name}")
-    for kind, run in (("deblur", "deblur_demo"), ("deblur", "walk"), ("inpaint", "inpaint_demo")):
-        (folder / "outputs" / run).mkdir(parents=True)
-        weights = checkpoint.read_weights(place / f"{kind}.safetensors")
-        base = {name: value for name, value in weights.items() if not name.startswith("control_model.")}
-        checkpoint.write_weights(folder / "outputs" / run / "tiny_diffusion.safetensors", base)
+    weights = checkpoint.read_weights(place / "deblur.safetensors")
+    base = {name: value for name, value in weights.items() if not name.startswith("control_model.")}
     (folder / "models").mkdir()
     checkpoint.write_weights(folder / "models" / "v1-5-pruned.ckpt", base)
     checkpoint.write_weights(folder / "models" / "srn_deblur.safetensors", SRNDeblurNet(2).state_dict())
@@ -224,9 +224,11 @@ def test_every_command_runs(line, page, workplace, monkeypatch, capsys):
         words += ["--output_dir", "RUN"]
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(demo, "LEAVES", 20)
+    few = replace(tutorial_train_deblur.DEMO_DATA, num_samples=12, workers=1)
+    monkeypatch.setattr(tutorial_train_deblur, "DEMO_DATA", few)
     module = module_of(script)
     main = module.restore_files if script == "infer.py" else module.main
-    words += SMALL.get(script, "").split()
+    words += (SHORT_DEMO if "--demo" in words and script.startswith("tut") else SMALL.get(script, "")).split()
     settings = read_settings(settings_of(script), getattr(module, "DEMO", None), words)
     if script.startswith(("train_", "tutorial_")):  # the pages show several runs with one output folder
         for part in ("checkpoints", "blur", "deblur"):
