@@ -54,7 +54,7 @@ class ControlNet(Files):
     precision: Precision = "auto"  # of the computation; auto: bf16 on a GPU that has it, else 32: exact
 
     KIND: ClassVar[str] = ""  # of the small model's file
-    SMALL_STEPS: ClassVar[int] = 4  # that suit it: see the table in docs/deblur.md
+    SMALL_STEPS: ClassVar[int] = 2  # that suit it: see the table in docs/deblur.md
 
     @classmethod
     def usual_steps(cls, path: Path) -> int:
@@ -305,7 +305,7 @@ class Inpaint(ControlNet):
     only_masked_padding: int = -1  # 0 or more: work on each hole and so many pixels around it
     resolution: int = 512  # then the shorter side is scaled up to that many pixels
 
-    KIND = "inpaint"
+    KIND, SMALL_STEPS = "inpaint", 10
     LESS_MEMORY = "--precision 16, or --only_masked_padding 32"
 
     def check(self, jobs: list[Job]) -> None:

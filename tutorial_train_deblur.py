@@ -145,7 +145,7 @@ DEMO = {
     "logger_freq": 250,
     "save_steps": 250,
     "val_steps": 250,
-    "val_ddim_steps": 4,
+    "val_ddim_steps": 2,
 }
 DEMO_DATA = MakeSettings(
     output_dir=DEMO["data_root"], num_samples=720, image_size=128, sharpest_of=2, blur_scale=0.6

@@ -28,7 +28,6 @@ VARIANTS = {
     "decoder locked": {"sd_locked": True},
     "both": {"hint_as_latent": False, "sd_locked": True},
     "with the pixel losses": {"deblur_loss_weight": 1.0, "perceptual_loss_weight": 0.0, "deblur_crop": 4},
-    "a third of the learning rate": {"learning_rate": script.DEMO["learning_rate"] / 3},
 }
 SAMPLINGS = {
     **{f"{steps} steps": {"steps": steps} for steps in (1, 2, 4, 10, 50)},
