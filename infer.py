@@ -61,7 +61,7 @@ class ControlNet(Files):
         """Sampling steps that suit a file of weights."""
         return cls.SMALL_STEPS if path.name.startswith("small_") else 50
 
-    def steps(self) -> int:
+    def sampling_steps(self) -> int:
         """Sampling steps."""
         return self.num_inference_steps or self.usual_steps(self.files()[0])
 
@@ -140,7 +140,7 @@ class Deblur(ControlNet):
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
             sampling = Sampling(
                 **{name: getattr(self, name) for name in names},
-                steps=self.steps(),
+                steps=self.sampling_steps(),
                 method=self.scheduler,
             )
             if self.prompt is None:
@@ -356,7 +356,7 @@ class Inpaint(ControlNet):
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
             options = {name: getattr(self, name) for name in names}
-            options = Inpainting(**options, steps=self.steps(), method=self.scheduler)
+            options = Inpainting(**options, steps=self.sampling_steps(), method=self.scheduler)
             rgba = read_rgba(path)
             with autocast(model):
                 task = self.task(image if rgba is None else rgba, path)
