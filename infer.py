@@ -137,9 +137,7 @@ class Deblur(ControlNet):
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
             sampling = Sampling(
-                **{name: getattr(self, name) for name in names},
-                steps=self.steps(),
-                method=self.scheduler,
+                **{name: getattr(self, name) for name in names}, steps=self.steps(), method=self.scheduler
             )
             if self.prompt is None:
                 sampling.prompt = model.prompt.replace("{blur_type}", "blur")

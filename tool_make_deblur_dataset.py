@@ -94,11 +94,7 @@ def make_dataset(settings: Settings) -> Summary:
     saved, cost = time.monotonic(), 0.0
     try:
         for index, record, not_used in tqdm(
-            run(todo, Maker(settings, paths)),
-            "pairs",
-            len(mine),
-            initial=summary.kept,
-            unit="pair",
+            run(todo, Maker(settings, paths)), "pairs", len(mine), initial=summary.kept, unit="pair"
         ):
             records[index] = record
             summary.made += 1

@@ -46,13 +46,7 @@ from ldm.data.image import write_image
 from ldm.data.stream import item_generator
 from ldm.data.tasks import make_data
 from ldm.models.diffusion.flow import restore_image, shift_timesteps
-from ldm.models.kontext import (
-    AUTOENCODER,
-    TRANSFORMER,
-    FluxAutoencoder,
-    load_autoencoder,
-    load_flux,
-)
+from ldm.models.kontext import AUTOENCODER, TRANSFORMER, FluxAutoencoder, load_autoencoder, load_flux
 from ldm.models.kontext_lora import encode, make_demo, peak_memory, preview, save_outputs, validate
 from ldm.models.prompts import Prompts, check_folder
 from ldm.modules.ema import EMA

@@ -139,11 +139,7 @@ class Inpainting:
 
 
 def inpaint_image(
-    model: ControlLDM,
-    image: np.ndarray,
-    mask: np.ndarray,
-    options: Inpainting,
-    progress: Callable = iter,
+    model: ControlLDM, image: np.ndarray, mask: np.ndarray, options: Inpainting, progress: Callable = iter
 ) -> np.ndarray:
     """Fill the hole of uint8 (h, w, 3), or (h, w, 4) with alpha; mask (h, w) is not 0 in the hole.
 

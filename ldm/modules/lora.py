@@ -22,11 +22,7 @@ ATTENTION, MLP, MODULATION = (
     r"_mlp\.[02]$",
     r"\.(\w+_mod|modulation)\.lin$",
 )
-TARGETS = {
-    "attn": ATTENTION,
-    "attn_mlp": f"{ATTENTION}|{MLP}",
-    "all": f"{ATTENTION}|{MLP}|{MODULATION}",
-}
+TARGETS = {"attn": ATTENTION, "attn_mlp": f"{ATTENTION}|{MLP}", "all": f"{ATTENTION}|{MLP}|{MODULATION}"}
 
 
 class LoRA(nn.Module):
