@@ -387,14 +387,7 @@ class BGAN(OnePass):
         return blur
 
 
-COMMANDS = {
-    "deblur": Deblur,
-    "srn": SRN,
-    "kontext": Kontext,
-    "dbgan": DBGAN,
-    "bgan": BGAN,
-    "inpaint": Inpaint,
-}
+COMMANDS = {kind.__name__.lower(): kind for kind in (Deblur, SRN, Kontext, DBGAN, BGAN, Inpaint)}
 
 
 # ---- a command line without a subcommand -------------------------------------------------------------------
