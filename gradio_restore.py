@@ -107,10 +107,7 @@ def list_systems(settings: Settings) -> dict[str, System]:
             "Kontext",
             "FLUX.1 Kontext undoes the damage that its LoRA was trained on." + small_note(kontext),
             infer.Kontext(
-                **same,
-                pretrained_model_name_or_path=kontext,
-                lora_path=lora,
-                prompt=settings.kontext_prompt,
+                **same, pretrained_model_name_or_path=kontext, lora_path=lora, prompt=settings.kontext_prompt
             ),
             sampling,
             (kontext, *([lora] if lora else [])),
@@ -180,6 +177,7 @@ CSS = """
 .gradio-container { width: 100%; max-width: 1280px !important; margin: auto; }
 .toast-wrap { top: auto !important; bottom: 16px; }
 """
+SHOWN = {"interactive": False, "buttons": ["fullscreen"]}  # of pictures that are there to be looked at
 NO_PICTURE = "there is no picture yet: upload one"
 
 
@@ -201,24 +199,18 @@ def make_control(option: str, value: Any) -> Any:
     import gradio as gr
 
     size = {"min_width": 190}
+    whole = {"step": 1, "precision": 0, **size}
+    alone = "Each hole alone, with so many pixels around (-1: no)"
     make = {
-        "num_inference_steps": lambda: gr.Slider(1, 100, value, step=1, precision=0, label="Steps", **size),
+        "num_inference_steps": lambda: gr.Slider(1, 100, value, label="Steps", **whole),
         "guidance_scale": lambda: gr.Slider(1, 15, value, step=0.1, label="Guidance", **size),
         "seed": lambda: gr.Number(value, precision=0, minimum=0, maximum=2**32 - 1, label="Seed", **size),
         "scheduler": lambda: gr.Dropdown([*METHODS], value=value, label="Sampler", **size),
         "strength": lambda: gr.Slider(0.05, 1, value, step=0.05, label="Strength", **size),
-        "mask_blur": lambda: gr.Slider(0, 64, value, step=1, precision=0, label="Feather, pixels", **size),
+        "mask_blur": lambda: gr.Slider(0, 64, value, label="Feather, pixels", **whole),
         "prompt": lambda: gr.Textbox(value or "", max_length=1000, label="Prompt", min_width=400),
         "fidelity": lambda: gr.Slider(0, 1, value, step=0.05, label="Fidelity to the input", **size),
-        "only_masked_padding": lambda: gr.Slider(
-            -1,
-            256,
-            value,
-            step=1,
-            precision=0,
-            label="Each hole alone, with so many pixels around (-1: no)",
-            **size,
-        ),
+        "only_masked_padding": lambda: gr.Slider(-1, 256, value, label=alone, **whole),
         "self_ensemble": lambda: gr.Checkbox(value, label="Mean over 8 flips and turns: 8 times slower"),
     }
     if option in SIDES:
@@ -257,14 +249,7 @@ class Page:
                     upload = gr.File(
                         label=f"Picture, {limits}", file_types=["image"], height=160, elem_id="upload"
                     )
-                    shown = gr.Image(
-                        label="Picture",
-                        visible=False,
-                        interactive=False,
-                        buttons=["fullscreen"],
-                        height=320,
-                        elem_id="shown",
-                    )
+                    shown = gr.Image(label="Picture", visible=False, height=320, elem_id="shown", **SHOWN)
                 with gr.Column(scale=3, min_width=320), gr.Tabs():
                     for name, system in self.workshop.systems.items():
                         with gr.Tab(system.title):
@@ -332,14 +317,7 @@ class Page:
             "Inpaint joins in if something is painted there."
         )
         start = self.buttons("compare")
-        gallery = gr.Gallery(
-            label="Results",
-            columns=3,
-            height="auto",
-            buttons=["fullscreen"],
-            interactive=False,
-            elem_id="gallery",
-        )
+        gallery = gr.Gallery(label="Results", columns=3, height="auto", elem_id="gallery", **SHOWN)
         with gr.Row():
             left, right = (gr.Dropdown([], label=side, min_width=120) for side in ("Left", "Right"))
         slider, download = self.result("compare")
@@ -376,14 +354,8 @@ class Page:
         """The before/after slider and the button that downloads what is on its right."""
         import gradio as gr
 
-        slider = gr.ImageSlider(
-            label="Before and after",
-            interactive=False,
-            type="filepath",
-            buttons=["fullscreen"],
-            max_height=640,
-            elem_id=f"slider-{name}",
-        )
+        look = {"max_height": 640, "elem_id": f"slider-{name}", **SHOWN}
+        slider = gr.ImageSlider(label="Before and after", type="filepath", **look)
         return slider, gr.DownloadButton("Download", interactive=False, elem_id=f"download-{name}")
 
     def restore(self, name: str, data: dict, request: Any, progress: Callable) -> Path:
@@ -463,11 +435,12 @@ def main(settings: Settings) -> None:
     )
     if not os.environ.get("TRACEBACK"):
         sys.stderr = Terse(sys.stderr)
+    off = dict.fromkeys(("share", "run_history", "enable_monitoring", "mcp_server", "ssr_mode", "pwa"), False)
     try:
         page.launch(
+            **off,
             server_name=settings.host,
             server_port=settings.port,
-            share=False,
             max_file_size=settings.max_upload_mb * 2**20,
             allowed_paths=[str(results)],
             app_kwargs={"middleware": [doorkeeper]},
@@ -475,11 +448,6 @@ def main(settings: Settings) -> None:
             css=CSS,
             footer_links=[],
             show_error=True,
-            run_history=False,
-            enable_monitoring=False,
-            mcp_server=False,
-            ssr_mode=False,
-            pwa=False,
             quiet=True,
             prevent_thread_lock=True,
         )

@@ -65,6 +65,12 @@ class ControlNet(Files):
         """Sampling steps."""
         return self.num_inference_steps or self.usual_steps(self.files()[0])
 
+    def as_now(self, kind: type) -> Any:
+        """`kind` (Sampling or Inpainting) with these options as they are now."""
+        names = [field.name for field in fields(kind) if field.name in vars(self)]
+        options = {name: getattr(self, name) for name in names}
+        return kind(**options, steps=self.sampling_steps(), method=self.scheduler)
+
     def files(self) -> tuple[Path, Path | None]:
         """The ControlNet's file, and its Stable Diffusion's unless the first names it."""
         if self.checkpoint_path is not None:
@@ -134,15 +140,10 @@ class Deblur(ControlNet):
         from cldm.restore import Sampling, deblur_image
 
         model = self.open()
-        names = [field.name for field in fields(Sampling) if hasattr(self, field.name)]
         clean = self.open_cleaner() if self.cleaner else lambda image, path: image
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
-            sampling = Sampling(
-                **{name: getattr(self, name) for name in names},
-                steps=self.sampling_steps(),
-                method=self.scheduler,
-            )
+            sampling = self.as_now(Sampling)
             if self.prompt is None:
                 sampling.prompt = model.prompt.replace("{blur_type}", "blur")
             with autocast(model):
@@ -352,15 +353,12 @@ class Inpaint(ControlNet):
         from cldm.inpaint import Inpainting, inpaint_image
 
         model = self.open()
-        names = [field.name for field in fields(Inpainting) if hasattr(self, field.name)]
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
-            options = {name: getattr(self, name) for name in names}
-            options = Inpainting(**options, steps=self.sampling_steps(), method=self.scheduler)
             rgba = read_rgba(path)
             with autocast(model):
                 task = self.task(image if rgba is None else rgba, path)
-                return inpaint_image(model, *task, options, self.progress)
+                return inpaint_image(model, *task, self.as_now(Inpainting), self.progress)
 
         return restore
 

@@ -15,20 +15,16 @@ from typing import Annotated
 import tyro
 
 from cldm.model import CONTROL, add_control, config_for, family, load_state_dict, read_config
-from harness.settings import run_main
+from harness.settings import check_new, run_main
 from ldm.checkpoint import write_weights
 
 
 @dataclass
 class Settings:
-    input_path: Annotated[Path, tyro.conf.Positional]
-    """Stable Diffusion weights: .ckpt, .pth or .safetensors"""
-    output_path: Annotated[Path, tyro.conf.Positional]
-    """file to write; its suffix chooses the format"""
-    config: Path | None = None
-    """yaml of the model; by default the one in models/ that fits the weights"""
-    overwrite: bool = False
-    """replace the output if it exists"""
+    input_path: Annotated[Path, tyro.conf.Positional]  # Stable Diffusion weights: .ckpt, .pth or .safetensors
+    output_path: Annotated[Path, tyro.conf.Positional]  # file to write; its suffix chooses the format
+    config: Path | None = None  # yaml of the model; by default the one in models/ that fits the weights
+    overwrite: bool = False  # replace the output if it exists
 
 
 def group_names(names: list[str]) -> list[str]:
@@ -39,11 +35,7 @@ def group_names(names: list[str]) -> list[str]:
 
 def main(settings: Settings) -> None:
     """Read, add the ControlNet, write, report."""
-    output = settings.output_path
-    if output.exists() and not settings.overwrite:
-        raise ValueError(f"{output} exists already: remove it or pass --overwrite")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output folder not found: {output.parent}")
+    output = check_new(settings.output_path, settings.overwrite)
     weights = load_state_dict(settings.input_path)
     config = read_config(settings.config or config_for(weights, settings.input_path))
     result, counts, names = add_control(weights, config, settings.input_path)

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from cldm.model import family, hint_latent_channels, listing, read_control
-from harness.settings import run_main
+from harness.settings import check_new, run_main
 from ldm.checkpoint import write_weights
 
 PREFIX, UNET = "control_model.", "model.diffusion_model."
@@ -25,18 +25,14 @@ PREFIX, UNET = "control_model.", "model.diffusion_model."
 
 @dataclass
 class Settings:
+    # a checkpoint of tutorial_train_*.py, or a full ControlNet file
     checkpoint_path: Annotated[Path, tyro.conf.Positional]
-    """a checkpoint of tutorial_train_*.py, or a full ControlNet file"""
-    output_path: Annotated[Path, tyro.conf.Positional]
-    """file to write, .safetensors"""
-    half: bool = False
-    """store float16: half the size, what most tools use"""
-    prefix: str = PREFIX
-    """what each name begins with; "" for bare names"""
+    output_path: Annotated[Path, tyro.conf.Positional]  # file to write, .safetensors
+    half: bool = False  # store float16: half the size, what most tools use
+    prefix: str = PREFIX  # what each name begins with; "" for bare names
+    # export all the same what other tools leave out: hint attention or latent, 4 channels, a trained UNet
     allow_extra: bool = False
-    """export all the same what other tools leave out: hint attention or latent, 4 channels, a trained UNet"""
-    overwrite: bool = False
-    """replace the output if it exists"""
+    overwrite: bool = False  # replace the output if it exists
 
 
 def alone(
@@ -74,13 +70,7 @@ def alone(
 
 def main(settings: Settings) -> None:
     """Read, check, write, report."""
-    output = settings.output_path
-    if output.suffix != ".safetensors":
-        raise ValueError(f"the output must be a .safetensors file, not {output}")
-    if output.exists() and not settings.overwrite:
-        raise ValueError(f"{output} exists already: remove it or pass --overwrite")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output folder not found: {output.parent}")
+    output = check_new(settings.output_path, settings.overwrite, ".safetensors")
     weights, content = read_control(settings.checkpoint_path)
     control, differs = alone(weights, content.get("config"), settings.checkpoint_path)
     if differs and not settings.allow_extra:

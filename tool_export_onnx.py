@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor, nn
 
 from cldm.model import read_control
-from harness.settings import run_main
+from harness.settings import check_new, run_main
 from ldm.modules.generators import load_generator
 from train_srn import SRNDeblurNet, load_network, pyramid
 
@@ -28,12 +28,10 @@ TOLERANCE = 1e-4  # of values in [0, 1]
 
 @dataclass
 class Settings:
+    # a file of train_srn.py or of train_dbgan.py's deblurring generator
     checkpoint_path: Annotated[Path, tyro.conf.Positional]
-    """a file of train_srn.py or of train_dbgan.py's deblurring generator"""
-    output_path: Annotated[Path, tyro.conf.Positional]
-    """file to write, .onnx"""
-    overwrite: bool = False
-    """replace the output if it exists"""
+    output_path: Annotated[Path, tyro.conf.Positional]  # file to write, .onnx
+    overwrite: bool = False  # replace the output if it exists
 
 
 class AnySize(nn.Module):
@@ -88,20 +86,11 @@ def compare(path: Path, network: nn.Module) -> float:
 
 def main(settings: Settings) -> None:
     """Check, export, compare, report."""
-    output = settings.output_path
-    if output.suffix != ".onnx":
-        raise ValueError(f"the output must be an .onnx file, not {output}")
-    if output.exists() and not settings.overwrite:
-        raise ValueError(f"{output} exists already: remove it or pass --overwrite")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output folder not found: {output.parent}")
+    output = check_new(settings.output_path, settings.overwrite, ".onnx")
     network = AnySize(open_network(settings.checkpoint_path)).eval()
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
         raise ValueError(f"the export needs packages: pip install {' '.join(missing)}")
-    sides = {
-        2: torch.export.Dim("height", min=16, max=16384),
-        3: torch.export.Dim("width", min=16, max=16384),
-    }
+    sides = {n: torch.export.Dim(name, min=16, max=16384) for n, name in ((2, "height"), (3, "width"))}
     temporary = output.with_name(f".{output.name}.tmp.onnx")
     try:
         torch.onnx.export(

@@ -28,7 +28,7 @@ from harness.jobs import parse_shard, share_of
 from harness.settings import run_main
 from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, read_image
-from ldm.data.pairs import find_pairs, sharp_pairs
+from ldm.data.pairs import check_alike, find_pairs, sharp_pairs
 from ldm.data.patches import KEYS, open_patches
 
 CHUNK = 1  # patches in a chunk: they are read one by one, in any order
@@ -188,7 +188,10 @@ def write(path: Path, sources: dict[str, list[Path]], made_by: dict) -> None:
                 where = "in" if key == "sharp" else "out of"
                 raise ValueError(f"no part of {len(sources[key])} photographs is {where} focus")
         if made_by["paired"]:
-            check_sizes(sources, shapes)
+            for sharp, blurry, *both in zip(
+                *(found[key] for found in (sources, shapes) for key in KEYS), strict=True
+            ):
+                check_alike(blurry, sharp, *both[::-1])
 
 
 def read(key: str, paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
@@ -251,17 +254,6 @@ def cut(image: np.ndarray, size: int, stride: int) -> np.ndarray:
     windows = np.lib.stride_tricks.sliding_window_view(image, (size, size), axis=(0, 1))
     patches = windows[::stride, ::stride].transpose(0, 1, 3, 4, 2)  # (rows, columns, size, size, 3)
     return patches.reshape(-1, size, size, 3)
-
-
-def check_sizes(sources: dict[str, list[Path]], shapes: dict[str, list[tuple[int, ...]]]) -> None:
-    for sharp, blurry, *both in zip(
-        *(sources[key] for key in KEYS), *(shapes[key] for key in KEYS), strict=True
-    ):
-        if both[0] != both[1]:
-            (h, w, _), (other_h, other_w, _) = both
-            raise ValueError(
-                f"the pictures of a pair differ in size: {sharp} is {w}x{h}, {blurry} {other_w}x{other_h}"
-            )
 
 
 if __name__ == "__main__":

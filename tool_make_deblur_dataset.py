@@ -94,11 +94,7 @@ def make_dataset(settings: Settings) -> Summary:
     saved, cost = time.monotonic(), 0.0
     try:
         for index, record, not_used in tqdm(
-            run(todo, Maker(settings, paths)),
-            "pairs",
-            len(mine),
-            initial=summary.kept,
-            unit="pair",
+            run(todo, Maker(settings, paths)), "pairs", len(mine), initial=summary.kept, unit="pair"
         ):
             records[index] = record
             summary.made += 1
@@ -120,13 +116,8 @@ def make_dataset(settings: Settings) -> Summary:
 def check(settings: Settings) -> None:
     """Raise ValueError for numbers out of range or unknown blur types."""
     check_blur_types(settings.blur_types)
-    for name, least in (
-        ("num_samples", 1),
-        ("image_size", 16),
-        ("sharpest_of", 1),
-        ("workers", 0),
-        ("seed", 0),
-    ):
+    minima = {"num_samples": 1, "image_size": 16, "sharpest_of": 1, "workers": 0, "seed": 0}
+    for name, least in minima.items():
         if getattr(settings, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(settings, name)}")
     if not 0 <= settings.jpeg_probability <= 1:
@@ -293,16 +284,13 @@ def write_preview(folder: Path, records: dict[int, dict], rows: int = 4, side: i
         by_type.setdefault(records[index]["blur_type"], []).append(records[index])
     columns = []
     for name in sorted(by_type):
-        pairs = [
-            [read_image(folder / r[key]) for key in ("blur_image", "clear_image")]
-            for r in by_type[name][:rows]
-        ]
-        pairs += [[np.full_like(pairs[0][0], 255)] * 2] * (rows - len(pairs))
-        small = [
-            [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in pair]
-            for pair in pairs
-        ]
-        columns.append(np.vstack([np.hstack(pair) for pair in small]))
+        shown = []
+        for record in by_type[name][:rows]:
+            pair = [read_image(folder / record[key]) for key in ("blur_image", "clear_image")]
+            small = [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in pair]
+            shown.append(np.hstack(small))
+        shown += [np.full_like(shown[0], 255)] * (rows - len(shown))
+        columns.append(np.vstack(shown))
     write_image(folder / "preview.png", np.hstack(columns))
 
 

@@ -21,18 +21,14 @@ from ldm.modules.image_degradation.masks import random_mask
 
 @dataclass
 class Settings:
-    output_path: Annotated[Path, tyro.conf.Positional]
-    """PNG file to write, or folder if --image is one"""
-    image: Path | None = None
-    """picture whose size the mask takes, or a folder of pictures"""
-    size: tuple[int, int] | None = None
-    """width and height, instead of --image"""
-    kind: Literal["rectangle", "irregular", "mixed"] = "mixed"
-    """shape of a random hole"""
+    output_path: Annotated[Path, tyro.conf.Positional]  # PNG file to write, or folder if --image is one
+    image: Path | None = None  # picture whose size the mask takes, or a folder of pictures
+    size: tuple[int, int] | None = None  # width and height, instead of --image
+    kind: Literal["rectangle", "irregular", "mixed"] = "mixed"  # shape of a random hole
+    # least and greatest part of the picture that a random hole covers
     ratio: tuple[float, float] = (0.1, 0.3)
-    """least and greatest part of the picture that a random hole covers"""
+    # left, top, right and bottom of a rectangle, instead of a random hole
     box: tuple[int, int, int, int] | None = None
-    """left, top, right and bottom of a rectangle, instead of a random hole"""
     seed: int = 0  # of random masks
 
 

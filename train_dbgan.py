@@ -197,12 +197,7 @@ def blurred(blurrer: nn.Module, sharp: Tensor) -> Tensor:
 
 
 def relativistic_losses(
-    players: Players,
-    name: str,
-    made: Tensor | list[Tensor],
-    real: Tensor,
-    alpha: float,
-    settings: Settings,
+    players: Players, name: str, made: Tensor | list[Tensor], real: Tensor, alpha: float, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Losses of a discriminator and of the generator that `made` comes from (paper, section 3).
 

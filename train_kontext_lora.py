@@ -46,20 +46,14 @@ from ldm.data.image import write_image
 from ldm.data.stream import item_generator
 from ldm.data.tasks import make_data
 from ldm.models.diffusion.flow import restore_image, shift_timesteps
-from ldm.models.kontext import (
-    AUTOENCODER,
-    TRANSFORMER,
-    FluxAutoencoder,
-    load_autoencoder,
-    load_flux,
-)
+from ldm.models.kontext import AUTOENCODER, TRANSFORMER, FluxAutoencoder, load_autoencoder, load_flux
 from ldm.models.kontext_lora import encode, make_demo, peak_memory, preview, save_outputs, validate
 from ldm.models.prompts import Prompts, check_folder
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity
 from ldm.modules.lora import load_lora, make_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
-from ldm.util import learning_rate_factor
+from ldm.util import learning_rate_factor, make_adamw
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -177,20 +171,12 @@ DEMO = {
 }
 SHIPPED = MODELS / "small_kontext_lora.safetensors"
 # What may differ when a run is resumed: it changes speed or reports, not the weights (beyond rounding).
-MAY_CHANGE = {
-    "num_workers",
-    "compile",
-    "gradient_checkpointing",
-    "blocks_to_swap",
-    "shard_base",
-    "save_steps",
-    "lora_dtype",
-    "examples_only",
-    "validation_root",
-    *(name for name in Settings.__dataclass_fields__ if name.startswith("preview_")),
-}
+MAY_CHANGE = (
+    "num_workers compile gradient_checkpointing blocks_to_swap shard_base save_steps lora_dtype "
+    "examples_only validation_root preview_images preview_steps preview_guidance"
+).split()
 
-# ---- loss and optimizer ------------------------------------------------------------------------------------
+# ---- loss --------------------------------------------------------------------------------------------------
 
 
 def draw_noise(seeds: Iterable[int], shape: tuple, sampling: str) -> tuple[Tensor, Tensor]:
@@ -250,15 +236,6 @@ def perceptual_term(
     restored = autoencoder.decode(estimate[keep, :, y : y + n, x : x + n])
     clean = batch["target"][keep, :, 8 * y : 8 * (y + n), 8 * x : 8 * (x + n)]
     return ((1 - sigma[keep]) * distance(restored, clean)).sum() / len(sigma)
-
-
-def make_optimizer(adapter: nn.ModuleDict, settings: Settings) -> torch.optim.Optimizer:
-    values = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(adapter.parameters(), **values)
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(adapter.parameters(), **values)
 
 
 # ---- data and previews -------------------------------------------------------------------------------------
@@ -406,7 +383,8 @@ def main(settings: Settings) -> None:
     adapter = add_trained_lora(model, settings, fabric.device)
 
     # Optimizer, average, resume
-    optimizer = make_optimizer(adapter, settings)
+    how = settings.optimizer, settings.learning_rate, settings.weight_decay
+    optimizer = make_adamw(adapter.parameters(), *how)
     ema = EMA(adapter, settings.ema_decay)
     parts = {"state_dict": adapter, "optimizer": optimizer, "ema": ema}
     known = {**plain(settings), "samples": len(dataset), "tasks": tasks}

@@ -164,17 +164,8 @@ def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpain
     held_out = set(
         np.random.default_rng(settings.seed).permutation(len(paths))[: settings.val_samples].tolist()
     )
-    options = {
-        "ann_file": settings.ann_file or None,
-        "captions_file": settings.captions_file or None,
-        "mask_dir": settings.mask_dir or None,
-        "mask_type": settings.mask_type,
-        "mask_ratio": settings.mask_ratio,
-        "size": settings.image_size,
-        "seed": settings.seed,
-        "prompt": settings.prompt,
-        "hint_channels": settings.hint_channels,
-    }
+    names = "ann_file captions_file mask_dir mask_type mask_ratio seed prompt hint_channels".split()
+    options = {name: getattr(settings, name) for name in names} | {"size": settings.image_size}
     train = CocoInpaintingDataset(
         settings.image_dir,
         augment=settings.use_augmentation,

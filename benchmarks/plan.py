@@ -43,7 +43,7 @@ from ldm.modules.fp8 import store_in_fp8
 from ldm.modules.generators import make_generator
 from ldm.modules.lora import block_linears
 from ldm.modules.perceptual import PerceptualLoss
-from ldm.util import half_dtype, instantiate_from_config
+from ldm.util import half_dtype, instantiate_from_config, make_adamw
 
 OVERHEAD = 1.0  # GB: CUDA's context, cuDNN's workspace, rounding
 
@@ -224,7 +224,8 @@ def kontext(settings: train_kontext_lora.Settings, device: str) -> Work:
     )
     to_fake(model, device), to_fake(autoencoder, device)
     adapter = script.add_trained_lora(model, replace(settings, compile=False), torch.device(device))
-    optimizer = script.make_optimizer(adapter, settings)
+    how = settings.optimizer, settings.learning_rate, settings.weight_decay
+    optimizer = make_adamw(adapter.parameters(), *how)
     ema = EMA(adapter, settings.ema_decay)
     params, count, side = model.params, settings.batch_size, settings.resolution
     count *= settings.accumulate_grad_batches

@@ -13,7 +13,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion, image_of
 from ldm.modules.diffusionmodules.openaimodel import UNetEncoder, UNetModel
 from ldm.modules.diffusionmodules.util import CastTogether, zero_module
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, make_adamw
 
 
 class ControlNet(UNetEncoder):
@@ -196,18 +196,10 @@ class ControlLDM(LatentDiffusion):
         return functional_call(self.control_model, dict(zip(weights, cast, strict=True)), inputs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over the trained parameters; "adamw8bit" keeps its states in 8 bits (bitsandbytes, CUDA)."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        if self.optimizer == "adamw8bit":
-            try:
-                from bitsandbytes.optim import AdamW8bit
-            except ImportError as error:
-                raise ValueError("optimizer adamw8bit needs a package: pip install bitsandbytes") from error
-            return AdamW8bit(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        if self.optimizer != "adamw":
-            raise ValueError(f"optimizer must be adamw or adamw8bit, not {self.optimizer!r}")
-        options = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
-        return torch.optim.AdamW(parameters, **options, fused=self.fused_optimizer)
+        """AdamW over the trained parameters (ldm.util.make_adamw)."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        how = self.optimizer, self.learning_rate, self.weight_decay, self.fused_optimizer
+        return make_adamw(trained, *how)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate, which follows from the step alone: nothing has to be resumed."""

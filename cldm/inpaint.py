@@ -77,15 +77,12 @@ def hole_scores(composite: np.ndarray, truth: np.ndarray, hole: torch.Tensor) ->
     """
     hole = hole.cpu().numpy()
     telea = cv2.inpaint(truth, hole.astype(np.uint8), 5, cv2.INPAINT_TELEA)
-    energy = {
-        name: gradient_energy(image)[hole].mean() for name, image in (("truth", truth), ("", composite))
-    }
-    energy["_telea"] = gradient_energy(telea)[hole].mean()
+    energy = max(gradient_energy(truth)[hole].mean(), 1e-10)
     scores = {}
     for name, image in (("", composite), ("_telea", telea)):
         difference = (image[hole].astype(float) - truth[hole]) / 255
         scores[f"psnr_hole{name}"] = -10 * np.log10(max((difference**2).mean(), 1e-10))
-        scores[f"gradients_hole{name}"] = energy[name] / max(energy["truth"], 1e-10)
+        scores[f"gradients_hole{name}"] = gradient_energy(image)[hole].mean() / energy
     return scores
 
 
@@ -139,11 +136,7 @@ class Inpainting:
 
 
 def inpaint_image(
-    model: ControlLDM,
-    image: np.ndarray,
-    mask: np.ndarray,
-    options: Inpainting,
-    progress: Callable = iter,
+    model: ControlLDM, image: np.ndarray, mask: np.ndarray, options: Inpainting, progress: Callable = iter
 ) -> np.ndarray:
     """Fill the hole of uint8 (h, w, 3), or (h, w, 4) with alpha; mask (h, w) is not 0 in the hole.
 

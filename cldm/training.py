@@ -21,6 +21,7 @@ from cldm.cldm import ControlLDM
 from cldm.logger import CsvRows, ImageLogger, Progress
 from cldm.model import listing
 from cldm.sharding import ShardedStrategy, check_sharding
+from harness.run import summary
 from harness.settings import check_counts, check_optimizer, check_settings, lightning_precision, plain
 from ldm import checkpoint
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same, item_generator
@@ -55,12 +56,8 @@ MAY_CHANGE = set(
 def quiet_lightning() -> None:
     """Leave out Lightning's advertisements, and warnings about what is meant here."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for text in (
-        ".*in eval mode at the start",
-        ".*LeafSpec.*",
-        ".*many workers.*",
-        ".*transfer_batch_to_device.*",
-    ):
+    meant = ".*in eval mode at the start", ".*LeafSpec.*", ".*many workers.*", ".*transfer_batch_to_device.*"
+    for text in meant:
         warnings.filterwarnings("ignore", text)
 
 
@@ -319,12 +316,4 @@ def fit(
 
 def report(trainer: pl.Trainer, settings: Any, what_next: str) -> None:
     """Say where everything is and what to run next."""
-    folder = Path(settings.output_dir)
-    last, best = folder / "checkpoints" / "last.ckpt", folder / "checkpoints" / "best.ckpt"
-    rank_zero_only(print)(
-        f"finished at step {trainer.global_step}\n"
-        f"  checkpoints  {last}{f' and {best.name}' if best.is_file() else ''}\n"
-        f"  pictures     {folder / 'images'}\n"
-        f"  curves       {folder / 'logs' / 'metrics.csv'}, or: tensorboard --logdir {folder / 'logs'}\n"
-        f"next: {what_next}"
-    )
+    rank_zero_only(print)(summary(Path(settings.output_dir), trainer.global_step, what_next))

@@ -295,15 +295,20 @@ class Run:
         """Close the logs and say where everything is and what to run next."""
         if self.fabric.is_global_zero:
             self.board.finalize("success")
-        best = f" and {self.best_checkpoint.name} ({self.best:.3f})" if self.best_checkpoint.is_file() else ""
-        logs = self.folder / "logs"
-        self.say(
-            f"finished at step {self.step}\n"
-            f"  checkpoints  {self.last_checkpoint}{best}\n"
-            f"  pictures     {self.folder / 'images'}\n"
-            f"  curves       {logs / 'metrics.csv'}, or: tensorboard --logdir {logs}\n"
-            f"next: {what_next}"
-        )
+        self.say(summary(self.folder, self.step, what_next, f" ({self.best:.3f})"))
+
+
+def summary(folder: Path, step: int, what_next: str, score: str = "") -> str:
+    """The last words of a run: where everything is and what to run next; `score` is that of best.ckpt."""
+    last, best = (folder / "checkpoints" / name for name in ("last.ckpt", "best.ckpt"))
+    logs = folder / "logs"
+    return (
+        f"finished at step {step}\n"
+        f"  checkpoints  {last}{f' and {best.name}{score}' if best.is_file() else ''}\n"
+        f"  pictures     {folder / 'images'}\n"
+        f"  curves       {logs / 'metrics.csv'}, or: tensorboard --logdir {logs}\n"
+        f"next: {what_next}"
+    )
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], step: int) -> None:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import URLError
@@ -110,22 +110,13 @@ def _decibels(error: float) -> float:
     return float(10 * np.log10(DATA_RANGE**2 / error)) if error else float("inf")
 
 
-def lpips(restored: np.ndarray, sharp: np.ndarray) -> Values:
-    """LPIPS of uint8 (h, w, 3), by torchmetrics."""
-    return {"lpips": _deep_distance("lpips", restored, sharp)}
-
-
-def dists(restored: np.ndarray, sharp: np.ndarray) -> Values:
-    """DISTS of uint8 (h, w, 3), by torchmetrics."""
-    return {"dists": _deep_distance("dists", restored, sharp)}
-
-
 @torch.no_grad()
-def _deep_distance(name: str, restored: np.ndarray, sharp: np.ndarray) -> float:
+def deep_distance(name: str, restored: np.ndarray, sharp: np.ndarray) -> Values:
+    """LPIPS or DISTS of uint8 (h, w, 3), by torchmetrics."""
     with _LOADING:
         network = deep_network(name)
     x, y = (to_tensor(image)[None] for image in (restored, sharp))  # [-1, 1]
-    return float(network(x, y) if name == "lpips" else network((x + 1) / 2, (y + 1) / 2))
+    return {name: float(network(x, y) if name == "lpips" else network((x + 1) / 2, (y + 1) / 2))}
 
 
 @cache
@@ -152,8 +143,7 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], Values]] = {
     "ssim3d": ssim3d,
     "y": on_luma,
     "align": aligned,
-    "lpips": lpips,
-    "dists": dists,
+    **{name: partial(deep_distance, name) for name in BACKBONES},
 }
 
 

@@ -143,6 +143,18 @@ def check_counts(settings: Any, names: str) -> None:
             raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
 
 
+def check_new(output: Path, overwrite: bool, suffix: str = "") -> Path:
+    """The file that a tool is to write. Raises ValueError if it is there or has another suffix than the one
+    that must be, and FileNotFoundError if its folder is missing."""
+    if suffix and output.suffix != suffix:
+        raise ValueError(f"the output must be a {suffix} file, not {output}")
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists already: remove it or pass --overwrite")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output folder not found: {output.parent}")
+    return output
+
+
 def check_optimizer(name: str) -> None:
     """Raise ValueError for adamw8bit where the package that it comes from is not installed."""
     if name == "adamw8bit":

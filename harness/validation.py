@@ -9,7 +9,7 @@ from tqdm import tqdm
 from harness.run import Run
 from ldm.data.image import read_image, side_by_side
 from ldm.data.paired import at_least
-from ldm.data.pairs import Pair
+from ldm.data.pairs import Pair, check_alike
 from ldm.metrics import psnr, radial_power, rgb_shift, spectrum_distance, ssim
 from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
 
@@ -55,9 +55,7 @@ class HeldOut:
             blurry = random_blur(sharp, rng, [pair.blur_type], **self.blur_options)[0]
         else:
             blurry = read_image(pair.blurry)
-        if blurry.shape != sharp.shape:
-            (h, w, _), (sharp_h, sharp_w, _) = blurry.shape, sharp.shape
-            raise ValueError(f"{pair.blurry} is {w}x{h}, its partner {pair.sharp} {sharp_w}x{sharp_h} pixels")
+        check_alike(pair.blurry, pair.sharp, blurry.shape, sharp.shape)
         return middle(blurry, self.crop), middle(sharp, self.crop)
 
     def evaluate(

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -63,6 +63,19 @@ def autocast(model: torch.nn.Module) -> AbstractContextManager:
     halves = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
     device = next(model.parameters()).device
     return torch.autocast(device.type, halves.pop()) if halves else nullcontext()
+
+
+def make_adamw(
+    parameters: Iterable[torch.nn.Parameter], name: str, rate: float, decay: float, fused: bool | None = None
+) -> torch.optim.Optimizer:
+    """AdamW; "adamw8bit" keeps its states in 8 bits (bitsandbytes, CUDA). ValueError for other names."""
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=fused)
+    if name != "adamw8bit":
+        raise ValueError(f"optimizer must be adamw or adamw8bit, not {name!r}")
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, rate, weight_decay=decay)
 
 
 def learning_rate_factor(step: int, settings: Any, steps: int) -> float:

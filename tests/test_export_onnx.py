@@ -54,7 +54,7 @@ def test_the_export_equals_what_infer_computes(kind, tmp_path, capsys):
 
 def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "srn.safetensors", "srn")
-    with pytest.raises(ValueError, match="must be an .onnx file"):
+    with pytest.raises(ValueError, match="must be a .onnx file"):
         tool.main(tool.Settings(path, tmp_path / "out.pt"))
     control = {"control_model.zero_convs.0.0.weight": torch.zeros(4, 4, 1, 1)}
     checkpoint.write_weights(tmp_path / "control.safetensors", control)

@@ -156,7 +156,7 @@ def test_bad_settings(folders, changes, message):
 
 def test_pairs_of_different_sizes(folders):
     write_image(folders / "gopro/GOPR1/blur/000002.png", np.zeros((40, 51, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"sharp/000002.png is 50x40, .*blur/000002.png 51x40"):
+    with pytest.raises(ValueError, match=r"blur/000002.png is 51x40, .*sharp/000002.png is 50x40"):
         tool.main(settings(folders))
     assert sorted(path.name for path in folders.iterdir()) == ["RWBI", "gopro"]
 

@@ -49,15 +49,11 @@ def leaf_radii(count: int, smallest: float, largest: float, rng: np.random.Gener
 def _labels(size: int, rng: np.random.Generator) -> np.ndarray:
     """Number of the leaf in front at each point: int32 (FINE * size, FINE * size), 0 where there is none."""
     mean_square = 2 * math.log(LARGEST / SMALLEST) / (SMALLEST**-2 - LARGEST**-2)  # of the radius
-    count = math.ceil(
-        COVER / (0.65 * math.pi * mean_square)
-    )  # stretched, with corners: 0.65 of a disk's area
+    count = math.ceil(COVER / (0.65 * math.pi * mean_square))  # with corners: 0.65 of a disk's area
     radius = size * leaf_radii(count, SMALLEST, LARGEST, rng)
     corners, turn = rng.choice(CORNERS, count), rng.uniform(0, 2 * math.pi, count)
     stretch = rng.uniform(0.5, 1.0, count)  # short axis over long axis
-    angle = (
-        2 * math.pi * np.arange(CORNERS.max()) / corners[:, None]
-    )  # (count, 24), the first `corners` are used
+    angle = 2 * math.pi * np.arange(CORNERS.max()) / corners[:, None]  # (count, 24), `corners` of them used
     along, across = np.cos(angle) * radius[:, None], np.sin(angle) * (radius * stretch)[:, None]
     cos, sin = np.cos(turn)[:, None], np.sin(turn)[:, None]
     points = np.stack([cos * along - sin * across, sin * along + cos * across], axis=-1)  # (count, 24, 2)

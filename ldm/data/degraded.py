@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.captions import check_captions, read_caption
 from ldm.data.image import image_size, list_images, read_image, to_tensor, to_uint8
-from ldm.data.pairs import find_pairs
+from ldm.data.pairs import check_alike, find_pairs
 from ldm.data.stream import item_seed
 from ldm.modules.image_degradation.damage import DEGRADATIONS, Value, check_damage, damage_sheet, degrade
 
@@ -132,20 +132,17 @@ class DegDataset(Dataset):
         index = (key[1] if isinstance(key, tuple) else key) % len(self.targets)
         target = read_image(self.targets[index])
         control = read_image(self.controls[index]) if self.controls else target
-        if control.shape != target.shape:
-            sizes = [f"{path} is {w}x{h}" for path, (h, w, _) in self._pair(index, control, target)]
-            raise ValueError(f"the pictures of a pair differ in size: {', '.join(sizes)} (width x height)")
+        if self.controls:
+            check_alike(self.controls[index], self.targets[index], control.shape, target.shape)
         cut = self._draw_cut(*target.shape[:2], self.sizes[index], rng)
         target, control = cut(target), cut(control)
         if self.controls is None:
             control = self.apply_degradation(control, rng)
-        unsaid = (
-            np.random.default_rng([seed, 1]).random() < self.caption_dropout
-        )  # apart: `rng` stays as it was
+        apart = np.random.default_rng([seed, 1])  # `rng` stays as it was
         return {
             "control": to_tensor(control),
             "target": to_tensor(target),
-            "prompts": "" if unsaid else self.prompts[index],
+            "prompts": "" if apart.random() < self.caption_dropout else self.prompts[index],
             "name": str(self.targets[index]),
             "index": index,
             "seed": seed,
@@ -159,9 +156,6 @@ class DegDataset(Dataset):
         pixels = np.asarray(img.convert("RGB") if isinstance(img, Image.Image) else img)
         damaged = degrade(pixels, rng, self.types, **self.values, order=self.order, rounds=self.rounds)
         return Image.fromarray(damaged) if isinstance(img, Image.Image) else damaged
-
-    def _pair(self, index: int, control: np.ndarray, target: np.ndarray):
-        return (self.controls[index], control.shape), (self.targets[index], target.shape)
 
     def _draw_cut(self, height: int, width: int, size: tuple[int, int], rng: np.random.Generator) -> Callable:
         """One scale, crop and flip, as a function that is then applied to both pictures."""

@@ -17,19 +17,8 @@ from ldm.data.packed import database, list_packed, read_packed
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 SAME = 3  # of 255: an RGB profile that moves no colour farther is an sRGB
 # What Pillow raises for files that are damaged.
-DAMAGED = (
-    *(
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        SyntaxError,
-        struct.error,
-        OSError,
-    ),
-    Image.DecompressionBombError,
-)
+DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError, OSError)
+DAMAGED = (*DAMAGED, struct.error, Image.DecompressionBombError)
 _TURN = Image.Transpose
 # By EXIF's orientation.
 TURNS = {
@@ -43,12 +32,7 @@ TURNS = {
 }
 # Photographs that come inside the scikit-image package, for demonstrations and tests.
 PHOTOGRAPHS = (
-    "astronaut.png",
-    "camera.png",
-    "chelsea.png",
-    "coffee.png",
-    "motorcycle_left.png",
-    "rocket.jpg",
+    *("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
 )
 
 

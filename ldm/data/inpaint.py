@@ -251,23 +251,13 @@ class Settings:
     image_size: int = 512  # pixels of the square crop
     seed: int = 0  # of the holes
     output: Path = Path("data_sample.png")  # the picture that is written
-    # Pictures to show.
-    count: int = 8
+    count: int = 8  # pictures to show
 
 
 def main(settings: Settings) -> None:
     """Write the picture, print the prompts."""
-    dataset = CocoInpaintingDataset(
-        settings.image_dir,
-        settings.ann_file,
-        settings.captions_file,
-        settings.mask_dir,
-        settings.mask_type,
-        settings.mask_ratio,
-        settings.image_size,
-        settings.seed,
-        augment=True,
-    )
+    options = {name: value for name, value in vars(settings).items() if name not in ("output", "count")}
+    dataset = CocoInpaintingDataset(size=options.pop("image_size"), augment=True, **options)
     rows = []
     for index in np.linspace(0, len(dataset) - 1, min(settings.count, len(dataset)), dtype=int):
         item = dataset[int(index)]

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.data.image import read_image, to_tensor
-from ldm.data.pairs import Pair, find_pairs, match_folders, split_pairs
+from ldm.data.pairs import Pair, check_alike, find_pairs, match_folders, split_pairs
 from ldm.data.stream import item_seed
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types, random_blur
 
@@ -145,12 +145,7 @@ class PairedDataset(CropDataset):
 
     def _crops(self, key: Key, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str, str]:
         pair, images = self.pairs[_index(key)], (self.blurry[key], self.sharp[key])
-        if images[0].shape != images[1].shape:
-            (h, w, _), (sharp_h, sharp_w, _) = (image.shape for image in images)
-            raise ValueError(
-                f"the pictures of a pair differ in size: {pair.blurry} is {w}x{h}, "
-                f"{pair.sharp} is {sharp_w}x{sharp_h} (width x height)"
-            )
+        check_alike(pair.blurry, pair.sharp, *(image.shape for image in images))
         images = [at_least(image, self.size) for image in images]
         y, x = self._window(*images[0].shape[:2], rng)
         blurry, sharp = (image[y : y + self.size, x : x + self.size] for image in images)

@@ -246,12 +246,17 @@ def _gradient(path: Path) -> float:
 def check_sizes(pairs: Sequence[Pair]) -> None:
     """Read all pictures' headers; raises ValueError for one that is no picture or a pair of two sizes."""
     for pair in tqdm(pairs, "checking sizes", leave=False, disable=len(pairs) < 1000):
-        if image_size(pair.blurry) != image_size(pair.sharp):
-            (w, h), (sharp_w, sharp_h) = image_size(pair.blurry), image_size(pair.sharp)
-            raise ValueError(
-                f"the pictures of a pair differ in size: {pair.blurry} is {w}x{h}, "
-                f"{pair.sharp} is {sharp_w}x{sharp_h} (width x height)"
-            )
+        check_alike(pair.blurry, pair.sharp, *(image_size(path)[::-1] for path in (pair.blurry, pair.sharp)))
+
+
+def check_alike(blurry: Path, sharp: Path, shape: Sequence[int], sharp_shape: Sequence[int]) -> None:
+    """Raise ValueError that names both pictures of a pair if their shapes (h, w, ...) differ."""
+    if tuple(shape) != tuple(sharp_shape):
+        (h, w, *_), (sharp_h, sharp_w, *_) = shape, sharp_shape
+        raise ValueError(
+            f"the pictures of a pair differ in size: {blurry} is {w}x{h}, "
+            f"{sharp} is {sharp_w}x{sharp_h} (width x height)"
+        )
 
 
 def sharp_pairs(folder: str | Path | None) -> list[Pair]:

@@ -7,13 +7,7 @@ import h5py
 import numpy as np
 
 from ldm.data.image import list_images
-from ldm.data.paired import (
-    CropDataset,
-    ImageFiles,
-    Key,
-    at_least,
-    sharpness,
-)
+from ldm.data.paired import CropDataset, ImageFiles, Key, at_least, sharpness
 
 KEYS = ("sharp", "blur")  # of the file: uint8 (n, size, size, 3) each
 SUFFIXES = (".h5", ".hdf5")

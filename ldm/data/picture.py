@@ -21,18 +21,8 @@ from ldm.data.packed import database, read_packed
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of results, by their ending
 TAGS = ExifTags.Base
 # What of a file's EXIF is true of its restored picture: what it shows, by whom, when, where.
-KEPT = {
-    TAGS.ImageDescription,
-    TAGS.Make,
-    TAGS.Model,
-    TAGS.Software,
-    TAGS.DateTime,
-    TAGS.Artist,
-    TAGS.Copyright,
-    TAGS.XResolution,
-    TAGS.YResolution,
-    TAGS.ResolutionUnit,
-}
+KEPT = {TAGS.ImageDescription, TAGS.Make, TAGS.Model, TAGS.Software, TAGS.DateTime, TAGS.Artist}
+KEPT |= {TAGS.Copyright, TAGS.XResolution, TAGS.YResolution, TAGS.ResolutionUnit}
 LARGE = 2**30  # bytes: larger files are known by size and date instead of by their content
 RECORD = TAGS.ImageHistory  # where a result says what it was made from
 

@@ -6,37 +6,11 @@ from pathlib import PurePath, PurePosixPath
 
 SHARP = {"gt", "target", "sharp", "clean", "clear", "hq"}
 BLURRY = {"blur", "blurry", "blurred", "input", "lq"}
-SPLITS = {
-    "train",
-    "training",
-    "val",
-    "valid",
-    "validation",
-    "test",
-    "testing",
-    "close",
-    "ups",
-    "long",
-    "shot",
-    # and of data sets, whose folders are no scenes either: MPRNet's train/GoPro/input
-    *("gopro", "hide", "realblur", "dvd", "reds", "dataset", "datasets", "large", "j", "r"),
-}
+SPLITS = {*"train training val valid validation test testing close ups long shot".split()}
+# And of data sets, whose folders are no scenes either: MPRNet's train/GoPro/input.
+SPLITS |= {*"gopro hide realblur dvd reds dataset datasets large j r".split()}
 # What cameras and people call pictures that have nothing in common.
-COMMON = {
-    "img",
-    "image",
-    "dsc",
-    "dscf",
-    "dscn",
-    "pxl",
-    "p",
-    "photo",
-    "picture",
-    "pic",
-    "scan",
-    *SHARP,
-    *BLURRY,
-}
+COMMON = {*"img image dsc dscf dscn pxl p photo picture pic scan".split(), *SHARP, *BLURRY}
 AFFIX = "|".join(sorted(SHARP | BLURRY))
 
 

@@ -6,7 +6,6 @@ attention, blocks, the network, and the functions that feed it. It is sampled in
 autoencoder, text encoders and files are in ldm/models/kontext.py.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.modules.attention import Rotate, rotary_embedding
+from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.swap import BlockSwap
 
 
@@ -42,13 +42,6 @@ class FluxParams:
     def __post_init__(self):
         if sum(self.axes_dim) * self.num_heads != self.hidden_size:
             raise ValueError(f"axes_dim {self.axes_dim} x {self.num_heads} heads is not {self.hidden_size}")
-
-
-def timestep_embedding(values: Tensor, dim: int = 256) -> Tensor:
-    """Sinusoids of 1000 x values, cosines first: (b,) -> (b, dim), float32."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=values.device) / (dim // 2))
-    angles = 1000 * values.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -213,9 +206,9 @@ class Flux(nn.Module):
         y (b, vec_in_dim) the pooled CLIP embedding, guidance (b,).
         """
         dtype = self.img_in.weight.dtype
-        vec = self.time_in(timestep_embedding(timesteps).to(dtype)) + self.vector_in(y.to(dtype))
+        vec = self.time_in(self._sinusoids(timesteps)) + self.vector_in(y.to(dtype))
         if self.guidance_in is not None:
-            vec = vec + self.guidance_in(timestep_embedding(guidance).to(dtype))
+            vec = vec + self.guidance_in(self._sinusoids(guidance))
         ids = torch.cat([txt_ids, img_ids], dim=1)
         rotation = rotary_embedding(ids, self.params.axes_dim, self.params.theta)
         if self.swap:
@@ -227,6 +220,9 @@ class Flux(nn.Module):
         for block in self.single_blocks:
             x = self._run(block, x, vec, rotation)
         return self.final_layer(x[:, txt.shape[1] :], vec)
+
+    def _sinusoids(self, values: Tensor) -> Tensor:
+        return timestep_embedding(1000 * values.float(), 256).to(self.img_in.weight.dtype)
 
     def _run(self, block: nn.Module, *inputs: Tensor):
         call = partial(self.swap.run, block) if self.swap else block

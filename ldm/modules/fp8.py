@@ -43,7 +43,6 @@ def store_in_fp8(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, F
     """Replace the linears, given by name, with empty `Fp8Linear` ones: these by their weights' names."""
     stored = {}
     for name, linear in linears.items():
-        parent, _, child = name.rpartition(".")
         stored[f"{name}.weight"] = Fp8Linear(linear.in_features, linear.out_features, linear.bias is not None)
-        setattr(model.get_submodule(parent), child, stored[f"{name}.weight"])
+        model.set_submodule(name, stored[f"{name}.weight"])
     return stored

@@ -157,10 +157,7 @@ def begin(
 
 
 def restore_image(
-    network: nn.Module,
-    image: np.ndarray,
-    noise: Callable[[Tensor], Tensor] | None = None,
-    **options: Any,
+    network: nn.Module, image: np.ndarray, noise: Callable[[Tensor], Tensor] | None = None, **options: Any
 ) -> np.ndarray:
     """Deblur a uint8 picture (h, w, 3) of any size, or blur it if there is a `noise`, in eval mode.
 

@@ -17,16 +17,9 @@ from ldm.modules.foreign_lora import to_kohya
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 
 # Fused linears by name. A single block's linear1 holds q, k, v and half of its MLP, linear2 the other halves.
-ATTENTION, MLP, MODULATION = (
-    r"_attn\.(qkv|proj)$|\.linear[12]$",
-    r"_mlp\.[02]$",
-    r"\.(\w+_mod|modulation)\.lin$",
-)
-TARGETS = {
-    "attn": ATTENTION,
-    "attn_mlp": f"{ATTENTION}|{MLP}",
-    "all": f"{ATTENTION}|{MLP}|{MODULATION}",
-}
+ATTENTION = r"_attn\.(qkv|proj)$|\.linear[12]$"
+MLP, MODULATION = r"_mlp\.[02]$", r"\.(\w+_mod|modulation)\.lin$"
+TARGETS = {"attn": ATTENTION, "attn_mlp": f"{ATTENTION}|{MLP}", "all": f"{ATTENTION}|{MLP}|{MODULATION}"}
 
 
 class LoRA(nn.Module):
@@ -98,8 +91,7 @@ def add_lora(model: nn.Module, ranks: dict[str, tuple[int, float]], dropout: flo
     for name, (rank, alpha) in ranks.items():
         base = linears[name]
         lora = LoRA(base.in_features, base.out_features, rank, alpha, dropout).to(base.weight.device)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(base, lora))
+        model.set_submodule(name, LoRALinear(base, lora))
         adapter[kohya_name(name)] = lora
     return adapter
 

@@ -18,10 +18,9 @@ def store_in_nf4(model: nn.Module, linears: dict[str, nn.Linear], dtype: torch.d
 
     stored = {}
     for name, linear in linears.items():
-        parent, _, child = name.rpartition(".")
         sizes = linear.in_features, linear.out_features, linear.bias is not None
         stored[f"{name}.weight"] = Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
-        setattr(model.get_submodule(parent), child, stored[f"{name}.weight"])
+        model.set_submodule(name, stored[f"{name}.weight"])
     return stored
 
 

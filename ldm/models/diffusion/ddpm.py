@@ -15,16 +15,8 @@ from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_sch
 from ldm.util import instantiate_from_config
 
 # Arguments of original yaml files that change nothing here.
-UNUSED = {
-    "channels",
-    "cond_stage_trainable",
-    "conditioning_key",
-    "image_size",
-    "log_every_t",
-    "monitor",
-    "num_timesteps_cond",
-    "use_ema",
-}
+UNUSED = {"channels", "cond_stage_trainable", "conditioning_key", "image_size"}
+UNUSED |= {"log_every_t", "monitor", "num_timesteps_cond", "use_ema"}
 REMEMBERED_PROMPTS = 256
 
 
@@ -73,12 +65,9 @@ class LatentDiffusion(pl.LightningModule):
             raise ValueError(f"timestep_spacing must be 'leading' or 'trailing', not {timestep_spacing!r}")
         if loss_type not in ("l1", "l2"):
             raise ValueError(f"loss_type must be 'l1' or 'l2', not {loss_type!r}")
-        self.parameterization, self.scale_factor, self.num_timesteps = (
-            parameterization,
-            scale_factor,
-            timesteps,
-        )
-        self.loss_type, self.timestep_spacing = loss_type, timestep_spacing
+        self.parameterization, self.loss_type = parameterization, loss_type
+        self.scale_factor, self.num_timesteps = scale_factor, timesteps
+        self.timestep_spacing = timestep_spacing
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
         self.l_simple_weight, self.original_elbo_weight = l_simple_weight, original_elbo_weight
         self.register_schedule(timesteps, linear_start, linear_end)
@@ -183,10 +172,8 @@ class LatentDiffusion(pl.LightningModule):
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Noisy latents at timesteps t (b,) (Ho et al. 2020, eq. 4)."""
         signal = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.ndim)
-        return (
-            signal * x_start
-            + extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.ndim) * noise
-        )
+        deviation = extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.ndim)
+        return signal * x_start + deviation * noise
 
     def get_v(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The velocity sqrt(abar) noise - sqrt(1 - abar) x (Salimans & Ho 2022, sec. 4)."""

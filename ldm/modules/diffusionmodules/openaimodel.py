@@ -192,9 +192,7 @@ class UNetModel(UNetEncoder):
             channels = out
         self.output_blocks = nn.ModuleList(blocks)
         self.out = nn.Sequential(
-            GroupNorm32(channels),
-            nn.SiLU(),
-            zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
+            GroupNorm32(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
 
     def decode(

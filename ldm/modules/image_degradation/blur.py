@@ -153,7 +153,8 @@ def convolve(light: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return blurred
 
 
-# ---- the four blurs: uint8 RGB (h, w, 3) in, uint8 RGB of the same size and what was drawn out -----------
+# ---- the four blurs ----------------------------------------------------------------------------------------
+# uint8 RGB (h, w, 3) in, the same and what was drawn out; `camera` are the options of `record`.
 
 
 def motion_blur(
@@ -164,10 +165,7 @@ def motion_blur(
     scale: float = 1.0,
     **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
-    """Camera shake along a path of `scale * length` pixels; `shake` 0 is a straight pan, 1 a tangle.
-
-    uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
-    """
+    """Camera shake along a path of `scale * length` pixels; `shake` 0 is a straight pan, 1 a tangle."""
     length, shake = scale * rng.uniform(*length), rng.uniform(*shake)
     path = motion_path(rng, length, shake)
     light = convolve(_light(image), motion_kernel(path))
@@ -182,10 +180,7 @@ def gaussian_blur(
     scale: float = 1.0,
     **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
-    """Isotropic gaussian of deviation `scale * sigma` pixels: haze, a soft lens, a rescaled picture.
-
-    uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
-    """
+    """Isotropic gaussian of deviation `scale * sigma` pixels: haze, a soft lens, a rescaled picture."""
     sigma = scale * rng.uniform(*sigma)
     kernel = gaussian_kernel(sigma)
     light = cv2.sepFilter2D(_light(image), -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
@@ -199,10 +194,7 @@ def defocus_blur(
     scale: float = 1.0,
     **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
-    """Out of focus with the aperture wide open: a disk of `scale * radius` pixels, the circle of confusion.
-
-    uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
-    """
+    """Out of focus with the aperture wide open: a disk (circle of confusion) of `scale * radius` pixels."""
     radius = scale * rng.uniform(*radius)
     return record(convolve(_light(image), aperture_kernel(radius)), rng, {"radius": radius}, **camera)
 
@@ -221,7 +213,6 @@ def lens_blur(
 
     Red is spread by the factor 1 + `aberration` and blue by 1 - `aberration` (axial chromatic aberration),
     and light falls off as cos^4 of the angle to the axis, which is `field` degrees in the corners.
-    uint8 (h, w, 3) -> uint8 (h, w, 3) and the drawn parameters; `camera` are the options of `record`.
     """
     radius, aberration, field = (rng.uniform(*limits) for limits in (radius, aberration, field))
     radius *= scale
@@ -274,10 +265,7 @@ def _light(image: np.ndarray) -> np.ndarray:
 
 
 BLUR_TYPES: dict[str, Callable[..., tuple[np.ndarray, Parameters]]] = {
-    "motion_blur": motion_blur,
-    "gaussian_blur": gaussian_blur,
-    "defocus_blur": defocus_blur,
-    "lens_blur": lens_blur,
+    blur.__name__: blur for blur in (motion_blur, gaussian_blur, defocus_blur, lens_blur)
 }
 
 

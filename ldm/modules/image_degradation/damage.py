@@ -133,28 +133,24 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int, int], sigma: f
     return (full - full.mean()) / max(float(full.std()), 1e-6)
 
 
-# The kinds in the order of a picture's life; each name of DEGRADATIONS with its setting.
-KINDS = {
-    "haze": haze,
-    "low_light": low_light,
-    "motion_blur": motion_blur,
-    "downsample": downsample,
-    "noise": noise,
-    "colour_noise": colour_noise,
-    "film_grain": film_grain,
-    "blur": blur,
-    "fading": fading,
-    "scratches": scratches,
-    "jpeg": jpeg,
-}
+LIFE = (
+    haze,
+    low_light,
+    motion_blur,
+    downsample,
+    noise,
+    colour_noise,
+    film_grain,
+    blur,
+    fading,
+    scratches,
+    jpeg,
+)
+KINDS = {kind.__name__: kind for kind in LIFE}  # in the order of a picture's life
+# Each name of DEGRADATIONS with its setting.
 SETTINGS = {"downsample": "lr_scale", "noise": "noise_level", "blur": "blur_radius", "jpeg": "jpeg_quality"}
-LIMITS = {
-    "lr_scale": (1, 64),
-    "noise_level": (0, 1),
-    "blur_radius": (0, 100),
-    "jpeg_quality": (1, 100),
-    "damage_strength": (0, 1),
-}
+LIMITS = {"lr_scale": (1, 64), "noise_level": (0, 1), "blur_radius": (0, 100), "jpeg_quality": (1, 100)}
+LIMITS["damage_strength"] = (0, 1)
 
 
 def degrade(
