@@ -107,7 +107,11 @@ def list_systems(settings: Settings) -> dict[str, System]:
             "Kontext",
             "FLUX.1 Kontext undoes the damage that its LoRA was trained on." + small_note(kontext),
             infer.Kontext(
-                **same, pretrained_model_name_or_path=kontext, lora_path=lora, prompt=settings.kontext_prompt
+                **same,
+                pretrained_model_name_or_path=kontext,
+                lora_path=lora,
+                prompt=settings.kontext_prompt,
+                num_inference_steps=2 if is_small(kontext) else 30,
             ),
             sampling,
             (kontext, *([lora] if lora else [])),

@@ -212,7 +212,7 @@ class Kontext(Files):
     lora_path: Path | None = None  # a file, or the folder of a run; without it the model as it is
     lora_scale: float = 1.0  # strength of the LoRA
     prompt: str = ""  # empty: the one that the LoRA was trained with
-    num_inference_steps: int = 30  # sampling steps
+    num_inference_steps: int | None = None  # sampling steps; None: 30, of the small model 2
     guidance_scale: float = 2.5  # how much the prompt counts
     # larger pictures are restored at that many pixels squared, and scaled back; None: 1024, small model 128
     resolution: int | None = None
@@ -268,20 +268,20 @@ class Kontext(Files):
         )
         return lambda image, path: restore(
             image,
-            steps=self.num_inference_steps,
             guidance=self.guidance_scale,
             seed=self.seed,
             progress=self.progress,
-            **self.sizes(),
+            **self.work(),
         )
 
-    def sizes(self) -> dict[str, int]:
-        """At which size large pictures are restored."""
+    def work(self) -> dict[str, int]:
+        """In how many steps, and at which size large pictures are restored."""
         small = self.files()[0] == KONTEXT[1]
+        steps = self.num_inference_steps or (2 if small else 30)
         tile = 128 * small if self.tile is None else self.tile
         resolution = self.resolution or (128 if small else 1024)
         overlap = min(self.overlap, tile // 2) if tile else self.overlap
-        return {"resolution": resolution, "tile": tile, "overlap": overlap}
+        return {"steps": steps, "resolution": resolution, "tile": tile, "overlap": overlap}
 
 
 @dataclass(kw_only=True)

@@ -306,7 +306,7 @@ def main(settings: Settings) -> None:
     what_next = f"python infer.py inpaint --checkpoint_path {final} --input_image PHOTO --input_mask MASK"
     report(trainer, settings, f"{what_next} --output_dir filled")
     if settings.demo and validation is not None:
-        options = Inpainting(steps=settings.val_ddim_steps, method="ddim", mask_blur=0)
+        options = Inpainting(steps=settings.val_ddim_steps, mask_blur=0)
         show_demo(SHIPPED, validation, folder, partial(fill_item, options=options), score_item)
 
 
