@@ -31,7 +31,6 @@ VARIANTS = {
 }
 SAMPLINGS = {
     **{f"{steps} steps": {"steps": steps} for steps in (1, 2, 4, 10, 50)},
-    "50 steps, leading": {"steps": 50, "spacing": "leading"},
     "4 steps, leading": {"steps": 4, "spacing": "leading"},
     "20 steps of dpmpp_2m": {"steps": 20, "method": "dpmpp_2m"},
     "4 steps of ddpm": {"steps": 4, "method": "ddpm"},
@@ -80,7 +79,7 @@ def main(settings: Settings) -> None:
         own["resume_path"], read_config(own["config_path"]) | {"target": "cldm.deblur.DeblurControlNet"}
     )
     if settings.what == "sample":
-        pictures = pictures_of(script.find_crops(script.Settings(**own | {"val_fraction": 0.0}))[0])[::10]
+        pictures = pictures_of(script.find_crops(script.Settings(**own | {"val_fraction": 0.0}))[0])[::20]
         model = open_control_model(settings.checkpoint_path, BASE)
     else:
         pictures = pictures_of(script.find_crops(script.Settings(**own | {"val_samples": 48}))[1])
