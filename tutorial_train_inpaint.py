@@ -122,7 +122,7 @@ DEMO = {
     "image_size": 128,
     "val_samples": 12,
     "use_augmentation": False,
-    "num_workers": 0,
+    "num_workers": 1,
     "resume_path": "./outputs/inpaint_demo/control_small_ini.safetensors",
     "config_path": str(MODELS / "small_diffusion.yaml"),
     "sd_locked": False,

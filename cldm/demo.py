@@ -21,12 +21,12 @@ BASE = MODELS / "small_diffusion.safetensors"
 
 
 def announce_demo() -> None:
-    """Say what the demonstration is; threads are limited to one."""
+    """Say what the demonstration is; its small networks get few threads."""
     rank_zero_only(print)(
         "This demonstration adds a ControlNet to a small latent diffusion model that comes with the project, "
         "trains it for minutes and shows what it restores. With Stable Diffusion the steps are the same."
     )
-    torch.set_num_threads(1)  # small networks: more threads would only wait for each other
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # small networks: more would wait for each other
 
 
 def make_demo_start(path: str | Path, config: Mapping) -> None:
