@@ -166,7 +166,12 @@ SMALL = {
     "tool_make_deblur_dataset.py": "--num_samples 8 --image_size 64 --workers 1 --blur_scale 0.3",
     "tool_make_dbgan_dataset.py": "--patch_size 32",
 }
-SHORT_DEMO = "--max_steps 2 --save_steps 2 --val_steps 2 --val_samples 2 --batch_size 2 --num_workers 0"
+FEW_STEPS = f"{FEW} --max_steps 2 --save_steps 2 --val_steps 2 --val_samples 2"
+SHORT = {  # with the small models that come along
+    "tutorial_train_deblur.py": f"{FEW_STEPS} --val_fraction 0.3",
+    "tutorial_train_inpaint.py": FEW_STEPS,
+    "tool_add_control.py": "--overwrite",
+}
 # several devices or machines; a server and an export, which have their own tests; minutes
 ELSEWHERE = (
     "srun ",
@@ -185,7 +190,7 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     place = folder / "place"
     tiny_runs.make_place(place)
-    copies = {"gopro": "gopro/train gopro/test training/GOPRO_Large/train training/GOPRO_Large/test"}
+    copies = {"gopro": "gopro/train gopro/test training/GOPRO_Large/train training/GOPRO_Large/test PAIRS"}
     copies |= {
         "photos": "PHOTOS HELD_OUT photos photos/train photos/held_out my_photos sharp_photos clean damaged",
         "real": "RWBI/train RWBI/valid",
@@ -206,7 +211,9 @@ def workplace(tmp_path_factory):
     checkpoint.write_weights(folder / "models" / "v1-5-pruned.ckpt", base)
     checkpoint.write_weights(folder / "models" / "srn_deblur.safetensors", SRNDeblurNet(2).state_dict())
     prompt, flux = "restore this degraded photograph", folder / "models" / "FLUX.1-Kontext-dev"
-    (folder / "outputs" / "kontext_lora").mkdir()
+    (folder / "outputs" / "kontext_lora").mkdir(parents=True)
+    for path in (ROOT / "models").glob("small_*"):
+        (folder / "models" / path.name).symlink_to(path)
     for path in ("outputs/kontext_lora/prompt.safetensors", "restored/.prompt.safetensors"):
         write_tiny_folder(flux, folder / path, prompt)
     return folder
@@ -228,7 +235,8 @@ def test_every_command_runs(line, page, workplace, monkeypatch, capsys):
     monkeypatch.setattr(tutorial_train_deblur, "DEMO_DATA", few)
     module = module_of(script)
     main = module.restore_files if script == "infer.py" else module.main
-    words += (SHORT_DEMO if "--demo" in words and script.startswith("tut") else SMALL.get(script, "")).split()
+    real = "small_" in line or ("--demo" in words and script.startswith("tutorial"))
+    words += (SHORT if real else SMALL).get(script, SMALL.get(script, "")).split()
     settings = read_settings(settings_of(script), getattr(module, "DEMO", None), words)
     if script.startswith(("train_", "tutorial_")):  # the pages show several runs with one output folder
         for part in ("checkpoints", "blur", "deblur"):
