@@ -273,4 +273,4 @@ def config_for(weights: Mapping[str, torch.Tensor], path: str | Path) -> Path:
     kind = family(weights).removesuffix(" with a ControlNet")
     if kind not in configs:
         raise ValueError(f"{path} is {kind}: give the yaml configuration that fits it")
-    return Path("models") / configs[kind]
+    return Path(__file__).parent.parent / "models" / configs[kind]

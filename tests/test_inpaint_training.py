@@ -31,7 +31,7 @@ CONFIG = "models/cldm_tiny_inpaint.yaml"
 def place(tmp_path_factory) -> Path:
     """A few pictures with captions, and starting weights."""
     folder = tmp_path_factory.mktemp("inpaint")
-    cut_photographs(folder / "photos", 6)
+    cut_photographs(folder / "photos", 6, 64)
     checkpoint.write_weights(folder / "start.safetensors", fill(create_model(CONFIG)).state_dict())
     images = [{"id": n, "file_name": f"{n:03d}.png", "height": 64, "width": 64} for n in range(6)]
     boxes = [{"image_id": n, "segmentation": [[9, 9, 40, 9, 40, 40, 9, 40]]} for n in range(6)]

@@ -622,7 +622,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_values(folder, tmp_path, values, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(make_settings(folder, tmp_path, **values))
 
 

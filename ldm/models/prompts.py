@@ -99,24 +99,34 @@ def cached_prompt(
     cache: str | Path, folder: str | Path, prompt: str, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
     """What `encode_prompt` returns, from the file `cache` if that is of the same prompt, else put into it."""
-    found = _read_cache(Path(cache), prompt)
+    found = _read_cache(Path(cache), prompt, folder)
     if found is None:
         found = encode_prompt(folder, prompt, device)
-        _write_cache(Path(cache), prompt, found)
+        _write_cache(Path(cache), prompt, folder, found)
     return found
 
 
-def _read_cache(cache: Path, prompt: str) -> dict[str, Tensor] | None:
-    if not cache.is_file() or read_metadata(cache).get("prompt") != prompt:
+def _encoders(folder: str | Path) -> str:
+    """What tells a folder's text encoders from those of another model; "" if they are not there."""
+    path = Path(folder) / "text_encoder_2" / "config.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ""
+
+
+def _read_cache(cache: Path, prompt: str, folder: str | Path) -> dict[str, Tensor] | None:
+    about = read_metadata(cache) if cache.is_file() else {}
+    if about.get("prompt") != prompt:
         return None
+    made_by, here = about.get("encoders"), _encoders(folder)
+    if made_by and here and made_by != here:
+        return None  # another model's: it is made anew
     found = read_weights(cache)
     whole = {name: value.ndim for name, value in found.items()} == {"t5": 3, "pooled": 2}
     return found if whole else None  # damaged: it is made anew
 
 
-def _write_cache(cache: Path, prompt: str, embeddings: dict[str, Tensor]) -> None:
+def _write_cache(cache: Path, prompt: str, folder: str | Path, embeddings: dict[str, Tensor]) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(cache, embeddings, {"prompt": prompt})
+    write_weights(cache, embeddings, {"prompt": prompt, "encoders": _encoders(folder)})
 
 
 def prompt_file(run: Path, prompt: str) -> Path:
@@ -139,13 +149,15 @@ class Prompts:
     ):
         self.run, self.device = run, device
         self.read = lru_cache(maxsize=32)(self._read)  # of FLUX's own 4 MB each
-        missing = [text for text in dict.fromkeys(texts) if _read_cache(prompt_file(run, text), text) is None]
+        missing = [
+            text for text in dict.fromkeys(texts) if _read_cache(prompt_file(run, text), text, folder) is None
+        ]
         if missing:
             made = tqdm(
                 encode_prompts(folder, missing, device), "encoding prompts", len(missing), leave=False
             )
             for text, embeddings in zip(missing, made, strict=True):
-                _write_cache(prompt_file(run, text), text, embeddings)
+                _write_cache(prompt_file(run, text), text, folder, embeddings)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         found = [self.read(text) for text in (texts[:1] if len({*texts}) == 1 else texts)]
