@@ -199,7 +199,7 @@ def workplace(tmp_path_factory):
     for source, names in copies.items():
         for name in names.split():
             shutil.copytree(place / source, folder / name)
-    (folder / "tasks.yaml").write_text("noise: {hr_root: photos, instance_prompt: remove the noise}\n")
+    (folder / "tasks.yaml").write_text("noise: {hr_root: photos, instance_prompt: restore this degraded photograph}\n")
     (folder / "restored").mkdir()
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     write_image(folder / "photo.jpg", picture)
