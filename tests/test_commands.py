@@ -199,7 +199,8 @@ def workplace(tmp_path_factory):
     for source, names in copies.items():
         for name in names.split():
             shutil.copytree(place / source, folder / name)
-    (folder / "tasks.yaml").write_text("noise: {hr_root: photos, instance_prompt: restore this degraded photograph}\n")
+    prompt = "restore this degraded photograph"
+    (folder / "tasks.yaml").write_text(f"noise: {{hr_root: photos, instance_prompt: {prompt}}}\n")
     (folder / "restored").mkdir()
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     write_image(folder / "photo.jpg", picture)
@@ -211,7 +212,7 @@ def workplace(tmp_path_factory):
     (folder / "models").mkdir()
     checkpoint.write_weights(folder / "models" / "v1-5-pruned.ckpt", base)
     checkpoint.write_weights(folder / "models" / "srn_deblur.safetensors", SRNDeblurNet(2).state_dict())
-    prompt, flux = "restore this degraded photograph", folder / "models" / "FLUX.1-Kontext-dev"
+    flux = folder / "models" / "FLUX.1-Kontext-dev"
     (folder / "outputs" / "kontext_lora").mkdir(parents=True)
     for path in (ROOT / "models").glob("small_*"):
         (folder / "models" / path.name).symlink_to(path)
