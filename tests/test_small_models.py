@@ -10,11 +10,12 @@ import infer
 from cldm.inpaint import Inpainting, hole_scores, inpaint_image
 from ldm.checkpoint import read_settings, write_weights
 from ldm.data.image import photographs, read_image
-from ldm.metrics import psnr
+from ldm.metrics import misalignment, psnr
+from ldm.models.kontext import load_restorer
 from ldm.modules.image_degradation.blur import random_blur
 from ldm.modules.image_degradation.damage import degrade
 from ldm.modules.image_degradation.masks import random_mask
-from train_small_base import square
+from train_small_base import KEEP, square
 
 MODELS = Path("models")
 # dB, means over the two squares; this gaussian blur is slight, and slight blur becomes worse
@@ -68,6 +69,14 @@ def test_the_small_lora_undoes_damage(squares, tmp_path):
     damaged = [degrade(sharp, np.random.default_rng(5), **kinds) for sharp in squares]
     command = infer.Kontext(input=Path("a.png"), output_dir=tmp_path, num_inference_steps=2, device="cpu")
     assert mean_gain(command.restorer(), squares, damaged) > GAINS["damage"] - 0.1
+
+
+def test_the_small_transformer_keeps_a_picture_where_it_is(squares, tmp_path):
+    """No shift and no zoom: what users of models that edit complain about most."""
+    restore = load_restorer(MODELS / "small_kontext", None, KEEP, tmp_path / "prompt.safetensors")
+    for image in squares:
+        kept = restore(image, steps=4, guidance=1.0, resolution=128)
+        assert psnr(kept, image) > 28 and max(misalignment(kept, image)) < 0.1
 
 
 def test_a_prompt_embedded_by_another_model_is_embedded_anew(squares, tmp_path):
