@@ -47,8 +47,9 @@ def show_demo(shipped: Path, held_out: Dataset, folder: Path, restore: Restore, 
     Prints the means of their scores, and writes images/demo.png of the run's `folder`: each picture as it
     came, as the first and the second restored it, and as it should be.
     """
+    best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     runs = {
-        "these minutes": (folder / "checkpoints" / "best.ckpt", None),
+        "these minutes": (best if best.is_file() else last, None),  # a short run was never validated
         "the one that comes along": (shipped, BASE),
     }
     items, columns = [held_out[index] for index in range(len(held_out))], []

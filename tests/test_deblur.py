@@ -761,7 +761,8 @@ def test_the_demonstration_runs_through_and_resumes(tmp_path, monkeypatch, capsy
         "val_steps": 1,
         "val_ddim_steps": 1,
     }
-    main(Settings(demo=True, **few | {"max_steps": 1}))
+    main(Settings(demo=True, **few | {"max_steps": 1, "val_steps": 9}))  # too short to be validated
+    assert not Path("outputs/deblur_demo/checkpoints/best.ckpt").exists()
     start = Path("outputs/deblur_demo/control_small_ini.safetensors")
     stamp = start.stat().st_mtime_ns
     main(Settings(demo=True, **few | {"max_steps": 2}))
