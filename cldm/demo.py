@@ -62,6 +62,7 @@ def show_demo(shipped: Path, held_out: Dataset, folder: Path, restore: Restore, 
         columns.append(pictures)
     came, truth = ([pixels(item[key], key) for item in items] for key in ("hint", "jpg"))
     rows = [side_by_side([came[n], columns[0][n], columns[1][n], truth[n]]) for n in range(len(items))]
+    (folder / "images").mkdir(exist_ok=True)
     write_image(folder / "images" / "demo.png", np.vstack(rows))
     print(f"  held-out pictures, these two, the truth: {folder / 'images' / 'demo.png'}")
 
