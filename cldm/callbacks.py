@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
 
 from cldm.sharding import split_like, whole
 from harness.run import check_finite
@@ -33,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, content: dict, path: str | Path, storage_options: Any = None) -> None:
         self.wait()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        copy = apply_to_collection(content, torch.Tensor, lambda t: t.detach().to("cpu", copy=True))
+        copy = apply_to_collection(content, Tensor, lambda t: t.detach().to("cpu", copy=True))
         self.pending = self.thread.submit(checkpoint.save, path, copy)
 
     def load_checkpoint(self, path: str | Path, *args, **kwargs) -> dict:
@@ -61,7 +62,7 @@ class Checkpoints(Callback):
         self.folder, self.about = Path(folder), dict(about)
         self.save_steps, self.val_steps = save_steps, val_steps  # val_steps 0: no validation
         self.best, self.last_step, self.log_steps = -math.inf, -1, log_steps
-        self.losses: list[tuple[torch.Tensor, int, list[str]]] = []  # of batches that nobody has looked at
+        self.losses: list[tuple[Tensor, int, list[str]]] = []  # of batches that nobody has looked at
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         step = trainer.global_step

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from cldm.logger import log_txt_as_img
@@ -42,18 +42,18 @@ class ControlNet(UNetEncoder):
         self.zero_convs = nn.ModuleList(zero_conv(channels) for channels, _ in self.skips)
         self.middle_block_out = zero_conv(self.skips[-1][0])
 
-    def hint_features(self, hint: torch.Tensor) -> torch.Tensor:
+    def hint_features(self, hint: Tensor) -> Tensor:
         """Hint (b, hint_channels, 8h, 8w) -> features (b, model_channels, h, w)."""
         return self.run(self.input_hint_block, hint.to(self.time_embed[0].weight.dtype))
 
     def forward(
         self,
-        x: torch.Tensor,
-        hint: torch.Tensor,
-        timesteps: torch.Tensor,
-        context: torch.Tensor,
-        hint_latent: torch.Tensor | None = None,
-    ) -> list[torch.Tensor]:
+        x: Tensor,
+        hint: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        hint_latent: Tensor | None = None,
+    ) -> list[Tensor]:
         """x (b, 4, h, w), hint (b, hint_channels, 8h, 8w) in [0, 1], timesteps (b,), context (b, m, d), and
         hint_latent (b, hint_latent_channels, h, w), scaled as x is, if there are such channels.
 
@@ -78,12 +78,12 @@ class ControlledUnetModel(UNetModel):
 
     def forward(
         self,
-        x: torch.Tensor,
-        timesteps: torch.Tensor,
-        context: torch.Tensor,
-        control: Sequence[torch.Tensor] | None = None,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        control: Sequence[Tensor] | None = None,
         only_mid_control: bool = False,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """As UNetModel's, plus `control`: one tensor for each input block, then one for the middle."""
         skips, h, emb = self.encode(x, timesteps, context)  # without a graph: nothing in it is trained
         if control is not None:
@@ -120,7 +120,7 @@ class ControlLDM(LatentDiffusion):
         self.prompt = ""  # what it was trained with, in a model that open_control_model opened
         self.strict_loading = False  # our checkpoints leave out what is frozen
         self.validation_ddim_steps, self.validation_strength = 20, 1.0
-        self.validation_images: dict[str, torch.Tensor] = {}
+        self.validation_images: dict[str, Tensor] = {}
         self.sd_locked = True
 
     @property
@@ -150,11 +150,11 @@ class ControlLDM(LatentDiffusion):
         count = len(self.control_model.zero_convs) + 1
         return [strength * 0.825 ** (count - 1 - i) for i in range(count)]
 
-    def hint_of(self, batch: Mapping) -> torch.Tensor:
+    def hint_of(self, batch: Mapping) -> Tensor:
         """The hint (b, c, 8h, 8w) of a batch."""
         return image_of(batch, self.control_key)
 
-    def hint_latent(self, cond: Mapping) -> torch.Tensor:
+    def hint_latent(self, cond: Mapping) -> Tensor:
         """cond["c_latent"], or else the scaled latent (b, c, h, w) of the RGB hint in cond["c_concat"]."""
         if cond.get("c_latent") is not None:
             return cond["c_latent"]
@@ -168,11 +168,11 @@ class ControlLDM(LatentDiffusion):
             return {**cond, "c_latent": self.scale_factor * batch["hint_mean"]}
         return {**cond, "c_latent": self.hint_latent(cond) if self.sees_hint_latent else None}
 
-    def get_input(self, batch: Mapping) -> tuple[torch.Tensor, dict]:
+    def get_input(self, batch: Mapping) -> tuple[Tensor, dict]:
         latents, cond = super().get_input(batch)
         return latents, {**cond, **self.hint_cond(batch)}
 
-    def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Mapping) -> torch.Tensor:
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Mapping) -> Tensor:
         """The UNet's output; cond["c_concat"] holds hints (b, c, 8h, 8w) and may be None: no control then."""
         context = torch.cat(cond["c_crossattn"], dim=1)
         control = None
@@ -186,7 +186,7 @@ class ControlLDM(LatentDiffusion):
         unet = uncompiled_if_sampling(self.model.diffusion_model)
         return unet(x_noisy, t, context, control, self.only_mid_control)
 
-    def run_control(self, *inputs: torch.Tensor | None) -> list[torch.Tensor]:
+    def run_control(self, *inputs: Tensor | None) -> list[Tensor]:
         """The ControlNet's outputs; with `cast_together` its weights are cast at once in training."""
         kind = self.device.type
         if not (self.cast_together and torch.is_grad_enabled() and torch.is_autocast_enabled(kind)):
@@ -237,7 +237,7 @@ class ControlLDM(LatentDiffusion):
         unconditional_guidance_scale: float = 1.0,
         negative_prompt: str = "",
         **sampling,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Latents (batch_size, 4, h, w): cond["c_concat"] holds hints (b, c, 8h, 8w) in [0, 1], cond
         ["c_crossattn"] prompts or embeddings; one for all items will do. decode_first_stage makes images.
 
@@ -251,7 +251,7 @@ class ControlLDM(LatentDiffusion):
             control["c_latent"] = latent.expand(batch_size, -1, -1, -1)
         hint = control["c_concat"][0]
 
-        def embed(prompt: str | Sequence[str] | torch.Tensor) -> torch.Tensor:
+        def embed(prompt: str | Sequence[str] | Tensor) -> Tensor:
             prompt = [prompt] if isinstance(prompt, str) else prompt
             return self.get_learned_conditioning(prompt).expand(batch_size, -1, -1)
 
@@ -272,7 +272,7 @@ class ControlLDM(LatentDiffusion):
         )[0]
 
     @torch.no_grad()
-    def restore(self, batch: Mapping, ddim_steps: int, guidance_scale: float = 1.0) -> torch.Tensor:
+    def restore(self, batch: Mapping, ddim_steps: int, guidance_scale: float = 1.0) -> Tensor:
         """Images (b, 3, 8h, 8w) in [-1, 1] sampled for a batch's hints and prompts from each item's noise, or
         with `validation_strength` below 1 from the hint with so much of it."""
         hint = self.hint_of(batch)
@@ -288,7 +288,7 @@ class ControlLDM(LatentDiffusion):
     @torch.no_grad()
     def log_images(
         self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20, guidance_scale: float = 9.0
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Tensor]:
         """Columns of the training grid, each (b, 3, 8h, 8w) in [-1, 1]: hint, sample, truth and prompt."""
         batch = {name: value[:max_images] for name, value in batch.items()}
         image = image_of(batch, self.first_stage_key)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cldm.cldm import ControlLDM, ControlNet
 from cldm.model import CONTROL, FIRST, widen_input, with_hint_latent
@@ -52,13 +52,13 @@ class DeblurControlNet(ControlLDM):
         """Read VGG-19's weights now rather than at the first training step."""
         self._perceptual = [PerceptualLoss()]
 
-    def perceptual(self, restored: torch.Tensor, sharp: torch.Tensor) -> torch.Tensor:
+    def perceptual(self, restored: Tensor, sharp: Tensor) -> Tensor:
         """Perceptual distance of each item (b,)."""
         if not self._perceptual:
             self.load_perceptual()
         return self._perceptual[0].to(restored.device)(restored, sharp)
 
-    def shared_step(self, batch: Mapping) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def shared_step(self, batch: Mapping) -> tuple[Tensor, dict[str, Tensor]]:
         x_start, cond = self.get_input(batch)
         t, noise = self.timesteps_of(batch, len(x_start)), self.noise_of(batch, x_start, salt=1)
         x_noisy = self.q_sample(x_start, t, noise)
@@ -76,8 +76,8 @@ class DeblurControlNet(ControlLDM):
         return loss, {**values, **pixel_values, "loss": loss}
 
     def deblur_losses(
-        self, restored: torch.Tensor, sharp: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self, restored: Tensor, sharp: Tensor, weights: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the pixel losses of images (b, 3, h, w) in [-1, 1], items weighted by (b,), and terms."""
         difference = restored - sharp
         terms = {
@@ -94,7 +94,7 @@ class DeblurControlNet(ControlLDM):
     @torch.no_grad()
     def log_images(
         self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20, guidance_scale: float = 1.0
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Tensor]:
         """Columns of the training grid: blurry, restored, sharp, prompt; each (b, 3, 8h, 8w) in [-1, 1]."""
         images = super().log_images(batch, max_images, ddim_steps, guidance_scale)
         return dict(zip(("blurry", "restored", "sharp", "prompt"), images.values(), strict=True))
@@ -114,14 +114,12 @@ class DeblurControlNet(ControlLDM):
         }
         self.log_dict(values, batch_size=len(pairs), sync_dist=True)
 
-    def _aligned_crop(
-        self, batch: Mapping, x0: torch.Tensor, sharp: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _aligned_crop(self, batch: Mapping, x0: Tensor, sharp: Tensor) -> tuple[Tensor, Tensor]:
         """The same random window of each item's latents and pixels, from its `seed` where there is one."""
         height, width = x0.shape[-2:]
         h, w = (min(self.deblur_crop or side, side) for side in (height, width))
         seeds = batch["seed"] if "seed" in batch else torch.randint(2**62, (len(x0),))
-        seeds = seeds.tolist() if isinstance(seeds, torch.Tensor) else seeds
+        seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
         latents, pixels = [], []
         for index, seed in enumerate(seeds):
             generator = item_generator(seed + 3)
@@ -132,7 +130,7 @@ class DeblurControlNet(ControlLDM):
         return torch.stack(latents), torch.stack(pixels)
 
 
-def gradient_l1(difference: torch.Tensor) -> torch.Tensor:
+def gradient_l1(difference: Tensor) -> Tensor:
     """Mean size of horizontal plus vertical differences of neighbouring pixels, each item: (b,)."""
     horizontal = difference.diff(dim=-1).abs().mean(dim=(1, 2, 3))
     return horizontal + difference.diff(dim=-2).abs().mean(dim=(1, 2, 3))
@@ -153,7 +151,7 @@ class ChannelSpatialAttention(nn.Module):
         self.spatial = nn.Conv2d(2, 1, 7, padding=3)
         self.gate = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         pooled = x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)  # (b, c, 1, 1)
         h = x * torch.sigmoid(self.channel(pooled[0]) + self.channel(pooled[1]))
         planes = torch.cat([h.mean(dim=1, keepdim=True), h.amax(dim=1, keepdim=True)], dim=1)  # (b, 2, h, w)
@@ -167,7 +165,7 @@ class AttentionControlNet(ControlNet):
         super().__init__(**arguments)
         self.hint_attention = ChannelSpatialAttention(self.model_channels)
 
-    def hint_features(self, hint: torch.Tensor) -> torch.Tensor:
+    def hint_features(self, hint: Tensor) -> Tensor:
         return self.hint_attention(super().hint_features(hint))
 
 
@@ -179,7 +177,7 @@ class DeblurControlNetWithAttention(DeblurControlNet):
         super().__init__(control_stage_config=control, **arguments)
 
 
-def add_attention(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def add_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A plain ControlLDM's state dict with fresh attention: it is still the same function.
 
     Raises ValueError if there is no ControlNet in it.
@@ -191,9 +189,7 @@ def add_attention(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     return {**{f"control_model.hint_attention.{name}": value for name, value in fresh.items()}, **weights}
 
 
-def add_hint_latent(
-    config: Mapping, weights: Mapping[str, torch.Tensor]
-) -> tuple[dict, dict[str, torch.Tensor]]:
+def add_hint_latent(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
     """Configuration and state dict of a ControlLDM whose ControlNet also takes the hint's latent, beside x.
 
     The new channels start at weight zero: it is still the same function.

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pytorch_lightning.utilities import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -67,7 +67,7 @@ def show_demo(shipped: Path, held_out: Dataset, folder: Path, restore: Restore, 
     print(f"  held-out pictures, these two, the truth: {folder / 'images' / 'demo.png'}")
 
 
-def pixels(image: torch.Tensor, key: str = "jpg") -> np.ndarray:
+def pixels(image: Tensor, key: str = "jpg") -> np.ndarray:
     """An item's (h, w, 3), in [-1, 1], or the `hint` in [0, 1], as uint8."""
     image = image.permute(2, 0, 1)[:3]
     return to_uint8(image * 2 - 1 if key == "hint" else image)

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cldm.cldm import ControlLDM
 from cldm.model import widen_input
@@ -30,7 +31,7 @@ class InpaintControlNet(ControlLDM):
     @torch.no_grad()
     def log_images(
         self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20, guidance_scale: float = 1.0
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Tensor]:
         """Columns of the training grid, each (b, 3, 8h, 8w) in [-1, 1].
 
         `result` is what is sampled for the hint alone, `composite` the truth with the result in its hole.
@@ -69,7 +70,7 @@ class InpaintControlNet(ControlLDM):
         self.log_dict(values, batch_size=len(pairs), sync_dist=True)
 
 
-def hole_scores(composite: np.ndarray, truth: np.ndarray, hole: torch.Tensor) -> dict[str, float]:
+def hole_scores(composite: np.ndarray, truth: np.ndarray, hole: Tensor) -> dict[str, float]:
     """`psnr_hole` in dB and `gradients_hole`, the energy of the gradients as a part of the truth's, of uint8
     (h, w, 3) in the hole (h, w); and the same of Telea's filling (2004), which knows the surroundings alone.
 
@@ -92,7 +93,7 @@ def gradient_energy(image: np.ndarray) -> np.ndarray:
     return dy**2 + dx**2
 
 
-def region_errors(result: torch.Tensor, truth: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def region_errors(result: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Mean absolute difference of images (b, 3, h, w) in [-1, 1], as part of their range, in three regions.
 
     mask (b, 1, h, w) is 1 in the hole. `hole`, `outside` and `ring` (up to 8 pixels on either side of the
@@ -108,7 +109,7 @@ def region_errors(result: torch.Tensor, truth: torch.Tensor, mask: torch.Tensor)
     }
 
 
-def widen_hint(weights: Mapping[str, torch.Tensor], channels: int) -> dict[str, torch.Tensor]:
+def widen_hint(weights: Mapping[str, Tensor], channels: int) -> dict[str, Tensor]:
     """A state dict whose hint has at least `channels` channels (see cldm.model.widen_input)."""
     return widen_input(weights, "control_model.input_hint_block.0.weight", channels)
 
@@ -227,7 +228,7 @@ def fill(
     scaled_hole = cv2.resize(hole, (width, height), interpolation=cv2.INTER_NEAREST)
     known = scaled if options.strength < 1 else fill_smoothly(scaled.astype(np.float32), scaled_hole)
 
-    def on_device(picture: np.ndarray) -> torch.Tensor:
+    def on_device(picture: np.ndarray) -> Tensor:
         return pad_to_multiple(to_tensor(picture)[None], MULTIPLE).to(model.device)
 
     mask = torch.from_numpy(scaled_hole)[None, None].float()

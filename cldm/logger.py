@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -16,7 +17,7 @@ from harness.metrics_csv import MetricsCsv
 from ldm.data.image import to_uint8, write_image
 
 
-def log_txt_as_img(size: tuple[int, int], texts: list[str]) -> torch.Tensor:
+def log_txt_as_img(size: tuple[int, int], texts: list[str]) -> Tensor:
     """Texts written black on white, wrapped: (b, 3, height, width) in [-1, 1] for size (width, height)."""
     pictures = []
     for text in texts:
@@ -29,7 +30,7 @@ def log_txt_as_img(size: tuple[int, int], texts: list[str]) -> torch.Tensor:
     return torch.stack(pictures)
 
 
-def grid_of(images: dict[str, torch.Tensor]) -> np.ndarray:
+def grid_of(images: dict[str, Tensor]) -> np.ndarray:
     """A row for each item, a column for each entry of `images` (b, 3, h, w) in [-1, 1]: uint8 (H, W, 3)."""
     columns = [value.detach().float().cpu().clamp(-1, 1) for value in images.values()]
     rows = torch.stack(columns, dim=1).flatten(0, 1)
@@ -62,7 +63,7 @@ class ImageLogger(Callback):
         if trainer.is_global_zero and pl_module.validation_images:
             self.write(trainer, "val", pl_module.validation_images)
 
-    def write(self, trainer: pl.Trainer, name: str, images: dict[str, torch.Tensor]) -> None:
+    def write(self, trainer: pl.Trainer, name: str, images: dict[str, Tensor]) -> None:
         """Write one grid under `name` and the present step."""
         grid, step = grid_of(images), trainer.global_step
         self.folder.mkdir(parents=True, exist_ok=True)

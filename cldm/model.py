@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import read_trained, read_weights
@@ -40,7 +40,7 @@ class SkipInit(TorchFunctionMode):
     """Leaves parameters as they were allocated: for models whose every weight is read from a file."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
+        if func in (Tensor.uniform_, Tensor.normal_):
             return args[0]
         return func(*args, **(kwargs or {}))
 
@@ -50,9 +50,7 @@ def create_model(config_path: str | Path) -> nn.Module:
     return instantiate_from_config(read_config(config_path))
 
 
-def create_filled_model(
-    config: Mapping, weights: Mapping[str, torch.Tensor], source: str | Path
-) -> nn.Module:
+def create_filled_model(config: Mapping, weights: Mapping[str, Tensor], source: str | Path) -> nn.Module:
     """Build the model of `config` with `weights`, which must have its tensors (see `check_weights`)."""
     with torch.device("meta"):  # a file that does not fit is found before memory is taken
         check_weights(instantiate_from_config(config).state_dict(), weights, source)
@@ -63,14 +61,12 @@ def create_filled_model(
     return model
 
 
-def load_state_dict(path: str | Path, location: str = "cpu") -> dict[str, torch.Tensor]:
+def load_state_dict(path: str | Path, location: str = "cpu") -> dict[str, Tensor]:
     """State dict of a .safetensors, .ckpt or .pth file (see ldm.checkpoint.read_weights)."""
     return read_weights(path, location)
 
 
-def check_weights(
-    own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], source: str | Path
-) -> None:
+def check_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise ValueError that names `source` and what is missing or has another shape than in `own`.
 
     `position_ids` and the schedule's tables may be missing: they follow from the configuration. Tensors of
@@ -96,7 +92,7 @@ def listing(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def family(weights: Mapping[str, torch.Tensor]) -> str:
+def family(weights: Mapping[str, Tensor]) -> str:
     """What a state dict is, judged by its keys and shapes."""
     telling = {
         "double_blocks.": "FLUX",
@@ -118,8 +114,8 @@ def family(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def add_control(
-    weights: Mapping[str, torch.Tensor], config: Mapping, source: str | Path
-) -> tuple[dict[str, torch.Tensor], Counter, dict[str, list[str]]]:
+    weights: Mapping[str, Tensor], config: Mapping, source: str | Path
+) -> tuple[dict[str, Tensor], Counter, dict[str, list[str]]]:
     """State dict of the ControlLDM of `config`, started from Stable Diffusion's `weights`.
 
     Also returns how many tensors were copied, kept, added and ignored, and the names of the last two.
@@ -150,9 +146,7 @@ def add_control(
     return result, counts, names
 
 
-def check_fit(
-    weights: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor], source: str | Path
-) -> None:
+def check_fit(weights: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise ValueError that names the keys that tell, if `weights` are not what is wanted."""
     kind = family(weights)
     if any(name.startswith(CONTROL) for name in weights):
@@ -168,7 +162,7 @@ def check_fit(
         raise ValueError(f"{source} ({kind}) does not fit this configuration: it lacks {listing(missing)}")
 
 
-def fresh_weights(config: Mapping) -> dict[str, torch.Tensor]:
+def fresh_weights(config: Mapping) -> dict[str, Tensor]:
     """A new ControlLDM's tensors: its ControlNet initialised, its schedule and position_ids computed.
 
     The rest, which comes from the file, is left unset.
@@ -179,7 +173,7 @@ def fresh_weights(config: Mapping) -> dict[str, torch.Tensor]:
     return {**fresh, **{CONTROL + name: value for name, value in control.items()}}
 
 
-def widen_input(weights: Mapping[str, torch.Tensor], name: str, channels: int) -> dict[str, torch.Tensor]:
+def widen_input(weights: Mapping[str, Tensor], name: str, channels: int) -> dict[str, Tensor]:
     """A state dict whose convolution `name` takes at least `channels`: the new ones have weight zero.
 
     Weights of something else stay as they are.
@@ -190,7 +184,7 @@ def widen_input(weights: Mapping[str, torch.Tensor], name: str, channels: int) -
     return {**weights, name: F.pad(weights[name], (0, 0, 0, 0, 0, missing))}
 
 
-def hint_latent_channels(weights: Mapping[str, torch.Tensor], config: Mapping | None = None) -> int:
+def hint_latent_channels(weights: Mapping[str, Tensor], config: Mapping | None = None) -> int:
     """How many channels of the hint's latent a ControlNet takes beside x, judged by the UNet's in the same
     state dict, or by the configuration it was trained with; 0 if neither is there."""
     if config:
@@ -208,7 +202,7 @@ def with_hint_latent(config: Mapping, channels: int) -> dict:
     return {**config, "params": {**params, "control_stage_config": stage}}
 
 
-def read_control(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+def read_control(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """`ldm.checkpoint.read_trained`; a ControlNet's bare names get their prefix, `control_model.`"""
     weights, content = read_trained(path)
     if any(name.startswith(("zero_convs.", "input_hint_block.")) for name in weights):
@@ -217,7 +211,7 @@ def read_control(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def wanted_base(
-    weights: Mapping[str, torch.Tensor], content: Mapping, path: str | Path, base_path: str | Path | None
+    weights: Mapping[str, Tensor], content: Mapping, path: str | Path, base_path: str | Path | None
 ) -> Path | None:
     """The Stable Diffusion file that a ControlNet read by `read_control` from `path` is put on: `base_path`,
     else the one that it names; None if it is whole. Raises ValueError if it needs one and there is none."""
@@ -260,7 +254,7 @@ def open_control_model(
     return model
 
 
-def config_for(weights: Mapping[str, torch.Tensor], path: str | Path) -> Path:
+def config_for(weights: Mapping[str, Tensor], path: str | Path) -> Path:
     """The yaml in models/ that fits a state dict; raises ValueError if none does.
 
     Stable Diffusion 2.1's two variants look alike: the 512-px one is taken.

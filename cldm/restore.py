@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from cldm.cldm import ControlLDM
 from cldm.model import open_control_model
@@ -106,7 +107,7 @@ class Tiles:
     side: int
     overlap: int
 
-    def blend(self, compute: Callable[[slice, slice], torch.Tensor], scale: int = 1) -> torch.Tensor:
+    def blend(self, compute: Callable[[slice, slice], Tensor], scale: int = 1) -> Tensor:
         """compute(y, x) of every tile, `scale` times as large, blended."""
         return blend_tiles(compute, *(tile_spans(n, self.side, self.overlap, 8) for n in self.size), scale)
 
@@ -118,14 +119,12 @@ class TiledSampler(DDIMSampler):
     to that of `guide`, the input's latents: restoration guidance (Lin et al. 2024, sec. 3.3) in one step.
     """
 
-    def __init__(
-        self, model: ControlLDM, tiles: Tiles, guide: torch.Tensor | None = None, fidelity: float = 0.0
-    ):
+    def __init__(self, model: ControlLDM, tiles: Tiles, guide: Tensor | None = None, fidelity: float = 0.0):
         super().__init__(model)
         self.tiles, self.guide, self.fidelity = tiles, guide, fidelity
 
-    def _eps(self, x: torch.Tensor, t: torch.Tensor, cond: Mapping, uncond: Mapping | None, scale: float):
-        def part(ys: slice, xs: slice) -> torch.Tensor:
+    def _eps(self, x: Tensor, t: Tensor, cond: Mapping, uncond: Mapping | None, scale: float):
+        def part(ys: slice, xs: slice) -> Tensor:
             return super(TiledSampler, self)._eps(
                 x[..., ys, xs], t, cut(cond, ys, xs), uncond and cut(uncond, ys, xs), scale
             )
@@ -139,7 +138,7 @@ class TiledSampler(DDIMSampler):
         return eps - (alpha / (1 - alpha)).sqrt() * moved  # the noise that the moved estimate stands for
 
 
-def low_band(latents: torch.Tensor, levels: int = 2) -> torch.Tensor:
+def low_band(latents: Tensor, levels: int = 2) -> Tensor:
     """What `coarse` leaves of (b, c, h, w): so many steps of the a-trous wavelet, 8 pixels to a latent."""
     kernel = torch.tensor([0.25, 0.5, 0.25], device=latents.device)
     kernel = (kernel[:, None] * kernel).expand(latents.shape[1], 1, 3, 3)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -26,7 +27,7 @@ class ShardedStrategy(DDPStrategy):
                     fully_shard(block, mesh=mesh)
             fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
-    def lightning_module_state_dict(self) -> dict[str, torch.Tensor]:
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
         """The trained parameters: ControlLDM.on_save_checkpoint keeps no others."""
         return whole({name: p for name, p in self.model.named_parameters() if p.requires_grad})
 
@@ -52,7 +53,7 @@ def whole(value: Any) -> Any:
     return [whole(part) for part in value] if isinstance(value, list) else value
 
 
-def split_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def split_like(parameter: Tensor, value: Tensor) -> Tensor:
     """This process's part of `value` if it belongs to a split `parameter` and has its shape."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value

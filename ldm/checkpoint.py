@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth")
 FULL = 2**20  # bytes: a disk with less space is called full
@@ -95,7 +95,7 @@ def _is_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def read_weights(path: str | Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
     """State dict of a .safetensors, .ckpt or .pth file, without its `state_dict` or `params` wrapper.
 
     Raises FileNotFoundError, or ValueError if the file is damaged or holds no tensors.
@@ -109,7 +109,7 @@ def read_weights(path: str | Path, device: str = "cpu") -> dict[str, torch.Tenso
     content = load(path, device)
     content = content.get("state_dict", content.get("params", content))  # params: NAFNet's authors'
     values = content.items() if isinstance(content, dict) else ()
-    weights = {name: value for name, value in values if isinstance(value, torch.Tensor) and name == str(name)}
+    weights = {name: value for name, value in values if isinstance(value, Tensor) and name == str(name)}
     if not weights:
         raise ValueError(f"{path} is not a checkpoint: it holds no tensors")
     return weights
@@ -138,7 +138,7 @@ def read_settings(path: str | Path, name: str = "settings") -> dict:
     return settings
 
 
-def read_trained(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Weights to use from a file (the EMA's where it holds one), and what else is in it.
 
     Any file that `ldm.read_weights` reads will do. `settings`, those of the training, are always
@@ -170,7 +170,7 @@ def describe(path: str | Path) -> dict:
 
 
 def write_weights(
-    path: str | Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+    path: str | Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a state dict as .safetensors, or with torch.save under `state_dict` for any other suffix."""
     if Path(path).suffix != ".safetensors":
@@ -179,13 +179,13 @@ def write_weights(
     write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
 
 
-def write_half(path: str | Path, weights: dict[str, torch.Tensor], settings: dict) -> None:
+def write_half(path: str | Path, weights: dict[str, Tensor], settings: dict) -> None:
     """Write a .safetensors file to use and share: half precision, the settings as json in the metadata."""
     half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     write_weights(path, half, {"settings": json.dumps(settings)})
 
 
-def check_fit(network: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+def check_fit(network: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Raise ValueError that names `path` if names or shapes differ from the network's."""
     own = network.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in weights]
@@ -200,7 +200,7 @@ def check_fit(network: nn.Module, weights: dict[str, torch.Tensor], path: str | 
         raise ValueError(f"{path} does not fit {type(network).__name__}: {', '.join(wrong[:3])}{more}")
 
 
-def fill(network: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> nn.Module:
+def fill(network: nn.Module, weights: dict[str, Tensor], path: str | Path) -> nn.Module:
     """`network` with these weights, which come from `path`. Raises ValueError if they do not fit."""
     check_fit(network, weights, path)
     network.load_state_dict(weights)

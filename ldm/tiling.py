@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.data.image import to_pixels, to_tensor
@@ -13,7 +14,7 @@ from ldm.util import compute_dtype
 MULTIPLE = 16  # pixels: what tiles are rounded up to, which saves networks their own padding
 
 
-def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """(b, c, h, w) grown at right and bottom, by repeating its edge, until `multiple` divides h and w."""
     h, w = image.shape[-2:]
     right, bottom = -w % multiple, -h % multiple
@@ -37,20 +38,20 @@ def tile_spans(length: int, tile: int, overlap: int, multiple: int = 1) -> list[
     return [slice(start, start + side) for start in starts]
 
 
-def gaussian_window(h: int, w: int, sigma: float = 0.3) -> torch.Tensor:
+def gaussian_window(h: int, w: int, sigma: float = 0.3) -> Tensor:
     """Weights (h, w) of a tile in the blend: 1 in its middle, a gaussian of deviation `sigma` half-sides."""
     y, x = (torch.linspace(-1, 1, n + 2)[1:-1] for n in (h, w))
     return torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2))
 
 
 def blend_tiles(
-    compute: Callable[[slice, slice], torch.Tensor],
+    compute: Callable[[slice, slice], Tensor],
     rows: list[slice],
     columns: list[slice],
     scale: int = 1,
     device: torch.device | None = None,
     progress: Callable = iter,
-) -> torch.Tensor:
+) -> Tensor:
     """compute(y, x) (b, c, h, w) of every tile, `scale` times as large, blended with gaussian weights.
 
     The sum is float32 and lies on `device`, or where the first tile's is. One tile alone comes back as it is.
@@ -73,12 +74,12 @@ def blend_tiles(
 
 
 def restore_tiled(
-    image: torch.Tensor,
-    restore: Callable[[torch.Tensor], torch.Tensor],
+    image: Tensor,
+    restore: Callable[[Tensor], Tensor],
     tile: int,
     overlap: int,
     progress: Callable = iter,
-) -> torch.Tensor:
+) -> Tensor:
     """`restore` applied to overlapping tiles of (b, c, h, w), at most `tile` a side, blended.
 
     The sum is kept where `image` lies (leave it on the CPU if it is large); `restore` moves each tile where
@@ -93,7 +94,7 @@ def restore_tiled(
 @torch.inference_mode()
 def restore_picture(
     image: np.ndarray,
-    restore: Callable[[torch.Tensor], torch.Tensor],
+    restore: Callable[[Tensor], Tensor],
     device: torch.device,
     precision: str = "32",
     tile: int = 0,
@@ -109,7 +110,7 @@ def restore_picture(
     deep = image.dtype == np.uint16 and precision == "auto"
     dtype = compute_dtype("32" if deep else precision, device)
 
-    def run(part: torch.Tensor) -> torch.Tensor:
+    def run(part: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             return restore(part.to(device, memory_format=torch.channels_last)).float()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms
+from torch import Tensor
 
 from ldm.data.packed import database, list_packed, read_packed
 
@@ -180,19 +181,19 @@ def to_8_bit(image: np.ndarray) -> np.ndarray:
     return image if image.dtype == np.uint8 else ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def to_tensor(image: np.ndarray) -> torch.Tensor:
+def to_tensor(image: np.ndarray) -> Tensor:
     """uint8 (or numbers of its range) or uint16 (h, w, c) -> float32 (c, h, w) in [-1, 1]."""
     half = 65535 / 2 if image.dtype == np.uint16 else 255 / 2
     image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     return image.float().div(half).sub(1)
 
 
-def to_uint8(image: torch.Tensor) -> np.ndarray:
+def to_uint8(image: Tensor) -> np.ndarray:
     """Float (c, h, w) in [-1, 1] -> uint8 (h, w, c): clamped, then rounded."""
     return to_pixels(image, np.uint8)
 
 
-def to_pixels(image: torch.Tensor, dtype: np.dtype | type) -> np.ndarray:
+def to_pixels(image: Tensor, dtype: np.dtype | type) -> np.ndarray:
     """Float (c, h, w) in [-1, 1] -> uint8 or uint16 (h, w, c), converted on the tensor's device."""
     half = np.iinfo(dtype).max / 2
     image = image.detach().float().clamp(-1, 1).add_(1).mul_(half).round_()

@@ -15,6 +15,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.captions import check_captions, read_caption
@@ -28,7 +29,7 @@ USABLE = 0.25  # an object this much smaller than the smallest hole is not grown
 Key = int | tuple[int, int]
 
 
-def make_hint(image: torch.Tensor, mask: torch.Tensor, channels: int = 3) -> torch.Tensor:
+def make_hint(image: Tensor, mask: Tensor, channels: int = 3) -> Tensor:
     """What an inpainting ControlNet sees: RGB in [0, 1] with -1 in the hole, and the mask as 4th channel if
     `channels` is 4. It is the convention of control_v11p_sd15_inpaint.
 

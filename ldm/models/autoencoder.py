@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 
@@ -11,20 +11,20 @@ from ldm.modules.diffusionmodules.model import Decoder, Encoder
 class DiagonalGaussianDistribution:
     """Normal distribution given by moments (b, 2c, h, w): mean, then log variance (clamped to [-30, 20])."""
 
-    def __init__(self, moments: torch.Tensor):
+    def __init__(self, moments: Tensor):
         self.mean, logvar = moments.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
 
-    def sample(self, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def sample(self, noise: Tensor | None = None) -> Tensor:
         """A draw (b, c, h, w); `noise` is the standard normal to use."""
         noise = torch.randn_like(self.mean) if noise is None else noise
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
-    def mode(self) -> torch.Tensor:
+    def mode(self) -> Tensor:
         """The mean (b, c, h, w)."""
         return self.mean
 
-    def kl(self) -> torch.Tensor:
+    def kl(self) -> Tensor:
         """Divergence from the standard normal, summed over each item: (b,)."""
         terms = self.mean**2 + self.logvar.exp() - 1.0 - self.logvar
         return 0.5 * terms.sum(dim=(1, 2, 3))
@@ -54,10 +54,10 @@ class AutoencoderKL(nn.Module):
         else:
             self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
 
-    def encode(self, image: torch.Tensor) -> DiagonalGaussianDistribution:
+    def encode(self, image: Tensor) -> DiagonalGaussianDistribution:
         """Image (b, 3, h, w) in [-1, 1] -> distribution of latents (b, embed_dim, h / 8, w / 8)."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(image)))
 
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+    def decode(self, latent: Tensor) -> Tensor:
         """Latent (b, embed_dim, h, w) -> image (b, 3, 8h, 8w) near [-1, 1]."""
         return self.decoder(self.post_quant_conv(latent))

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.util import GroupNorm32, LayerNorm32, zero_module
 
@@ -19,7 +19,7 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Identity())
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if context is None and x.numel() > 3 * self.to_q.weight.numel():  # many tokens: read them once
             weights = [layer.weight for layer in (self.to_q, self.to_k, self.to_v)]
             projections = F.linear(x, torch.cat(weights)).chunk(3, dim=-1)
@@ -38,14 +38,14 @@ class GatedGELU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, both: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, both: Tensor) -> Tensor:
         x, gate = both.chunk(2, dim=-1)
         gate = F.gelu(gate)
         ctx.save_for_backward(both, gate)
         return x * gate
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx, gradient: Tensor) -> Tensor:
         both, activated = ctx.saved_tensors
         x, gate = both.chunk(2, dim=-1)
         result = torch.empty_like(both)
@@ -62,7 +62,7 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim_in, dim_out * 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)
         if torch.compiler.is_compiling():  # the compiler joins them itself
             x, gate = x.chunk(2, dim=-1)
@@ -77,7 +77,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, dim * 4), nn.Identity(), nn.Linear(dim * 4, dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
@@ -91,7 +91,7 @@ class BasicTransformerBlock(nn.Module):
         self.attn2 = CrossAttention(dim, context_dim, heads, dim_head)
         self.norm1, self.norm2, self.norm3 = (LayerNorm32(dim) for _ in range(3))
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -114,7 +114,7 @@ class SpatialTransformer(nn.Module):
             nn.Linear(inner_dim, channels) if use_linear else nn.Conv2d(inner_dim, channels, 1)
         )
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         size, h = x.shape[-2:], self.norm(x)
         h = self.proj_in(tokens(h)) if self.use_linear else tokens(self.proj_in(h))  # (b, h * w, inner_dim)
         for block in self.transformer_blocks:
@@ -123,19 +123,17 @@ class SpatialTransformer(nn.Module):
         return x + (feature_map(h, size) if self.use_linear else h)
 
 
-def tokens(x: torch.Tensor) -> torch.Tensor:
+def tokens(x: Tensor) -> Tensor:
     """(b, c, h, w) -> (b, h * w, c), a view of a channels_last map."""
     return x.flatten(2).transpose(1, 2)
 
 
-def feature_map(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def feature_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     """(b, h * w, c) -> (b, c, h, w), channels_last."""
     return x.transpose(1, 2).unflatten(2, size)
 
 
-def rotary_embedding(
-    ids: torch.Tensor, axes_dim: tuple[int, ...], theta: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_embedding(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
     """What rotates the pairs of a head (RoPE), float32: ids (b, n, axes) -> cosines (b, 1, n, d), each twice,
     and sines (b, 1, n, d / 2)."""
     angles = []
@@ -150,7 +148,7 @@ class Rotate(torch.autograd.Function):
     """Neighbours (x0, x1) become (x0 cos - x1 sin, x1 cos + x0 sin), with three reads of x in all."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         turned = torch.mul(x, cos, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
         turned[..., 0::2].addcmul_(x[..., 1::2], sin, value=-1)
@@ -158,6 +156,6 @@ class Rotate(torch.autograd.Function):
         return turned
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return Rotate.apply(grad, cos, -sin), None, None  # turned back

@@ -5,7 +5,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import VGG19_Weights, vgg19
 
 from ldm.checkpoint import fill, read_weights
@@ -34,7 +34,7 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).reshape(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).reshape(1, 3, 1, 1))
 
-    def forward(self, restored: torch.Tensor, sharp: torch.Tensor) -> torch.Tensor:
+    def forward(self, restored: Tensor, sharp: Tensor) -> Tensor:
         with torch.no_grad():
             targets = self._features(sharp)
         distances = [
@@ -43,7 +43,7 @@ class PerceptualLoss(nn.Module):
         ]
         return torch.stack(distances).sum(dim=0)
 
-    def _features(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def _features(self, image: Tensor) -> list[Tensor]:
         h, found = ((image + 1) / 2 - self.mean) / self.std, []
         for index, layer in enumerate(self.features):
             h = layer(h)

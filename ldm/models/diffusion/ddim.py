@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from ldm.models.diffusion import samplers
 from ldm.models.diffusion.samplers import Step
@@ -22,17 +23,17 @@ class DDIMSampler:
         shape: Sequence[int],
         conditioning: Mapping,
         eta: float = 0.0,
-        x_T: torch.Tensor | None = None,
+        x_T: Tensor | None = None,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Mapping | None = None,
-        x0: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        x0: Tensor | None = None,
+        mask: Tensor | None = None,
         strength: float = 1.0,
         generator: torch.Generator | None = None,
         method: str = "ddim",
         progress: Callable = iter,
         verbose: bool = False,
-    ) -> tuple[torch.Tensor, dict]:
+    ) -> tuple[Tensor, dict]:
         """S steps to latents (batch_size, *shape), and a dict with the start and the end.
 
         With strength < 1 the walk starts from `x0`, noised by so much. Where `mask` is 1, `x0` (noised) is
@@ -46,15 +47,15 @@ class DDIMSampler:
             raise ValueError("strength below 1 and a mask need x0, the latents to start from")
         model, device = self.model, self.model.betas.device
 
-        def noise(like: torch.Tensor) -> torch.Tensor:
+        def noise(like: Tensor) -> Tensor:
             return torch.randn(like.shape, generator=generator).to(device)
 
-        def denoise(x: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def denoise(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
             ts = torch.full((batch_size,), t, device=device)
             eps = self._eps(x, ts, conditioning, unconditional_conditioning, unconditional_guidance_scale)
             return model.predict_start_from_noise(x, ts, eps), eps
 
-        def put_back(x: torch.Tensor, step: Step) -> torch.Tensor:
+        def put_back(x: Tensor, step: Step) -> Tensor:
             if mask is None:
                 return x
             known = step.alpha**0.5 * x0 + (1 - step.alpha) ** 0.5 * noise(x)
@@ -70,9 +71,7 @@ class DDIMSampler:
         latents = samplers.METHODS[method](denoise, x, progress(steps), noise, put_back, **options)
         return latents, {"x_inter": [x, latents]}
 
-    def _eps(
-        self, x: torch.Tensor, t: torch.Tensor, cond: Mapping, uncond: Mapping | None, scale: float
-    ) -> torch.Tensor:
+    def _eps(self, x: Tensor, t: Tensor, cond: Mapping, uncond: Mapping | None, scale: float) -> Tensor:
         """Noise with classifier-free guidance (Ho & Salimans 2022, eq. 6): two calls, so hints may differ."""
         output = self.model.apply_model(x, t, cond).float()
         if uncond is not None and scale != 1.0:

@@ -7,7 +7,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.data.stream import item_generator
 from ldm.models.autoencoder import DiagonalGaussianDistribution
@@ -74,8 +74,8 @@ class LatentDiffusion(pl.LightningModule):
         self.model = DiffusionWrapper(unet_config)
         self.first_stage_model = instantiate_from_config(first_stage_config).requires_grad_(False).eval()
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if cond_stage_config else None
-        self._embeddings: dict[str, torch.Tensor] = {}
-        self.train_values: dict[str, torch.Tensor] = {}  # losses of the last training step
+        self._embeddings: dict[str, Tensor] = {}
+        self.train_values: dict[str, Tensor] = {}  # losses of the last training step
 
     def register_schedule(self, timesteps: int, linear_start: float, linear_end: float) -> None:
         """Compute the schedule's tables in float64 and keep them as float32 buffers (timesteps,)."""
@@ -129,29 +129,29 @@ class LatentDiffusion(pl.LightningModule):
         return nullcontext()
 
     @torch.no_grad()
-    def encode_first_stage(self, image: torch.Tensor) -> DiagonalGaussianDistribution:
+    def encode_first_stage(self, image: Tensor) -> DiagonalGaussianDistribution:
         """Image (b, 3, h, w) in [-1, 1] -> distribution of unscaled latents (b, 4, h / 8, w / 8)."""
         with self._autoencoder_precision():
             return self.first_stage_model.encode(image)
 
     def get_first_stage_encoding(
-        self, posterior: DiagonalGaussianDistribution, noise: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, posterior: DiagonalGaussianDistribution, noise: Tensor | None = None
+    ) -> Tensor:
         """A draw of the latent, scaled to unit variance; `noise` is the standard normal to use."""
         return self.scale_factor * posterior.sample(noise).float()
 
-    def decode_first_stage(self, latent: torch.Tensor) -> torch.Tensor:
+    def decode_first_stage(self, latent: Tensor) -> Tensor:
         """Scaled latent (b, 4, h, w) -> image (b, 3, 8h, 8w) near [-1, 1], with gradients."""
         with self._autoencoder_precision():
             return self.first_stage_model.decode(latent.float() / self.scale_factor)
 
     @torch.no_grad()
-    def get_learned_conditioning(self, prompts: Sequence[str] | torch.Tensor) -> torch.Tensor:
+    def get_learned_conditioning(self, prompts: Sequence[str] | Tensor) -> Tensor:
         """Prompts -> embeddings (b, 77, d); embeddings pass through. Each distinct prompt is computed once.
 
         Raises ValueError for prompts given to a model without a text tower.
         """
-        if isinstance(prompts, torch.Tensor):
+        if isinstance(prompts, Tensor):
             return prompts.to(self.device)
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if new and self.cond_stage_model is None:
@@ -169,58 +169,52 @@ class LatentDiffusion(pl.LightningModule):
 
     # ---- forward process and predictions
 
-    def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noisy latents at timesteps t (b,) (Ho et al. 2020, eq. 4)."""
         signal = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.ndim)
         deviation = extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.ndim)
         return signal * x_start + deviation * noise
 
-    def get_v(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The velocity sqrt(abar) noise - sqrt(1 - abar) x (Salimans & Ho 2022, sec. 4)."""
         return self.q_sample(noise, t, -x)
 
-    def predict_start_from_noise(
-        self, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The clean latents that noisy ones stand for, given their noise."""
         recip = extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.ndim)
         return recip * x_t - extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.ndim) * noise
 
-    def predict_start_from_v(self, x_t: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """The clean latents that noisy ones stand for, given their velocity."""
         return self.q_sample(x_t, t, -v)
 
-    def predict_eps_from_v(self, x_t: torch.Tensor, t: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def predict_eps_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """The noise in noisy latents, given their velocity."""
         return self.q_sample(v, t, x_t)
 
-    def predict_start(self, x_t: torch.Tensor, t: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def predict_start(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """The clean latents that the UNet's output stands for, whatever its parameterization."""
         predict = self.predict_start_from_v if self.parameterization == "v" else self.predict_start_from_noise
         return predict(x_t, t, output)
 
-    def q_posterior(
-        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log variance of the step before t, given both ends (Ho et al. 2020, eq. 6-7)."""
         mean = extract_into_tensor(self.posterior_mean_coef1, t, x_t.ndim) * x_start
         mean = mean + extract_into_tensor(self.posterior_mean_coef2, t, x_t.ndim) * x_t
         variance = extract_into_tensor(self.posterior_variance, t, x_t.ndim)
         return mean, variance, extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.ndim)
 
-    def p_mean_variance(
-        self, x_t: torch.Tensor, cond: Mapping, t: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def p_mean_variance(self, x_t: Tensor, cond: Mapping, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log variance of one reverse step, x0 not clipped."""
         return self.q_posterior(self.predict_start(x_t, t, self.apply_model(x_t, t, cond)), x_t, t)
 
-    def apply_model(self, x_noisy: torch.Tensor, t: torch.Tensor, cond: Mapping) -> torch.Tensor:
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Mapping) -> Tensor:
         """The UNet's output for noisy latents (b, 4, h, w); cond["c_crossattn"] is a list of embeddings."""
         return self.model.diffusion_model(x_noisy, t, torch.cat(cond["c_crossattn"], dim=1))
 
     # ---- training
 
-    def get_input(self, batch: Mapping) -> tuple[torch.Tensor, dict]:
+    def get_input(self, batch: Mapping) -> tuple[Tensor, dict]:
         """Scaled latents (b, 4, h, w) and conditioning of a batch, which may hold `moments` for images."""
         if "moments" in batch:
             posterior = DiagonalGaussianDistribution(batch["moments"])
@@ -230,7 +224,7 @@ class LatentDiffusion(pl.LightningModule):
         cond = {"c_crossattn": [self.get_learned_conditioning(batch[self.cond_stage_key])]}
         return self.get_first_stage_encoding(posterior, noise), cond
 
-    def noise_of(self, batch: Mapping, like: torch.Tensor, salt: int) -> torch.Tensor:
+    def noise_of(self, batch: Mapping, like: Tensor, salt: int) -> Tensor:
         """Standard normal noise shaped like `like`: the batch's own, or from its items' `seed`."""
         if f"noise_{salt}" in batch:
             return batch[f"noise_{salt}"]
@@ -239,7 +233,7 @@ class LatentDiffusion(pl.LightningModule):
         draws = [torch.randn(like.shape[1:], generator=item_generator(int(s) + salt)) for s in batch["seed"]]
         return torch.stack(draws).to(like.device)
 
-    def timesteps_of(self, batch: Mapping, count: int) -> torch.Tensor:
+    def timesteps_of(self, batch: Mapping, count: int) -> Tensor:
         """Uniform timesteps (count,): the batch's own, or from its items' `seed`."""
         if "timestep" in batch:
             return batch["timestep"]
@@ -252,8 +246,8 @@ class LatentDiffusion(pl.LightningModule):
         return torch.stack(draws).to(self.device)
 
     def diffusion_loss(
-        self, output: torch.Tensor, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted mean square error of the UNet's output, and its parts (Ho et al. 2020, eq. 12 and 14).
 
         With `loss_type` "l1" it is the mean absolute error.
@@ -268,13 +262,13 @@ class LatentDiffusion(pl.LightningModule):
         return loss, {"loss_simple": errors.mean(), "loss_vlb": loss_vlb, "loss": loss}
 
     def p_losses(
-        self, x_start: torch.Tensor, cond: Mapping, t: torch.Tensor, noise: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self, x_start: Tensor, cond: Mapping, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss at timesteps t (b,), and a dict of what to log."""
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         return self.diffusion_loss(output, x_start, t, noise)
 
-    def shared_step(self, batch: Mapping) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def shared_step(self, batch: Mapping) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its parts for a batch."""
         x_start, cond = self.get_input(batch)
         t = self.timesteps_of(batch, len(x_start))
@@ -285,7 +279,7 @@ class LatentDiffusion(pl.LightningModule):
         moved = super().transfer_batch_to_device(batch, device, index)
         return {**moved, **({"seed": batch["seed"]} if "seed" in batch else {})}
 
-    def training_step(self, batch: Mapping, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Mapping, batch_idx: int) -> Tensor:
         loss, values = self.shared_step(batch)
         self.train_values = {name: value.detach() for name, value in values.items()}
         return loss
@@ -297,6 +291,6 @@ class LatentDiffusion(pl.LightningModule):
         self.log_dict(values, batch_size=len(batch[self.cond_stage_key]), sync_dist=True)
 
 
-def image_of(batch: Mapping, key: str) -> torch.Tensor:
+def image_of(batch: Mapping, key: str) -> Tensor:
     """batch[key] (b, h, w, c) -> (b, c, h, w), a view in channels_last."""
     return batch[key].permute(0, 3, 1, 2)

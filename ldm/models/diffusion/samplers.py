@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from ldm.modules.diffusionmodules.util import make_ddim_timesteps
 
-Denoise = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-Noise = Callable[[torch.Tensor], torch.Tensor]
+Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Noise = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ def make_steps(
     return steps[: round(count * strength)][::-1]
 
 
-def keep(x: torch.Tensor, step: Step) -> torch.Tensor:
+def keep(x: Tensor, step: Step) -> Tensor:
     """The `before` that changes nothing."""
     return x
 
 
 def ddim(
     denoise: Denoise,
-    x: torch.Tensor,
+    x: Tensor,
     steps: list[Step],
     noise: Noise,
-    before: Callable[[torch.Tensor, Step], torch.Tensor] = keep,
+    before: Callable[[Tensor, Step], Tensor] = keep,
     eta: float = 0.0,
-) -> torch.Tensor:
+) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12 and 16); eta 1 is ancestral sampling, DDPM on respaced timesteps."""
     for step in steps:
         x = before(x, step)
@@ -69,12 +69,12 @@ def ddim(
     return x
 
 
-def ddpm(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, before=keep) -> torch.Tensor:
+def ddpm(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before=keep) -> Tensor:
     """Ancestral sampling (Ho et al. 2020) on respaced timesteps: DDIM with eta 1."""
     return ddim(denoise, x, steps, noise, before, eta=1.0)
 
 
-def euler_a(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, before=keep) -> torch.Tensor:
+def euler_a(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before=keep) -> Tensor:
     """Euler's method with ancestral noise, on x / sqrt(alpha_bar) and sigma (Karras et al. 2022, eq. 1)."""
     for step in steps:
         x = before(x, step)
@@ -88,7 +88,7 @@ def euler_a(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, 
     return x
 
 
-def dpmpp_2m(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, before=keep) -> torch.Tensor:
+def dpmpp_2m(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before=keep) -> Tensor:
     """DPM-Solver++ of order 2, multistep (Lu et al. 2022, algorithm 2); the last step ends in x0."""
     last_x0 = last_h = None
     for step in steps:
@@ -103,12 +103,12 @@ def dpmpp_2m(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise,
     return x
 
 
-def unipc(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, before=keep) -> torch.Tensor:
+def unipc(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before=keep) -> Tensor:
     """UniPC of order 2 with B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2); ends in x0.
 
     After each look at the network the step that led there is corrected, then the next one is predicted.
     """
-    history: list[tuple[float, torch.Tensor]] = []  # half log SNR and x0 of the last two points
+    history: list[tuple[float, Tensor]] = []  # half log SNR and x0 of the last two points
     start = order = previous = None
     for step in steps:
         x = before(x, step)
@@ -128,9 +128,7 @@ def unipc(denoise: Denoise, x: torch.Tensor, steps: list[Step], noise: Noise, be
     return x
 
 
-def unipc_correct(
-    x: torch.Tensor, step: Step, history: list[tuple[float, torch.Tensor]], x0_next: torch.Tensor
-) -> torch.Tensor:
+def unipc_correct(x: Tensor, step: Step, history: list[tuple[float, Tensor]], x0_next: Tensor) -> Tensor:
     """The end of `step` from x, now that x0 at its end is known (Zhao et al. 2023, eq. 3 and theorem 3.1)."""
     here, x0 = history[-1]
     h = half_log_snr(step.alpha_next) - here
@@ -148,7 +146,7 @@ def unipc_correct(
     return first_order(x, step, x0) - step.alpha_next**0.5 * math.expm1(-h) * change
 
 
-def first_order(x: torch.Tensor, step: Step, x0: torch.Tensor) -> torch.Tensor:
+def first_order(x: Tensor, step: Step, x0: Tensor) -> Tensor:
     """Exact solution over `step` if x0 did not change: DDIM in terms of x0 (Lu et al. 2022, eq. 4.1)."""
     ratio = ((1 - step.alpha_next) / (1 - step.alpha)) ** 0.5
     return ratio * x + (step.alpha_next**0.5 - ratio * step.alpha**0.5) * x0

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.modules.attention import feature_map, tokens
 from ldm.modules.diffusionmodules.util import GroupNorm32, Upsample, checkpoint
@@ -23,7 +22,7 @@ class ResnetBlock(nn.Module):
             nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.nin_shortcut(x) + h
@@ -37,7 +36,7 @@ class AttnBlock(nn.Module):
         self.norm = GroupNorm32(channels, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (tokens(project(h))[:, None] for project in (self.q, self.k, self.v))  # (b, 1, h * w, c)
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]
@@ -51,7 +50,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -73,7 +72,7 @@ class Middle(nn.Module):
         self.attn_1 = AttnBlock(channels)
         self.block_2 = ResnetBlock(channels, channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -113,7 +112,7 @@ class Encoder(nn.Module):
         self.norm_out = GroupNorm32(widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], z_channels * (2 if double_z else 1), 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
             for block in level.block:
@@ -159,7 +158,7 @@ class Decoder(nn.Module):
         self.norm_out = GroupNorm32(widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: Tensor) -> Tensor:
         h = self._run(self.mid, self.conv_in(z))
         for level in reversed(self.up):
             for block in level.block:
@@ -168,5 +167,5 @@ class Decoder(nn.Module):
                 h = self._run(level.upsample, h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
-    def _run(self, block: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    def _run(self, block: nn.Module, h: Tensor) -> Tensor:
         return checkpoint(block, h, enabled=self.use_checkpoint)

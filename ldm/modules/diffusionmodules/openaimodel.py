@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import (
@@ -36,7 +36,7 @@ class ResBlock(nn.Module):
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.in_layers(x) + self.emb_layers(emb)[..., None, None]  # (b, out_channels, h, w)
         return self.skip_connection(x) + self.out_layers(h)
 
@@ -48,16 +48,14 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
 
 
 class TimestepEmbedSequential(nn.Sequential):
     """A sequence whose members get, besides x, the timestep embedding or the context if they want it."""
 
-    def forward(
-        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -143,17 +141,17 @@ class UNetEncoder(nn.Module):
         layers = [self._res_block(channels, out_channels)]
         return layers + [self._attention(out_channels)] * (factor in self.attention_resolutions)
 
-    def run(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """block(*inputs), activations recomputed in the backward pass if `use_checkpoint`."""
         return checkpoint(block, *inputs, enabled=self.use_checkpoint)
 
     def encode(
         self,
-        x: torch.Tensor,
-        timesteps: torch.Tensor,
-        context: torch.Tensor,
-        hint: torch.Tensor | float = 0.0,
-    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        hint: Tensor | float = 0.0,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Outputs of the input blocks, output of the middle block, time embedding (b, 4 * model_channels).
 
         x (b, in_channels, h, w) noisy latents; timesteps (b,); context (b, m, context_dim); `hint` is added
@@ -195,16 +193,14 @@ class UNetModel(UNetEncoder):
             GroupNorm32(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
 
-    def decode(
-        self, h: torch.Tensor, skips: list[torch.Tensor], emb: torch.Tensor, context: torch.Tensor
-    ) -> torch.Tensor:
+    def decode(self, h: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
         """Output blocks: from the middle's h and the input blocks' outputs to (b, out_channels, h, w)."""
         context = context.to(emb.dtype)
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
             h = self.run(block, torch.cat([h, skip], dim=1), emb, context)
         return self.out(h)
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """x (b, in_channels, h, w), timesteps (b,), context (b, m, d) -> (b, out_channels, h, w)."""
         skips, h, emb = self.encode(x, timesteps, context)
         return self.decode(h, skips, emb, context)

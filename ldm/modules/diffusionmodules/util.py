@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 
@@ -32,12 +32,12 @@ def make_ddim_timesteps(
     return steps + (num_ddim_timesteps < num_ddpm_timesteps)
 
 
-def extract_into_tensor(values: torch.Tensor, timesteps: torch.Tensor, ndim: int) -> torch.Tensor:
+def extract_into_tensor(values: Tensor, timesteps: Tensor, ndim: int) -> Tensor:
     """values[timesteps] with trailing axes of size 1, to multiply an `ndim`-dimensional batch."""
     return values[timesteps].reshape(-1, *(1,) * (ndim - 1))
 
 
-def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: int = 10000) -> torch.Tensor:
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000) -> Tensor:
     """Sinusoids of `timesteps` (b,), cosines first: float32 (b, dim)."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
@@ -54,7 +54,7 @@ class GroupNorm32(nn.GroupNorm):
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__(channels // 4 if channels % 32 else 32, channels, eps)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             h = F.group_norm(x, self.num_groups, weight, bias, self.eps)
@@ -62,7 +62,7 @@ class GroupNorm32(nn.GroupNorm):
         return h.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else h
 
 
-def is_channels_last(x: torch.Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether a feature map lies in memory pixel by pixel."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
@@ -70,7 +70,7 @@ def is_channels_last(x: torch.Tensor) -> bool:
 class LayerNorm32(nn.LayerNorm):
     """LayerNorm that keeps the input's dtype under autocast; statistics are float32 inside."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
@@ -83,7 +83,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # it would go through float32
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         return self.conv(x)
@@ -93,14 +93,14 @@ class CastTogether(torch.autograd.Function):
     """Weights in another type, and their gradients back, in one kernel each, not in one for each weight."""
 
     @staticmethod
-    def forward(ctx, dtype: torch.dtype, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
         torch._foreach_copy_(copies, weights)
         return tuple(copies)
 
     @staticmethod
-    def backward(ctx, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         given = [gradient for gradient in gradients if gradient is not None]
         full = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
         if given:
@@ -116,7 +116,7 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def checkpoint(module: nn.Module, *inputs: torch.Tensor | None, enabled: bool) -> torch.Tensor:
+def checkpoint(module: nn.Module, *inputs: Tensor | None, enabled: bool) -> Tensor:
     """module(*inputs), its activations recomputed in the backward pass if `enabled`."""
     if enabled and torch.is_grad_enabled():
         return torch_checkpoint(module, *inputs, use_reentrant=False)

@@ -7,7 +7,7 @@ from functools import cache
 import open_clip
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.util import LayerNorm32
 
@@ -20,7 +20,7 @@ def load_tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer()
 
 
-def tokenize(prompts: Sequence[str], max_length: int = 77, padding: int = END) -> torch.Tensor:
+def tokenize(prompts: Sequence[str], max_length: int = 77, padding: int = END) -> Tensor:
     """Prompts -> int64 tokens (b, max_length); one that is too long is cut, with a warning."""
     tokenizer = load_tokenizer()
     ids = torch.full((len(prompts), max_length), padding)
@@ -42,7 +42,7 @@ class CLIPAttention(nn.Module):
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)  # (b, heads, n, d)
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -56,7 +56,7 @@ class CLIPMLP(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
         return self.fc2(h * torch.sigmoid(1.702 * h))
 
@@ -71,7 +71,7 @@ class CLIPLayer(nn.Module):
         self.mlp = CLIPMLP(width, hidden)
         self.layer_norm2 = LayerNorm32(width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -85,7 +85,7 @@ class CLIPEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(max_length, width)
         self.register_buffer("position_ids", torch.arange(max_length)[None])
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding(self.position_ids[:, : ids.shape[1]])
 
 
@@ -111,7 +111,7 @@ class CLIPTextModel(nn.Module):
         self.text_model.encoder.layers = nn.ModuleList(CLIPLayer(width, heads, hidden) for _ in range(layers))
         self.text_model.final_layer_norm = LayerNorm32(width)
 
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         h = self.text_model.embeddings(ids)
         for layer in self.text_model.encoder.layers:
             h = layer(h)
@@ -133,7 +133,7 @@ class FrozenCLIPEmbedder(nn.Module):
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def forward(self, prompts: Sequence[str]) -> torch.Tensor:
+    def forward(self, prompts: Sequence[str]) -> Tensor:
         device = self.transformer.text_model.final_layer_norm.weight.device
         return self.transformer(tokenize(prompts, self.max_length).to(device))[0]
 
@@ -162,7 +162,7 @@ class FrozenOpenCLIPEmbedder(nn.Module):
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def forward(self, prompts: Sequence[str]) -> torch.Tensor:
+    def forward(self, prompts: Sequence[str]) -> Tensor:
         model = self.model
         ids = tokenize(prompts, self.max_length, padding=0).to(model.positional_embedding.device)
         h = model.token_embedding(ids) + model.positional_embedding
