@@ -32,7 +32,7 @@ import tyro
 from tqdm import tqdm
 
 from harness.jobs import parse_shard, share_of
-from harness.settings import run_main
+from harness.settings import check_counts, check_fractions, run_main
 from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.paired import at_least, blur_crop, sharpness
@@ -116,12 +116,10 @@ def make_dataset(settings: Settings) -> Summary:
 def check(settings: Settings) -> None:
     """Raise ValueError for numbers out of range or unknown blur types."""
     check_blur_types(settings.blur_types)
-    minima = {"num_samples": 1, "image_size": 16, "sharpest_of": 1, "workers": 0, "seed": 0}
-    for name, least in minima.items():
-        if getattr(settings, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(settings, name)}")
-    if not 0 <= settings.jpeg_probability <= 1:
-        raise ValueError(f"jpeg_probability must be in [0, 1], got {settings.jpeg_probability}")
+    check_counts(settings, "num_samples sharpest_of")
+    check_counts(settings, "image_size", least=16)
+    check_counts(settings, "workers seed", least=0)
+    check_fractions(settings, "jpeg_probability")
     if settings.blur_scale <= 0:
         raise ValueError(f"blur_scale must be positive, got {settings.blur_scale}")
 

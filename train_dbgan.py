@@ -23,36 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from harness.dbgan_data import open_data
+from harness.flags import Accumulate, BatchSize, Devices, MaxSteps, Precision
 from harness.run import Run, average_gradients, start_fabric, unscale_gradients
-from harness.settings import (
-    Accumulate,
-    BatchSize,
-    Devices,
-    MaxSteps,
-    Precision,
-    check_counts,
-    plain,
-    run_main,
-)
+from harness.settings import check_counts, check_fractions, plain, run_main
+from harness.training_data import open_data
 from harness.validation import HeldOut, Spectra, line, report
 from ldm.checkpoint import fingerprint
 from ldm.data.demo import write_demo
 from ldm.data.patches import open_source
-from ldm.modules import gan
+from ldm.modules import gan, generators
 from ldm.modules.ema import EMA
-from ldm.modules.gan import Discriminator, ImagePool, frozen, initialise, judge
-from ldm.modules.generators import (
-    OTHERS,
-    begin,
-    blur_image,
-    content_loss,
-    export,
-    final,
-    load_generator,
-    restore_image,
-    to_unit,
-)
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.modules.losses import PixelLoss
 from ldm.modules.perceptual import FILE, PerceptualLoss
@@ -74,7 +54,7 @@ class Settings:
     val_data: Path | None = None  # pairs to evaluate on, in any form of --data
     crop_size: int = 128  # of training images, a multiple of 16
 
-    generator: Literal["dbgan", *OTHERS] = "dbgan"  # the network that deblurs (docs/dbgan.md)
+    generator: Literal["dbgan", *generators.OTHERS] = "dbgan"  # the network that deblurs (docs/dbgan.md)
     width: int = 64  # channels of the generators
     init_weights: Path | None = None  # start the deblurring generator from this file
     perceptual_loss_weight: float = 1.0  # 0: VGG-19 is not needed
@@ -186,7 +166,7 @@ class Players:
 
     generators: nn.ModuleDict
     discriminators: nn.ModuleDict
-    pools: dict[str, ImagePool] = field(default_factory=dict)
+    pools: dict[str, gan.ImagePool] = field(default_factory=dict)
     perceptual: PerceptualLoss | None = None
     blurrer: nn.Module | None = None
 
@@ -204,11 +184,11 @@ def relativistic_losses(
     The generator's is perceptual + alpha * content + beta * relativistic. Both can be minimised in one
     backward: `made` is detached for the first, the discriminator frozen for the second.
     """
-    discriminator, shown = players.discriminators[name], final(made)
-    loss_d = gan.relativistic_d_loss(*judge(discriminator, real, shown.detach()))
-    with frozen(discriminator):
-        adversarial = gan.relativistic_g_loss(*judge(discriminator, real, shown))
-    content = content_loss(made, real, settings.content_loss, settings.fft_loss_weight)
+    discriminator, shown = players.discriminators[name], generators.final(made)
+    loss_d = gan.relativistic_d_loss(*gan.judge(discriminator, real, shown.detach()))
+    with gan.frozen(discriminator):
+        adversarial = gan.relativistic_g_loss(*gan.judge(discriminator, real, shown))
+    content = generators.content_loss(made, real, settings.content_loss, settings.fft_loss_weight)
     loss_g = alpha * content + settings.adversarial_loss_weight * adversarial
     if players.perceptual:
         distance = players.perceptual(shown * 2 - 1, real * 2 - 1).mean()
@@ -225,7 +205,8 @@ def content_losses(players: Players, settings: Settings, blurry: Tensor, sharp: 
     """DBGAN before it meets a discriminator."""
     blurry = blurred_again(players.blurrer, settings, blurry, sharp)
     restored = players.generators["deblur"](blurry)
-    yield {"total_loss": content_loss(restored, sharp, settings.content_loss, settings.fft_loss_weight)}
+    loss = generators.content_loss(restored, sharp, settings.content_loss, settings.fft_loss_weight)
+    yield {"total_loss": loss}
 
 
 def deblur_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
@@ -254,15 +235,15 @@ def unpaired_losses(players: Players, settings: Settings, blurry: Tensor, sharp:
     blur = partial(blurred, players.generators["blur"])
 
     def deblur(image: Tensor) -> Tensor:
-        return final(players.generators["deblur"](image))
+        return generators.final(players.generators["deblur"](image))
 
     ways = [("blur", blur, deblur, sharp, blurry), ("sharp", deblur, blur, blurry, sharp)]
     for name, there, back, source, real in ways:
         made, discriminator = there(source), players.discriminators[name]
-        real_scores, fake_scores = judge(discriminator, real, players.pools[name](made))
+        real_scores, fake_scores = gan.judge(discriminator, real, players.pools[name](made))
         loss_d = gan.least_squares(real_scores, SOFT_REAL) + gan.least_squares(fake_scores, SOFT_FAKE)
-        with frozen(discriminator):
-            _, fake_scores = judge(discriminator, real, made)
+        with gan.frozen(discriminator):
+            _, fake_scores = gan.judge(discriminator, real, made)
         cycle = F.l1_loss(back(made).float(), source)
         loss_g = gan.least_squares(fake_scores, SOFT_REAL) + settings.cycle_loss_weight * cycle
         yield {f"loss_d_{name}": loss_d / 2, "loss_g": loss_g}
@@ -295,7 +276,7 @@ def train_step(
     """One step of all networks on the mean gradient of `parts` equal parts of a batch; the mean losses."""
     optimizer.zero_grad()
     sums: dict[str, Tensor] = {}
-    pieces = (to_unit(batch[name]).chunk(parts) for name in ("blurry", "sharp"))
+    pieces = (generators.to_unit(batch[name]).chunk(parts) for name in ("blurry", "sharp"))
     for blurry, sharp in zip(*pieces, strict=True):
         terms = losses(blurry, sharp)
         while True:
@@ -331,12 +312,9 @@ def check(settings: Settings) -> None:
         raise ValueError(
             f"last_learning_rate must lie between 0 and learning_rate, not {settings.last_learning_rate}"
         )
-    if settings.pretrain_epochs < 0 or settings.pool_size < 0:
-        raise ValueError("pretrain_epochs and pool_size must be at least 0")
-    if not 0 <= settings.ema_decay < 1:
-        raise ValueError(f"ema_decay must lie in [0, 1), not {settings.ema_decay}")
-    if not 0 <= settings.generated_fraction <= 1:
-        raise ValueError(f"generated_fraction must lie in [0, 1], not {settings.generated_fraction}")
+    check_counts(settings, "pretrain_epochs pool_size", least=0)
+    check_fractions(settings, "ema_decay", whole=False)
+    check_fractions(settings, "generated_fraction")
 
 
 # ---- the whole run -----------------------------------------------------------------------------------------
@@ -361,12 +339,12 @@ def make_players(
     settings: Settings, stage: str, perceptual: nn.Module | None, device: torch.device
 ) -> Players:
     """The networks of a stage, on their device."""
-    generators, discriminators = (names.split() for names in STAGES[stage][:2])
+    makers, judges = (names.split() for names in STAGES[stage][:2])
     width = settings.discriminator_width
     players = Players(
-        nn.ModuleDict({kind: first_generator(kind, settings) for kind in generators}),
-        nn.ModuleDict({n: initialise(Discriminator(width)) for n in discriminators}),
-        {name: ImagePool(settings.pool_size) for name in discriminators},
+        nn.ModuleDict({kind: first_generator(kind, settings) for kind in makers}),
+        nn.ModuleDict({n: gan.initialise(gan.Discriminator(width)) for n in judges}),
+        {name: gan.ImagePool(settings.pool_size) for name in judges},
         perceptual,
     )
     for networks in (players.generators, players.discriminators):
@@ -374,13 +352,14 @@ def make_players(
         for network in networks.values() if settings.compile else ():
             network.compile()
     if stage == "deblur" and settings.generated_fraction:
-        players.blurrer = load_generator(bgan_path(settings), "blur").requires_grad_(False).to(device)
+        blurrer = generators.load_generator(bgan_path(settings), "blur")
+        players.blurrer = blurrer.requires_grad_(False).to(device)
     return players
 
 
 def first_generator(kind: str, settings: Settings) -> nn.Module:
     path = settings.init_blur_weights if kind == "blur" else settings.init_weights
-    return begin(kind, plain(settings), path, settings.init_std)
+    return generators.begin(kind, plain(settings), path, settings.init_std)
 
 
 def bgan_path(settings: Settings) -> Path:
@@ -422,13 +401,13 @@ def train(
     """One stage from where it stands to its end."""
     # Networks, optimizer, average
     players = make_players(settings, stage, perceptual, fabric.device)
-    generators = players.generators
-    parameters = [*generators.parameters(), *players.discriminators.parameters()]
+    networks = players.generators
+    parameters = [*networks.parameters(), *players.discriminators.parameters()]
     fused = fabric.device.type == "cuda"
     betas = (0.5, 0.999) if stage == "blur" else (0.9, 0.999)
     optimizer = torch.optim.Adam(parameters, settings.learning_rate, betas, fused=fused)
     fabric_optimizer = fabric.setup_optimizers(optimizer)
-    ema = EMA(generators, settings.ema_decay)
+    ema = EMA(networks, settings.ema_decay)
 
     # Phases: their losses and their steps
     batch_size = settings.batch_size * settings.accumulate_grad_batches
@@ -443,14 +422,14 @@ def train(
 
     # Resume
     folder = settings.output_dir / stage
-    parts = {"state_dict": generators, "discriminators": players.discriminators, "optimizer": optimizer}
+    parts = {"state_dict": networks, "discriminators": players.discriminators, "optimizer": optimizer}
     parts |= {"scheduler": scheduler, "ema": ema}
     parts |= {f"pool_{name}": pool for name, pool in players.pools.items()}
     known = {**plain(settings), "samples": len(dataset), "blurrer": fingerprint(players.blurrer)}
     run = Run(fabric, folder, known, parts, [*MAY_CHANGE, *UNUSED[stage]], defaults=Settings())
     baseline, _ = held_out.evaluate(lambda blurry: blurry, run)
     check_blur = None
-    if "blur" in generators:
+    if "blur" in networks:
         real = settings.val_blur_data or (settings.blur_data if stage == "blur" else None)
         check_blur = Spectra(held_out, open_source(real, "blur") if real else None)
     run.say(f"{stage}: {len(dataset)} training images, {steps} steps; {len(held_out)} held out")
@@ -463,24 +442,25 @@ def train(
         how = settings.accumulate_grad_batches, losses, settings.max_grad_norm
         metrics = train_step(fabric, fabric_optimizer, batch, *how)
         scheduler.step()
-        ema.update(generators)
+        ema.update(networks)
         run.advance(metrics, batch["path"])
         if run.step % (settings.log_epoch * steps_per_epoch) and run.step not in (phases[0], steps):
             continue
 
         # Evaluate the averaged weights, log, save
         values = {f"train/{name}": value for name, value in run.means().items()}
-        with ema.applied(generators):
-            restore = partial(restore_image, generators["deblur"], precision=settings.precision)
+        with ema.applied(networks):
+            restore = partial(generators.restore_image, networks["deblur"], precision=settings.precision)
             scores, picture = held_out.evaluate(restore, run)
             run.picture("deblurred", picture)
             if check_blur:
-                blur = partial(blur_image, generators["blur"], precision=settings.precision)
+                blur = partial(generators.blur_image, networks["blur"], precision=settings.precision)
                 spectrum, picture = check_blur(blur)
                 run.picture("blurred", picture)
                 values |= spectrum
             if fabric.is_global_zero and run.step in (phases[0], steps):
-                export(generators, plain(settings), folder, "" if run.step == steps else "_content")
+                suffix = "" if run.step == steps else "_content"
+                generators.export(networks, plain(settings), folder, suffix)
         run.log(values | report(scores, baseline))
         run.save(score=scores["psnr"])
         run.say(f"{stage} epoch {run.step // steps_per_epoch}: {line(values, scores, baseline)}")

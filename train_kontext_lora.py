@@ -28,15 +28,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
+from harness.flags import Accumulate, BatchSize, Devices, MaxSteps, Range
 from harness.run import Run, average_gradients, start_fabric
 from harness.settings import (
-    Accumulate,
-    BatchSize,
-    Devices,
-    MaxSteps,
-    Range,
     check_bitsandbytes,
     check_counts,
+    check_fractions,
     check_optimizer,
     plain,
     run_main,
@@ -248,10 +245,7 @@ def check(settings: Settings) -> None:
     check_counts(settings, "rank batch_size accumulate_grad_batches max_steps save_steps devices num_nodes")
     check_counts(settings, "perceptual_every preview_images preview_steps")
     check_optimizer(settings.optimizer)
-    if not 0 <= settings.ema_decay < 1:
-        raise ValueError(f"ema_decay must lie in [0, 1), not {settings.ema_decay}")
-    if not 0 <= settings.dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), not {settings.dropout}")
+    check_fractions(settings, "ema_decay dropout", whole=False)
     if settings.base_precision == "nf4":
         check_bitsandbytes("--base_precision nf4")
     processes = settings.devices * settings.num_nodes

@@ -32,8 +32,9 @@ from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel
 
 from cldm.model import read_config
+from harness.flags import Devices, Precision
 from harness.run import Run, average_gradients, start_fabric
-from harness.settings import Devices, Precision, check_counts, plain, run_main
+from harness.settings import check_counts, plain, run_main
 from ldm.checkpoint import read_trained, write_atomically, write_half
 from ldm.data.dead_leaves import dead_leaves
 from ldm.data.image import list_images, photographs, read_image, to_tensor, to_uint8, write_image

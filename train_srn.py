@@ -22,22 +22,14 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.flags import BatchSize, Devices, MaxSteps, Precision, WeightDecay
 from harness.run import Run, start_fabric, unscale_gradients
-from harness.settings import (
-    BatchSize,
-    Devices,
-    MaxSteps,
-    Precision,
-    WeightDecay,
-    check_counts,
-    plain,
-    run_main,
-)
+from harness.settings import check_counts, check_fractions, plain, run_main
+from harness.training_data import blurred_anew, camera, check_pictures
 from harness.validation import HeldOut, line, report
 from ldm.checkpoint import fill, read_trained, write_half
-from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs
-from ldm.data.paired import BlurDataset, CropDataset, ImageFiles, PairedDataset, Together, crop_schedule
+from ldm.data.paired import CropDataset, PairedDataset, crop_schedule
 from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
@@ -392,25 +384,16 @@ def learning_rate_factor(step: int, steps_per_epoch: int, steps: int, settings: 
 
 def check(settings: Settings) -> None:
     """Raise ValueError for a setting that would fail only later."""
-    check_counts(settings, "epochs batch_size log_epoch width devices num_nodes photo_crops crop_candidates")
-    multiple = 32 if settings.sampling else 16
-    for size in (settings.crop_size, *settings.late_crop_sizes):
-        if size < multiple or size % multiple:
-            raise ValueError(f"crop_size must be a multiple of {multiple}, not {size}")
-    for name in ("sharp_fraction", "jpeg_probability"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], not {getattr(settings, name)}")
-    if not 0 <= settings.ema_decay < 1:
-        raise ValueError(f"ema_decay must lie in [0, 1), not {settings.ema_decay}")
+    check_counts(settings, "epochs batch_size log_epoch width devices num_nodes")
+    check_pictures(settings, (settings.crop_size, *settings.late_crop_sizes), 32 if settings.sampling else 16)
+    check_fractions(settings, "ema_decay", whole=False)
     if not (settings.data or settings.sharp_dir or settings.dead_leaves):
         raise ValueError("nothing to train on: give --data, --sharp_dir or --dead_leaves (or try --demo)")
-    if settings.data and settings.dead_leaves:
-        raise ValueError("--dead_leaves goes with --sharp_dir or alone, not with the pairs of --data")
 
 
 def make_data(settings: Settings) -> tuple[CropDataset, HeldOut]:
     """The training set and what is held out: given, or a part of the data, or scikit-image's photographs."""
-    crop, seed, data = settings.crop_size, settings.seed, settings.data
+    seed, data = settings.seed, settings.data
     pairs = find_pairs(data, settings.sharp_dir) if data else sharp_pairs(settings.sharp_dir)
     if settings.val_data:
         held_out = find_pairs(settings.val_data, settings.val_sharp_dir)
@@ -421,16 +404,11 @@ def make_data(settings: Settings) -> tuple[CropDataset, HeldOut]:
     else:
         held_out = [Pair(path, path) for path in photographs()]
 
-    blur = {"blur_types": settings.blur_types, "scale": settings.blur_scale}
-    validation = HeldOut(held_out, settings.val_images, seed, settings.val_crop, **blur)
+    validation = HeldOut(held_out, settings.val_images, seed, settings.val_crop, **camera(settings))
     if data:
-        return PairedDataset(pairs, crop, seed, augment=True, cache=settings.cache), validation
-    files = ImageFiles([pair.sharp for pair in pairs], settings.cache)
-    leaves = DeadLeaves(max(crop, *settings.late_crop_sizes, 0) + 64, settings.dead_leaves, seed)
-    sources = Together((files, settings.photo_crops), (leaves, 1))
-    blur |= {"jpeg_probability": settings.jpeg_probability, "sharp_fraction": settings.sharp_fraction}
-    blur |= {"candidates": settings.crop_candidates, "field": (0.0, 0.0)}
-    return BlurDataset(sources, crop, seed, augment=True, **blur), validation
+        return PairedDataset(pairs, settings.crop_size, seed, augment=True, cache=settings.cache), validation
+    largest = max(settings.crop_size, *settings.late_crop_sizes, 0)
+    return blurred_anew(settings, [pair.sharp for pair in pairs], largest, augment=True), validation
 
 
 def batches(run: Run, dataset: CropDataset, settings: Settings, steps: int) -> Iterator[dict]:

@@ -29,7 +29,7 @@ from cldm.demo import MODELS, announce_demo, make_demo_start, pixels, show_demo
 from cldm.model import create_filled_model, load_state_dict, read_config
 from cldm.restore import Sampling, deblur_image
 from cldm.training import StreamData, check_start, fit, prepare_model, report, with_precision
-from harness.settings import (
+from harness.flags import (
     Accumulate,
     AnyPrecision,
     BatchSize,
@@ -38,9 +38,8 @@ from harness.settings import (
     MaxEpochs,
     MaxSteps,
     StartPath,
-    check_counts,
-    run_main,
 )
+from harness.settings import check_counts, run_main
 from ldm.data.captions import check_captions, read_caption
 from ldm.data.paired import BlurDataset, PairedDataset
 from ldm.data.pairs import Pair, check_sizes, find_pairs, has_pairs, sharp_pairs, split_pairs

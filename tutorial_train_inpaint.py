@@ -32,7 +32,7 @@ from cldm.demo import MODELS, announce_demo, make_demo_start, pixels, show_demo
 from cldm.inpaint import InpaintControlNet, Inpainting, hole_scores, inpaint_image, widen_hint
 from cldm.model import create_filled_model, listing, load_state_dict, read_config, read_control
 from cldm.training import StreamData, check_start, fit, prepare_model, report, with_precision
-from harness.settings import (
+from harness.flags import (
     Accumulate,
     AnyPrecision,
     BatchSize,
@@ -41,8 +41,8 @@ from harness.settings import (
     MaxEpochs,
     MaxSteps,
     StartPath,
-    run_main,
 )
+from harness.settings import run_main
 from ldm.checkpoint import write_weights
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window

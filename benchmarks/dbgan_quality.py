@@ -38,10 +38,10 @@ import tyro
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
-from harness.dbgan_data import open_data
 from harness.profile import count_macs
 from harness.run import start_fabric
 from harness.settings import run_main
+from harness.training_data import open_data
 from harness.validation import middle
 from ldm.checkpoint import read_settings, read_weights, write_weights
 from ldm.data.demo import CAMERA, write_demo

@@ -22,7 +22,14 @@ from cldm.logger import CsvRows, ImageLogger, Progress
 from cldm.model import listing
 from cldm.sharding import ShardedStrategy, check_sharding
 from harness.run import summary
-from harness.settings import check_counts, check_optimizer, check_settings, lightning_precision, plain
+from harness.settings import (
+    check_counts,
+    check_fractions,
+    check_optimizer,
+    check_settings,
+    lightning_precision,
+    plain,
+)
 from ldm import checkpoint
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same, item_generator
 from ldm.util import best_precision, half_dtype, learning_rate_factor
@@ -87,9 +94,8 @@ def check_start(settings: Any) -> None:
     for name in ("learning_rate", "lr_warmup_steps", "weight_decay", "max_grad_norm"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise ValueError(f"{name} must not be negative, but is {getattr(settings, name)}")
-    if not 0 <= settings.ema_decay < 1 or not 0 <= settings.prompt_dropout <= 1:
-        given = f"{settings.ema_decay} and {settings.prompt_dropout}"
-        raise ValueError(f"ema_decay must lie in [0, 1), prompt_dropout in [0, 1], not {given}")
+    check_fractions(settings, "ema_decay", whole=False)
+    check_fractions(settings, "prompt_dropout")
     if settings.cache_latents and settings.use_augmentation:
         raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation")
     check_optimizer(settings.optimizer)

@@ -8,48 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import tyro
 
-# Types of settings that go by more than one name.
-Devices = Annotated[int, tyro.conf.arg(aliases=["--gpus"])]
-MaxEpochs = Annotated[int, tyro.conf.arg(aliases=["--num_epochs"])]
-MaxSteps = Annotated[int, tyro.conf.arg(aliases=["--max_train_steps"])]
-BatchSize = Annotated[int, tyro.conf.arg(aliases=["--train_batch_size"])]
-Accumulate = Annotated[int, tyro.conf.arg(aliases=["--accumulate", "--gradient_accumulation_steps"])]
-WeightDecay = Annotated[float, tyro.conf.arg(aliases=["--weight_l2_reg"])]
-Precision = Literal["32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed"]
-# Of ControlNets, with accelerate's names; auto is what the card does best, 32 on a CPU.
-AnyPrecision = Annotated[
-    Literal["auto", "32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed", "fp16", "no"],
-    tyro.conf.arg(aliases=["--mixed_precision"], metavar="{auto,bf16,16,32}"),
-]
-ImageSize = Annotated[int, tyro.conf.arg(aliases=["--resolution"])]
-StartPath = Annotated[str, tyro.conf.arg(aliases=["--pretrained_model_name_or_path"])]
-
-
-def _read_range(words: list[str]) -> float | tuple[float, float]:
-    numbers = [float(word) if "." in word or "e" in word else int(word) for word in words[0].split(",")]
-    if len(numbers) > 2:
-        raise ValueError(f"{words[0]} is neither a number nor a range: write LOW,HIGH")
-    return tuple(numbers) if len(numbers) == 2 else numbers[0]
-
-
-# A number, or LOW,HIGH: drawn from there anew for every picture.
-Range = Annotated[
-    float | tuple[float, float],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="X|LOW,HIGH",
-        instance_from_str=_read_range,
-        is_instance=lambda value: isinstance(value, int | float | tuple),
-        str_from_instance=lambda value: [
-            ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        ],
-    ),
-]
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -136,11 +99,19 @@ def first_of(settings: type) -> type:
     return dataclass(type(settings.__name__, (settings,), body))
 
 
-def check_counts(settings: Any, names: str) -> None:
-    """Raise ValueError if one of the settings, named with spaces between, is below 1."""
+def check_counts(settings: Any, names: str, least: int = 1) -> None:
+    """Raise ValueError if one of the settings, named with spaces between, is below `least`."""
     for name in names.split():
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name} must be at least {least}, not {getattr(settings, name)}")
+
+
+def check_fractions(settings: Any, names: str, whole: bool = True) -> None:
+    """Raise ValueError if one of the settings is not in [0, 1], or [0, 1) if it may not be the `whole`."""
+    for name in names.split():
+        value = getattr(settings, name)
+        if not 0 <= value <= 1 or (value == 1 and not whole):
+            raise ValueError(f"{name} must lie in [0, 1{']' if whole else ')'}, not {value}")
 
 
 def check_new(output: Path, overwrite: bool, suffix: str = "") -> Path:

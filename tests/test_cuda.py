@@ -193,8 +193,8 @@ def options(command, tmp_path, **more):
 def test_one_pass_networks_restore_on_cuda(tmp_path, precision, tile):
     networks = {
         infer.SRN: ("train_srn.load_network", lambda path: train_srn.SRNDeblurNet(8).eval()),
-        infer.DBGAN: ("train_dbgan.load_generator", lambda *a: DBGANGenerator(8, 1).eval()),
-        infer.BGAN: ("train_dbgan.load_generator", lambda *a: BGANGenerator(8, 1).eval()),
+        infer.DBGAN: ("ldm.modules.generators.load_generator", lambda *a: DBGANGenerator(8, 1).eval()),
+        infer.BGAN: ("ldm.modules.generators.load_generator", lambda *a: BGANGenerator(8, 1).eval()),
     }
     for command, (name, make) in networks.items():
         how = {"input": tmp_path, "precision": precision, "tile": tile, "overlap": 16}

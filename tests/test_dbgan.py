@@ -30,23 +30,25 @@ from ldm.data.pairs import find_pairs
 from ldm.metrics import radial_power, spectrum_distance
 from ldm.modules.gan import Discriminator, ImagePool, initialise, relativistic_d_loss, relativistic_g_loss
 from ldm.modules.generators import (
+    OTHERS,
     BGANGenerator,
     DBGANGenerator,
     content_loss,
     export,
     load_generator,
     make_generator,
+    restore_image,
 )
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.modules.mprnet import MPRNet
 from ldm.modules.nafnet import NAFNet
 from ldm.modules.sftnet import SFT, SFTNet
 from tests.fill import draw, fill, relative_error
-from train_dbgan import Settings, main, restore_image
+from train_dbgan import Settings, main
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
-GENERATORS = ["dbgan", *script.OTHERS]
+GENERATORS = ["dbgan", *OTHERS]
 TINY = {
     "crop_size": 16,
     "width": 4,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import tool_make_dbgan_dataset as tool
-from harness.dbgan_data import HeldOutPatches
 from harness.settings import run_main
+from harness.training_data import HeldOutPatches
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.patches import Patches, SourceDataset, open_patches
 

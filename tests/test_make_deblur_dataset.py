@@ -201,7 +201,7 @@ def test_squares_are_taken_at_many_scales(tmp_path):
 
 def test_bad_settings_are_named_before_anything_is_written(tmp_path):
     for changes, message in (
-        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
         ({"image_size": 4}, "image_size must be at least 16"),
         ({"workers": -1}, "workers"),
         ({"seed": -1}, "seed"),

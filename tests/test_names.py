@@ -197,7 +197,7 @@ def test_every_class_of_the_page_exists():
     import cldm.deblur
     import ldm.data.degraded
     import ldm.modules.perceptual
-    from train_dbgan import OTHERS
+    from ldm.modules.generators import OTHERS
 
     for name in ("DeblurControlNet", "DeblurControlNetWithAttention", "AttentionControlNet"):
         assert name in PAGE and hasattr(cldm.deblur, name)

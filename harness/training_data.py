@@ -1,11 +1,12 @@
-"""What the stages of train_dbgan.py train on and are scored on, by that script's settings."""
+"""What train_srn.py and the stages of train_dbgan.py train on and are scored on, by their settings."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from harness.settings import check_counts
+from harness.settings import check_counts, check_fractions
 from harness.validation import HeldOut, middle
 from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.paired import BlurDataset, CropDataset, ImageFiles, PairedDataset, Together
@@ -23,12 +24,12 @@ def open_data(settings: Any, stage: str) -> tuple[CropDataset, HeldOut]:
     `blur_data`. Raises ValueError if something is not given, or too little for a batch.
     """
     size, seed, cache, data = settings.crop_size, settings.seed, settings.cache, settings.data
-    _check(settings)
+    check_pictures(settings, (size,), 16)
     pairs, held_out = _split(settings)
     look = {"augment": True, "color_jitter": settings.color_jitter}
-    photographs = [pair.sharp for pair in pairs for _ in range(settings.photo_crops if not data else 1)]
-    smallest = None
+    photographs, smallest = [pair.sharp for pair in pairs], None
     if stage == "blur":
+        photographs = [path for path in photographs for _ in range(1 if data else settings.photo_crops)]
         blurry, sharp = open_unpaired(settings, photographs)
         look["candidates"] = settings.crop_candidates if settings.sharp_dir else 1
         dataset = SourceDataset(blurry, sharp, size, seed, **look)
@@ -40,10 +41,7 @@ def open_data(settings: Any, stage: str) -> tuple[CropDataset, HeldOut]:
     elif data:
         dataset = PairedDataset(pairs, size, seed, cache=cache, **look)
     elif photographs or settings.dead_leaves:
-        leaves = DeadLeaves(size + 64, settings.dead_leaves, seed)
-        look |= {name: getattr(settings, name) for name in ("jpeg_probability", "sharp_fraction")}
-        look |= {"candidates": settings.crop_candidates, "field": (0.0, 0.0), **_camera(settings)}
-        dataset = BlurDataset(Together((ImageFiles(photographs, cache), 1), (leaves, 1)), size, seed, **look)
+        dataset = blurred_anew(settings, photographs, size, **look)
     else:
         raise ValueError(
             f"the stage `{stage}` needs pairs: give --data, --sharp_dir or --dead_leaves (or try --demo)"
@@ -54,20 +52,29 @@ def open_data(settings: Any, stage: str) -> tuple[CropDataset, HeldOut]:
     return dataset, held_out
 
 
-def _check(settings: Any) -> None:
+def check_pictures(settings: Any, sizes: Sequence[int], multiple: int) -> None:
+    """Raise ValueError for settings of pictures that would fail only later; `sizes` are those of crops."""
     check_counts(settings, "photo_crops crop_candidates")
-    if settings.crop_size < 16 or settings.crop_size % 16:
-        raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
+    for size in sizes:
+        if size < multiple or size % multiple:
+            raise ValueError(f"crop_size must be a multiple of {multiple}, not {size}")
+    check_fractions(settings, "sharp_fraction jpeg_probability")
     if settings.data and settings.dead_leaves:
         raise ValueError("--dead_leaves goes with --sharp_dir or alone, not with the pairs of --data")
-    for name in ("sharp_fraction", "jpeg_probability"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], not {getattr(settings, name)}")
 
 
-def _camera(settings: Any) -> dict[str, Any]:
+def camera(settings: Any) -> dict[str, Any]:
     """How pictures are blurred on the fly."""
     return {"blur_types": settings.blur_types, "scale": settings.blur_scale}
+
+
+def blurred_anew(settings: Any, photographs: Sequence[Path], largest: int, **look: Any) -> BlurDataset:
+    """Crops, at most `largest` pixels wide, of sharp photographs and of dead leaves, blurred on the fly."""
+    leaves = DeadLeaves(largest + 64, settings.dead_leaves, settings.seed)
+    sources = Together((ImageFiles(photographs, settings.cache), settings.photo_crops), (leaves, 1))
+    look |= {name: getattr(settings, name) for name in ("jpeg_probability", "sharp_fraction")}
+    look |= {"candidates": settings.crop_candidates, "field": (0.0, 0.0), **camera(settings)}
+    return BlurDataset(sources, settings.crop_size, settings.seed, **look)
 
 
 def _split(settings: Any) -> tuple[list[Pair], HeldOut]:
@@ -86,7 +93,7 @@ def _split(settings: Any) -> tuple[list[Pair], HeldOut]:
         raise ValueError(
             "nothing to evaluate on: give --val_data, or --data or --sharp_dir as folders (or try --demo)"
         )
-    return pairs, HeldOut(held_out, *limits, **_camera(settings))
+    return pairs, HeldOut(held_out, *limits, **camera(settings))
 
 
 def open_unpaired(settings: Any, photographs: list[Path]) -> tuple[Source, Source]:

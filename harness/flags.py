@@ -1,0 +1,42 @@
+"""Types of settings that go by more than one name, or are read in a way of their own."""
+
+from typing import Annotated, Literal
+
+import tyro
+
+Devices = Annotated[int, tyro.conf.arg(aliases=["--gpus"])]
+MaxEpochs = Annotated[int, tyro.conf.arg(aliases=["--num_epochs"])]
+MaxSteps = Annotated[int, tyro.conf.arg(aliases=["--max_train_steps"])]
+BatchSize = Annotated[int, tyro.conf.arg(aliases=["--train_batch_size"])]
+Accumulate = Annotated[int, tyro.conf.arg(aliases=["--accumulate", "--gradient_accumulation_steps"])]
+WeightDecay = Annotated[float, tyro.conf.arg(aliases=["--weight_l2_reg"])]
+Precision = Literal["32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed"]
+# Of ControlNets, with accelerate's names; auto is what the card does best, 32 on a CPU.
+AnyPrecision = Annotated[
+    Literal["auto", "32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed", "fp16", "no"],
+    tyro.conf.arg(aliases=["--mixed_precision"], metavar="{auto,bf16,16,32}"),
+]
+ImageSize = Annotated[int, tyro.conf.arg(aliases=["--resolution"])]
+StartPath = Annotated[str, tyro.conf.arg(aliases=["--pretrained_model_name_or_path"])]
+
+
+def _read_range(words: list[str]) -> float | tuple[float, float]:
+    numbers = [float(word) if "." in word or "e" in word else int(word) for word in words[0].split(",")]
+    if len(numbers) > 2:
+        raise ValueError(f"{words[0]} is neither a number nor a range: write LOW,HIGH")
+    return tuple(numbers) if len(numbers) == 2 else numbers[0]
+
+
+# A number, or LOW,HIGH: drawn from there anew for every picture.
+Range = Annotated[
+    float | tuple[float, float],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="X|LOW,HIGH",
+        instance_from_str=_read_range,
+        is_instance=lambda value: isinstance(value, int | float | tuple),
+        str_from_instance=lambda value: [
+            ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        ],
+    ),
+]
