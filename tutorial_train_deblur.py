@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch.utils.data import Dataset
 
 from cldm.cache import with_cached_latents
 from cldm.deblur import DeblurControlNet, add_attention, add_hint_latent
-from cldm.demo import MODELS, announce_demo, make_demo_start, pixels, show_demo
+from cldm.demo import MODELS, make_demo_start, pixels, show_demo
 from cldm.model import create_filled_model, load_state_dict, read_config
 from cldm.restore import Sampling, deblur_image
-from cldm.training import StreamData, check_start, fit, prepare_model, report, with_precision
+from cldm.training import StreamData, begin, fit, prepare_model, report
 from harness.flags import (
     Accumulate,
     AnyPrecision,
@@ -45,7 +44,6 @@ from ldm.data.paired import BlurDataset, PairedDataset
 from ldm.data.pairs import Pair, check_sizes, find_pairs, has_pairs, sharp_pairs, split_pairs
 from ldm.data.stream import item_generator
 from ldm.metrics import psnr, ssim
-from ldm.util import flush_denormals
 from tool_make_deblur_dataset import Settings as MakeSettings
 from tool_make_deblur_dataset import make_dataset
 
@@ -249,8 +247,7 @@ def score_item(item: dict, restored: np.ndarray) -> dict[str, float]:
 
 
 def check(settings: Settings) -> None:
-    """Find mistakes before anything is loaded: see cldm.training.check_start."""
-    check_start(settings)
+    """Raise ValueError for what cldm.training.check_start does not look at."""
     check_counts(settings, "val_samples deblur_every")
     if settings.deblur_crop < 0:
         raise ValueError(f"deblur_crop must not be negative, but is {settings.deblur_crop}")
@@ -262,10 +259,8 @@ def check(settings: Settings) -> None:
 
 def main(settings: Settings) -> None:
     """Train, then say where everything is."""
-    # Settings: what can be wrong is found before anything is loaded
-    if settings.demo:
-        announce_demo()
-    settings = with_precision(settings)
+    # Settings and seed: what can be wrong is found before anything is loaded
+    settings = begin(settings)
     check(settings)
     config = read_config(settings.config_path)
     with_attention = "WithAttention" if settings.use_attention else ""
@@ -273,9 +268,7 @@ def main(settings: Settings) -> None:
     for name in ("only_mid_control", *LOSSES):
         config["params"][name] = getattr(settings, name)
 
-    # Seed and data
-    pl.seed_everything(settings.seed, verbose=False)
-    flush_denormals()
+    # Data
     if settings.demo and settings.data_root == DEMO["data_root"]:
         make_dataset(DEMO_DATA)
     train, validation, pairs = find_crops(settings)

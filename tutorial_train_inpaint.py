@@ -21,17 +21,16 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import tyro
 from pytorch_lightning.utilities import rank_zero_only
 
 from cldm.cache import with_cached_latents
 from cldm.callbacks import Snapshots, keep_model
-from cldm.demo import MODELS, announce_demo, make_demo_start, pixels, show_demo
+from cldm.demo import MODELS, make_demo_start, pixels, show_demo
 from cldm.inpaint import InpaintControlNet, Inpainting, hole_scores, inpaint_image, widen_hint
 from cldm.model import create_filled_model, listing, load_state_dict, read_config, read_control
-from cldm.training import StreamData, check_start, fit, prepare_model, report, with_precision
+from cldm.training import StreamData, begin, fit, prepare_model, report
 from harness.flags import (
     Accumulate,
     AnyPrecision,
@@ -46,7 +45,6 @@ from harness.settings import run_main
 from ldm.checkpoint import write_weights
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
-from ldm.util import flush_denormals
 from tool_export_control import alone
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
@@ -259,11 +257,8 @@ def score_item(item: dict, filled: np.ndarray) -> dict[str, float]:
 
 def main(settings: Settings) -> None:
     """Train, then say where everything is."""
-    # Settings: what can be wrong is found before anything is loaded
-    if settings.demo:
-        announce_demo()
-    settings = with_precision(settings)
-    check_start(settings)
+    # Settings and seed: what can be wrong is found before anything is loaded
+    settings = begin(settings)
     if settings.hint_channels not in (3, 4):
         raise ValueError(f"hint_channels must be 3 or 4, not {settings.hint_channels}")
     settings = replace(settings, output_dir=run_folder(settings))
@@ -273,9 +268,7 @@ def main(settings: Settings) -> None:
     for name in ("deblur_loss_weight", "perceptual_loss_weight"):
         config["params"].pop(name, None)
 
-    # Seed and data
-    pl.seed_everything(settings.seed, verbose=False)
-    flush_denormals()
+    # Data
     if settings.demo and settings.image_dir == DEMO["image_dir"]:
         cut_photographs(Path(DEMO["image_dir"]), 240)
     train, validation = find_pictures(settings)

@@ -35,7 +35,8 @@ from cldm.cldm import ControlLDM
 from cldm.deblur import add_hint_latent
 from cldm.model import read_config
 from cldm.training import prepare_model, with_precision
-from harness.settings import lightning_precision, plain, run_main
+from harness.flags import lightning_precision
+from harness.settings import plain, run_main
 from ldm.models.kontext import TRANSFORMER, FluxAutoencoder
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, FluxParams

@@ -45,13 +45,7 @@ class CachedLatents(Dataset):
 
 
 def cache_latents(
-    model: ControlLDM,
-    dataset: Dataset,
-    path: Path,
-    about: Mapping,
-    batch_size: int,
-    num_workers: int,
-    device: str,
+    model: ControlLDM, dataset: Dataset, path: Path, about: Mapping, settings: Any
 ) -> CachedLatents:
     """Encode every item's image (`jpg`) into `path`, or take that file if it was made for the same `about`.
 
@@ -64,8 +58,8 @@ def cache_latents(
         time.sleep(1)
     if not _is_fresh(path, key):
         path.parent.mkdir(parents=True, exist_ok=True)
-        batches = DataLoader(dataset, batch_size, num_workers=num_workers)
-        write_atomically(path, lambda temporary: _fill(model, batches, temporary, key, device))
+        batches = DataLoader(dataset, settings.batch_size, num_workers=settings.num_workers)
+        write_atomically(path, lambda temporary: _fill(model, batches, temporary, key))
     return CachedLatents(dataset, path)
 
 
@@ -78,7 +72,8 @@ def _is_fresh(path: Path, key: str) -> bool:
 
 
 @torch.no_grad()
-def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str, device: str) -> None:
+def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     autoencoder = model.first_stage_model.to(device)
     with h5py.File(path, "w") as file:
         start = 0
@@ -89,10 +84,8 @@ def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str, device: 
                 hint = model.hint_of(batch)[:, :3].to(device) * 2 - 1
                 latents["hint_mean"] = autoencoder.encode(hint).mode()
             for name, values in latents.items():
-                shape = values.shape[1:]
-                kept = file.require_dataset(
-                    name, (len(batches.dataset), *shape), np.float16, exact=True, chunks=(1, *shape)
-                )
+                shape, chunks = (len(batches.dataset), *values.shape[1:]), (1, *values.shape[1:])
+                kept = file.require_dataset(name, shape, np.float16, exact=True, chunks=chunks)
                 kept[start : start + len(values)] = values.cpu().numpy().astype(np.float16)
             start += len(posterior.mean)
         file.attrs["key"] = key
@@ -133,12 +126,9 @@ def with_cached_latents(
     about = {"files": [stamp(path) for path in files], "size": settings.image_size, "model": base}
     if needs_hint(model):
         about["hint"] = "mean"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = settings.batch_size, settings.num_workers, device
     cached = []
     for name, dataset in zip(("train", "val"), datasets, strict=True):
-        path = Path(settings.output_dir) / "cache" / f"{name}_latents.h5"
-        key = {**about, "set": name}
-        cached.append(None if dataset is None else cache_latents(model, dataset, path, key, *options))
+        path, key = Path(settings.output_dir) / "cache" / f"{name}_latents.h5", {**about, "set": name}
+        cached.append(None if dataset is None else cache_latents(model, dataset, path, key, settings))
     drop_encoders(model, prompts)
     return cached

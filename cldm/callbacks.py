@@ -168,19 +168,7 @@ class Snapshots(Callback):
     def __init__(self, folder: Path, save_steps: int):
         self.folder, self.save_steps, self.step = folder, save_steps, 0
 
-    def on_train_start(self, trainer, pl_module) -> None:
-        self.keep(trainer)  # a run that was killed between a checkpoint and its snapshot
-
-    def on_fit_end(self, trainer, pl_module) -> None:
-        self.keep(trainer)  # the same of the last step, after which no training starts
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.keep(trainer)
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        self.keep(trainer)  # the checkpoint of a validated step comes after its validation
-
-    def keep(self, trainer: pl.Trainer) -> None:
+    def keep(self, trainer: pl.Trainer, *_: object) -> None:
         """Copy the model out of last.ckpt as soon as that is of this step."""
         step, last = trainer.global_step, self.folder / "checkpoints" / "last.ckpt"
         due = step != self.step and step % self.save_steps == 0 and trainer.is_global_zero
@@ -189,6 +177,10 @@ class Snapshots(Callback):
         if due and last.is_file() and checkpoint.load(last)["global_step"] == step:
             self.step = step
             keep_model(self.folder, self.folder / f"checkpoint-{step}")
+
+    on_train_batch_end = keep
+    on_validation_end = keep  # the checkpoint of a validated step comes after its validation
+    on_train_start = on_fit_end = keep  # a run that was killed between a checkpoint and its snapshot
 
 
 @rank_zero_only

@@ -236,13 +236,14 @@ class ControlLDM(LatentDiffusion):
         ddim_steps: int = 50,
         unconditional_guidance_scale: float = 1.0,
         negative_prompt: str = "",
+        sampler: DDIMSampler | None = None,
         **sampling,
     ) -> Tensor:
         """Latents (batch_size, 4, h, w): cond["c_concat"] holds hints (b, c, 8h, 8w) in [0, 1], cond
         ["c_crossattn"] prompts or embeddings; one for all items will do. decode_first_stage makes images.
 
         With a guidance scale other than 1 the unconditional call sees `negative_prompt` and the same hint.
-        `sampling` goes to DDIMSampler.sample (eta, method, strength, x0, mask, x_T, generator).
+        `sampling` goes to the sampler's `sample` (eta, method, strength, x0, mask, x_T, generator).
         """
         hint = torch.cat([h.to(self.device) for h in cond["c_concat"]], dim=1)
         control = {"c_concat": [hint.expand(batch_size, -1, -1, -1)]}
@@ -261,7 +262,7 @@ class ControlLDM(LatentDiffusion):
             uncond = {**control, "c_crossattn": [embed(negative_prompt)]}
         channels = self.model.diffusion_model.out[-1].out_channels
         shape = (channels, hint.shape[-2] // 8, hint.shape[-1] // 8)
-        return DDIMSampler(self).sample(
+        return (sampler or DDIMSampler(self)).sample(
             ddim_steps,
             batch_size,
             shape,

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from cldm.cldm import ControlLDM, ControlNet
+from cldm.logger import compared
 from cldm.model import CONTROL, FIRST, widen_input, with_hint_latent
 from ldm.data.image import to_uint8
 from ldm.data.stream import item_generator
-from ldm.metrics import psnr, ssim
+from ldm.metrics import psnr
 from ldm.models.diffusion.ddpm import image_of
 from ldm.modules.perceptual import PerceptualLoss
 
@@ -102,16 +103,9 @@ class DeblurControlNet(ControlLDM):
     def validation_step(self, batch: Mapping, batch_idx: int) -> None:
         """Log `val/loss`, and `val/psnr` and `val/ssim` of sampled images as uint8, means over the images."""
         super().validation_step(batch, batch_idx)
-        images = self.log_images(batch, len(batch[self.first_stage_key]), self.validation_ddim_steps)
-        if batch_idx == 0:
-            self.validation_images = {name: value[:4] for name, value in images.items()}
-        pairs = [(to_uint8(a), to_uint8(b)) for a, b in zip(images["restored"], images["sharp"], strict=True)]
-        baseline = [psnr(to_uint8(a), b) for a, (_, b) in zip(images["blurry"], pairs, strict=True)]
-        values = {
-            "val/psnr": np.mean([psnr(*pair) for pair in pairs]),
-            "val/ssim": np.mean([ssim(*pair) for pair in pairs]),
-            "val/psnr_blurry": np.mean(baseline),
-        }
+        images, pairs, values = compared(self, batch, batch_idx, "restored", "sharp")
+        blurry = [psnr(to_uint8(image), pair[1]) for image, pair in zip(images["blurry"], pairs, strict=True)]
+        values["val/psnr_blurry"] = float(np.mean(blurry))
         self.log_dict(values, batch_size=len(pairs), sync_dist=True)
 
     def _aligned_crop(self, batch: Mapping, x0: Tensor, sharp: Tensor) -> tuple[Tensor, Tensor]:

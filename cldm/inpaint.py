@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cldm.cldm import ControlLDM
+from cldm.logger import compared
 from cldm.model import widen_input
+from cldm.restore import MULTIPLE, Drawing
 from ldm.data.image import over_white, to_tensor, to_uint8
 from ldm.data.inpaint import make_hint
-from ldm.metrics import psnr, ssim
 from ldm.models.diffusion.ddpm import image_of
 from ldm.tiling import pad_to_multiple
 
-MULTIPLE = 64  # pixels: the UNet halves the latents three times
 RING = 8  # pixels on either side of a hole's boundary
 
 
@@ -53,20 +53,12 @@ class InpaintControlNet(ControlLDM):
         truth in the hole, outside and on the hole's boundary; and the scores of the holes, ours and those of
         OpenCV's Telea (see `hole_scores`): means over the images."""
         super().validation_step(batch, batch_idx)
-        images = self.log_images(batch, len(batch[self.first_stage_key]), self.validation_ddim_steps)
-        if batch_idx == 0:
-            self.validation_images = {name: value[:4] for name, value in images.items()}
-        pairs = zip(images["composite"], images["truth"], strict=True)
-        pairs = [(to_uint8(composite), to_uint8(truth)) for composite, truth in pairs]
+        images, pairs, values = compared(self, batch, batch_idx, "composite", "truth")
         masks = image_of(batch, "mask")
         errors = region_errors(images["result"], images["truth"], masks)
         holes = [hole_scores(*pair, hole) for pair, hole in zip(pairs, masks[:, 0] > 0.5, strict=True)]
-        values = {
-            "val/psnr": float(np.mean([psnr(*pair) for pair in pairs])),
-            "val/ssim": float(np.mean([ssim(*pair) for pair in pairs])),
-            **{f"val/l1_{name}": error.mean() for name, error in errors.items()},
-            **{f"val/{name}": float(np.mean([scores[name] for scores in holes])) for name in holes[0]},
-        }
+        values |= {f"val/l1_{name}": error.mean() for name, error in errors.items()}
+        values |= {f"val/{name}": float(np.mean([scores[name] for scores in holes])) for name in holes[0]}
         self.log_dict(values, batch_size=len(pairs), sync_dist=True)
 
 
@@ -118,22 +110,16 @@ def widen_hint(weights: Mapping[str, Tensor], channels: int) -> dict[str, Tensor
 
 
 @dataclass
-class Inpainting:
+class Inpainting(Drawing):
     """How to fill a hole: see `python infer.py inpaint --help`."""
 
-    prompt: str = ""
-    negative_prompt: str = ""
-    steps: int = 50
     method: str = "ddpm"
     guidance_scale: float = 7.5
-    control_scale: float = 1.0
-    strength: float = 1.0
     seed: int = 42
     mask_blur: int = 4
     grow_mask: int = 0
     only_masked_padding: int = -1
     resolution: int = 512
-    color_fix: bool = True
 
 
 def inpaint_image(
@@ -235,25 +221,8 @@ def fill(
     mask = F.pad(mask, (0, -width % MULTIPLE, 0, -height % MULTIPLE)).to(model.device)
     keep = 1 - F.max_pool2d(mask, 8)
     start = model.encode_first_stage(on_device(known)).mode().float() * model.scale_factor
-    cond = {
-        "c_concat": [make_hint(on_device(scaled), mask, model.control_model.input_hint_block[0].in_channels)],
-        "c_crossattn": [options.prompt],
-    }
-    model.control_scales = [options.control_scale] * (len(model.control_model.zero_convs) + 1)
-    same = options.prompt == options.negative_prompt  # guidance from a prompt to itself changes nothing
-    latents = model.sample(
-        cond,
-        1,
-        options.steps,
-        1.0 if same else options.guidance_scale,
-        options.negative_prompt,
-        method=options.method,
-        strength=options.strength,
-        x0=start,
-        mask=keep,
-        generator=torch.Generator().manual_seed(options.seed),
-        progress=progress,
-    )
+    hint = make_hint(on_device(scaled), mask, model.control_model.input_hint_block[0].in_channels)
+    latents = options.draw(model, {"c_concat": [hint]}, progress, x0=start, mask=keep)
     result = model.decode_first_stage(keep * start + (1 - keep) * latents)
     result = to_uint8(result[0, :, :height, :width])
     if options.color_fix:

@@ -1,5 +1,6 @@
 """What a training run shows and keeps: pictures, metrics, progress."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from cldm.sharding import ShardedStrategy
 from harness.metrics_csv import MetricsCsv
 from ldm.data.image import to_uint8, write_image
+from ldm.metrics import psnr, ssim
 
 
 def log_txt_as_img(size: tuple[int, int], texts: list[str]) -> Tensor:
@@ -35,6 +37,19 @@ def grid_of(images: dict[str, Tensor]) -> np.ndarray:
     columns = [value.detach().float().cpu().clamp(-1, 1) for value in images.values()]
     rows = torch.stack(columns, dim=1).flatten(0, 1)
     return to_uint8(make_grid(rows, nrow=len(columns), padding=4, pad_value=1.0))
+
+
+def compared(
+    model: pl.LightningModule, batch: Mapping, batch_idx: int, made: str, truth: str
+) -> tuple[dict[str, Tensor], list[tuple[np.ndarray, np.ndarray]], dict[str, float]]:
+    """A validation batch: the columns of `log_images`, `made` and `truth` of them as pairs of uint8, and the
+    means of these, `val/psnr` and `val/ssim`. The first batch's pictures are kept to be shown."""
+    images = model.log_images(batch, len(batch[model.first_stage_key]), model.validation_ddim_steps)
+    if batch_idx == 0:
+        model.validation_images = {name: value[:4] for name, value in images.items()}
+    pairs = [(to_uint8(a), to_uint8(b)) for a, b in zip(images[made], images[truth], strict=True)]
+    scores = {f"val/{of.__name__}": float(np.mean([of(*pair) for pair in pairs])) for of in (psnr, ssim)}
+    return images, pairs, scores
 
 
 class ImageLogger(Callback):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,10 +21,10 @@ MULTIPLE = 64  # pixels: the UNet halves the latents three times
 
 
 @dataclass
-class Sampling:
-    """How to sample: see `python infer.py deblur --help`."""
+class Drawing:
+    """How to draw the latents of one picture; the options of `python infer.py deblur` and `inpaint`."""
 
-    prompt: str
+    prompt: str = ""
     negative_prompt: str = ""
     steps: int = 50
     method: str = "ddim"
@@ -31,9 +32,32 @@ class Sampling:
     control_scale: float = 1.0
     strength: float = 1.0
     seed: int = 0
+    color_fix: bool = True
+
+    def draw(self, model: ControlLDM, cond: Mapping, progress: Callable, **more: Any) -> Tensor:
+        """Latents (1, 4, h, w) for a conditioning without its text; `more` goes to ControlLDM.sample."""
+        model.control_scales = [self.control_scale] * (len(model.control_model.zero_convs) + 1)
+        same = self.prompt == self.negative_prompt  # guidance from a prompt to itself changes nothing
+        return model.sample(
+            {**cond, "c_crossattn": [self.prompt]},
+            1,
+            self.steps,
+            1.0 if same else self.guidance_scale,
+            self.negative_prompt,
+            method=self.method,
+            strength=self.strength,
+            generator=torch.Generator().manual_seed(self.seed),
+            progress=progress,
+            **more,
+        )
+
+
+@dataclass
+class Sampling(Drawing):
+    """How to deblur: see `python infer.py deblur --help`."""
+
     tile: int = 0
     overlap: int = 128
-    color_fix: bool = True
     fidelity: float = 0.0
 
 
@@ -70,30 +94,13 @@ def deblur_image(
     hint, size = (pixels + 1) / 2, (pixels.shape[-2] // 8, pixels.shape[-1] // 8)
     tiles = Tiles(size, tile // 8 or max(size), overlap // 8 if tile else 0)
 
-    text = model.get_learned_conditioning([sampling.prompt])
     start = None
     if sampling.strength < 1 or sampling.fidelity > 0 or model.sees_hint_latent:
         start = tiles.blend(lambda y, x: model.encode_first_stage(pixels[..., times8(y), times8(x)]).mode())
         start = start.float() * model.scale_factor
-    cond = {"c_concat": [hint], "c_latent": start, "c_crossattn": [text]}
-    uncond = None
-    if sampling.guidance_scale != 1.0:
-        empty = model.get_learned_conditioning([sampling.negative_prompt])
-        uncond = {**cond, "c_crossattn": [empty]}
-    model.control_scales = [sampling.control_scale] * (len(model.control_model.zero_convs) + 1)
-    latents, _ = TiledSampler(model, tiles, start, sampling.fidelity).sample(
-        sampling.steps,
-        1,
-        (model.model.diffusion_model.out[-1].out_channels, *size),
-        cond,
-        unconditional_guidance_scale=sampling.guidance_scale,
-        unconditional_conditioning=uncond,
-        x0=start,  # put to use where strength is below 1
-        strength=sampling.strength,
-        generator=torch.Generator().manual_seed(sampling.seed),
-        method=sampling.method,
-        progress=progress,
-    )
+    sampler = TiledSampler(model, tiles, start, sampling.fidelity)
+    cond = {"c_concat": [hint], "c_latent": start}
+    latents = sampling.draw(model, cond, progress, x0=start, sampler=sampler)  # x0: where strength is below 1
     restored = tiles.blend(lambda y, x: model.decode_first_stage(latents[..., y, x]), scale=8)
     restored = to_uint8(restored[0, :, :height, :width])
     return fix_color(restored, image) if sampling.color_fix else restored

@@ -18,21 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from cldm.callbacks import AtomicCheckpointIO, AverageWeights, Checkpoints
 from cldm.cldm import ControlLDM
+from cldm.demo import announce_demo
 from cldm.logger import CsvRows, ImageLogger, Progress
 from cldm.model import listing
 from cldm.sharding import ShardedStrategy, check_sharding
+from harness.flags import lightning_precision
 from harness.run import summary
-from harness.settings import (
-    check_counts,
-    check_fractions,
-    check_optimizer,
-    check_settings,
-    lightning_precision,
-    plain,
-)
+from harness.settings import check_counts, check_fractions, check_optimizer, check_settings, plain
 from ldm import checkpoint
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same, item_generator
-from ldm.util import best_precision, half_dtype, learning_rate_factor
+from ldm.util import best_precision, flush_denormals, half_dtype, learning_rate_factor
 
 COUNTS = (  # settings that must be at least 1
     "batch_size accumulate_grad_batches devices num_nodes "
@@ -77,6 +72,17 @@ def with_precision(settings: Any) -> Any:
         saved = checkpoint.load(last).get("settings") if last.is_file() else None
         precision = saved.get("precision", "32") if isinstance(saved, dict) else best_precision()
     return replace(settings, precision=precision)
+
+
+def begin(settings: Any) -> Any:
+    """The settings, checked, with a precision that is settled; from here on all that is random is seeded."""
+    if settings.demo:
+        announce_demo()
+    settings = with_precision(settings)
+    check_start(settings)
+    pl.seed_everything(settings.seed, verbose=False)
+    flush_denormals()
+    return settings
 
 
 def check_start(settings: Any) -> None:

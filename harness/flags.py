@@ -1,4 +1,4 @@
-"""Types of settings that go by more than one name, or are read in a way of their own."""
+"""Settings that go by more than one name, or are read in a way of their own: types, and what they mean."""
 
 from typing import Annotated, Literal
 
@@ -40,3 +40,15 @@ Range = Annotated[
         ],
     ),
 ]
+PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+def lightning_precision(precision: str) -> str:
+    """Lightning's name for a precision: 32, 16 and bf16 stand for 32-true, 16-mixed and bf16-mixed.
+
+    Raises ValueError for others.
+    """
+    precision = PRECISIONS.get(precision, precision)
+    if precision not in PRECISIONS.values():
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    return precision

@@ -25,8 +25,9 @@ from lightning_fabric.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from harness.flags import lightning_precision
 from harness.metrics_csv import MetricsCsv
-from harness.settings import check_settings, lightning_precision, plain
+from harness.settings import check_settings, plain
 from ldm import checkpoint
 from ldm.data.image import write_image
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same

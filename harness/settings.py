@@ -13,8 +13,6 @@ from typing import Annotated, Any, get_type_hints
 import torch
 import tyro
 
-PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-
 
 def run_main(
     main: Callable[[Any], None],
@@ -136,17 +134,6 @@ def check_bitsandbytes(flag: str) -> None:
     """Raise ValueError that names `flag` if the package bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"{flag} needs a package: pip install bitsandbytes")
-
-
-def lightning_precision(precision: str) -> str:
-    """Lightning's name for a precision: 32, 16 and bf16 stand for 32-true, 16-mixed and bf16-mixed.
-
-    Raises ValueError for others.
-    """
-    precision = PRECISIONS.get(precision, precision)
-    if precision not in PRECISIONS.values():
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    return precision
 
 
 def plain(settings: Any) -> dict:

@@ -686,7 +686,7 @@ def test_kill_9_while_it_saves(data):
 
 
 def test_nan_stops_the_run(data, monkeypatch):
-    monkeypatch.setattr(script, "content_loss", lambda made, *_: made.sum() * float("nan"))
+    monkeypatch.setattr(script.generators, "content_loss", lambda made, *_: made.sum() * float("nan"))
     with pytest.raises(ValueError, match=r"training stopped: total_loss = nan at step 1; its batch: .*png"):
         main(settings(data, "deblur", generated_fraction=0.0))
     assert not (data / "run" / "deblur" / "checkpoints" / "last.ckpt").exists()
