@@ -54,17 +54,27 @@ class Settings:
 
 def list_systems(settings: Settings) -> dict[str, System]:
     """The tabs, under the names of infer.py's subcommands."""
-    folder, base = settings.output_dir, settings.base_path
-    same = {"input": folder, "output_dir": folder, "device": settings.device}
+    base = settings.base_path
+    same = {"input": settings.output_dir, "output_dir": settings.output_dir, "device": settings.device}
     exact = {**same, "precision": settings.precision}
     sampling = ("num_inference_steps", "guidance_scale", "seed")
     runs = "controlnet_inpainting_{}/final_model/model.ckpt"
     newest = max(Path("outputs").glob(runs.format("*")), default=Path("outputs") / runs.format("TIME"))
-    deblur = choose(settings.deblur_path, "outputs/deblur/checkpoints/best.ckpt", "small_deblur")
-    inpaint = choose(settings.inpaint_path, newest, "small_inpaint")
+    deblur = choose(settings.deblur_path, "outputs/deblur/checkpoints/best.ckpt", "small_deblur", SMALL_BASE)
+    deblur = infer.Deblur(**exact, checkpoint_path=deblur, base_path=base)
+    inpaint = choose(settings.inpaint_path, newest, "small_inpaint", SMALL_BASE)
+    inpaint = infer.Inpaint(**exact, checkpoint_path=inpaint, base_path=base)
+    for options in (deblur, inpaint):
+        options.base_path, options.num_inference_steps = options.files()[1], options.sampling_steps()
     dbgan = choose(settings.dbgan_path, "outputs/dbgan/deblur/dbgan.safetensors", "dbgan")
     bgan = choose(settings.bgan_path, "outputs/dbgan/blur/bgan.safetensors", "bgan")
-    kontext, lora = choose_kontext(settings)
+    named = {"pretrained_model_name_or_path": settings.kontext_path, "lora_path": settings.lora_path}
+    kontext = infer.Kontext(**same, **named, prompt=settings.kontext_prompt)
+    folder, lora = kontext.files()
+    if lora is None and not settings.kontext_prompt:
+        lora = Path("outputs/kontext_lora")
+    kontext.pretrained_model_name_or_path, kontext.lora_path = folder, lora
+    kontext.num_inference_steps = kontext.work()["steps"]
     made = "{} makes it; --{}_path says where it is."
     return {
         "srn": System(
@@ -88,33 +98,27 @@ def list_systems(settings: Settings) -> dict[str, System]:
         "deblur": System(
             "ControlNet",
             "A ControlNet takes away blur with Stable Diffusion, which invents detail: each seed its own."
-            + small_note(deblur),
-            infer.Deblur(**exact, **files_of(infer.Deblur, deblur, base)),
+            + small_note(deblur.checkpoint_path),
+            deblur,
             (*sampling, "scheduler", "strength", "fidelity", "prompt"),
-            wanted(deblur, base),
+            tuple(filter(None, deblur.files())),
             made.format("tutorial_train_deblur.py (docs/deblur.md)", "deblur"),
         ),
         "inpaint": System(
             "Inpaint",
             "A ControlNet on Stable Diffusion fills what you paint over, what is white in a mask, and what "
-            "is added at the sides. All else stays as it is." + small_note(inpaint),
-            infer.Inpaint(**exact, **files_of(infer.Inpaint, inpaint, base)),
+            "is added at the sides. All else stays as it is." + small_note(inpaint.checkpoint_path),
+            inpaint,
             (*sampling, "scheduler", "strength", "mask_blur", "only_masked_padding", *SIDES, "prompt"),
-            wanted(inpaint, base),
+            tuple(filter(None, inpaint.files())),
             made.format("tutorial_train_inpaint.py (docs/inpaint.md)", "inpaint"),
         ),
         "kontext": System(
             "Kontext",
-            "FLUX.1 Kontext undoes the damage that its LoRA was trained on." + small_note(kontext),
-            infer.Kontext(
-                **same,
-                pretrained_model_name_or_path=kontext,
-                lora_path=lora,
-                prompt=settings.kontext_prompt,
-                num_inference_steps=2 if is_small(kontext) else 30,
-            ),
+            "FLUX.1 Kontext undoes the damage that its LoRA was trained on." + small_note(folder),
+            kontext,
             sampling,
-            (kontext, *([lora] if lora else [])),
+            tuple(filter(None, kontext.files())),
             "The folder is a download of black-forest-labs/FLUX.1-Kontext-dev, train_kontext_lora.py makes "
             "the LoRA (docs/kontext.md); --kontext_path and --lora_path say where they are.",
         ),
@@ -131,48 +135,20 @@ def list_systems(settings: Settings) -> dict[str, System]:
 
 
 SIDES = ("left", "top", "right", "bottom")  # to which outpainting adds
+SMALL_BASE = "small_diffusion"  # without which the small ControlNets are of no use
 
 
-def choose(given: Path | None, run: str | Path, shipped: str) -> Path:
-    """The file of weights: the one that is given, else a run's, else the one that comes along."""
-    comes_along = Path(f"models/{shipped}.safetensors")
-    return given or (comes_along if comes_along.exists() and not Path(run).exists() else Path(run))
-
-
-def choose_kontext(settings: Settings) -> tuple[Path, Path | None]:
-    """The model folder and the LoRA: those that are given, else a run's LoRA, or the small model and its own.
-    With a prompt no LoRA is needed."""
-    real, small = infer.KONTEXT
-    if settings.kontext_path is None and small.exists() and not real.exists():
-        return small, settings.lora_path or Path("models/small_kontext_lora.safetensors")
-    run = None if settings.kontext_prompt else Path("outputs/kontext_lora")
-    return settings.kontext_path or real, settings.lora_path or run
-
-
-def is_small(path: Path) -> bool:
-    return path.name.startswith("small_")
+def choose(given: Path | None, run: str | Path, *shipped: str) -> Path:
+    """The file of weights: the one that is given, else a run's, else the first of those that come along."""
+    come_along = [Path(f"models/{name}.safetensors") for name in shipped]
+    shown = come_along[0] if all(path.exists() for path in come_along) else Path(run)
+    return given or (Path(run) if Path(run).exists() else shown)
 
 
 def small_note(path: Path) -> str:
     """What to say of a small model that comes along."""
     text = " This is the small model that comes along, to see how it works; the real one you train."
-    return text if is_small(path) else ""
-
-
-def base_of(path: Path, base: Path | None) -> Path | None:
-    """The Stable Diffusion file: the small ControlNets have a small one."""
-    return base or (Path("models/small_diffusion.safetensors") if is_small(path) else None)
-
-
-def files_of(command: type[infer.ControlNet], path: Path, base: Path | None) -> dict:
-    """Options that name a ControlNet's files, and the sampling steps that suit it."""
-    steps = command.usual_steps(path)
-    return {"checkpoint_path": path, "base_path": base_of(path, base), "num_inference_steps": steps}
-
-
-def wanted(path: Path, base: Path | None) -> tuple[Path, ...]:
-    """The files without which a ControlNet does not work."""
-    return tuple(file for file in (path, base_of(path, base)) if file)
+    return text if infer.is_small(path) else ""
 
 
 # ---- the page (gradio is imported where it is used, after `main` has said where its files go) --------------

@@ -56,14 +56,9 @@ class ControlNet(Files):
     KIND: ClassVar[str] = ""  # of the small model's file
     SMALL_STEPS: ClassVar[int] = 2  # that suit it: see the table in docs/deblur.md
 
-    @classmethod
-    def usual_steps(cls, path: Path) -> int:
-        """Sampling steps that suit a file of weights."""
-        return cls.SMALL_STEPS if path.name.startswith("small_") else 50
-
     def sampling_steps(self) -> int:
-        """Sampling steps."""
-        return self.num_inference_steps or self.usual_steps(self.files()[0])
+        """Sampling steps, by default those that suit the file."""
+        return self.num_inference_steps or (self.SMALL_STEPS if is_small(self.files()[0]) else 50)
 
     def as_now(self, kind: type) -> Any:
         """`kind` (Sampling or Inpainting) with these options as they are now."""
@@ -73,9 +68,8 @@ class ControlNet(Files):
 
     def files(self) -> tuple[Path, Path | None]:
         """The ControlNet's file, and its Stable Diffusion's unless the first names it."""
-        if self.checkpoint_path is not None:
-            return self.checkpoint_path, self.base_path
-        return small_file(self.KIND), self.base_path or small_file("diffusion")
+        path = self.checkpoint_path or small_file(self.KIND)
+        return path, self.base_path or (small_file("diffusion") if is_small(path) else None)
 
     def weights(self) -> Path:
         return self.files()[0]
@@ -96,6 +90,11 @@ class ControlNet(Files):
                 f"ControlNet on Stable Diffusion: train it (docs/{self.KIND}.md), give --checkpoint_path"
             )
         return open_restorer(path, base, self.config_path, self.torch_device(), self.compute_dtype())
+
+
+def is_small(path: Path) -> bool:
+    """Whether a file, or folder, is a small model that comes with the project."""
+    return path.name.startswith("small_")
 
 
 def small_file(name: str) -> Path:
@@ -276,7 +275,7 @@ class Kontext(Files):
 
     def work(self) -> dict[str, int]:
         """In how many steps, and at which size large pictures are restored."""
-        small = self.files()[0] == KONTEXT[1]
+        small = is_small(self.files()[0])
         steps = self.num_inference_steps or (2 if small else 30)
         tile = 128 * small if self.tile is None else self.tile
         resolution = self.resolution or (128 if small else 1024)
