@@ -4,7 +4,8 @@ import io
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,17 +21,6 @@ SAME = 3  # of 255: an RGB profile that moves no colour farther is an sRGB
 # What Pillow raises for files that are damaged.
 DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError, OSError)
 DAMAGED = (*DAMAGED, struct.error, Image.DecompressionBombError)
-_TURN = Image.Transpose
-# By EXIF's orientation.
-TURNS = {
-    2: _TURN.FLIP_LEFT_RIGHT,
-    3: _TURN.ROTATE_180,
-    4: _TURN.FLIP_TOP_BOTTOM,
-    5: _TURN.TRANSPOSE,
-    6: _TURN.ROTATE_270,
-    7: _TURN.TRANSVERSE,
-    8: _TURN.ROTATE_90,
-}
 # Photographs that come inside the scikit-image package, for demonstrations and tests.
 PHOTOGRAPHS = (
     *("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
@@ -45,10 +35,16 @@ def read_image(path: str | Path, max_megapixels: float | None = None) -> np.ndar
     Raises FileNotFoundError if there is no such file and ValueError if Pillow cannot decode it, or without
     trying if it has more than `max_megapixels`.
     """
-    path = Path(path)
+    with _opened(path) as image:
+        return decode_image(image, max_megapixels)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The picture at a path; what goes wrong with it becomes a ValueError that names the file."""
     try:
-        with open_image(path) as image:
-            return decode_image(image, max_megapixels)
+        with open_image(Path(path)) as image:
+            yield image
     except FileNotFoundError:
         raise
     except DAMAGED as error:
@@ -60,17 +56,25 @@ def decode_image(image: Image.Image, max_megapixels: float | None = None) -> np.
     pixels = image.width * image.height / 1e6
     if max_megapixels is not None and pixels > max_megapixels:
         raise ValueError(f"it has {pixels:.1f} megapixels, more than {max_megapixels:g}")
-    return _to_rgb(upright(image))
+    return turn(_to_rgb(image), orientation(image))
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """A picture turned as its EXIF wants it to be shown; as it lies if its EXIF is damaged."""
-    image.load()  # turns a TIFF
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation 1 to 8 of a picture that is loaded, which turns a TIFF; 1 if its EXIF is damaged."""
+    image.load()
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except DAMAGED:
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return 1
+
+
+def turn(values: np.ndarray, orientation: int) -> np.ndarray:
+    """(h, w, ...) as EXIF's orientation wants it to be shown."""
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(values[::rows, ::columns])
 
 
 def open_image(path: Path) -> Image.Image:
@@ -87,7 +91,7 @@ def read_rgba(path: str | Path) -> np.ndarray | None:
     with open_image(Path(path)) as image:
         if not image.has_transparency_data:
             return None
-        return np.array(_to_srgb(upright(image)).convert("RGBA"))
+        return turn(np.array(_to_srgb(image).convert("RGBA")), orientation(image))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -95,16 +99,10 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
     Raises FileNotFoundError or ValueError as `read_image` does.
     """
-    path = Path(path)
-    try:
-        with open_image(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            turned = turned and image.format != "TIFF"  # Pillow gives that upright already
-    except FileNotFoundError:
-        raise
-    except DAMAGED as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
+    with _opened(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = turned and image.format != "TIFF"  # Pillow gives that upright already
     return (height, width) if turned else (width, height)
 
 

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from ldm.data.image import DAMAGED, open_image, over_white, read_image, read_rgba, to_8_bit, write_whole
+from ldm.data.image import DAMAGED, open_image, over_white, read_image, read_rgba, to_8_bit, turn, write_whole
 from ldm.data.packed import database, read_packed
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of results, by their ending
@@ -106,18 +106,8 @@ def _read_deep(image: Image.Image, path: str | Path) -> tuple[np.ndarray, np.nda
     values = values.reshape(*values.shape[:2], -1)
     alpha = values[..., 3] if values.shape[2] == 4 else None
     values = np.repeat(values, 3, axis=2) if values.shape[2] == 1 else values[..., 2::-1]
-    turn = 1 if image.format == "TIFF" else image.getexif().get(TAGS.Orientation, 1)  # OpenCV turns TIFFs
-    upright = [None if x is None else np.ascontiguousarray(_turned(x, turn)) for x in (values, alpha)]
-    return upright[0], upright[1]
-
-
-def _turned(values: np.ndarray, orientation: int) -> np.ndarray:
-    """(h, w, ...) as EXIF's orientation 1 to 8 wants it to be shown."""
-    if orientation in (5, 6, 7, 8):
-        values = values.swapaxes(0, 1)
-    rows = -1 if orientation in (3, 4, 7, 8) else 1
-    columns = -1 if orientation in (2, 3, 6, 7) else 1
-    return values[::rows, ::columns]
+    place = 1 if image.format == "TIFF" else image.getexif().get(TAGS.Orientation, 1)  # OpenCV turns TIFFs
+    return turn(values, place), None if alpha is None else turn(alpha, place)
 
 
 @lru_cache(maxsize=1)
