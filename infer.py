@@ -266,11 +266,7 @@ class Kontext(Files):
             nf4=self.base_precision == "nf4",
         )
         return lambda image, path: restore(
-            image,
-            guidance=self.guidance_scale,
-            seed=self.seed,
-            progress=self.progress,
-            **self.work(),
+            image, guidance=self.guidance_scale, seed=self.seed, progress=self.progress, **self.work()
         )
 
     def work(self) -> dict[str, int]:

@@ -30,14 +30,7 @@ from tqdm import tqdm
 
 from harness.flags import Accumulate, BatchSize, Devices, MaxSteps, Range
 from harness.run import Run, average_gradients, start_fabric
-from harness.settings import (
-    check_bitsandbytes,
-    check_counts,
-    check_fractions,
-    check_optimizer,
-    plain,
-    run_main,
-)
+from harness.settings import check_counts, check_fractions, check_optimizer, plain, run_main
 from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
 from ldm.data.image import write_image
 from ldm.data.stream import item_generator
@@ -50,7 +43,7 @@ from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity
 from ldm.modules.lora import load_lora, make_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
-from ldm.util import learning_rate_factor, make_adamw
+from ldm.util import check_package, learning_rate_factor, make_adamw
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -247,7 +240,7 @@ def check(settings: Settings) -> None:
     check_optimizer(settings.optimizer)
     check_fractions(settings, "ema_decay dropout", whole=False)
     if settings.base_precision == "nf4":
-        check_bitsandbytes("--base_precision nf4")
+        check_package("bitsandbytes", "--base_precision nf4")
     processes = settings.devices * settings.num_nodes
     if settings.shard_base and (processes < 2 or settings.base_precision != "bf16"):
         raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")

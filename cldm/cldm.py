@@ -47,12 +47,7 @@ class ControlNet(UNetEncoder):
         return self.run(self.input_hint_block, hint.to(self.time_embed[0].weight.dtype))
 
     def forward(
-        self,
-        x: Tensor,
-        hint: Tensor,
-        timesteps: Tensor,
-        context: Tensor,
-        hint_latent: Tensor | None = None,
+        self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, hint_latent: Tensor | None = None
     ) -> list[Tensor]:
         """x (b, 4, h, w), hint (b, hint_channels, 8h, 8w) in [0, 1], timesteps (b,), context (b, m, d), and
         hint_latent (b, hint_latent_channels, h, w), scaled as x is, if there are such channels.

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import read_trained, read_weights
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, read_yaml
 
 UNET, CONTROL = "model.diffusion_model.", "control_model."
 FIRST = "input_blocks.0.0.weight"  # of both
@@ -27,10 +26,7 @@ def read_config(path: str | Path) -> dict:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"model configuration not found: {path}")
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # yaml and omegaconf raise their own families of errors
-        raise ValueError(f"{path} is not a yaml configuration: {' '.join(str(error).split())}") from error
+    config = read_yaml(path)
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"{path} has no `model` entry")
     return config["model"]

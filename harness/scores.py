@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import URLError
 
@@ -18,6 +17,7 @@ from torch import nn
 from harness.profile import peak_resident_memory
 from ldm.data.image import read_image, to_tensor
 from ldm.metrics import DATA_RANGE, psnr, ssim
+from ldm.util import check_package
 
 Values = dict[str, float]
 # What the names of figures mean, and who prints them.
@@ -160,8 +160,7 @@ def load_baseline(path: Path) -> Callable[[np.ndarray], np.ndarray]:
         if kernel.ndim != 2 or kernel.min() < 0 or not kernel.sum():
             raise ValueError(f"{path} is no blur kernel: (h, w), not negative, not all zero")
         return lambda blurry: deconvolve(blurry, kernel / kernel.sum())
-    if find_spec("spandrel") is None:
-        raise ValueError(f"{path}: networks of others need a package: pip install spandrel")
+    check_package("spandrel", f"{path}, a network of others,")
     import spandrel
 
     try:

@@ -6,12 +6,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import torch
 import tyro
+
+from ldm.util import check_package
 
 
 def run_main(
@@ -127,13 +128,7 @@ def check_new(output: Path, overwrite: bool, suffix: str = "") -> Path:
 def check_optimizer(name: str) -> None:
     """Raise ValueError for adamw8bit where the package that it comes from is not installed."""
     if name == "adamw8bit":
-        check_bitsandbytes("--optimizer adamw8bit")
-
-
-def check_bitsandbytes(flag: str) -> None:
-    """Raise ValueError that names `flag` if the package bitsandbytes is not installed."""
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(f"{flag} needs a package: pip install bitsandbytes")
+        check_package("bitsandbytes", "--optimizer adamw8bit")
 
 
 def plain(settings: Any) -> dict:

@@ -74,11 +74,7 @@ def blend_tiles(
 
 
 def restore_tiled(
-    image: Tensor,
-    restore: Callable[[Tensor], Tensor],
-    tile: int,
-    overlap: int,
-    progress: Callable = iter,
+    image: Tensor, restore: Callable[[Tensor], Tensor], tile: int, overlap: int, progress: Callable = iter
 ) -> Tensor:
     """`restore` applied to overlapping tiles of (b, c, h, w), at most `tile` a side, blended.
 

@@ -1,12 +1,15 @@
-"""Objects from yaml (`target` names a class, `params` its arguments); denormals, 16 bits, learning rates."""
+"""Objects from yaml (`target` names a class, `params` its arguments); packages, 16 bits, learning rates."""
 
 import importlib
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 
 def get_obj_from_str(string: str) -> Any:
@@ -29,6 +32,20 @@ def instantiate_from_config(config: Mapping) -> Any:
     if "target" not in config:
         raise ValueError(f"a configuration needs a `target`, this one has only {sorted(map(str, config))}")
     return get_obj_from_str(config["target"])(**(config.get("params") or {}))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a yaml file holds, as plain dictionaries and lists. Raises ValueError if it is no yaml."""
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # yaml and omegaconf raise their own families of errors
+        raise ValueError(f"{path} is not a yaml configuration: {' '.join(str(error).split())}") from error
+
+
+def check_package(name: str, what: str) -> None:
+    """Raise ValueError if a package is not installed, without which `what` does not work."""
+    if find_spec(name) is None:
+        raise ValueError(f"{what} needs a package: pip install {name}")
 
 
 def flush_denormals() -> None:

@@ -337,7 +337,7 @@ def test_flags_go_by_all_their_names(script):
 
 
 def test_an_optimizer_that_is_not_installed_is_said_before_anything_is_loaded(settings, monkeypatch):
-    monkeypatch.setattr("harness.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("ldm.util.find_spec", lambda name: None)
     monkeypatch.setattr(tutorial_train_deblur, "load_state_dict", lambda path: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="adamw8bit needs a package: pip install bitsandbytes"):
         main(replace(settings, optimizer="adamw8bit"))

@@ -627,7 +627,7 @@ def test_bad_values(folder, tmp_path, values, message):
 
 
 def test_an_optimizer_that_is_not_installed_is_said_before_anything_is_loaded(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("ldm.util.find_spec", lambda name: None)
     monkeypatch.setattr("train_kontext_lora.load_models", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="adamw8bit needs a package: pip install bitsandbytes"):
         main(make_settings(folder, tmp_path, optimizer="adamw8bit"))

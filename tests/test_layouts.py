@@ -306,8 +306,8 @@ def test_lmdb_of_basicsr(tmp_path):
 
 def test_lmdb_that_is_not_installed_is_named(tmp_path, monkeypatch):
     (tmp_path / "gt.lmdb").mkdir()
-    monkeypatch.setattr("ldm.data.packed.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="gt.lmdb needs a package to be read: pip install lmdb"):
+    monkeypatch.setattr("ldm.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="gt.lmdb needs a package: pip install lmdb"):
         list_images(tmp_path / "gt.lmdb")
 
 

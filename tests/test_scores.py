@@ -156,6 +156,6 @@ def test_networks_that_spandrel_knows(tmp_path, monkeypatch):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth is no network that spandrel recognises"):
         scores.load_baseline(tmp_path / "other.pth")
-    monkeypatch.setattr(scores, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="other.pth: .* need a package: pip install spandrel"):
+    monkeypatch.setattr("ldm.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="other.pth, .* needs a package: pip install spandrel"):
         scores.load_baseline(tmp_path / "other.pth")

@@ -104,7 +104,7 @@ def test_captions_of_a_task_and_unsaid_prompts(settings, tmp_path):
         ("- hr_root: x", "must hold names of tasks"),
         ("a: 3", "must hold names of tasks"),
         ("", "must hold names of tasks"),
-        ("a: {weight: 1", "is no yaml"),
+        ("a: {weight: 1", "is not a yaml"),
     ],
 )
 def test_bad_lists_name_file_task_and_key(settings, tmp_path, text, message):

@@ -3,9 +3,10 @@
 import io
 import os
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from ldm.util import check_package
 
 META = "meta_info.txt"  # in it: one picture a line, as `0001_s001.png (480,480,3) 1`
 
@@ -17,8 +18,7 @@ def database(path: Path) -> Path | None:
 
 def list_packed(folder: Path) -> list[Path]:
     """The pictures of an lmdb. Raises FileNotFoundError without meta_info.txt, ValueError without lmdb."""
-    if find_spec("lmdb") is None:
-        raise ValueError(f"{folder} needs a package to be read: pip install lmdb")
+    check_package("lmdb", f"reading {folder}")
     if not (folder / META).is_file():
         raise FileNotFoundError(
             f"{folder} has no {META}: BasicSR's create_lmdb.py writes it, and it is needed"

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from ldm.data.degraded import DegDataset
+from ldm.util import read_yaml
 
 PATHS = ("hr_root", "lr_root", "validation_root")
 RANGES = ("lr_scale", "noise_level", "blur_radius", "jpeg_quality", "damage_strength")
@@ -121,10 +121,7 @@ def read_tasks(path: Path) -> dict[str, dict]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"list of tasks not found: {path}")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # yaml and omegaconf raise their own families of errors
-        raise ValueError(f"{path} is no yaml: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not content or not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
         raise ValueError(
             f"{path} must hold names of tasks, each with its {', '.join(KEYS[:4])}, ... below it"

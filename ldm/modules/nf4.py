@@ -1,9 +1,9 @@
 """Linear layers stored in 4 bits by bitsandbytes (Dettmers et al., QLoRA, 2023): a quarter of bfloat16."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
+
+from ldm.util import check_package
 
 
 def store_in_nf4(model: nn.Module, linears: dict[str, nn.Linear], dtype: torch.dtype) -> dict[str, nn.Linear]:
@@ -12,8 +12,7 @@ def store_in_nf4(model: nn.Module, linears: dict[str, nn.Linear], dtype: torch.d
 
     Raises ValueError if bitsandbytes is not installed.
     """
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("nf4 needs a package: pip install bitsandbytes")
+    check_package("bitsandbytes", "nf4")
     from bitsandbytes.nn import Linear4bit
 
     stored = {}

@@ -146,11 +146,7 @@ class UNetEncoder(nn.Module):
         return checkpoint(block, *inputs, enabled=self.use_checkpoint)
 
     def encode(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor,
-        hint: Tensor | float = 0.0,
+        self, x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor | float = 0.0
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Outputs of the input blocks, output of the middle block, time embedding (b, 4 * model_channels).
 
