@@ -265,18 +265,17 @@ class Kontext(Files):
             blocks_to_swap=self.blocks_to_swap,
             nf4=self.base_precision == "nf4",
         )
-        return lambda image, path: restore(
-            image, guidance=self.guidance_scale, seed=self.seed, progress=self.progress, **self.work()
-        )
+        return lambda image, path: restore(image, **self.work())
 
-    def work(self) -> dict[str, int]:
-        """In how many steps, and at which size large pictures are restored."""
+    def work(self) -> dict[str, Any]:
+        """These options, as they are now, for ldm.models.diffusion.flow.restore_image."""
         small = is_small(self.files()[0])
         steps = self.num_inference_steps or (2 if small else 30)
         tile = 128 * small if self.tile is None else self.tile
         resolution = self.resolution or (128 if small else 1024)
         overlap = min(self.overlap, tile // 2) if tile else self.overlap
-        return {"steps": steps, "resolution": resolution, "tile": tile, "overlap": overlap}
+        how = {"guidance": self.guidance_scale, "seed": self.seed, "progress": self.progress}
+        return {**how, "steps": steps, "resolution": resolution, "tile": tile, "overlap": overlap}
 
 
 @dataclass(kw_only=True)

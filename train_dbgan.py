@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from harness.flags import Accumulate, BatchSize, Devices, MaxSteps, Precision
+from harness import flags
 from harness.run import Run, average_gradients, start_fabric, unscale_gradients
 from harness.settings import check_counts, check_fractions, plain, run_main
 from harness.training_data import open_data
@@ -62,12 +62,12 @@ class Settings:
     blur_epochs: int = 20  # passes over the data, of `blur`
     pretrain_epochs: int = 20  # of `deblur`, on the content loss alone
     epochs: int = 20  # adversarial ones, of `deblur` and of `paired`
-    max_steps: MaxSteps = -1  # optimizer steps of every phase; above 0 it replaces the epochs
-    batch_size: BatchSize = 4  # of each device
+    max_steps: flags.MaxSteps = -1  # optimizer steps of every phase; above 0 it replaces the epochs
+    batch_size: flags.BatchSize = 4  # of each device
     learning_rate: float = 1e-4  # at the start, by a cosine down to
 
-    precision: Precision = "32"  # bf16 or 16: mixed, faster on GPUs
-    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
+    precision: flags.Precision = "32"  # bf16 or 16: mixed, faster on GPUs
+    devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
 
     MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
 
@@ -104,7 +104,7 @@ class Settings:
     bgan_path: Path | None = None  # for `deblur`; None takes OUTPUT_DIR/blur/bgan.safetensors
     generated_fraction: float = 0.5  # of DBGAN's blurry pictures that BGAN makes, from the sharp ones
 
-    accumulate_grad_batches: Accumulate = 4  # batches to one optimizer step
+    accumulate_grad_batches: flags.Accumulate = 4  # batches to one optimizer step
     last_learning_rate: float = 1e-6  # at the end
     max_grad_norm: float = 0.0  # highest global norm of all gradients; 0 = not clipped
     pool_size: int = 50  # earlier pictures that the discriminators of `blur` see again; 0 = none

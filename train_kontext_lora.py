@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from harness.flags import Accumulate, BatchSize, Devices, MaxSteps, Range
+from harness import flags
 from harness.run import Run, average_gradients, start_fabric
 from harness.settings import check_counts, check_fractions, check_optimizer, plain, run_main
 from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
@@ -68,15 +68,15 @@ class Settings:
     rank: int = 16  # of the LoRA: more learns more and takes more memory
     resume_lora: Path | None = None  # start from this LoRA file
 
-    batch_size: BatchSize = 4  # of each device
-    accumulate_grad_batches: Accumulate = 4  # batches to one optimizer step
-    max_steps: MaxSteps = 3000  # optimizer steps
+    batch_size: flags.BatchSize = 4  # of each device
+    accumulate_grad_batches: flags.Accumulate = 4  # batches to one optimizer step
+    max_steps: flags.MaxSteps = 3000  # optimizer steps
     learning_rate: float = 1e-4  # the highest, at the end of the warm-up
 
     # storage of the frozen network: fp8 halves it, nf4 halves that (bitsandbytes)
     base_precision: Literal["bf16", "fp8", "nf4"] = "bf16"
     blocks_to_swap: int = 0  # the last so many blocks wait in main memory: less of the GPU's, slower
-    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
+    devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
 
     MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
 
@@ -89,11 +89,11 @@ class Settings:
     random_flip: bool = True  # left and right
     native_crop: bool = False  # cut at full scale instead of shrinking to `resolution` first
     repeats: int = 1  # how often each picture comes in an epoch
-    lr_scale: Range = 8  # factor of the downsampling; it and the next may be ranges: LOW,HIGH
-    noise_level: Range = 0.05  # standard deviation, 1 = white
-    blur_radius: Range = 1.0  # standard deviation in pixels
-    jpeg_quality: Range = 75  # 1 to 100
-    damage_strength: Range = (0.2, 0.8)  # of those from motion_blur on: 0 (next to nothing) to 1
+    lr_scale: flags.Range = 8  # factor of the downsampling; it and the next may be ranges: LOW,HIGH
+    noise_level: flags.Range = 0.05  # standard deviation, 1 = white
+    blur_radius: flags.Range = 1.0  # standard deviation in pixels
+    jpeg_quality: flags.Range = 75  # 1 to 100
+    damage_strength: flags.Range = (0.2, 0.8)  # of those from motion_blur on: 0 (next to nothing) to 1
     degradation_order: Literal["fixed", "given", "random"] = "fixed"  # given: as in --degradation_types
     degradation_rounds: int = 1  # how often the chain of damage is run through
     examples_only: bool = False  # write images/examples.png (damaged | clean), images/kinds.png, and stop
@@ -102,11 +102,9 @@ class Settings:
     dropout: float = 0.0  # part of the LoRA's input that is left out in training
     lora_targets: Literal["attn", "attn_mlp", "all"] = "attn_mlp"  # linears: see ldm/modules/lora.py
 
-    # its course after the warm-up
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler: flags.LRScheduler = "constant"  # its course after the warm-up
     lr_warmup_steps: int = 0  # steps over which the learning rate rises
-    # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: flags.AdamW = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 1.0  # highest global norm of the gradients
     ema_decay: float = 0.99  # of the averaged LoRA, which previews use and files hold; 0 for none

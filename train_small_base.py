@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel
 
 from cldm.model import read_config
-from harness.flags import Devices, Precision
+from harness import flags
 from harness.run import Run, average_gradients, start_fabric
 from harness.settings import check_counts, plain, run_main
 from ldm.checkpoint import read_trained, write_atomically, write_half
@@ -79,8 +79,8 @@ class Settings:
     ema_decay: float = 0.999  # of the averaged weights, which are written
     seed: int = 0  # of pictures, first weights and noise
 
-    precision: Precision = "bf16"  # of the computation; 32 where the processor has no bfloat16
-    devices: Devices = 1  # GPUs (processes on a CPU)
+    precision: flags.Precision = "bf16"  # of the computation; 32 where the processor has no bfloat16
+    devices: flags.Devices = 1  # GPUs (processes on a CPU)
     save_steps: int = 500  # steps to a checkpoint, scores and pictures
 
 

@@ -22,7 +22,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.flags import BatchSize, Devices, MaxSteps, Precision, WeightDecay
+from harness import flags
 from harness.run import Run, start_fabric, unscale_gradients
 from harness.settings import check_counts, check_fractions, plain, run_main
 from harness.training_data import blurred_anew, camera, check_pictures
@@ -58,12 +58,12 @@ class Settings:
 
     loss: PixelLoss = "mse"  # distance of pixels at each scale
     epochs: int = 2000  # passes over the data
-    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces epochs
-    batch_size: BatchSize = 16  # of each device
+    max_steps: flags.MaxSteps = -1  # optimizer steps; above 0 it replaces epochs
+    batch_size: flags.BatchSize = 16  # of each device
     learning_rate: float = 1e-4  # at the start
 
-    precision: Precision = "32"  # bf16 or 16: mixed, faster on GPUs
-    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
+    precision: flags.Precision = "32"  # bf16 or 16: mixed, faster on GPUs
+    devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
 
     MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
 
@@ -89,7 +89,7 @@ class Settings:
     optimizer: Literal["adam", "sgd"] = "adam"  # the way to step
     momentum: float = 0.9  # of sgd: how much of the last step goes on
     nesterov: bool = True  # of sgd: look ahead along the momentum
-    weight_decay: WeightDecay = 0.0  # L2 regularisation
+    weight_decay: flags.WeightDecay = 0.0  # L2 regularisation
     schedule: Literal["step", "power", "cosine"] = "step"  # 0.3^(epoch // 500); (1 - t/T)^0.3; cosine
     lstm_clip: float = 3.0  # highest global norm of the ConvLSTM's gradients
     max_grad_norm: float = 0.0  # highest global norm of all gradients; 0 = not clipped

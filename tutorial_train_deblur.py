@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,16 +28,7 @@ from cldm.demo import MODELS, make_demo_start, pixels, show_demo
 from cldm.model import create_filled_model, load_state_dict, read_config
 from cldm.restore import Sampling, deblur_image
 from cldm.training import StreamData, begin, fit, prepare_model, report
-from harness.flags import (
-    Accumulate,
-    AnyPrecision,
-    BatchSize,
-    Devices,
-    ImageSize,
-    MaxEpochs,
-    MaxSteps,
-    StartPath,
-)
+from harness import flags
 from harness.settings import check_counts, run_main
 from ldm.data.captions import check_captions, read_caption
 from ldm.data.paired import BlurDataset, PairedDataset
@@ -60,21 +51,21 @@ class Settings:
     data_root: str = "./training/deblur"  # folder of tool_make_deblur_dataset.py, GoPro tree, blurry pictures
     sharp_root: str = ""  # sharp pictures, matched to data_root's by name; empty: data_root holds both
     json_file: str = ""  # json lines, or a list of `blurry sharp` lines, relative to data_root
-    image_size: ImageSize = 512  # pixels of the square crop, a multiple of 64
+    image_size: flags.ImageSize = 512  # pixels of the square crop, a multiple of 64
     # of pairs without a caption in their json line or in NAME.txt; {blur_type} becomes "motion blur" etc.
     prompt: str = "a sharp, detailed, high-quality photograph"
 
-    resume_path: StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion, by tool_add_control.py
+    resume_path: flags.StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion by tool_add_control.py
     config_path: str = "./models/cldm_v15_deblur.yaml"  # yaml of the model
 
-    batch_size: BatchSize = 4  # of each device
+    batch_size: flags.BatchSize = 4  # of each device
     learning_rate: float = 1e-5  # the highest, at the end of the warm-up
-    max_epochs: MaxEpochs = 10  # passes over the data
-    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
+    max_epochs: flags.MaxEpochs = 10  # passes over the data
+    max_steps: flags.MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
 
-    precision: AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
+    precision: flags.AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
-    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
+    devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
 
     MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
 
@@ -95,19 +86,17 @@ class Settings:
     weight_by_alpha_bar: bool = True  # each item's count less the noisier its latent
     deblur_crop: int = 32  # side of the decoded crop in latents (one is 8 pixels), 0 for the whole image
 
-    accumulate_grad_batches: Accumulate = 1  # batches to one optimizer step
-    # its course after the warm-up
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    accumulate_grad_batches: flags.Accumulate = 1  # batches to one optimizer step
+    lr_scheduler: flags.LRScheduler = "constant"  # its course after the warm-up
     lr_warmup_steps: int = 0  # steps over which the learning rate rises
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 0.0  # highest global norm of the gradients, 0 for no limit
     seed: int = 0  # of the data's order, first weights and noise
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
+    optimizer: flags.AdamW = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
 
     num_nodes: int = 1  # machines
-    # several devices: ddp copies the model to each, fsdp splits it
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: flags.Strategy = "auto"  # several devices: ddp copies the model to each, fsdp splits it
     gradient_checkpointing: bool = False  # less memory, a third more time
     compile: bool = False  # torch.compile: minutes at the start, faster steps
 

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -28,19 +28,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from cldm.cache import with_cached_latents
 from cldm.callbacks import Snapshots, keep_model
 from cldm.demo import MODELS, make_demo_start, pixels, show_demo
-from cldm.inpaint import InpaintControlNet, Inpainting, hole_scores, inpaint_image, widen_hint
-from cldm.model import create_filled_model, listing, load_state_dict, read_config, read_control
+from cldm.inpaint import InpaintControlNet, Inpainting, hole_scores, inpaint_image
+from cldm.model import create_filled_model, listing, load_state_dict, read_config, read_control, widen_input
 from cldm.training import StreamData, begin, fit, prepare_model, report
-from harness.flags import (
-    Accumulate,
-    AnyPrecision,
-    BatchSize,
-    Devices,
-    ImageSize,
-    MaxEpochs,
-    MaxSteps,
-    StartPath,
-)
+from harness import flags
 from harness.settings import run_main
 from ldm.checkpoint import write_weights
 from ldm.data.image import list_images, photographs, read_image, write_image
@@ -63,20 +54,20 @@ class Settings:
     mask_dir: str = ""  # masks of your own, white where the hole is
     mask_type: MaskType | None = None  # None: object if there is ann_file, folder if mask_dir, else mixed
     mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest part of the picture that is a hole
-    image_size: ImageSize = 512  # pixels of the square crop, a multiple of 64
+    image_size: flags.ImageSize = 512  # pixels of the square crop, a multiple of 64
     prompt: str = ""  # of pictures without captions, which are in captions_file or in NAME.txt beside them
 
-    resume_path: StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion, by tool_add_control.py
+    resume_path: flags.StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion by tool_add_control.py
     config_path: str = "./models/cldm_v15_inpaint.yaml"  # yaml of the model
 
-    batch_size: BatchSize = 4  # of each device
+    batch_size: flags.BatchSize = 4  # of each device
     learning_rate: float = 1e-5  # the highest, at the end of the warm-up
-    max_epochs: MaxEpochs = 100  # passes over the data
-    max_steps: MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
+    max_epochs: flags.MaxEpochs = 100  # passes over the data
+    max_steps: flags.MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
 
-    precision: AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
+    precision: flags.AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
-    devices: Devices = 1  # GPUs of each machine (processes on a CPU)
+    devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
 
     MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
 
@@ -91,19 +82,17 @@ class Settings:
     sd_locked: bool = True  # False trains the UNet's decoder too: then use learning_rate 2e-6
     only_mid_control: bool = False  # steer the UNet's middle block only: faster, weaker
 
-    accumulate_grad_batches: Accumulate = 1  # batches to one optimizer step
-    # its course after the warm-up
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    accumulate_grad_batches: flags.Accumulate = 1  # batches to one optimizer step
+    lr_scheduler: flags.LRScheduler = "constant"  # its course after the warm-up
     lr_warmup_steps: int = 0  # steps over which the learning rate rises
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 0.0  # highest global norm of the gradients, 0 for no limit
     seed: int = 0  # of the data's order, first weights and noise
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
+    optimizer: flags.AdamW = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
 
     num_nodes: int = 1  # machines
-    # several devices: ddp copies the model to each, fsdp splits it
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: flags.Strategy = "auto"  # several devices: ddp copies the model to each, fsdp splits it
     gradient_checkpointing: bool = False  # less memory, a third more time
     compile: bool = False  # torch.compile: minutes at the start, faster steps
 
@@ -139,6 +128,7 @@ DEMO = {
     "val_ddim_steps": 10,
 }
 SHIPPED = MODELS / "small_inpaint.safetensors"
+HINT = "control_model.input_hint_block.0.weight"  # may have a channel more or less
 RUN_VARIABLE = "CONTROLNET_INPAINTING_RUN"  # tells the other processes of a run its folder
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -192,16 +182,15 @@ def starting_weights(settings: Settings) -> dict[str, torch.Tensor]:
         control = {name: value for name, value in control.items() if name.startswith("control_model.")}
         if not control:
             raise ValueError(f"{settings.init_control} holds no ControlNet")
-        hint = "control_model.input_hint_block.0.weight"  # may have a channel more or less
-        own = {n: v.shape for n, v in weights.items() if n.startswith("control_model.") and n != hint}
+        own = {n: v.shape for n, v in weights.items() if n.startswith("control_model.") and n != HINT}
         wrong = [name for name, shape in own.items() if name not in control or control[name].shape != shape]
-        if wrong or hint not in control:
+        if wrong or HINT not in control:
             raise ValueError(
                 f"{settings.init_control} is no ControlNet for {settings.resume_path}: it lacks, or has "
-                f"another shape for, {listing(wrong or [hint])}"
+                f"another shape for, {listing(wrong or [HINT])}"
             )
         weights = {**weights, **control}
-    return widen_hint(weights, settings.hint_channels)
+    return widen_input(weights, HINT, settings.hint_channels)
 
 
 def run_folder(settings: Settings) -> str:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cldm.cldm import ControlLDM
 from cldm.logger import compared
-from cldm.model import widen_input
 from cldm.restore import MULTIPLE, Drawing
 from ldm.data.image import over_white, to_tensor, to_uint8
 from ldm.data.inpaint import make_hint
@@ -99,11 +98,6 @@ def region_errors(result: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Tens
         name: (difference * region).sum(dim=(1, 2, 3)) / region.sum(dim=(1, 2, 3)).clamp(min=1)
         for name, region in regions.items()
     }
-
-
-def widen_hint(weights: Mapping[str, Tensor], channels: int) -> dict[str, Tensor]:
-    """A state dict whose hint has at least `channels` channels (see cldm.model.widen_input)."""
-    return widen_input(weights, "control_model.input_hint_block.0.weight", channels)
 
 
 # ---- whole photographs -------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def add_control(
     result, names = {}, {"added": [], "ignored": []}
     counts = Counter(ignored=0)
     fresh = None
-    for name, like in target.items():
+    for name in target:
         twin = UNET + name.removeprefix(CONTROL)
         if name in weights:
             result[name], kind = weights[name], "kept"
@@ -133,10 +133,8 @@ def add_control(
             fresh = fresh or fresh_weights(config)
             result[name], kind = fresh[name], "added"
             names["added"].append(name)
-        if result[name].shape != like.shape:
-            shapes = f"{tuple(result[name].shape)}, not {tuple(like.shape)}"
-            raise ValueError(f"{source} does not fit this configuration: {name} has shape {shapes}")
         counts[kind] += 1
+    check_weights(target, result, source)
     names["ignored"] = [name for name in weights if name not in target]
     counts["ignored"] = len(names["ignored"])
     return result, counts, names

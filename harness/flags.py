@@ -17,6 +17,9 @@ AnyPrecision = Annotated[
     tyro.conf.arg(aliases=["--mixed_precision"], metavar="{auto,bf16,16,32}"),
 ]
 ImageSize = Annotated[int, tyro.conf.arg(aliases=["--resolution"])]
+LRScheduler = Literal["constant", "linear", "cosine"]
+Strategy = Literal["auto", "ddp", "fsdp"]
+AdamW = Literal["adamw", "adamw8bit"]
 StartPath = Annotated[str, tyro.conf.arg(aliases=["--pretrained_model_name_or_path"])]
 
 

@@ -22,9 +22,8 @@ from cldm.inpaint import (
     match_border,
     region_errors,
     regions_of,
-    widen_hint,
 )
-from cldm.model import create_model, read_config
+from cldm.model import create_model, read_config, widen_input
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.inpaint import find_mask, make_hint, resize_mask
@@ -33,6 +32,7 @@ from ldm.util import instantiate_from_config
 from tests.fill import fill
 
 CONFIG = "models/cldm_tiny_inpaint.yaml"
+HINT = "control_model.input_hint_block.0.weight"
 OPTIONS = Inpainting(steps=2, resolution=64)
 
 
@@ -204,7 +204,7 @@ def test_a_wider_hint_starts_as_the_same_model(model):
     config = read_config(CONFIG)
     config["params"]["control_stage_config"]["params"]["hint_channels"] = 4
     wide = instantiate_from_config(config)
-    wide.load_state_dict(widen_hint(model.state_dict(), 4))
+    wide.load_state_dict(widen_input(model.state_dict(), HINT, 4))
     image, mask = torch.rand(1, 3, 64, 64) * 2 - 1, torch.rand(1, 1, 64, 64).round()
     noisy, t, text = torch.randn(1, 16, 8, 8), torch.tensor([500]), torch.randn(1, 7, 32)
     outputs = [
@@ -212,8 +212,8 @@ def test_a_wider_hint_starts_as_the_same_model(model):
         for m, channels in ((model, 3), (wide, 4))
     ]
     assert torch.allclose(*outputs, atol=1e-5)
-    assert widen_hint(model.state_dict(), 3).keys() == model.state_dict().keys()
-    assert widen_hint({"a": torch.zeros(1)}, 4).keys() == {"a"}
+    assert widen_input(model.state_dict(), HINT, 3).keys() == model.state_dict().keys()
+    assert widen_input({"a": torch.zeros(1)}, HINT, 4).keys() == {"a"}
     result = inpaint_image(wide.eval(), photograph(64, 64), hole_in(64, 64), OPTIONS)
     assert result.shape == (64, 64, 3)
 

@@ -22,9 +22,7 @@ SAME = 3  # of 255: an RGB profile that moves no colour farther is an sRGB
 DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError, OSError)
 DAMAGED = (*DAMAGED, struct.error, Image.DecompressionBombError)
 # Photographs that come inside the scikit-image package, for demonstrations and tests.
-PHOTOGRAPHS = (
-    *("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
-)
+PHOTOGRAPHS = tuple("astronaut.png camera.png chelsea.png coffee.png motorcycle_left.png rocket.jpg".split())
 
 
 def read_image(path: str | Path, max_megapixels: float | None = None) -> np.ndarray:

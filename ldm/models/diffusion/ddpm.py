@@ -239,10 +239,8 @@ class LatentDiffusion(pl.LightningModule):
             return batch["timestep"]
         if "seed" not in batch:
             return torch.randint(0, self.num_timesteps, (count,), device=self.device)
-        draws = [
-            torch.randint(0, self.num_timesteps, (), generator=item_generator(int(s) + 2))
-            for s in batch["seed"]
-        ]
+        generators = [item_generator(int(seed) + 2) for seed in batch["seed"]]
+        draws = [torch.randint(0, self.num_timesteps, (), generator=own) for own in generators]
         return torch.stack(draws).to(self.device)
 
     def diffusion_loss(

@@ -12,15 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ldm.modules.image_degradation.blur import (
-    add_sensor_noise,
-    compress_jpeg,
-    convolve,
-    linear_to_srgb,
-    motion_kernel,
-    motion_path,
-    srgb_to_linear,
-)
+from ldm.modules.image_degradation import blur as camera
 
 DEGRADATIONS = ("downsample", "noise", "blur", "jpeg")  # the usual ones
 Value = float | tuple[float, float]  # a setting, or the range from which it is drawn for every picture
@@ -53,14 +45,15 @@ def blur(values: np.ndarray, rng: np.random.Generator, blur_radius: float) -> np
 
 def jpeg(values: np.ndarray, rng: np.random.Generator, jpeg_quality: float) -> np.ndarray:
     """A JPEG file of quality 1 to 100."""
-    return compress_jpeg(to_bytes(values), round(jpeg_quality)).astype(np.float32)
+    return camera.compress_jpeg(to_bytes(values), round(jpeg_quality)).astype(np.float32)
 
 
 def motion_blur(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
     """Camera shake in linear light: a path of 2 to 40 pixels for 512 (Boracchi & Foi 2012, as in blur.py)."""
     length = (2 + 38 * strength) * min(values.shape[:2]) / 512
-    kernel = motion_kernel(motion_path(rng, length, rng.uniform(0, 0.7)))
-    return linear_to_srgb(convolve(srgb_to_linear(to_bytes(values)), kernel)).astype(np.float32)
+    kernel = camera.motion_kernel(camera.motion_path(rng, length, rng.uniform(0, 0.7)))
+    light = camera.convolve(camera.srgb_to_linear(to_bytes(values)), kernel)
+    return camera.linear_to_srgb(light).astype(np.float32)
 
 
 def colour_noise(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
@@ -109,8 +102,8 @@ def fading(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.
 
 def low_light(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
     """Up to 4 stops too dark, with the shot noise of so little light (Foi et al. 2008), in linear light."""
-    light = srgb_to_linear(to_bytes(values)) * np.float32(2 ** (-4 * strength))
-    return linear_to_srgb(add_sensor_noise(light, rng, 0.002 * strength)).astype(np.float32)
+    light = camera.srgb_to_linear(to_bytes(values)) * np.float32(2 ** (-4 * strength))
+    return camera.linear_to_srgb(camera.add_sensor_noise(light, rng, 0.002 * strength)).astype(np.float32)
 
 
 def haze(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
@@ -133,20 +126,9 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int, int], sigma: f
     return (full - full.mean()) / max(float(full.std()), 1e-6)
 
 
-LIFE = (
-    haze,
-    low_light,
-    motion_blur,
-    downsample,
-    noise,
-    colour_noise,
-    film_grain,
-    blur,
-    fading,
-    scratches,
-    jpeg,
-)
-KINDS = {kind.__name__: kind for kind in LIFE}  # in the order of a picture's life
+TAKEN, DEVELOPED = (haze, low_light, motion_blur), (downsample, noise, colour_noise, film_grain, blur)
+LIFE = (*TAKEN, *DEVELOPED, fading, scratches, jpeg)  # of a picture, in this order
+KINDS = {kind.__name__: kind for kind in LIFE}
 # Each name of DEGRADATIONS with its setting.
 SETTINGS = {"downsample": "lr_scale", "noise": "noise_level", "blur": "blur_radius", "jpeg": "jpeg_quality"}
 LIMITS = {"lr_scale": (1, 64), "noise_level": (0, 1), "blur_radius": (0, 100), "jpeg_quality": (1, 100)}
