@@ -10,9 +10,7 @@ tool_make_deblur_dataset.py by number.
 """
 
 import base64
-import csv
 import html
-import io
 import json
 import math
 from collections.abc import Callable
@@ -25,6 +23,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from harness.metrics_csv import as_csv
 from harness.profile import PROFILE, cost_lines, read_profile, weights_lines
 from harness.scores import ABOUT, SCORES, deep_network, load_baseline, plain, timed
 from harness.settings import run_main
@@ -228,14 +227,6 @@ def is_json(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def as_csv(rows: list[dict]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: row["name"]))
-    return text.getvalue()
-
-
 def as_html(report: dict, rows: list[dict], files: dict[str, dict[str, Path]]) -> str:
     """A page that needs no other file: the report and the worst pictures, blurry, restored, sharp."""
     parts = []
@@ -270,7 +261,7 @@ def main(settings: Settings) -> None:
     if settings.output:
         plain = {key: value if is_json(value) else str(value) for key, value in report.items()}
         outputs[settings.output] = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        outputs[settings.output.with_suffix(".csv")] = as_csv(rows)
+        outputs[settings.output.with_suffix(".csv")] = as_csv([*rows[0]], sorted(rows, key=lambda r: r["name"]))
     if settings.html:
         outputs[settings.html] = as_html(report, rows, files)
     for path, text in outputs.items():

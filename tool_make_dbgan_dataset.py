@@ -72,9 +72,10 @@ def main(settings: Settings) -> None:
     todo = [
         (path, find_sources(blurred, gopro, settings.by_focus)) for path, blurred, gopro in files if gopro
     ]
+    made_by = {"patch_size": settings.patch_size, "stride": settings.stride or settings.patch_size}
+    made_by |= {"by_focus": True} if settings.by_focus else {}  # files from before know nothing of it
     for path, (sources, paired) in todo:
-        size, stride = settings.patch_size, settings.stride or settings.patch_size
-        make_file(path, sources, paired, size, stride, settings.by_focus, settings.shard)
+        make_file(path, sources, {"paired": paired, **made_by}, settings.shard)
 
 
 def find_sources(blurred: Path | None, gopro: Path, by_focus: bool) -> tuple[dict[str, list[Path]], bool]:
@@ -88,16 +89,8 @@ def find_sources(blurred: Path | None, gopro: Path, by_focus: bool) -> tuple[dic
     return {"sharp": [pair.sharp for pair in pairs], "blur": [pair.blurry for pair in pairs]}, True
 
 
-def make_file(
-    path: Path,
-    sources: dict[str, list[Path]],
-    paired: bool,
-    size: int,
-    stride: int,
-    by_focus: bool = False,
-    shard: str = "1/1",
-) -> None:
-    """Write one file, or say that it is there already.
+def make_file(path: Path, sources: dict[str, list[Path]], made_by: dict, shard: str = "1/1") -> None:
+    """Write one file, or say that it is there already; `made_by` are its attributes, without the sources.
 
     A shard writes its part, train.2-of-4.h5; the one that finds all parts there, the file that joins them.
     Raises ValueError if the file there was made otherwise, if pictures of a pair differ in size, if a
@@ -105,9 +98,7 @@ def make_file(
     """
     i, n = parse_shard(shard)
     names = "\n".join(f"{key} {source}" for key in KEYS for source in sources[key])
-    made_by = {"paired": paired, "patch_size": size, "stride": stride}
-    made_by |= {"by_focus": True} if by_focus else {}  # files from before know nothing of it
-    made_by["sources"] = sha256(names.encode()).hexdigest()[:16]
+    options, made_by = made_by, made_by | {"sources": sha256(names.encode()).hexdigest()[:16]}
     if path.exists():
         return check_finished(path, made_by)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +107,7 @@ def make_file(
         if min(len(names) for names in sources.values()) < n:
             raise ValueError(f"--shard {shard}: there are fewer pictures than shards")
         part = {key: list(share_of(names, shard)) for key, names in sources.items()}
-        make_file(parts[i - 1], part, paired, size, stride, by_focus)
+        make_file(parts[i - 1], part, options)
         missing = [file.name for file in parts if not file.exists()]
         if missing:
             return print(f"{path} joins the parts when {', '.join(missing)} are there")
@@ -124,7 +115,8 @@ def make_file(
     else:
         write_atomically(path, lambda temporary: write(temporary, sources, made_by))
     with open_patches(path) as file:
-        print(f"{path}: {len(file['sharp'])} sharp and {len(file['blur'])} blurry patches of {size} pixels")
+        counts = f"{len(file['sharp'])} sharp and {len(file['blur'])} blurry patches"
+        print(f"{path}: {counts} of {made_by['patch_size']} pixels")
 
 
 def join(path: Path, parts: Sequence[Path], made_by: dict, own: Path) -> None:
@@ -170,17 +162,11 @@ def check_finished(path: Path, made_by: dict) -> None:
 def write(path: Path, sources: dict[str, list[Path]], made_by: dict) -> None:
     """Fill a new file picture by picture: no more than one picture is in memory."""
     size, stride = made_by["patch_size"], made_by["stride"]
+    one, shapes = (size, size, 3), {}
     with h5py.File(path, "w", libver="latest") as file:
         file.attrs.update(made_by)
-        shapes = {}
         for key in KEYS:
-            data = file.create_dataset(
-                key,
-                (0, size, size, 3),
-                np.uint8,
-                maxshape=(None, size, size, 3),
-                chunks=(CHUNK, size, size, 3),
-            )
+            data = file.create_dataset(key, (0, *one), np.uint8, maxshape=(None, *one), chunks=(CHUNK, *one))
             choose = (in_focus if key == "sharp" else out_of_focus) if made_by.get("by_focus") else None
             images = read(key, sources[key], size)
             shapes[key] = [append(data, image, size, stride, choose) for image in images]

@@ -23,6 +23,7 @@ from cldm.logger import CsvRows, ImageLogger, Progress
 from cldm.model import listing
 from cldm.sharding import ShardedStrategy, check_sharding
 from harness.flags import lightning_precision
+from harness.loading import make_loader
 from harness.run import summary
 from harness.settings import check_counts, check_fractions, check_optimizer, check_settings, plain
 from ldm import checkpoint
@@ -147,30 +148,14 @@ class StreamData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         check_same(len(self.train), DATA)
         check_same(self.samples_seen, PLACE)
-        trainer = self.trainer
-        stream = SampleStream(
-            len(self.train),
-            self.settings.seed,
-            start=self.samples_seen,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
-        return self._loader(self.train, sampler=stream)
+        place = self.samples_seen, None, self.trainer.global_rank, self.trainer.world_size
+        return self._loader(self.train, SampleStream(len(self.train), self.settings.seed, *place))
 
     def val_dataloader(self) -> DataLoader | list:
         return [] if self.held_out is None else self._loader(self.held_out)
 
-    def _loader(self, dataset: Dataset, **options) -> DataLoader:
-        workers = self.settings.num_workers
-        return DataLoader(
-            dataset,
-            self.settings.batch_size,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own: starting to iterate must not move the global random state
-            **options,
-        )
+    def _loader(self, dataset: Dataset, stream: SampleStream | None = None) -> DataLoader:
+        return make_loader(dataset, self.settings.batch_size, self.settings.num_workers, stream)
 
     def state_dict(self) -> dict:
         step = self.trainer.global_step

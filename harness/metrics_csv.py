@@ -2,10 +2,19 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ldm.checkpoint import write_atomically
+
+
+def as_csv(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
+    """A table with a line of names on top."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 class MetricsCsv:
@@ -33,11 +42,7 @@ class MetricsCsv:
         return list(reader)
 
     def _rewrite(self, rows: list[Mapping]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.path, lambda temporary: temporary.write_text(text.getvalue()))
+        write_atomically(self.path, lambda temporary: temporary.write_text(as_csv(self.columns, rows)))
 
     def append(self, row: Mapping[str, float]) -> None:
         """Add a row, which holds a step; a metric that is new becomes a new column.

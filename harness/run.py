@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from lightning_fabric import Fabric
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from harness.flags import lightning_precision
+from harness.loading import make_loader
 from harness.metrics_csv import MetricsCsv
 from harness.settings import check_settings, plain
 from ldm import checkpoint
@@ -69,11 +69,6 @@ def unscale_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
     scaler = getattr(fabric.strategy.precision, "scaler", None)
     if scaler is not None:
         scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
-
-
-def start_worker(number: int) -> None:
-    """A DataLoader's process: OpenCV must not start a thread for every core in each of them."""
-    cv2.setNumThreads(0)
 
 
 class Run:
@@ -135,16 +130,8 @@ class Run:
         start, total = self.step * joint, steps * joint
         check_same(len(dataset), DATA)
         place = self.fabric.global_rank, world_size, getattr(dataset, "group", None), joint
-        loader = DataLoader(
-            dataset,
-            batch_size,
-            sampler=SampleStream(len(dataset), seed, start, total, *place),
-            num_workers=num_workers,
-            pin_memory=self.fabric.device.type == "cuda",
-            persistent_workers=num_workers > 0,
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),  # its own: starting to iterate must not move the global random state
-        )
+        stream = SampleStream(len(dataset), seed, start, total, *place)
+        loader = make_loader(dataset, batch_size, num_workers, stream)
         return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
     def batches(self, loader: Iterable, steps: int) -> Iterator:
@@ -195,8 +182,6 @@ class Run:
             raise ValueError(f"training stopped: {problem or 'NaN in another process'}; {kept}")
 
     def _in_any_process(self, here: bool) -> bool:
-        if self.fabric.world_size == 1:
-            return here
         flag = torch.tensor(float(here), device=self.fabric.device)
         return self.fabric.all_reduce(flag, reduce_op="sum").item() > 0
 

@@ -1,0 +1,26 @@
+"""A DataLoader as all training runs here want it."""
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def start_worker(number: int) -> None:
+    """A DataLoader's process: OpenCV must not start a thread for every core in each of them."""
+    cv2.setNumThreads(0)
+
+
+def make_loader(
+    dataset: Dataset, batch_size: int, num_workers: int, sampler: Sampler | None = None
+) -> DataLoader:
+    """Batches in the order of the sampler, or of the data, read by `num_workers` processes that stay."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # its own: starting to iterate must not move the global random state
+    )
