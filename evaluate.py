@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from harness.metrics_csv import as_csv
 from harness.profile import PROFILE, cost_lines, read_profile, weights_lines
-from harness.scores import ABOUT, SCORES, deep_network, load_baseline, plain, timed
+from harness.scores import ABOUT, SCORES, Values, deep_network, load_baseline, plain, timed
 from harness.settings import run_main
 from ldm.checkpoint import describe, write_atomically
 from ldm.data.image import list_images, read_image, side_by_side
@@ -95,9 +95,9 @@ def find_files(settings: Settings) -> tuple[dict[str, dict[str, Path]], dict[str
     }
     if settings.blurry:
         folders["blurry"] = index_folder(settings.blurry, "blurry")
-    short = {
-        kind: {name.split("/")[-1]: path for name, path in folder.items()} for kind, folder in folders.items()
-    }
+    short = {}
+    for kind, folder in folders.items():
+        short[kind] = {name.split("/")[-1]: path for name, path in folder.items()}
     unique = all(len(short[kind]) == len(folder) for kind, folder in folders.items())
     for index in (folders, short) if unique else (folders,):
         names = [name for name in index["sharp"] if all(name in folder for folder in index.values())]
@@ -119,19 +119,14 @@ def score(name: str, paths: dict[str, Path], scores: list[Callable], baselines: 
             row |= figures(scores, blurry, sharp, "_blurry")
         for label, restore in baselines.items():
             result, seconds, memory = timed(restore, blurry)
-            row |= {
-                **figures(scores, result, sharp, f"_{label}"),
-                f"s_{label}": seconds,
-                f"MiB_{label}": memory,
-            }
+            row |= figures(scores, result, sharp, f"_{label}")
+            row |= {f"s_{label}": seconds, f"MiB_{label}": memory}
     except (ValueError, FileNotFoundError) as error:  # the second of a link that leads nowhere
         return {"name": name, "skipped": str(error)}
     return row
 
 
-def figures(
-    scores: list[Callable], image: np.ndarray, sharp: np.ndarray, suffix: str = ""
-) -> dict[str, float]:
+def figures(scores: list[Callable], image: np.ndarray, sharp: np.ndarray, suffix: str = "") -> Values:
     """What `scores` find, named with a suffix."""
     return {f"{name}{suffix}": value for one in scores for name, value in one(image, sharp).items()}
 
@@ -238,9 +233,8 @@ def as_html(report: dict, rows: list[dict], files: dict[str, dict[str, Path]]) -
         strip = cv2.resize(strip, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         _, data = cv2.imencode(".jpg", strip[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
         source = base64.b64encode(data.tobytes()).decode()
-        title = (
-            f"{html.escape(row['name'])}: {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f} ({', '.join(kinds)})"
-        )
+        scores = f"{row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}"
+        title = f"{html.escape(row['name'])}: {scores} ({', '.join(kinds)})"
         parts.append(f'<h2>{title}</h2><img src="data:image/jpeg;base64,{source}" style="max-width:100%">')
     return (
         '<!DOCTYPE html><html><head><meta charset="utf-8"><title>Restored pictures</title></head>'
@@ -261,7 +255,8 @@ def main(settings: Settings) -> None:
     if settings.output:
         plain = {key: value if is_json(value) else str(value) for key, value in report.items()}
         outputs[settings.output] = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        outputs[settings.output.with_suffix(".csv")] = as_csv([*rows[0]], sorted(rows, key=lambda r: r["name"]))
+        by_name = sorted(rows, key=lambda row: row["name"])
+        outputs[settings.output.with_suffix(".csv")] = as_csv([*rows[0]], by_name)
     if settings.html:
         outputs[settings.html] = as_html(report, rows, files)
     for path, text in outputs.items():

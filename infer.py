@@ -416,9 +416,7 @@ def system_of(path: Path) -> str:
     if path.is_dir():
         if (path / LORA_FILE).is_file() or (path / TRANSFORMER).is_file():
             return "kontext"
-        raise ValueError(
-            f"{path} is a folder without {LORA_FILE}: give a file, such as checkpoints/best.ckpt"
-        )
+        raise ValueError(f"{path} is a folder without {LORA_FILE}: take a file like checkpoints/best.ckpt")
     weights, content = checkpoint.read_trained(path)
     begins = {name.removeprefix("module.").partition(".")[0] for name in weights}
     for prefix, command in (("inblock", "srn"), ("deblur", "dbgan"), ("blur", "bgan")):
@@ -448,9 +446,7 @@ def with_subcommand(words: list[str]) -> list[str]:
     flags = {"--checkpoint_path", "--lora_path", "--pretrained_model_name_or_path"}
     at = next((index for index, word in enumerate(options[:-1]) if word in flags), None)
     if at is None:
-        raise ValueError(
-            f"give one of {', '.join(COMMANDS)} first, or --checkpoint_path, whose file says which"
-        )
+        raise ValueError(f"give one of {', '.join(COMMANDS)} first, or --checkpoint_path, which says it")
     command = system_of(Path(words[at + 1])) if options[at] == "--checkpoint_path" else "kontext"
     if command == "kontext" and options[at] == "--checkpoint_path":
         from ldm.models.kontext import TRANSFORMER

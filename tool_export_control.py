@@ -74,9 +74,7 @@ def main(settings: Settings) -> None:
     weights, content = read_control(settings.checkpoint_path)
     control, differs = alone(weights, content.get("config"), settings.checkpoint_path)
     if differs and not settings.allow_extra:
-        raise ValueError(
-            f"{settings.checkpoint_path} {differs}. Pass --allow_extra to export it all the same"
-        )
+        raise ValueError(f"{settings.checkpoint_path} {differs}. Pass --allow_extra to export it anyway")
     dtype = torch.float16 if settings.half else torch.float32
     content = {settings.prefix + name: value.to(dtype) for name, value in control.items()}
     write_weights(output, content, {"format": "pt", "source": settings.checkpoint_path.name})

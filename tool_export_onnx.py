@@ -106,9 +106,7 @@ def main(settings: Settings) -> None:
         )
         difference = compare(temporary, network)
         if difference > TOLERANCE:
-            raise ValueError(
-                f"not written: onnxruntime's pictures differ by {difference:.1e} of 1 from PyTorch's"
-            )
+            raise ValueError(f"not written: onnxruntime differs by {difference:.1e} of 1 from PyTorch")
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)

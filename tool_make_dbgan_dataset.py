@@ -66,12 +66,8 @@ def main(settings: Settings) -> None:
     if not files[0][2]:
         raise ValueError("give --deblur_train_data: the folder of the sharp photographs, or the GoPro tree")
     if settings.by_focus and (settings.blur_train_data or settings.blur_valid_data):
-        raise ValueError(
-            "--by_focus takes blurred parts from the sharp photographs: no --blur_train_data then"
-        )
-    todo = [
-        (path, find_sources(blurred, gopro, settings.by_focus)) for path, blurred, gopro in files if gopro
-    ]
+        raise ValueError("--by_focus takes blurred parts from the sharp photographs, not --blur_train_data")
+    todo = [(path, find_sources(*data, settings.by_focus)) for path, *data in files if data[1]]
     made_by = {"patch_size": settings.patch_size, "stride": settings.stride or settings.patch_size}
     made_by |= {"by_focus": True} if settings.by_focus else {}  # files from before know nothing of it
     for path, (sources, paired) in todo:
@@ -153,9 +149,7 @@ def check_finished(path: Path, made_by: dict) -> None:
             if file.attrs.get(key) != value
         ]
         if changed:
-            raise ValueError(
-                f"{path} was made otherwise ({'; '.join(changed)}): delete it or take another name"
-            )
+            raise ValueError(f"{path} was made otherwise ({'; '.join(changed)}): delete it, or take another")
         print(f"{path} is finished: {len(file['sharp'])} sharp and {len(file['blur'])} blurry patches")
 
 

@@ -136,13 +136,9 @@ def claim(folder: Path, settings: Settings, paths: list[Path]) -> None:
         given = asdict(Settings()) | dict(json.loads(file.read_text()))  # older files lack newer settings
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}; take a new --output_dir") from error
-    changed = [
-        f"{key} {given.get(key)} -> {value}" for key, value in wanted.items() if given.get(key) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} was begun with other settings ({', '.join(changed)}): take a new --output_dir"
-        )
+    now = [f"{key} {given.get(key)} -> {new}" for key, new in wanted.items() if given.get(key) != new]
+    if now := ", ".join(now):
+        raise ValueError(f"{folder} was begun with other settings ({now}): take a new --output_dir")
 
 
 def source_name(path: Path, settings: Settings) -> str:
@@ -227,9 +223,8 @@ def run(todo: list[int], maker: Maker) -> Iterator[tuple[int, dict, dict[str, st
     if workers == 1:
         yield from map(maker, todo)
         return
-    with ProcessPoolExecutor(
-        workers, initializer=start_worker, initargs=(maker.settings, maker.paths)
-    ) as pool:
+    first = {"initializer": start_worker, "initargs": (maker.settings, maker.paths)}
+    with ProcessPoolExecutor(workers, **first) as pool:
         try:
             yield from pool.map(work, todo, chunksize=4)
         except BaseException:

@@ -151,9 +151,8 @@ DEMO = {
     "log_epoch": 2,
 }
 # What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
-MAY_CHANGE = (
-    "mode val_crop devices num_nodes batch_size num_workers cache channels_last compile log_epoch".split()
-)
+MAY_CHANGE = "devices num_nodes batch_size num_workers log_epoch cache channels_last compile".split()
+MAY_CHANGE += ["mode", "val_crop"]
 SOFT_REAL, SOFT_FAKE = 0.9, 0.1  # soft labels of the least-squares discriminators
 
 
@@ -335,9 +334,7 @@ UNUSED = {
 }
 
 
-def make_players(
-    settings: Settings, stage: str, perceptual: nn.Module | None, device: torch.device
-) -> Players:
+def make_players(settings: Settings, stage: str, vgg: nn.Module | None, device: torch.device) -> Players:
     """The networks of a stage, on their device."""
     makers, judges = (names.split() for names in STAGES[stage][:2])
     width = settings.discriminator_width
@@ -345,7 +342,7 @@ def make_players(
         nn.ModuleDict({kind: first_generator(kind, settings) for kind in makers}),
         nn.ModuleDict({n: gan.initialise(gan.Discriminator(width)) for n in judges}),
         {name: gan.ImagePool(settings.pool_size) for name in judges},
-        perceptual,
+        vgg,
     )
     for networks in (players.generators, players.discriminators):
         networks.to(device, memory_format=torch.channels_last if settings.channels_last else None)

@@ -242,12 +242,10 @@ def check(settings: Settings) -> None:
     processes = settings.devices * settings.num_nodes
     if settings.shard_base and (processes < 2 or settings.base_precision != "bf16"):
         raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
-    if settings.blocks_to_swap and (
-        settings.shard_base or settings.compile or not settings.gradient_checkpointing
-    ):
-        raise ValueError(
-            "--blocks_to_swap needs --gradient_checkpointing, and neither --shard_base nor --compile"
-        )
+    whole = settings.gradient_checkpointing and not (settings.shard_base or settings.compile)
+    if settings.blocks_to_swap and not whole:
+        need = "--gradient_checkpointing, and neither --shard_base nor --compile"
+        raise ValueError(f"--blocks_to_swap needs {need}")
     if settings.perceptual_crop < 16 or settings.perceptual_crop % 8:
         raise ValueError(f"perceptual_crop must be 16, 24, 32, ..., not {settings.perceptual_crop}")
 
@@ -307,9 +305,8 @@ def train_step(
 
 def add_trained_lora(model: Flux, settings: Settings, device: torch.device) -> nn.ModuleDict:
     """A LoRA on the model, new or from --resume_lora; then the model is sharded and compiled if asked for."""
-    adapter = make_lora(model, settings.lora_targets, settings.rank, settings.alpha, settings.dropout).to(
-        device
-    )
+    how = settings.lora_targets, settings.rank, settings.alpha, settings.dropout
+    adapter = make_lora(model, *how).to(device)
     if settings.resume_lora:
         start_from(adapter, settings.resume_lora)
     blocks = (*model.double_blocks, *model.single_blocks)

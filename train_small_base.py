@@ -38,7 +38,7 @@ from harness.settings import check_counts, plain, run_main
 from ldm.checkpoint import read_trained, write_atomically, write_half
 from ldm.data.dead_leaves import dead_leaves
 from ldm.data.image import list_images, photographs, read_image, to_tensor, to_uint8, write_image
-from ldm.data.paired import at_least
+from ldm.data.paired import at_least, sharpness
 from ldm.data.stream import item_generator, item_seed
 from ldm.metrics import psnr
 from ldm.models.autoencoder import AutoencoderKL
@@ -108,9 +108,8 @@ def make_pieces(settings: Settings, folder: Path) -> tuple[np.ndarray, np.ndarra
         paths = list_images(settings.photos)
         photos = [at_least(read_image(path), SIZE) for path in tqdm(paths, "reading photographs")]
         made = [piece(photos, settings, index) for index in tqdm(range(settings.pieces), "cutting pieces")]
-        for file, values in zip(files, (np.stack([m[0] for m in made]), [m[1] for m in made]), strict=True):
-            with open(file, "wb") as stream:
-                np.save(stream, values)
+        np.save(files[0], np.stack([image for image, _ in made]))
+        np.save(files[1], [caption for _, caption in made])
         write_atomically(note, lambda temporary: temporary.write_text(json.dumps(about)))
     return np.load(files[0], mmap_mode="c"), np.load(files[1])
 
@@ -121,11 +120,9 @@ def piece(photos: list[np.ndarray], settings: Settings, index: int) -> tuple[np.
     if rng.random() < settings.leaves:
         return dead_leaves(SIZE, rng), CAPTIONS.index(LEAVES)
     photo = photos[rng.integers(len(photos))]
-    squares = [square(photo, rng) for _ in range(2)]
-    image = max(squares, key=lambda s: cv2.Laplacian(cv2.cvtColor(s, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var())
-    image = np.ascontiguousarray(
-        np.rot90(image[:, :: rng.choice([1, -1])], rng.choice(4, p=[0.7, 0.1, 0.1, 0.1]))
-    )
+    image = max([square(photo, rng) for _ in range(2)], key=sharpness)
+    flip, turns = rng.choice([1, -1]), rng.choice(4, p=[0.7, 0.1, 0.1, 0.1])
+    image = np.ascontiguousarray(np.rot90(image[:, ::flip], turns))
     if rng.random() >= settings.blurred:
         return image, CAPTIONS.index(SHARP)
     blurred, name, _ = random_blur(image, rng, BLURS, scale=0.5)
@@ -363,9 +360,8 @@ def teach_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions:
     folder = settings.output_dir / "small_kontext"
     write_text_encoders(folder, model.cond_stage_model)
     prompts = [encode_prompt(folder, prompt, "cpu") for prompt in (KEEP, OTHER)]
-    t5, pooled = (
-        torch.cat([p[name] for p in prompts]).float().to(fabric.device) for name in ("t5", "pooled")
-    )
+    both = [torch.cat([prompt[name] for prompt in prompts]).float() for name in ("t5", "pooled")]
+    t5, pooled = (values.to(fabric.device) for values in both)
     torch.manual_seed(settings.seed)
     flux = Flux(FLUX)
     for block in (*flux.double_blocks, *flux.single_blocks):  # each block starts as the identity

@@ -149,9 +149,8 @@ def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpain
         raise ValueError(
             f"val_samples must be 0 ... {len(paths) - 1}, less than the pictures, not {settings.val_samples}"
         )
-    held_out = set(
-        np.random.default_rng(settings.seed).permutation(len(paths))[: settings.val_samples].tolist()
-    )
+    order = np.random.default_rng(settings.seed).permutation(len(paths))
+    held_out = set(order[: settings.val_samples].tolist())
     names = "ann_file captions_file mask_dir mask_type mask_ratio seed prompt hint_channels".split()
     options = {name: getattr(settings, name) for name in names} | {"size": settings.image_size}
     train = CocoInpaintingDataset(

@@ -83,9 +83,8 @@ class Checkpoints(Callback):
             kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved yet"
             loss, step, files = self.losses[-1 if all(finite) else finite.index(False)]
             files = "that of another process" if all(finite) else ", ".join(files)
-            raise ValueError(
-                f"training stopped: loss = {float(loss)} at step {step}; its batch: {files}; {kept}"
-            )
+            what = f"loss = {float(loss)} at step {step}; its batch: {files}"
+            raise ValueError(f"training stopped: {what}; {kept}")
         self.losses = []
 
     def on_validation_start(self, trainer, pl_module) -> None:

@@ -12,7 +12,7 @@ from cldm.model import CONTROL, FIRST, widen_input, with_hint_latent
 from ldm.data.image import to_uint8
 from ldm.data.stream import item_generator
 from ldm.metrics import psnr
-from ldm.models.diffusion.ddpm import image_of
+from ldm.models.diffusion.ddpm import Loss, image_of
 from ldm.modules.perceptual import PerceptualLoss
 
 GRADIENT_WEIGHT = 0.1
@@ -59,7 +59,7 @@ class DeblurControlNet(ControlLDM):
             self.load_perceptual()
         return self._perceptual[0].to(restored.device)(restored, sharp)
 
-    def shared_step(self, batch: Mapping) -> tuple[Tensor, dict[str, Tensor]]:
+    def shared_step(self, batch: Mapping) -> Loss:
         x_start, cond = self.get_input(batch)
         t, noise = self.timesteps_of(batch, len(x_start)), self.noise_of(batch, x_start, salt=1)
         x_noisy = self.q_sample(x_start, t, noise)
@@ -76,9 +76,7 @@ class DeblurControlNet(ControlLDM):
         loss = loss + self.deblur_every * self.deblur_loss_weight * pixel_loss
         return loss, {**values, **pixel_values, "loss": loss}
 
-    def deblur_losses(
-        self, restored: Tensor, sharp: Tensor, weights: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def deblur_losses(self, restored: Tensor, sharp: Tensor, weights: Tensor) -> Loss:
         """Sum of the pixel losses of images (b, 3, h, w) in [-1, 1], items weighted by (b,), and terms."""
         difference = restored - sharp
         terms = {

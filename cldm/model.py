@@ -213,9 +213,7 @@ def wanted_base(
         return None
     base_path = base_path or content.get("base")
     if base_path is None:
-        raise ValueError(
-            f"{path} is a ControlNet alone: give the Stable Diffusion file it belongs to as --base_path"
-        )
+        raise ValueError(f"{path} is a ControlNet alone: give its Stable Diffusion file as --base_path")
     return Path(base_path)
 
 

@@ -169,14 +169,12 @@ def describe(path: str | Path) -> dict:
     return {"path": str(path), "sha256": digest, "step": step, "parameters": parameters}
 
 
-def write_weights(
-    path: str | Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def write_weights(path: str | Path, weights: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
     """Write a state dict as .safetensors, or with torch.save under `state_dict` for any other suffix."""
     if Path(path).suffix != ".safetensors":
         return save(path, {"state_dict": weights})
     weights = {name: value.contiguous() for name, value in weights.items()}
-    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
+    write_atomically(path, lambda temporary: save_file(weights, temporary, about))
 
 
 def write_half(path: str | Path, weights: dict[str, Tensor], settings: dict) -> None:

@@ -27,9 +27,7 @@ def ssim(restored: np.ndarray, sharp: np.ndarray) -> float:
     """
     _check(restored, sharp)
     if min(sharp.shape[:2]) < 11:
-        raise ValueError(
-            f"SSIM needs images of at least 11 x 11 pixels, not {sharp.shape[1]} x {sharp.shape[0]}"
-        )
+        raise ValueError(f"SSIM needs at least 11 x 11 pixels, not {sharp.shape[1]} x {sharp.shape[0]}")
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return float(structural_similarity(restored, sharp, data_range=DATA_RANGE, channel_axis=2, **window))
 

@@ -77,9 +77,7 @@ def _waves(
 
 def _grain(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A random field of four octaves, standard deviation about 1."""
-    octaves = [
-        rng.standard_normal([side // 2**n + 1 for side in shape], dtype=np.float32) for n in range(1, 5)
-    ]
+    octaves = [rng.standard_normal([n // 2**k + 1 for n in shape], dtype=np.float32) for k in range(1, 5)]
     return sum(cv2.resize(octave, shape[::-1], interpolation=cv2.INTER_LINEAR) for octave in octaves) / 1.5
 
 

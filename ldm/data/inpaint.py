@@ -56,9 +56,7 @@ def find_mask(masks: Path, name: Path) -> Path:
     for path in list_images(masks):
         if path.with_suffix("") in wanted:
             return path
-    raise FileNotFoundError(
-        f"no mask for {name} in {masks}: it would be called {name.stem} or {wanted[1].name}"
-    )
+    raise FileNotFoundError(f"no mask for {name} in {masks}: it would be {name.stem} or {wanted[1].name}")
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], path: str | Path) -> np.ndarray:

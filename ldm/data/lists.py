@@ -93,9 +93,7 @@ def _columns(where: str, line: str) -> list[str]:
         told = [name for name in pictures if side(Path(name).parent.name)]
         names = next((two for two in (pictures, told) if len(two) == 2), names)
     if len(names) != 2:
-        raise ValueError(
-            f"{where}: expected two paths, got {len(names)} (put a tab between them, or paths in quotes)"
-        )
+        raise ValueError(f"{where}: expected two paths, got {len(names)} (separate by a tab, or quote them)")
     return names
 
 

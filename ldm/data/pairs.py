@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
@@ -91,15 +91,12 @@ def match_folders(blurry_dir: str | Path, sharp_dir: str | Path) -> tuple[list[P
         blurry, sharp = _by_stem(Path(blurry_dir), place), _by_stem(Path(sharp_dir), place)
     groups = dict(zip(blurry, scenes([PurePosixPath(stem) for stem in blurry]), strict=True))
     pairs = [Pair(path, sharp[stem], group=groups[stem]) for stem, path in blurry.items() if stem in sharp]
-    single = [
-        path for stem, path in [*blurry.items(), *sharp.items()] if stem not in blurry or stem not in sharp
-    ]
+    both = blurry.keys() & sharp.keys()
+    single = [path for stem, path in [*blurry.items(), *sharp.items()] if stem not in both]
     return pairs, single
 
 
-def _by_stem(
-    folder: Path, name: Callable[[Path], PurePath] = lambda path: path.with_suffix("")
-) -> dict[str, Path]:
+def _by_stem(folder: Path, name: Callable = lambda path: path.with_suffix("")) -> dict[str, Path]:
     paths = {}
     for path in list_images(folder):
         stem = name(path.relative_to(folder)).as_posix()
@@ -270,9 +267,7 @@ def sharp_pairs(folder: str | Path | None) -> list[Pair]:
         return []
     top = Path(folder)
     paths = list_images(top)
-    in_tree = [
-        path for path in paths if any(side(name) == "sharp" for name in path.relative_to(top).parts[:-1])
-    ]
+    in_tree = [path for path in paths if "sharp" in map(side, path.relative_to(top).parts[:-1])]
     if in_tree and (len(in_tree) == len(paths) or any(sharp for _, sharp in _pair_folders(top))):
         return _grouped([(path, path) for path in in_tree], top)
     names = scenes([PurePosixPath(path.stem) for path in paths])

@@ -123,9 +123,7 @@ def read_tasks(path: Path) -> dict[str, dict]:
         raise FileNotFoundError(f"list of tasks not found: {path}")
     content = read_yaml(path)
     if not content or not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
-        raise ValueError(
-            f"{path} must hold names of tasks, each with its {', '.join(KEYS[:4])}, ... below it"
-        )
+        raise ValueError(f"{path} must hold names of tasks, each with {', '.join(KEYS[:4])}, ... below it")
     tasks = {}
     for name, own in content.items():
         if not re.fullmatch(r"[\w-]+", str(name)):

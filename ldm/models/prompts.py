@@ -87,9 +87,7 @@ def _encode_clip(folder: Path, prompts: Sequence[str], device: str | torch.devic
         heads=config["num_attention_heads"],
     )
     path = folder / "text_encoder" / "model.safetensors"
-    position_ids = {
-        name: value for name, value in model.state_dict().items() if name.endswith("position_ids")
-    }
+    position_ids = {k: v for k, v in model.state_dict().items() if k.endswith("position_ids")}
     weights = {**position_ids, **read_weights(path)}
     fill(model, weights, path).to(device).float()
     return [model(tokenize([prompt]).to(device))[1].bfloat16().cpu() for prompt in prompts]
@@ -149,14 +147,10 @@ class Prompts:
     ):
         self.run, self.device = run, device
         self.read = lru_cache(maxsize=32)(self._read)  # of FLUX's own 4 MB each
-        missing = [
-            text for text in dict.fromkeys(texts) if _read_cache(prompt_file(run, text), text, folder) is None
-        ]
-        if missing:
-            made = tqdm(
-                encode_prompts(folder, missing, device), "encoding prompts", len(missing), leave=False
-            )
-            for text, embeddings in zip(missing, made, strict=True):
+        new = [t for t in dict.fromkeys(texts) if _read_cache(prompt_file(run, t), t, folder) is None]
+        if new:
+            made = tqdm(encode_prompts(folder, new, device), "encoding prompts", len(new), leave=False)
+            for text, embeddings in zip(new, made, strict=True):
                 _write_cache(prompt_file(run, text), text, folder, embeddings)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:

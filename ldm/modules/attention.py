@@ -110,9 +110,8 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner_dim, heads, dim_head, context_dim) for _ in range(depth)
         )
-        self.proj_out = zero_module(
-            nn.Linear(inner_dim, channels) if use_linear else nn.Conv2d(inner_dim, channels, 1)
-        )
+        last = nn.Linear(inner_dim, channels) if use_linear else nn.Conv2d(inner_dim, channels, 1)
+        self.proj_out = zero_module(last)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         size, h = x.shape[-2:], self.norm(x)

@@ -238,9 +238,8 @@ def pack(latent: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Undo of `pack` for a latent of height x width."""
-    return rearrange(
-        tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 2, w=width // 2, ph=2, pw=2
-    )
+    h, w = height // 2, width // 2
+    return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=h, w=w, ph=2, pw=2)
 
 
 def token_ids(latent: Tensor, image_number: int) -> Tensor:

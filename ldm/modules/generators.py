@@ -23,6 +23,8 @@ from ldm.modules.sftnet import SFTNet
 from ldm.tiling import pad_to_multiple, restore_picture
 
 NOISE = 4  # numbers that BGAN draws for a picture
+Kind = Literal["blur", "deblur"]
+Made = Tensor | list[Tensor]  # by a network: of one stage, or of several
 
 
 class DBGANGenerator(nn.Module):
@@ -100,7 +102,7 @@ def make_generator(kind: str, form: dict) -> nn.Module:
 FORM = ("generator", "width", "blocks", "blur_blocks", "sampling", "batch_norm", "varying_noise")
 
 
-def load_generator(path: str | Path, kind: Literal["blur", "deblur"]) -> nn.Module:
+def load_generator(path: str | Path, kind: Kind) -> nn.Module:
     """A generator from a file of train_dbgan.py, or a deblurring one of MPRNet's or NAFNet's authors.
 
     Raises FileNotFoundError, or ValueError if it is not in it.
@@ -138,9 +140,7 @@ def export(generators: nn.ModuleDict, settings: dict, folder: Path, suffix: str 
         write_half(path, weights, {name: settings[name] for name in FORM})
 
 
-def begin(
-    kind: Literal["blur", "deblur"], form: dict, path: Path | None = None, std: float = 0.01
-) -> nn.Module:
+def begin(kind: Kind, form: dict, path: Path | None = None, std: float = 0.01) -> nn.Module:
     """A generator with its first weights: of a file, or drawn with this deviation, or PyTorch's own.
 
     Raises what `load_generator` does, and ValueError if the file holds another network.
@@ -149,10 +149,9 @@ def begin(
     if path is None:
         return generator if isinstance(generator, OWN_START) else initialise(generator, std)
     found = load_generator(path, kind)
-    if type(found) is not type(generator):
-        raise ValueError(
-            f"{path} holds a {type(found).__name__}, this run trains a {type(generator).__name__}"
-        )
+    own, other = type(generator).__name__, type(found).__name__
+    if own != other:
+        raise ValueError(f"{path} holds a {other}, this run trains a {own}")
     return fill(generator, found.state_dict(), path)
 
 
@@ -194,14 +193,12 @@ def to_unit(image: Tensor) -> Tensor:
     return (image + 1) / 2  # [-1, 1] -> [0, 1]
 
 
-def final(made: Tensor | list[Tensor]) -> Tensor:
+def final(made: Made) -> Tensor:
     """The picture that counts: of a network of several stages, which gives a list, the first."""
     return made[0] if isinstance(made, list) else made
 
 
-def content_loss(
-    made: Tensor | list[Tensor], real: Tensor, kind: PixelLoss, fft_weight: float = 0.0
-) -> Tensor:
+def content_loss(made: Made, real: Tensor, kind: PixelLoss, fft_weight: float = 0.0) -> Tensor:
     """Distance of the pixels, and of the spectra if they have a weight. Of several stages it is the sum, with
     the distances of their edges (MPRNet's equation 1)."""
     stages = made if isinstance(made, list) else [made]

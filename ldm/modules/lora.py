@@ -102,11 +102,9 @@ def make_lora(model: nn.Module, targets: str, rank: int, alpha: float, dropout: 
     return add_lora(model, dict.fromkeys(names, (rank, alpha)), dropout)
 
 
-def save_lora(
-    path: Path, adapter: nn.ModuleDict, metadata: dict, dtype: torch.dtype = torch.bfloat16
-) -> None:
+def save_lora(path: Path, lora: nn.ModuleDict, metadata: dict, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write a kohya file: `lora_unet_*.{lora_down.weight, lora_up.weight, alpha}` and text metadata."""
-    weights = {name: value.detach().cpu() for name, value in adapter.state_dict().items()}
+    weights = {name: value.detach().cpu() for name, value in lora.state_dict().items()}
     weights = {name: value if name.endswith("alpha") else value.to(dtype) for name, value in weights.items()}
     write_weights(path, weights, {name: str(value) for name, value in metadata.items()})
 
@@ -158,10 +156,8 @@ def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> tuple[nn.M
         if up.shape[1] != len(down):
             raise ValueError(f"{path} is damaged: {stem} is of rank {len(down)} and of {up.shape[1]}")
         if (down.shape[1], up.shape[0]) != (linear.in_features, linear.out_features):
-            sizes = (
-                f"{down.shape[1]} -> {up.shape[0]}, here it is {linear.in_features} -> {linear.out_features}"
-            )
-            raise ValueError(f"{path} is a LoRA of another base: {stem} is {sizes}")
+            there, here = f"{down.shape[1]} -> {len(up)}", f"{linear.in_features} -> {linear.out_features}"
+            raise ValueError(f"{path} is a LoRA of another base: {stem} is {there}, here it is {here}")
         alpha = weights.setdefault(f"{stem}.alpha", torch.tensor(float(len(down))))
         if alpha.numel() != 1:
             raise ValueError(f"{path} is damaged: {stem}.alpha is no number")

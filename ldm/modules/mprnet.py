@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EDGE_WEIGHT, EPSILON = 0.05, 1e-3  # of the loss: lambda and epsilon of equations 1 to 3
-Features = list[Tensor]  # at full, half and quarter size
+Features = Sequence[Tensor]  # at full, half and quarter size
 
 
 def conv(enter: int, leave: int, kernel: int = 3) -> nn.Conv2d:
@@ -68,13 +68,11 @@ class Encoder(nn.Module):
         self.down12 = Resize("down", 0.5, widths[0], widths[1])
         self.down23 = Resize("down", 0.5, widths[1], widths[2])
 
-    def forward(
-        self, x: Tensor, encoded: Features | None = None, decoded: Features | None = None
-    ) -> Features:
+    def forward(self, x: Tensor, encoded: Features = (), decoded: Features = ()) -> Features:
         found = []
         for level, down in enumerate((self.down12, self.down23, None), start=1):
             x = getattr(self, f"encoder_level{level}")(x)  # (b, widths[level - 1], h, w)
-            if encoded is not None:
+            if encoded:
                 x = x + getattr(self, f"csff_enc{level}")(encoded[level - 1])
                 x = x + getattr(self, f"csff_dec{level}")(decoded[level - 1])
             found.append(x)

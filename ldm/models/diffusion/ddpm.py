@@ -18,6 +18,8 @@ from ldm.util import instantiate_from_config
 UNUSED = {"channels", "cond_stage_trainable", "conditioning_key", "image_size"}
 UNUSED |= {"log_every_t", "monitor", "num_timesteps_cond", "use_ema"}
 REMEMBERED_PROMPTS = 256
+Loss = tuple[Tensor, dict[str, Tensor]]  # and its parts, to be logged
+Normal = tuple[Tensor, Tensor, Tensor]  # mean, variance, log variance
 
 
 class DiffusionWrapper(nn.Module):
@@ -197,14 +199,14 @@ class LatentDiffusion(pl.LightningModule):
         predict = self.predict_start_from_v if self.parameterization == "v" else self.predict_start_from_noise
         return predict(x_t, t, output)
 
-    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Normal:
         """Mean, variance and log variance of the step before t, given both ends (Ho et al. 2020, eq. 6-7)."""
         mean = extract_into_tensor(self.posterior_mean_coef1, t, x_t.ndim) * x_start
         mean = mean + extract_into_tensor(self.posterior_mean_coef2, t, x_t.ndim) * x_t
         variance = extract_into_tensor(self.posterior_variance, t, x_t.ndim)
         return mean, variance, extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.ndim)
 
-    def p_mean_variance(self, x_t: Tensor, cond: Mapping, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def p_mean_variance(self, x_t: Tensor, cond: Mapping, t: Tensor) -> Normal:
         """Mean, variance and log variance of one reverse step, x0 not clipped."""
         return self.q_posterior(self.predict_start(x_t, t, self.apply_model(x_t, t, cond)), x_t, t)
 
@@ -243,9 +245,7 @@ class LatentDiffusion(pl.LightningModule):
         draws = [torch.randint(0, self.num_timesteps, (), generator=own) for own in generators]
         return torch.stack(draws).to(self.device)
 
-    def diffusion_loss(
-        self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def diffusion_loss(self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> Loss:
         """Weighted mean square error of the UNet's output, and its parts (Ho et al. 2020, eq. 12 and 14).
 
         With `loss_type` "l1" it is the mean absolute error.
@@ -259,14 +259,12 @@ class LatentDiffusion(pl.LightningModule):
         loss = loss + self.original_elbo_weight * loss_vlb
         return loss, {"loss_simple": errors.mean(), "loss_vlb": loss_vlb, "loss": loss}
 
-    def p_losses(
-        self, x_start: Tensor, cond: Mapping, t: Tensor, noise: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def p_losses(self, x_start: Tensor, cond: Mapping, t: Tensor, noise: Tensor) -> Loss:
         """Training loss at timesteps t (b,), and a dict of what to log."""
         output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
         return self.diffusion_loss(output, x_start, t, noise)
 
-    def shared_step(self, batch: Mapping) -> tuple[Tensor, dict[str, Tensor]]:
+    def shared_step(self, batch: Mapping) -> Loss:
         """Loss and its parts for a batch."""
         x_start, cond = self.get_input(batch)
         t = self.timesteps_of(batch, len(x_start))

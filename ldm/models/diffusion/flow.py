@@ -82,9 +82,8 @@ def restore_image(
     device = prompt["t5"].device
     pixels = to_tensor(padded)[None].to(device)  # (1, 3, 16 rows, 16 columns)
     side = tile if tile and height * width > resolution**2 else max(padded.shape)
-    grid = [
-        tile_spans(n // TOKEN, side // TOKEN, min(overlap, side - TOKEN) // TOKEN) for n in padded.shape[:2]
-    ]
+    cut = side // TOKEN, min(overlap, side - TOKEN) // TOKEN
+    grid = [tile_spans(n // TOKEN, *cut) for n in padded.shape[:2]]
 
     def blend(compute: Callable[[tuple], Tensor], inside: int, outside: int) -> Tensor:
         """compute(place) of each tile, whose `inside` points to a token become `outside`, blended."""
@@ -97,14 +96,12 @@ def restore_image(
     control = blend(lambda here: autoencoder.encode(pixels[here]), TOKEN, 2)  # (1, c, h / 8, w / 8)
 
     def velocity(latent: Tensor, t: Tensor) -> Tensor:
-        return blend(
-            lambda here: predict_velocity(
-                model, latent[here], control[here], prompt["t5"], prompt["pooled"], t, guidance
-            ),
-            2,
-            2,
-        )
+        def part(here: tuple) -> Tensor:
+            return predict_velocity(model, latent[here], control[here], *text, t, guidance)
 
+        return blend(part, 2, 2)
+
+    text = prompt["t5"], prompt["pooled"]
     noise = torch.randn(control.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     tokens = math.prod(spans[0].stop for spans in grid)  # of one tile
     latent = sample(velocity, noise, schedule(steps, tokens), progress)

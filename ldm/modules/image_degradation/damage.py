@@ -187,7 +187,6 @@ def damage_sheet(image: np.ndarray, types: Sequence[str], values: dict[str, Valu
         ends = values[setting] if isinstance(values[setting], tuple) else (values[setting],) * 2
         damaged = partial(degrade, image, types=(name,))
         at = [damaged(np.random.default_rng(0), **{setting: end}) for end in np.linspace(*ends, 4)]
-        rows.append(
-            cv2.putText(np.hstack([image, *at]), name, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 0))
-        )
+        how = (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 0)
+        rows.append(cv2.putText(np.hstack([image, *at]), name, *how))
     return np.vstack(rows)
