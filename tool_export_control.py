@@ -15,12 +15,11 @@ from typing import Annotated
 
 import torch
 import tyro
+from torch import Tensor
 
-from cldm.model import family, hint_latent_channels, listing, read_control
+from cldm.model import CONTROL, UNET, family, hint_latent_channels, listing, read_control
 from harness.settings import check_new, run_main
 from ldm.checkpoint import write_weights
-
-PREFIX, UNET = "control_model.", "model.diffusion_model."
 
 
 @dataclass
@@ -29,20 +28,18 @@ class Settings:
     checkpoint_path: Annotated[Path, tyro.conf.Positional]
     output_path: Annotated[Path, tyro.conf.Positional]  # file to write, .safetensors
     half: bool = False  # store float16: half the size, what most tools use
-    prefix: str = PREFIX  # what each name begins with; "" for bare names
+    prefix: str = CONTROL  # what each name begins with; "" for bare names
     # export all the same what other tools leave out: hint attention or latent, 4 channels, a trained UNet
     allow_extra: bool = False
     overwrite: bool = False  # replace the output if it exists
 
 
-def alone(
-    weights: Mapping[str, torch.Tensor], config: Mapping | None, path: Path
-) -> tuple[dict[str, torch.Tensor], str]:
+def alone(weights: Mapping[str, Tensor], config: Mapping | None, path: Path) -> tuple[dict[str, Tensor], str]:
     """The ControlNet of a state dict, by bare names, and why other tools use it differently ("" if not).
 
     Raises ValueError if there is none.
     """
-    control = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
+    control = {k.removeprefix(CONTROL): value for k, value in weights.items() if k.startswith(CONTROL)}
     if "zero_convs.0.0.weight" not in control:
         raise ValueError(f"{path} holds no ControlNet: it is {family(weights)}")
     if extra := [name for name in control if name.startswith("hint_attention.")]:

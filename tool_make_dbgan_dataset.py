@@ -168,9 +168,8 @@ def write(path: Path, sources: dict[str, list[Path]], made_by: dict) -> None:
                 where = "in" if key == "sharp" else "out of"
                 raise ValueError(f"no part of {len(sources[key])} photographs is {where} focus")
         if made_by["paired"]:
-            for sharp, blurry, *both in zip(
-                *(found[key] for found in (sources, shapes) for key in KEYS), strict=True
-            ):
+            columns = [found[key] for found in (sources, shapes) for key in KEYS]
+            for sharp, blurry, *both in zip(*columns, strict=True):
                 check_alike(blurry, sharp, *both[::-1])
 
 

@@ -54,11 +54,8 @@ def main(settings: Settings) -> None:
         width, height = settings.size
         jobs = [(output, (height, width))]
     elif settings.image.is_dir():
-        names = [
-            (path, path.relative_to(settings.image).with_suffix(".png"))
-            for path in list_images(settings.image)
-        ]
-        jobs = [(output / name, path) for path, name in names]
+        paths = list_images(settings.image)
+        jobs = [(output / path.relative_to(settings.image).with_suffix(".png"), path) for path in paths]
     else:
         jobs = [(output, settings.image)]
     for number, (target, source) in enumerate(jobs):

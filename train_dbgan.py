@@ -308,9 +308,8 @@ def check(settings: Settings) -> None:
     check_counts(settings, "blur_epochs epochs batch_size accumulate_grad_batches log_epoch")
     check_counts(settings, "width blocks blur_blocks discriminator_width devices num_nodes")
     if not 0 <= settings.last_learning_rate <= settings.learning_rate:
-        raise ValueError(
-            f"last_learning_rate must lie between 0 and learning_rate, not {settings.last_learning_rate}"
-        )
+        last = settings.last_learning_rate
+        raise ValueError(f"last_learning_rate must lie between 0 and learning_rate, not {last}")
     check_counts(settings, "pretrain_epochs pool_size", least=0)
     check_fractions(settings, "ema_decay", whole=False)
     check_fractions(settings, "generated_fraction")

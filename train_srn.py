@@ -237,10 +237,8 @@ class SRNDeblurNet(nn.Module):
         i1, _, _ = self.step(b1, self.upsampled(i2), double(hidden), double(cell))
         return i1, i2, i3
 
-    def step(
-        self, blurry: Tensor, estimate: Tensor, hidden: Tensor, cell: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Restore one scale: (b, 3, h, w) from itself and the estimate of the scale before."""
+    def step(self, blurry: Tensor, estimate: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
+        """Restore one scale: (b, 3, h, w) from itself and the estimate of the scale before; hidden, cell."""
         both = F.pixel_unshuffle(torch.cat([blurry, estimate], dim=1), self.side)  # h, w now count squares
         e1 = self.inblock(both)  # (b, 6, h, w) -> (b, width, h, w)
         e2 = self.eblock1(e1)  # (b, 2 width, h/2, w/2)

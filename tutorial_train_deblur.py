@@ -14,7 +14,6 @@ Judge by the grids and val/psnr, not by the training loss. After a stop the same
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cldm.cache import with_cached_latents
-from cldm.deblur import DeblurControlNet, add_attention, add_hint_latent
+from cldm.deblur import add_attention, add_hint_latent
 from cldm.demo import MODELS, make_demo_start, pixels, show_demo
 from cldm.model import create_filled_model, load_state_dict, read_config
 from cldm.restore import Sampling, deblur_image
@@ -224,11 +223,6 @@ def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]
 # ---- demonstration -----------------------------------------------------------------------------------------
 
 
-def restore_item(model: DeblurControlNet, item: dict, sampling: Sampling) -> np.ndarray:
-    """An item's blurry picture, restored: uint8."""
-    return deblur_image(model, pixels(item["hint"], "hint"), sampling)
-
-
 def score_item(item: dict, restored: np.ndarray) -> dict[str, float]:
     blurry, sharp = pixels(item["hint"], "hint"), pixels(item["jpg"])
     psnrs = {"PSNR": psnr(restored, sharp), "PSNR of the blurry": psnr(blurry, sharp)}
@@ -291,8 +285,11 @@ def main(settings: Settings) -> None:
     report(trainer, settings, what_next)
     if settings.demo and validation is not None:
         sampling = Sampling(settings.prompt, steps=settings.val_ddim_steps, strength=settings.val_strength)
-        folder = Path(settings.output_dir)
-        show_demo(SHIPPED, validation, folder, partial(restore_item, sampling=sampling), score_item)
+
+        def restore(model: DeblurControlNet, item: dict) -> np.ndarray:
+            return deblur_image(model, pixels(item["hint"], "hint"), sampling)
+
+        show_demo(SHIPPED, validation, Path(settings.output_dir), restore, score_item)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ after a stop the same command with --output_dir THAT_FOLDER resumes exactly.
 import os
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -233,11 +232,6 @@ def cut_photographs(folder: Path, count: int, size: int = 128) -> None:
             write_image(folder / f"{n:03d}.png", Window.draw(square.shape[:2], size, None).cut(square))
 
 
-def fill_item(model: InpaintControlNet, item: dict, options: Inpainting) -> np.ndarray:
-    """An item's picture with its hole filled: uint8."""
-    return inpaint_image(model, pixels(item["jpg"]), item["mask"][..., 0].numpy(), options)
-
-
 def score_item(item: dict, filled: np.ndarray) -> dict[str, float]:
     """Scores of the hole, ours and those of OpenCV's Telea (see hole_scores)."""
     return hole_scores(filled, pixels(item["jpg"]), item["mask"][..., 0] > 0.5)
@@ -288,7 +282,11 @@ def main(settings: Settings) -> None:
     report(trainer, settings, f"{what_next} --output_dir filled")
     if settings.demo and validation is not None:
         options = Inpainting(steps=settings.val_ddim_steps, mask_blur=0)
-        show_demo(SHIPPED, validation, folder, partial(fill_item, options=options), score_item)
+
+        def fill(model: InpaintControlNet, item: dict) -> np.ndarray:
+            return inpaint_image(model, pixels(item["jpg"]), item["mask"][..., 0].numpy(), options)
+
+        show_demo(SHIPPED, validation, folder, fill, score_item)
 
 
 if __name__ == "__main__":

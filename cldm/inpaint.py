@@ -1,7 +1,7 @@
 """ControlNet that fills holes: what it shows and measures in training, and its use on whole photographs."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -143,9 +143,7 @@ def inpaint_image(
     return result
 
 
-def expand(
-    image: np.ndarray, mask: np.ndarray, sides: tuple[int, int, int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+def expand(image: np.ndarray, mask: np.ndarray, sides: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Picture and mask larger by pixels at left, top, right and bottom, all of them hole (outpainting).
 
     Raises ValueError for fewer than 0 pixels.

@@ -122,8 +122,7 @@ class CsvRows(Callback):
 
 
 class Progress(Callback):
-    """A bar over the optimizer steps of the run, from the first process only; every `log_steps` with loss and
-    images/s."""
+    """A bar over the optimizer steps, by the first process; every `log_steps` with loss and images/s."""
 
     def __init__(self, images_per_step: int, log_steps: int):
         self.images_per_step, self.log_steps, self.bar = images_per_step, log_steps, None

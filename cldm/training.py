@@ -20,7 +20,7 @@ from cldm.callbacks import AtomicCheckpointIO, AverageWeights, Checkpoints
 from cldm.cldm import ControlLDM
 from cldm.demo import announce_demo
 from cldm.logger import CsvRows, ImageLogger, Progress
-from cldm.model import listing
+from cldm.model import check_weights
 from cldm.sharding import ShardedStrategy, check_sharding
 from harness.flags import lightning_precision
 from harness.loading import make_loader
@@ -34,19 +34,10 @@ COUNTS = (  # settings that must be at least 1
     "batch_size accumulate_grad_batches devices num_nodes "
     "log_steps logger_freq save_steps val_steps val_ddim_steps"
 )
-PARTS = {  # of a checkpoint, with their types
-    "pytorch-lightning_version": str,
-    "epoch": int,
-    "global_step": int,
-    "loops": dict,
-    "settings": dict,
-    "state_dict": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
-    "callbacks": dict,
-    "random": dict,
-    "StreamData": dict,
-}
+# Of a checkpoint, with their types.
+PARTS = dict.fromkeys("loops settings state_dict callbacks random StreamData".split(), dict)
+PARTS |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
+PARTS |= {"optimizer_states": list, "lr_schedulers": list}
 # What a resumed run may set anew; anything else would make it another run. Checkpoints of earlier versions
 # have the devices as `gpus`, and max_epochs as `num_epochs`.
 MAY_CHANGE = set(
@@ -226,15 +217,6 @@ def check_parts(content: Mapping, path: Path) -> None:
         raise ValueError(f"{path} is damaged or from another script: it lacks {', '.join(lacks)}")
 
 
-def check_shapes(weights: Mapping[str, Any], model: ControlLDM, path: Path) -> None:
-    """Raise ValueError unless a checkpoint's weights are those that this model trains."""
-    shapes = {name: getattr(value, "shape", None) for name, value in weights.items()}
-    trained = {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
-    wrong = [name for name, shape in trained.items() if shapes.get(name) != shape]
-    if wrong:
-        raise ValueError(f"{path} does not fit this model: {listing(wrong)} missing or of another shape")
-
-
 def fit(
     model: ControlLDM, data: StreamData, settings: Any, config: Mapping, more: Sequence[Callback] = ()
 ) -> pl.Trainer:
@@ -256,7 +238,9 @@ def fit(
         check_parts(content, last)
         before = {"samples": samples, **unsaid(settings), **content["settings"]}
         check_settings(comparable(before), {**comparable(settings), "samples": samples}, MAY_CHANGE, last)
-        check_shapes(content["state_dict"], model, last)
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        there = {k: v for k, v in content["state_dict"].items() if isinstance(v, torch.Tensor)}
+        check_weights(trained, there, last)
         step = content["global_step"]
         del content  # it is mapped from the file, which is about to be replaced
         rank_zero_only(print)(f"resuming {last} at step {step}")

@@ -115,8 +115,7 @@ class Run:
         step: of one group, if the dataset has `group` (SampleStream). Runs of n processes with batches of b
         and of one with n * b are the same.
 
-        Raises ValueError if the processes see other data, or the run that is resumed saw another number of
-        samples in a step.
+        Raises ValueError if the processes see other data, or the resumed run saw other numbers of samples.
         """
         world_size = self.fabric.world_size
         if batch_size < 1:
@@ -230,8 +229,7 @@ class Run:
         self.best = score if is_best else self.best
         own = {"random": checkpoint.random_states(), "sums": self._sums, "count": self._count}
         state |= {"step": self.step, "best": self.best, "settings": self.settings}
-        state["samples_per_step"] = self.samples_per_step
-        state["processes"] = self.gather(own)
+        state |= {"samples_per_step": self.samples_per_step, "processes": self.gather(own)}
         if self.fabric.is_global_zero:
             # the best first: a run killed between the two comes to this step again
             for path in [self.best_checkpoint] * is_best + [self.last_checkpoint]:
@@ -247,15 +245,16 @@ class Run:
         return contents
 
     def _resume(self, may_change: set[str], defaults: dict) -> None:
-        if not self.last_checkpoint.is_file():
+        path = self.last_checkpoint
+        if not path.is_file():
             return
-        state = checkpoint.load(self.last_checkpoint)
+        state = checkpoint.load(path)
         lacks = [name for name in (*self.parts, "step", "settings", "processes") if name not in state]
         lacks += [] if isinstance(state.get("settings", {}), dict) else ["settings"]
         if lacks:
-            raise ValueError(f"{self.last_checkpoint} is from another script: it lacks {', '.join(lacks)}")
+            raise ValueError(f"{path} is from another script: it lacks {', '.join(lacks)}")
         saved = {**defaults, **state["settings"]}
-        check_settings(saved, self.settings, may_change, self.last_checkpoint)
+        check_settings(saved, self.settings, may_change, path)
         self._joint_batch = state.get("samples_per_step")
         if self._joint_batch is None and "batch_size" in saved:  # it then meant that of all devices together
             self._joint_batch = saved["batch_size"] * saved.get("accumulate_grad_batches", 1)
@@ -263,10 +262,8 @@ class Run:
             self._restore(state)
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{self.last_checkpoint} does not fit this run or is damaged: {reason}"
-            ) from error
-        self.say(f"resuming {self.last_checkpoint} at step {self.step}")
+            raise ValueError(f"{path} does not fit this run or is damaged: {reason}") from error
+        self.say(f"resuming {path} at step {self.step}")
 
     def _restore(self, state: dict) -> None:
         for name, part in self.parts.items():

@@ -82,9 +82,7 @@ def restore_tiled(
     it likes and returns one of the same size. Raises ValueError if a tile is not larger than its overlap.
     """
     rows, columns = (tile_spans(length, tile, overlap, MULTIPLE) for length in image.shape[-2:])
-    return blend_tiles(
-        lambda y, x: restore(image[..., y, x]), rows, columns, device=image.device, progress=progress
-    )
+    return blend_tiles(lambda y, x: restore(image[..., y, x]), rows, columns, 1, image.device, progress)
 
 
 @torch.inference_mode()

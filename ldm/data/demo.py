@@ -17,8 +17,7 @@ CAMERA = {"scale": 0.4, "noise": 0.0}  # of the blurs
 
 
 def write_demo(folder: Path, wanted: Sequence[Path | None]) -> None:
-    """Write train/{blur,sharp}, real (blurred, other scenes) and valid/{blur,sharp}, once, if one of them is
-    `wanted`."""
+    """Write train/{blur,sharp}, real (blurred, other scenes) and valid/{blur,sharp}, once, if `wanted`."""
     if folder not in [path.parent for path in wanted if path] or (folder / "finished").is_file():
         return
     for name in ("train/blur", "train/sharp", "real", "valid/blur", "valid/sharp"):

@@ -153,9 +153,8 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, dim=-1)
         mixed = attention(*self.norm(qkv, self.num_heads), rotation)
-        return torch.addcmul(
-            x, gate, self.linear2(torch.cat([mixed, F.gelu(mlp, approximate="tanh")], dim=-1))
-        )
+        both = torch.cat([mixed, F.gelu(mlp, approximate="tanh")], dim=-1)
+        return torch.addcmul(x, gate, self.linear2(both))
 
 
 class LastLayer(nn.Module):

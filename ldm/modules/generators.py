@@ -131,8 +131,7 @@ def authors_form(shapes: dict[str, torch.Size]) -> dict:
 
 
 def export(generators: nn.ModuleDict, settings: dict, folder: Path, suffix: str = "") -> None:
-    """Write each generator in half precision, with what `load_generator` must know: bgan and dbgan with a
-    suffix."""
+    """Write each generator in half precision, with what `load_generator` must know: bgan, dbgan + suffix."""
     for kind, network in generators.items():
         weights = {f"{kind}.{name}": value for name, value in network.state_dict().items()}
         name = {"blur": "bgan", "deblur": "dbgan"}[kind]

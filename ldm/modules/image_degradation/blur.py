@@ -10,9 +10,11 @@ from functools import cache
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 from scipy.special import ndtri
 
 Parameters = dict[str, float | int]
+Range = tuple[float, float]  # lowest and highest of what is drawn
 
 LEVELS = 65535  # steps of linear light in the look-up table back to sRGB
 DARK_SIGNAL = 0.002  # what the sensor counts without light, as a fraction of full scale
@@ -50,7 +52,7 @@ def _gaussian_table() -> np.ndarray:
     return ndtri((np.arange(65536) + 0.5) / 65536).astype(np.float32)
 
 
-def add_sensor_noise(light: np.ndarray, rng: np.random.Generator, gain: float) -> np.ndarray:
+def add_sensor_noise(light: np.ndarray, rng: Generator, gain: float) -> np.ndarray:
     """Shot noise and dark noise: variance `gain * (light + DARK_SIGNAL)` in linear light."""
     noise = cv2.LUT(rng.integers(0, 65536, light.shape, dtype=np.uint16), _gaussian_table())
     deviation = np.maximum(light, 0)
@@ -71,7 +73,7 @@ def compress_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 # ---- kernels: float32 (k, k), k odd, sum 1, centroid in the middle ----------------------------------------
 
 
-def motion_path(rng: np.random.Generator, length: float, shake: float) -> np.ndarray:
+def motion_path(rng: Generator, length: float, shake: float) -> np.ndarray:
     """Way of the scene over the sensor during one exposure: (steps, 2) points x, y in pixels, mean (0, 0).
 
     A random walk at constant speed (Boracchi & Foi, Modeling the Performance of Image Restoration from
@@ -159,9 +161,9 @@ def convolve(light: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 def motion_blur(
     image: np.ndarray,
-    rng: np.random.Generator,
-    length: tuple[float, float] = (8.0, 40.0),
-    shake: tuple[float, float] = (0.0, 0.7),
+    rng: Generator,
+    length: Range = (8.0, 40.0),
+    shake: Range = (0.0, 0.7),
     scale: float = 1.0,
     **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
@@ -174,11 +176,7 @@ def motion_blur(
 
 
 def gaussian_blur(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    sigma: tuple[float, float] = (1.0, 5.0),
-    scale: float = 1.0,
-    **camera: float,
+    image: np.ndarray, rng: Generator, sigma: Range = (1.0, 5.0), scale: float = 1.0, **camera: float
 ) -> tuple[np.ndarray, Parameters]:
     """Isotropic gaussian of deviation `scale * sigma` pixels: haze, a soft lens, a rescaled picture."""
     sigma = scale * rng.uniform(*sigma)
@@ -188,11 +186,7 @@ def gaussian_blur(
 
 
 def defocus_blur(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    radius: tuple[float, float] = (2.0, 8.0),
-    scale: float = 1.0,
-    **camera: float,
+    image: np.ndarray, rng: Generator, radius: Range = (2.0, 8.0), scale: float = 1.0, **camera: float
 ) -> tuple[np.ndarray, Parameters]:
     """Out of focus with the aperture wide open: a disk (circle of confusion) of `scale * radius` pixels."""
     radius = scale * rng.uniform(*radius)
@@ -201,11 +195,11 @@ def defocus_blur(
 
 def lens_blur(
     image: np.ndarray,
-    rng: np.random.Generator,
-    radius: tuple[float, float] = (3.0, 10.0),
+    rng: Generator,
+    radius: Range = (3.0, 10.0),
     blades: tuple[int, int] = (5, 8),
-    aberration: tuple[float, float] = (0.0, 0.06),
-    field: tuple[float, float] = (0.0, 15.0),
+    aberration: Range = (0.0, 0.06),
+    field: Range = (0.0, 15.0),
     scale: float = 1.0,
     **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
@@ -238,11 +232,7 @@ def vignette(height: int, width: int, field: float) -> np.ndarray:
 
 
 def record(
-    light: np.ndarray,
-    rng: np.random.Generator,
-    drawn: Parameters,
-    noise: float = 3e-4,
-    jpeg_probability: float = 0.0,
+    light: np.ndarray, rng: Generator, drawn: Parameters, noise: float = 3e-4, jpeg_probability: float = 0.0
 ) -> tuple[np.ndarray, Parameters]:
     """What the camera makes of blurred light: sensor noise, sRGB curve, 8 bits and perhaps a JPEG file.
 
@@ -270,10 +260,7 @@ BLUR_TYPES: dict[str, Callable[..., tuple[np.ndarray, Parameters]]] = {
 
 
 def random_blur(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    blur_types: Sequence[str] = tuple(BLUR_TYPES),
-    **options: float,
+    image: np.ndarray, rng: Generator, blur_types: Sequence[str] = tuple(BLUR_TYPES), **options: float
 ) -> tuple[np.ndarray, str, Parameters]:
     """Blur uint8 (h, w, 3) by one of `blur_types`, all equally likely: image, blur type, parameters.
 
