@@ -167,9 +167,8 @@ def means(rows: list[dict], baselines: list[str]) -> dict:
         report[f"{name}_blurry"] = mean[f"{name}_blurry"]
         report[f"{name}_gain"] = mean[name] - mean[f"{name}_blurry"]
     if baselines:
-        report["baselines"] = {
-            label: {name: mean[f"{name}_{label}"] for name in (*names, "s", "MiB")} for label in baselines
-        }
+        kept = (*names, "s", "MiB")
+        report["baselines"] = {label: {n: mean[f"{n}_{label}"] for n in kept} for label in baselines}
     return report | {"definitions": {name: ABOUT[name] for name in names}}
 
 

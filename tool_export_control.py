@@ -59,9 +59,8 @@ def alone(weights: Mapping[str, Tensor], config: Mapping | None, path: Path) -> 
             "give it"
         )
     if (channels := control["input_hint_block.0.weight"].shape[1]) != 3:
-        return control, (
-            f"was trained with --hint_channels {channels}: other tools give three, and stop with an error"
-        )
+        channels = f"--hint_channels {channels}"
+        return control, f"was trained with {channels}: other tools give three, and stop with an error"
     return control, ""
 
 

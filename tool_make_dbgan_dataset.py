@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from harness.jobs import parse_shard, share_of
-from harness.settings import run_main
+from harness.settings import check_counts, run_main
 from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, read_image
 from ldm.data.pairs import check_alike, find_pairs, sharp_pairs
@@ -52,11 +52,8 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    if settings.patch_size < 8 or settings.stride < 0:
-        raise ValueError(
-            f"patch_size must be at least 8 and stride at least 0, not {settings.patch_size} and "
-            f"{settings.stride}"
-        )
+    check_counts(settings, "patch_size", least=8)
+    check_counts(settings, "stride", least=0)
     if settings.blur_train_path.resolve() == settings.blur_valid_path.resolve():
         raise ValueError(f"--blur_train_path and --blur_valid_path are one file: {settings.blur_train_path}")
     files = [

@@ -232,8 +232,7 @@ def score_item(item: dict, restored: np.ndarray) -> dict[str, float]:
 def check(settings: Settings) -> None:
     """Raise ValueError for what cldm.training.check_start does not look at."""
     check_counts(settings, "val_samples deblur_every")
-    if settings.deblur_crop < 0:
-        raise ValueError(f"deblur_crop must not be negative, but is {settings.deblur_crop}")
+    check_counts(settings, "deblur_crop", least=0)
     if not 0 < settings.val_strength <= 1:
         raise ValueError(f"val_strength must lie in (0, 1], not {settings.val_strength}")
     if settings.cache_latents and settings.blur_on_the_fly:
@@ -286,7 +285,7 @@ def main(settings: Settings) -> None:
     if settings.demo and validation is not None:
         sampling = Sampling(settings.prompt, steps=settings.val_ddim_steps, strength=settings.val_strength)
 
-        def restore(model: DeblurControlNet, item: dict) -> np.ndarray:
+        def restore(model: torch.nn.Module, item: dict) -> np.ndarray:
             return deblur_image(model, pixels(item["hint"], "hint"), sampling)
 
         show_demo(SHIPPED, validation, Path(settings.output_dir), restore, score_item)

@@ -27,7 +27,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from cldm.cache import with_cached_latents
 from cldm.callbacks import Snapshots, keep_model
 from cldm.demo import MODELS, make_demo_start, pixels, show_demo
-from cldm.inpaint import InpaintControlNet, Inpainting, hole_scores, inpaint_image
+from cldm.inpaint import Inpainting, hole_scores, inpaint_image
 from cldm.model import create_filled_model, listing, load_state_dict, read_config, read_control, widen_input
 from cldm.training import StreamData, begin, fit, prepare_model, report
 from harness import flags
@@ -144,12 +144,11 @@ def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpain
             "train2017, or try `python tutorial_train_inpaint.py --demo`"
         )
     paths = list_images(settings.image_dir)
-    if not 0 <= settings.val_samples < len(paths):
-        raise ValueError(
-            f"val_samples must be 0 ... {len(paths) - 1}, less than the pictures, not {settings.val_samples}"
-        )
+    most, count = len(paths) - 1, settings.val_samples
+    if not 0 <= count <= most:
+        raise ValueError(f"val_samples must be 0 ... {most}, less than the pictures, not {count}")
     order = np.random.default_rng(settings.seed).permutation(len(paths))
-    held_out = set(order[: settings.val_samples].tolist())
+    held_out = set(order[:count].tolist())
     names = "ann_file captions_file mask_dir mask_type mask_ratio seed prompt hint_channels".split()
     options = {name: getattr(settings, name) for name in names} | {"size": settings.image_size}
     train = CocoInpaintingDataset(
@@ -283,7 +282,7 @@ def main(settings: Settings) -> None:
     if settings.demo and validation is not None:
         options = Inpainting(steps=settings.val_ddim_steps, mask_blur=0)
 
-        def fill(model: InpaintControlNet, item: dict) -> np.ndarray:
+        def fill(model: torch.nn.Module, item: dict) -> np.ndarray:
             return inpaint_image(model, pixels(item["jpg"]), item["mask"][..., 0].numpy(), options)
 
         show_demo(SHIPPED, validation, folder, fill, score_item)

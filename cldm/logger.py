@@ -138,9 +138,8 @@ class Progress(Callback):
         self.bar.update(step - self.bar.n)
         if step % self.log_steps == 0:  # looking at the loss waits for the device
             rate = (self.bar.format_dict["rate"] or 0.0) * self.images_per_step
-            self.bar.set_postfix_str(
-                f"loss {float(pl_module.train_values['loss']):.4f}, {rate:.3g} images/s", refresh=False
-            )
+            text = f"loss {float(pl_module.train_values['loss']):.4f}, {rate:.3g} images/s"
+            self.bar.set_postfix_str(text, refresh=False)
 
     def on_exception(self, trainer, pl_module, exception) -> None:
         if self.bar is not None:

@@ -90,12 +90,8 @@ def listing(names: list[str]) -> str:
 
 def family(weights: Mapping[str, Tensor]) -> str:
     """What a state dict is, judged by its keys and shapes."""
-    telling = {
-        "double_blocks.": "FLUX",
-        "down_blocks.": "a diffusers file",
-        "lora_": "a LoRA",
-        "conditioner.": "Stable Diffusion XL",
-    }
+    telling = {"double_blocks.": "FLUX", "down_blocks.": "a diffusers file", "lora_": "a LoRA"}
+    telling["conditioner."] = "Stable Diffusion XL"
     for part, name in telling.items():
         if any(part in key for key in weights):
             return name
@@ -251,11 +247,8 @@ def config_for(weights: Mapping[str, Tensor], path: str | Path) -> Path:
 
     Stable Diffusion 2.1's two variants look alike: the 512-px one is taken.
     """
-    configs = {
-        "Stable Diffusion 1": "cldm_v15.yaml",
-        "Stable Diffusion 2": "cldm_v21.yaml",
-        SMALL: "small_diffusion.yaml",
-    }
+    configs = {"Stable Diffusion 1": "cldm_v15.yaml", "Stable Diffusion 2": "cldm_v21.yaml"}
+    configs[SMALL] = "small_diffusion.yaml"
     kind = family(weights).removesuffix(" with a ControlNet")
     if kind not in configs:
         raise ValueError(f"{path} is {kind}: give the yaml configuration that fits it")

@@ -132,9 +132,8 @@ class TiledSampler(DDIMSampler):
 
     def _eps(self, x: Tensor, t: Tensor, cond: Mapping, uncond: Mapping | None, scale: float):
         def part(ys: slice, xs: slice) -> Tensor:
-            return super(TiledSampler, self)._eps(
-                x[..., ys, xs], t, cut(cond, ys, xs), uncond and cut(uncond, ys, xs), scale
-            )
+            both = cut(cond, ys, xs), uncond and cut(uncond, ys, xs)
+            return super(TiledSampler, self)._eps(x[..., ys, xs], t, *both, scale)
 
         eps = self.tiles.blend(part)
         if not self.fidelity:

@@ -645,7 +645,7 @@ def test_the_crop_is_aligned_and_the_same_for_the_same_seed(place):
         ({"val_ddim_steps": 5000}, "val_ddim_steps must be at most 1000"),
         ({"val_strength": 0.0}, "val_strength must lie in"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative"),
-        ({"deblur_crop": -1}, "deblur_crop must not be negative"),
+        ({"deblur_crop": -1}, "deblur_crop must be at least 0"),
         ({"max_steps": 0, "max_epochs": 0}, "max_epochs must be at least 1"),
         ({"image_size": 100}, "image_size must be a multiple of 64, not 100"),
         ({"config_path": "models/nothing.yaml"}, "models/nothing.yaml"),

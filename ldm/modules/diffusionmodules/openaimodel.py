@@ -23,9 +23,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
-        self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        first = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.in_layers = nn.Sequential(GroupNorm32(channels), nn.SiLU(), first)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
             GroupNorm32(out_channels),
@@ -104,11 +103,8 @@ class UNetEncoder(nn.Module):
         self.transformer_depth, self.use_linear = transformer_depth, use_linear_in_transformer
         self.use_checkpoint = use_checkpoint
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, model_channels * 4),
-            nn.SiLU(),
-            nn.Linear(model_channels * 4, model_channels * 4),
-        )
+        width = model_channels * 4
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
         channels, factor = model_channels, 1
         blocks = [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
         self.skips = [(channels, factor)]  # channels and downsampling factor of each input block's output
