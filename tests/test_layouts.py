@@ -2,6 +2,8 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -302,6 +304,18 @@ def test_lmdb_of_basicsr(tmp_path):
     (both[0] / "meta_info.txt").unlink()
     with pytest.raises(FileNotFoundError, match="blur_crops.lmdb has no meta_info.txt"):
         find_pairs(*both)
+
+
+def test_an_lmdb_is_read_by_threads_and_in_workers_of_a_process_that_has_read_it(tmp_path):
+    make(tmp_path / "plain", *TREES["crops"])
+    (tmp_path / "packed").mkdir()
+    pack(tmp_path / "plain" / "blur_crops", tmp_path / "packed" / "blur.lmdb")
+    paths = list_images(tmp_path / "packed" / "blur.lmdb")
+    with ThreadPoolExecutor(4) as threads:
+        here = list(threads.map(read_image, paths * 4))
+    with get_context("fork").Pool(2) as workers:
+        there = workers.map(read_image, paths)
+    assert all(map(np.array_equal, here, there * 4))
 
 
 def test_lmdb_that_is_not_installed_is_named(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import io
 import os
-from functools import lru_cache
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,37 @@ def read_packed(path: Path) -> io.BytesIO:
     """The file of a picture in an lmdb. Raises FileNotFoundError if there is none."""
     folder = database(path)
     key = path.relative_to(folder).with_suffix("").as_posix()
-    with _open(str(folder), os.getpid()).begin() as transaction:
+    with _open(str(folder)).begin() as transaction:
         data = transaction.get(key.encode())
     if data is None:
         raise FileNotFoundError(f"image not found: {path}")
     return io.BytesIO(data)
 
 
-@lru_cache(maxsize=8)
-def _open(folder: str, process: int) -> Any:
-    """An lmdb's handle, one for each process: it must not be used across a fork."""
+_handles: dict[str, Any] = {}
+_lock = threading.Lock()
+
+
+def _open(folder: str) -> Any:
+    """An lmdb's handle: the one of this process, whose threads share it."""
     import lmdb
 
-    try:
-        return lmdb.open(folder, readonly=True, lock=False, readahead=False)
-    except lmdb.Error as error:
-        raise ValueError(f"cannot read {folder}: {error}") from error
+    with _lock:
+        if folder not in _handles:
+            try:
+                _handles[folder] = lmdb.open(folder, readonly=True, lock=False, readahead=False)
+            except lmdb.Error as error:
+                raise ValueError(f"cannot read {folder}: {error}") from error
+        return _handles[folder]
+
+
+def _close_inherited() -> None:
+    """A handle must not be used across a fork, and the library opens no lmdb twice in one process."""
+    global _lock
+    _lock = threading.Lock()
+    for handle in _handles.values():
+        handle.close()
+    _handles.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)

@@ -63,13 +63,14 @@ def _encode_t5(folder: Path, prompts: Sequence[str], device: str | torch.device)
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer_2" / "tokenizer.json"))
     tokenizer.no_padding()
-    weights = folder / "text_encoder_2"
-    length = json.loads((weights / "config.json").read_text()).get("n_positions", 512)
+    length = json.loads((folder / "text_encoder_2" / "config.json").read_text()).get("n_positions", 512)
     tokenizer.enable_truncation(length)
     try:
-        model = T5EncoderModel.from_pretrained(weights, dtype=torch.bfloat16, local_files_only=True)
+        model = T5EncoderModel.from_pretrained(
+            folder / "text_encoder_2", dtype=torch.bfloat16, local_files_only=True
+        )
     except SafetensorError as error:
-        raise ValueError(f"a file in {weights} is damaged: {error}") from error
+        raise ValueError(f"a file in {folder / 'text_encoder_2'} is damaged: {error}") from error
     model.to(device)
     for words in (tokenizer.encode(prompt).ids for prompt in prompts):
         ids = torch.tensor([words + [0] * (length - len(words))], device=device)  # (1, 512)
@@ -86,7 +87,9 @@ def _encode_clip(folder: Path, prompts: Sequence[str], device: str | torch.devic
         heads=config["num_attention_heads"],
     )
     path = folder / "text_encoder" / "model.safetensors"
-    position_ids = {k: v for k, v in model.state_dict().items() if k.endswith("position_ids")}
+    position_ids = {
+        name: value for name, value in model.state_dict().items() if name.endswith("position_ids")
+    }
     weights = {**position_ids, **read_weights(path)}
     fill(model, weights, path).to(device).float()
     return [model(tokenize([prompt]).to(device))[1].bfloat16().cpu() for prompt in prompts]

@@ -36,7 +36,7 @@ from ldm.data.image import read_image
 from tests.faults import bad_inputs
 from tests.faults.page import run_page
 from tests.faults.tiny_runs import (  # first: it sees to it that there is one thread
-    TRAINERS,
+    RUNS,
     Result,
     command,
     kill,
@@ -60,7 +60,7 @@ class Settings:
     what: tyro.conf.Positional[Literal["kills", "disk", "inputs", "page", "all"]] = "all"
     seed: int = 0
     count: int = 0  # of kills, inputs or uploads; 0 takes 200, 500 and 50
-    trainers: tuple[str, ...] = TRAINERS  # for kills and disk
+    trainers: tuple[str, ...] = RUNS  # for kills and disk
     folder: Path | None = None  # keep everything here; None takes a temporary folder
 
 
@@ -131,7 +131,7 @@ def check_equal(whole: Path, parts: Path) -> None:
         elif name.suffix == ".csv":
             if rows(a) != rows(b):
                 raise ValueError(f"{name} differs: {rows(a)} {rows(b)}")
-        elif name.suffix == ".png" and a.read_bytes() != b.read_bytes():
+        elif name.suffix in (".png", ".npy") and a.read_bytes() != b.read_bytes():
             raise ValueError(f"{name} differs")
 
 
@@ -158,7 +158,7 @@ class Kill:
 
 def plan(seed: int, trainer: str) -> Iterator[Kill]:
     """Endless; half of the kills are in the middle of a save."""
-    rng = np.random.default_rng([seed, TRAINERS.index(trainer)])
+    rng = np.random.default_rng([seed, RUNS.index(trainer)])
     while True:
         at = None if rng.random() < 0.5 else float(rng.uniform(0.02, 1))
         yield Kill(at, int(rng.integers(1, 8)), float(rng.uniform(0, 0.002)), int(rng.integers(2)))
@@ -212,7 +212,7 @@ def kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar: tqd
     begin = time.monotonic()
     must(run(script(command(trainer, place, whole)), log))
     seconds = time.monotonic() - begin
-    moments, rng = plan(seed, trainer), np.random.default_rng([seed, TRAINERS.index(trainer), 1])
+    moments, rng = plan(seed, trainer), np.random.default_rng([seed, RUNS.index(trainer), 1])
     while tally["kills"] < count:
         folder = work / f"run{tally['runs']}"
         prepare_output(trainer, place, folder)
@@ -250,7 +250,7 @@ def run_kills(settings: Settings, place: Path, work: Path) -> bool:
                 text += f"{tally['runs']} runs completed, all equal to the uninterrupted one"
             except RuntimeError as error:
                 fine, text = False, f"FAILED: {error}"
-            tqdm.write(f"{trainer:8} {text}")
+            tqdm.write(f"{trainer:13} {text}")
     return fine
 
 
@@ -332,18 +332,18 @@ def run_disk(settings: Settings, place: Path, work: Path, cases: int = 6) -> boo
     """Prints a line for each trainer; whether all is well."""
     fine = True
     for trainer in settings.trainers:
-        rng = np.random.default_rng([settings.seed, TRAINERS.index(trainer), 2])
+        rng = np.random.default_rng([settings.seed, RUNS.index(trainer), 2])
         messages = Counter()
         try:
             for n in range(cases):
                 part = 0.0 if n == 0 else float(rng.uniform(0, 0.9))
                 message = fill_disk(trainer, place, work / f"disk_{trainer}", part, int(rng.integers(1, 12)))
                 messages[message.replace(str(work), "")] += 1
-            print(f"{trainer:8} {cases} full disks: nothing lost, all runs equal after it. It said, e.g.:")
-            print(f"         {messages.most_common(1)[0][0]}", flush=True)
+            print(f"{trainer:13} {cases} full disks: nothing lost, all runs equal after it. It said, e.g.:")
+            print(f"              {messages.most_common(1)[0][0]}", flush=True)
         except RuntimeError as error:
             fine = False
-            print(f"{trainer:8} FAILED: {error}", flush=True)
+            print(f"{trainer:13} FAILED: {error}", flush=True)
     return fine
 
 

@@ -1,13 +1,15 @@
-"""The five trainers at a size at which a whole run takes seconds, and processes that run a script.
+"""The trainers at a size at which a whole run takes seconds, and processes that run a script.
 
 Used by the fault and the memory benchmarks. A process is forked from one that has imported everything: it
 starts in milliseconds, and is killed, limited and measured as any other.
 """
 
 import atexit
+import io
 import multiprocessing.util
 import os
 import runpy
+import shutil
 import signal
 import sys
 import threading
@@ -19,29 +21,48 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # no pool of threads may exist where a process is forked
 
+import lmdb
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import evaluate  # noqa: F401  (imported once, here, for all processes)
 import infer  # noqa: F401
 import tool_add_control  # noqa: F401
 import tool_export_control  # noqa: F401
+import tool_export_onnx  # noqa: F401
 import tool_make_dbgan_dataset
 import tool_make_mask  # noqa: F401
+import train_small_base  # noqa: F401
 import tutorial_train_deblur  # noqa: F401
 from cldm.model import create_model
 from ldm import checkpoint
-from ldm.data.image import photographs, read_image, write_image
+from ldm.data.image import list_images, photographs, read_image, write_image
+from ldm.data.packed import META
+from ldm.models.prompts import prompt_file
+from ldm.modules.generators import make_generator
 from ldm.modules.image_degradation.blur import random_blur
 from tests.tiny_flux import write_tiny_folder
 from tool_make_deblur_dataset import Settings as PairSettings
 from tool_make_deblur_dataset import make_dataset
+from train_srn import SRNDeblurNet
 from tutorial_train_inpaint import cut_photographs
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent.parent
 TRAINERS = ("deblur", "inpaint", "srn", "dbgan", "kontext")
+# The same ones with other inputs: the trainer, its flags ("@x" is a path in the place).
+VARIANTS = {
+    "srn_packed": ("srn", {"data": "@packed", "init_weights": "@srn.safetensors"}),
+    "dbgan_init": (
+        "dbgan",
+        {"init_weights": "@dbgan.safetensors", "init_blur_weights": "@bgan.safetensors"},
+    ),
+    "kontext_tasks": ("kontext", {"tasks": "@tasks.yaml", "captions": True, "blocks_to_swap": 3}),
+}
+RUNS = (*TRAINERS, *VARIANTS, "base")  # all that can be killed; base is train_small_base.py
+PROMPTS = ("remove noise", "a picture")  # of one of Kontext's tasks, of a caption
 
 
 # ---- processes -------------------------------------------------------------------------------------------
@@ -186,10 +207,60 @@ def make_place(place: Path) -> None:
         )
     )
     write_tiny_folder(place / "flux", place / "prompt.safetensors", "restore")
+    _make_starts(place)
+
+
+def _make_starts(place: Path) -> None:
+    """What the variants start from."""
+    for kind in ("blur", "sharp"):
+        pack(place / "gopro", kind, place / "packed" / f"{kind}.lmdb")
+    torch.manual_seed(1)
+    checkpoint.write_weights(place / "srn.safetensors", SRNDeblurNet(2).state_dict())
+    form = {"generator": "dbgan", "width": 4, "blocks": 1, "blur_blocks": 1, "sampling": False}
+    form |= {"batch_norm": False, "varying_noise": False}
+    for kind, name in (("blur", "bgan"), ("deblur", "dbgan")):
+        weights = make_generator(kind, form).state_dict()
+        named = {f"{kind}.{key}": value for key, value in weights.items()}
+        checkpoint.write_half(place / f"{name}.safetensors", named, form)
+    (place / "cache").mkdir()
+    (place / "captioned").mkdir()
+    for prompt in PROMPTS:
+        embeddings = {"t5": torch.randn(1, 16, 48), "pooled": torch.randn(1, 32)}
+        checkpoint.write_weights(prompt_file(place, prompt), embeddings, {"prompt": prompt})
+    for path in list_images(place / "real"):
+        write_image(place / "captioned" / path.name, read_image(path))
+    (place / "captioned" / "001.txt").write_text(PROMPTS[1])
+    (place / "tasks.yaml").write_text(
+        f"noisy:\n  hr_root: {place / 'captioned'}\n  instance_prompt: {PROMPTS[0]}\n"
+        "  degradation_types: [noise, motion_blur]\n  noise_level: [0.05, 0.2]\n  weight: 2\n"
+        f"soft:\n  hr_root: {place / 'captioned'}\n  degradation_types: downsample\n"
+    )
+
+
+def pack(tree: Path, kind: str, packed: Path) -> None:
+    """The pictures in the folders `kind` of a tree as an lmdb of BasicSR."""
+    packed.mkdir(parents=True)
+    lines = []
+    with lmdb.open(str(packed), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        for path in (path for path in list_images(tree) if path.parent.name == kind):
+            image, data = read_image(path), io.BytesIO()
+            Image.fromarray(image).save(data, "PNG")
+            name = f"{path.parent.parent.name}_{path.stem}"
+            transaction.put(name.encode(), data.getvalue())
+            lines.append(f"{name}.png ({image.shape[0]},{image.shape[1]},3) 1\n")
+    (packed / META).write_text("".join(lines))
+
+
+def in_place(changes: dict, place: Path) -> dict:
+    """Flags whose values that begin with @ are paths in the place."""
+    return {name: place / value[1:] if str(value)[:1] == "@" else value for name, value in changes.items()}
 
 
 def command(name: str, place: Path, output_dir: Path, workers: int = 0, **changes: object) -> list[str]:
-    """The command of a tiny run of a trainer; `changes` are flags, True and False for switches."""
+    """The command of a tiny run; `changes` are flags, True and False for switches."""
+    if name in VARIANTS:
+        name, flags = VARIANTS[name]
+        return command(name, place, output_dir, workers, **in_place(flags, place), **changes)
     control = {
         "image_size": 64,
         "val_samples": 2,
@@ -219,12 +290,16 @@ def command(name: str, place: Path, output_dir: Path, workers: int = 0, **change
     kontext |= {"instance_prompt": "restore", "resolution": 32, "rank": 2, "train_batch_size": 2}
     kontext |= {"gradient_accumulation_steps": 1, "max_train_steps": 6, "learning_rate": 3e-3}
     kontext |= {"save_every": 1, "preview_images": 1, "preview_steps": 1, "dropout": 0.1}
+    base = {"photos": place / "photos", "models": output_dir / "models", "pieces": 8, "batch_size": 1}
+    base |= {"warmup": 1, "precision": 32, "save_steps": 1}
+    base |= {"autoencoder_steps": 2, "unet_steps": 3, "flux_steps": 3}
     start = {
         "deblur": ["tutorial_train_deblur.py"],
         "inpaint": ["tutorial_train_inpaint.py"],
         "srn": ["train_srn.py"],
         "dbgan": ["train_dbgan.py", "all"],
         "kontext": ["train_kontext_lora.py"],
+        "base": ["train_small_base.py", "all"],
     }[name]
     flags = {
         "deblur": control
@@ -235,8 +310,10 @@ def command(name: str, place: Path, output_dir: Path, workers: int = 0, **change
         | dbgan
         | {"data": place / "gopro", "blur_data": place / "real", "width": 4, "learning_rate": 1e-3},
         "kontext": kontext,
+        "base": base,
     }[name]
-    flags |= {"output_dir": output_dir, "num_workers": workers, **changes}
+    own = {} if name == "base" else {"num_workers": workers}
+    flags |= {"output_dir": output_dir, **own, **changes}
     return [*start, *as_flags(flags)]
 
 
@@ -251,7 +328,8 @@ def as_flags(flags: dict[str, object]) -> list[str]:
 
 
 def prepare_output(name: str, place: Path, output_dir: Path) -> None:
-    """What a tiny run expects in its folder: Kontext's prompt, for want of text encoders."""
+    """What a tiny run expects in its folder: Kontext's prompts, for want of text encoders."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    if name == "kontext":
-        (output_dir / "prompt.safetensors").write_bytes((place / "prompt.safetensors").read_bytes())
+    if name.startswith("kontext"):
+        shutil.copy(place / "prompt.safetensors", output_dir)
+        shutil.copytree(place / "cache", output_dir / "cache", dirs_exist_ok=True)
