@@ -20,7 +20,7 @@ def list_packed(folder: Path) -> list[Path]:
     """The pictures of an lmdb. Raises FileNotFoundError without meta_info.txt, ValueError without lmdb."""
     check_package("lmdb", f"reading {folder}")
     if not (folder / META).is_file():
-        raise FileNotFoundError(f"{folder} has no {META}: which BasicSR's create_lmdb.py writes and we need")
+        raise FileNotFoundError(f"{folder} has no {META}, which BasicSR's create_lmdb.py writes")
     lines = (folder / META).read_text(encoding="utf-8").splitlines()
     return [folder / line.rsplit(" (", 1)[0] for line in lines if line.strip()]
 
