@@ -17,9 +17,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from cldm.model import CONTROL, UNET, family, hint_latent_channels, listing, read_control
+from cldm.model import CONTROL, UNET, family, hint_latent_channels, read_control
 from harness.settings import check_new, run_main
 from ldm.checkpoint import write_weights
+from ldm.util import listing
 
 
 @dataclass

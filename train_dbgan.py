@@ -21,13 +21,12 @@ import tyro
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from harness import flags
 from harness.run import Run, average_gradients, start_fabric, unscale_gradients
 from harness.settings import check_counts, check_fractions, plain, run_main
-from harness.training_data import open_data
-from harness.validation import HeldOut, Spectra, line, report
+from harness.training_data import Data, open_data
+from harness.validation import Spectra, line, report
 from ldm.checkpoint import fingerprint
 from ldm.data.demo import write_demo
 from ldm.data.patches import open_source
@@ -383,20 +382,13 @@ def main(settings: Settings) -> None:
         perceptual = PerceptualLoss(file=settings.vgg_file).to(fabric.device)
     for stage in stages:
         fabric.seed_everything(settings.seed, verbose=False)
-        train(fabric, settings, stage, *data[stage], perceptual)
+        train(fabric, settings, stage, data[stage], perceptual)
 
 
-def train(
-    fabric: Fabric,
-    settings: Settings,
-    stage: str,
-    dataset: Dataset,
-    held_out: HeldOut,
-    perceptual: nn.Module | None,
-) -> None:
+def train(fabric: Fabric, settings: Settings, stage: str, data: Data, vgg: nn.Module | None) -> None:
     """One stage from where it stands to its end."""
     # Networks, optimizer, average
-    players = make_players(settings, stage, perceptual, fabric.device)
+    players = make_players(settings, stage, vgg, fabric.device)
     networks = players.generators
     parameters = [*networks.parameters(), *players.discriminators.parameters()]
     fused = fabric.device.type == "cuda"
@@ -406,6 +398,7 @@ def train(
     ema = EMA(networks, settings.ema_decay)
 
     # Phases: their losses and their steps
+    dataset, held_out = data
     batch_size = settings.batch_size * settings.accumulate_grad_batches
     steps_per_epoch = max(1, round(len(dataset) / (batch_size * fabric.world_size)))
     epochs = {"blur": [settings.blur_epochs], "deblur": [settings.pretrain_epochs, settings.epochs]}

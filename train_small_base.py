@@ -84,9 +84,9 @@ class Settings:
     save_steps: int = 500  # steps to a checkpoint, scores and pictures
 
 
-STEPS = ("autoencoder_steps", "unet_steps", "flux_steps")
 # With more steps a run goes on: its learning rate is then that of the longer cosine.
-MAY_CHANGE = ("stage", "photos", "models", "devices", "save_steps", "precision", *STEPS)
+MAY_CHANGE = ["stage", "photos", "models", "devices", "save_steps", "precision"]
+MAY_CHANGE += ["autoencoder_steps", "unet_steps", "flux_steps"]
 SIZE, CHANNELS = 128, 32  # pixels of a picture; components of an 8 x 8 block
 CONFIG = Path(__file__).parent / "models" / "small_diffusion.yaml"
 SHARP, LEAVES, NOTHING = "a sharp photograph", "dead leaves", ""

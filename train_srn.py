@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from harness import flags
 from harness.run import Run, start_fabric, unscale_gradients
 from harness.settings import check_counts, check_fractions, plain, run_main
-from harness.training_data import blurred_anew, camera, check_pictures
+from harness.training_data import Data, blurred_anew, camera, check_pictures
 from harness.validation import HeldOut, line, report
 from ldm.checkpoint import fill, read_trained, write_half
 from ldm.data.image import photographs
@@ -389,7 +389,7 @@ def check(settings: Settings) -> None:
         raise ValueError("nothing to train on: give --data, --sharp_dir or --dead_leaves (or try --demo)")
 
 
-def make_data(settings: Settings) -> tuple[CropDataset, HeldOut]:
+def make_data(settings: Settings) -> Data:
     """The training set and what is held out: given, or a part of the data, or scikit-image's photographs."""
     seed, data = settings.seed, settings.data
     pairs = find_pairs(data, settings.sharp_dir) if data else sharp_pairs(settings.sharp_dir)

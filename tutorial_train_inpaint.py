@@ -28,13 +28,14 @@ from cldm.cache import with_cached_latents
 from cldm.callbacks import Snapshots, keep_model
 from cldm.demo import MODELS, make_demo_start, pixels, show_demo
 from cldm.inpaint import Inpainting, hole_scores, inpaint_image
-from cldm.model import create_filled_model, listing, load_state_dict, read_config, read_control, widen_input
+from cldm.model import create_filled_model, load_state_dict, read_config, read_control, widen_input
 from cldm.training import StreamData, begin, fit, prepare_model, report
 from harness import flags
 from harness.settings import run_main
 from ldm.checkpoint import write_weights
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
+from ldm.util import listing
 from tool_export_control import alone
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------

@@ -137,9 +137,8 @@ class ChannelSpatialAttention(nn.Module):
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
         hidden = max(8, channels // reduction)
-        self.channel = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
-        )
+        fewer, again = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+        self.channel = nn.Sequential(fewer, nn.ReLU(), again)
         self.spatial = nn.Conv2d(2, 1, 7, padding=3)
         self.gate = nn.Parameter(torch.zeros(1, channels, 1, 1))
 

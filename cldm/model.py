@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import read_trained, read_weights
-from ldm.util import instantiate_from_config, read_yaml
+from ldm.util import instantiate_from_config, listing, read_yaml
 
 UNET, CONTROL = "model.diffusion_model.", "control_model."
 FIRST = "input_blocks.0.0.weight"  # of both
-SHOWN = 6  # how many names an error lists
 SMALL = "the small model that comes along"
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL", 16: SMALL}
 
@@ -80,12 +79,6 @@ def check_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sour
         found, wanted = family(weights), family(own)
         families = f" (the file is {found}, the model is {wanted})" if found != wanted else ""
         raise ValueError(f"{source} does not fit this model{families}: it {problem}")
-
-
-def listing(names: list[str]) -> str:
-    """A few names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def family(weights: Mapping[str, Tensor]) -> str:

@@ -14,9 +14,10 @@ from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
 from ldm.data.patches import Patches, Source, SourceDataset, check_paired, is_patches, open_source
 
 SMALLEST = 11  # pixels that SSIM needs
+Data = tuple[CropDataset, HeldOut]
 
 
-def open_data(settings: Any, stage: str) -> tuple[CropDataset, HeldOut]:
+def open_data(settings: Any, stage: str) -> Data:
     """What a stage of train_dbgan.py trains on, and what is held out, by that script's settings.
 
     Pairs come from `data` (what `find_pairs` takes, or a file of paired patches); without it they are made of

@@ -42,6 +42,13 @@ def read_yaml(path: str | Path) -> Any:
         raise ValueError(f"{path} is not a yaml configuration: {' '.join(str(error).split())}") from error
 
 
+def listing(names: Iterable, shown: int = 6) -> str:
+    """A few names, and how many more there are."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 def check_package(name: str, what: str) -> None:
     """Raise ValueError if a package is not installed, without which `what` does not work."""
     if find_spec(name) is None:

@@ -15,6 +15,7 @@ from ldm.data.image import image_size, list_images, read_image, to_tensor, to_ui
 from ldm.data.pairs import check_alike, find_pairs
 from ldm.data.stream import item_seed
 from ldm.modules.image_degradation.damage import DEGRADATIONS, Value, check_damage, damage_sheet, degrade
+from ldm.util import listing
 
 TOKEN = 16  # pixels along a side
 RATIOS = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2, 21 / 9)  # longer to shorter side of a bucket
@@ -213,10 +214,9 @@ def _cut_sizes(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> list[
         if height < chosen[-1][0] or width < chosen[-1][1]:
             small.append(f"{path} ({width}x{height})")
     if small:
-        more = f" and {len(small) - 3} more" if len(small) > 3 else ""
         least = f"{sizes[0][1]} px" if len(sizes) == 1 else "their buckets"
         raise ValueError(
             f"{len(small)} of {len(paths)} pictures are smaller than {least}: "
-            f"{', '.join(small[:3])}{more}. Take them out or lower --resolution"
+            f"{listing(small, 3)}. Take them out or lower --resolution"
         )
     return chosen

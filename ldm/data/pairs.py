@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ldm.data.image import EXTENSIONS, image_size, list_images, natural_key, read_image
 from ldm.data.lists import CAPTIONS, json_lines, read_json_list, read_list
 from ldm.data.scenes import place, scenes, side
+from ldm.util import listing
 
 __all__ = ["JSONL", "Pair", "find_pairs", "json_lines", "match_folders", "split_pairs"]
 
@@ -108,8 +109,7 @@ def _by_stem(folder: Path, name: Callable = lambda path: path.with_suffix("")) -
 
 def _refuse_singles(single: list[Path]) -> None:
     if single:
-        more = f" and {len(single) - 3} more" if len(single) > 3 else ""
-        raise ValueError(f"pictures without a partner: {', '.join(map(str, single[:3]))}{more}")
+        raise ValueError(f"pictures without a partner: {listing(single, 3)}")
 
 
 def _grouped(pairs: Sequence[tuple[Path, Path]], root: Path | None = None) -> list[Pair]:

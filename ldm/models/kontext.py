@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,11 +125,11 @@ def load_restorer(
     prompt_cache: str | Path = "prompt.safetensors",
     lora_scale: float = 1.0,
     device: str | torch.device = "cpu",
-    fp8: bool = False,
-    blocks_to_swap: int = 0,
-    nf4: bool = False,
+    **storage: Any,
 ) -> Callable[..., np.ndarray]:
     """`restore_image` with model, autoencoder and prompt filled in from a model folder and a LoRA file.
+
+    `storage` is that of the transformer: `fp8`, `nf4` and `blocks_to_swap` of `load_flux`.
 
     The LoRA is a file or the folder of a run. Without `prompt` it is the LoRA's own, whose embedding the run
     keeps; that of another prompt goes to `prompt_cache`. Raises ValueError if there is no prompt at all, or
@@ -150,7 +151,7 @@ def load_restorer(
     embeddings = {name: value.to(device) for name, value in embeddings.items()}
     autoencoder = load_autoencoder(folder / AUTOENCODER, device)
     bar = partial(tqdm, desc="loading")
-    model = load_flux(folder / TRANSFORMER, device, None, fp8, bar, blocks_to_swap, nf4)
+    model = load_flux(folder / TRANSFORMER, device, progress=bar, **storage)
     if lora_path:
         load_lora(model, lora_path, lora_scale)
     return partial(restore_image, model, autoencoder, embeddings)

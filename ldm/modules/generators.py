@@ -42,10 +42,8 @@ class DBGANGenerator(nn.Module):
         self.first = nn.Conv2d(channels, width, 3, stride=self.multiple, padding=1)
         self.blocks = nn.Sequential(*(DenseBlock(width, norm) for _ in range(blocks)))
         up = [nn.Upsample(scale_factor=2)] if sampling else []
-        activation = nn.LeakyReLU(0.2)
-        self.last = nn.Sequential(
-            *up, nn.Conv2d(width, width, 3, padding=1), activation, nn.Conv2d(width, 3, 3, padding=1)
-        )
+        wide, last = (nn.Conv2d(width, leave, 3, padding=1) for leave in (width, 3))
+        self.last = nn.Sequential(*up, wide, nn.LeakyReLU(0.2), last)
 
     def forward(self, image: Tensor) -> Tensor:
         return image[:, :3] + self.last(self.blocks(self.first(image)))

@@ -48,32 +48,14 @@ class LoRA(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its LoRA, which can be merged into the weight and taken out again."""
+    """A frozen linear layer and its LoRA."""
 
     def __init__(self, base: nn.Module, lora: LoRA):
         super().__init__()
-        self.base, self.lora, self.merged = base, lora, False
+        self.base, self.lora = base, lora
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        return y if self.merged else self.lora(x, y)
-
-    @torch.no_grad()
-    def merge(self, merged: bool = True) -> None:
-        """Put the LoRA into the weight (exact to the rounding of its dtype), or take it out."""
-        weight = self.base.weight
-        if weight.dtype in (torch.float8_e4m3fn, torch.uint8):
-            raise ValueError("a LoRA cannot be merged into weights stored in fp8 or nf4: use bf16")
-        if merged != self.merged:
-            weight.copy_(weight.float() + (1 if merged else -1) * self.lora.delta())
-        self.merged = merged
-
-
-def merge(model: nn.Module, merged: bool = True) -> None:
-    """Merge every LoRA of a model into its weights, or unmerge it."""
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.merge(merged)
+        return self.lora(x, self.base(x))
 
 
 def kohya_name(name: str) -> str:

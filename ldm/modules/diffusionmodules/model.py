@@ -1,6 +1,8 @@
 """Encoder and decoder of the KL autoencoder of Stable Diffusion and FLUX (Rombach et al. 2022, sec. 3.1)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,41 +77,49 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-class Encoder(nn.Module):
-    """Image (b, in_channels, h, w) in [-1, 1] -> moments (b, 2 * z_channels, h / f, w / f), f = 2^(levels-1).
+@dataclass
+class Sizes:
+    """Arguments of Encoder and Decoder, as yaml files have them; `resolution` and `dropout` change nothing.
 
-    Of the arguments in original yaml files `resolution`, `out_ch` and `dropout` change nothing here.
     Raises ValueError for `attn_resolutions`, which neither Stable Diffusion nor FLUX uses.
     """
 
-    def __init__(
-        self,
-        *,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        z_channels: int,
-        in_channels: int = 3,
-        double_z: bool = True,
-        attn_resolutions: Sequence[int] = (),
-        resolution: int | None = None,
-        out_ch: int = 3,
-        dropout: float = 0.0,
-    ):
+    ch: int
+    ch_mult: Sequence[int]
+    num_res_blocks: int
+    z_channels: int
+    in_channels: int = 3
+    out_ch: int = 3
+    double_z: bool = True
+    attn_resolutions: Sequence[int] = ()
+    resolution: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.attn_resolutions:
+            raise ValueError(f"attn_resolutions must be empty, not {list(self.attn_resolutions)}")
+
+
+class Encoder(nn.Module):
+    """Image (b, in_channels, h, w) in [-1, 1] -> moments (b, 2 * z_channels, h / f, w / f), f = 2^(levels-1).
+
+    The arguments are those of Sizes.
+    """
+
+    def __init__(self, **arguments: Any):
         super().__init__()
-        if attn_resolutions:
-            raise ValueError(f"attn_resolutions must be empty, not {list(attn_resolutions)}")
-        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
-        widths = [ch, *(ch * mult for mult in ch_mult)]
+        sizes = Sizes(**arguments)
+        self.conv_in = nn.Conv2d(sizes.in_channels, sizes.ch, 3, padding=1)
+        widths = [sizes.ch * mult for mult in (1, *sizes.ch_mult)]
         self.down = nn.ModuleList()
         for index, out_channels in enumerate(widths[1:]):
-            level = Level(widths[index], out_channels, num_res_blocks)
-            if index < len(ch_mult) - 1:
+            level = Level(widths[index], out_channels, sizes.num_res_blocks)
+            if index < len(sizes.ch_mult) - 1:
                 level.downsample = Downsample(out_channels)
             self.down.append(level)
         self.mid = Middle(widths[-1])
         self.norm_out = GroupNorm32(widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], z_channels * (2 if double_z else 1), 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], sizes.z_channels * (1 + sizes.double_z), 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -127,35 +137,20 @@ class Decoder(nn.Module):
     With `use_checkpoint` the blocks' activations are recomputed in the backward pass.
     """
 
-    def __init__(
-        self,
-        *,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        z_channels: int,
-        out_ch: int = 3,
-        attn_resolutions: Sequence[int] = (),
-        in_channels: int = 3,
-        double_z: bool = True,
-        resolution: int | None = None,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, **arguments: Any):
         super().__init__()
-        if attn_resolutions:
-            raise ValueError(f"attn_resolutions must be empty, not {list(attn_resolutions)}")
-        self.use_checkpoint = False
-        widths = [*(ch * mult for mult in ch_mult), ch * ch_mult[-1]]
-        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        sizes, self.use_checkpoint = Sizes(**arguments), False
+        widths = [sizes.ch * mult for mult in (*sizes.ch_mult, sizes.ch_mult[-1])]
+        self.conv_in = nn.Conv2d(sizes.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList()  # up[0] is the finest level, and runs last
-        for index in range(len(ch_mult)):
-            level = Level(widths[index + 1], widths[index], num_res_blocks + 1)
+        for index in range(len(sizes.ch_mult)):
+            level = Level(widths[index + 1], widths[index], sizes.num_res_blocks + 1)
             if index > 0:
                 level.upsample = Upsample(widths[index])
             self.up.append(level)
         self.norm_out = GroupNorm32(widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], sizes.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self._run(self.mid, self.conv_in(z))
