@@ -179,11 +179,7 @@ def read(key: str, paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
 
 
 def append(
-    data: h5py.Dataset,
-    image: np.ndarray,
-    size: int,
-    stride: int,
-    choose: Callable[[np.ndarray], np.ndarray] | None = None,
+    data: h5py.Dataset, image: np.ndarray, size: int, stride: int, choose: Callable | None = None
 ) -> tuple[int, ...]:
     """Add the patches of a picture (h, w, 3), row by row, those that `choose` takes; returns its shape."""
     patches = cut(image, size, stride)

@@ -209,12 +209,7 @@ def flow_loss(
 
 
 def perceptual_term(
-    autoencoder: FluxAutoencoder,
-    distance: PerceptualLoss,
-    estimate: Tensor,
-    batch: dict,
-    sigma: Tensor,
-    crop: int,
+    autoencoder: nn.Module, distance: nn.Module, estimate: Tensor, batch: dict, sigma: Tensor, crop: int
 ) -> Tensor:
     """(1 - sigma) * VGG distance of a crop of the decoded estimate, of the items with sigma < 0.5 alone."""
     keep = sigma < 0.5

@@ -70,8 +70,8 @@ class Checkpoints(Callback):
         validated = self.val_steps and step % self.val_steps == 0  # then the checkpoint comes after it
         if step != self.last_step and (step % self.log_steps == 0 or validated or self.due(trainer)):
             self.look(trainer)
-        if step != self.last_step and not validated:
-            self.save_if_due(trainer)
+        if step != self.last_step and not validated and self.due(trainer):
+            self.save(trainer, "last.ckpt")
         self.last_step = step
 
     def look(self, trainer: pl.Trainer) -> None:
@@ -95,15 +95,11 @@ class Checkpoints(Callback):
         if score is not None and float(score) > self.best:
             self.best = float(score)
             self.save(trainer, "best.ckpt")
-        self.save_if_due(trainer)
-
-    def save_if_due(self, trainer: pl.Trainer) -> None:
-        """Write last.ckpt every `save_steps` steps and at the end of the run."""
         if self.due(trainer):
             self.save(trainer, "last.ckpt")
 
     def due(self, trainer: pl.Trainer) -> bool:
-        """Whether this step's state is to be kept."""
+        """Whether last.ckpt is to be of this step: one of every `save_steps`, and the last of the run."""
         step = trainer.global_step
         return step > 0 and (step % self.save_steps == 0 or step == trainer.max_steps)
 

@@ -85,7 +85,7 @@ class CropDataset(Dataset):
     brightness, contrast, saturation and white balance.
     """
 
-    def __init__(self, length: int, size: int, seed: int, augment: bool, color_jitter: float):
+    def __init__(self, length: int, size: int, seed: int, augment: bool = False, color_jitter: float = 0.0):
         if not length:
             raise ValueError("the data set is empty")
         if size < 1:
@@ -127,18 +127,13 @@ class CropDataset(Dataset):
 
 
 class PairedDataset(CropDataset):
-    """Crops of pairs on disk; the two pictures of a pair must have one size (ValueError names both)."""
+    """Crops of pairs on disk; the two pictures of a pair must have one size (ValueError names both).
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        size: int,
-        seed: int,
-        augment: bool = False,
-        color_jitter: float = 0.0,
-        cache: bool = False,
-    ):
-        super().__init__(len(pairs), size, seed, augment, color_jitter)
+    `look` are `augment` and `color_jitter` of CropDataset; with `cache` all pictures are kept in memory.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], size: int, seed: int, cache: bool = False, **look: float):
+        super().__init__(len(pairs), size, seed, **look)
         self.pairs = list(pairs)
         self.blurry = ImageFiles([pair.blurry for pair in pairs], cache)
         self.sharp = ImageFiles([pair.sharp for pair in pairs], cache)

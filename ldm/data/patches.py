@@ -88,8 +88,8 @@ class SourceDataset(CropDataset):
     """Crops of two sources: number n with number n if `paired`, else each sharp one with any blurry one, the
     sharp one the sharpest of `candidates` windows.
 
-    Items as in CropDataset. Raises ValueError for pairs of sources of different lengths, and for crops that
-    are larger than the patches of a file.
+    Items, and `look`, as in CropDataset. Raises ValueError for pairs of sources of different lengths, and
+    for crops that are larger than the patches of a file.
     """
 
     def __init__(
@@ -98,12 +98,11 @@ class SourceDataset(CropDataset):
         sharp: Source,
         size: int,
         seed: int,
-        augment: bool = False,
-        color_jitter: float = 0.0,
         paired: bool = False,
         candidates: int = 1,
+        **look: float,
     ):
-        super().__init__(len(sharp), size, seed, augment, color_jitter)
+        super().__init__(len(sharp), size, seed, **look)
         self.blurry, self.sharp, self.paired, self.candidates = blurry, sharp, paired, candidates
         for source in (blurry, sharp):
             if isinstance(source, Patches) and source.size < size:

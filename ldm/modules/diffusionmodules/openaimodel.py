@@ -171,9 +171,8 @@ class UNetModel(UNetEncoder):
     def __init__(self, *, out_channels: int = 4, **encoder_arguments):
         super().__init__(**encoder_arguments)
         channels, blocks = self.skips[-1][0], []
-        for (skip_channels, factor), (_, next_factor) in zip(
-            self.skips[::-1], [*self.skips[-2::-1], (0, 1)], strict=True
-        ):
+        following = [*self.skips[-2::-1], (0, 1)]
+        for (skip_channels, factor), (_, next_factor) in zip(self.skips[::-1], following, strict=True):
             out = self.model_channels * self.channel_mult[factor.bit_length() - 1]
             layers = self._layers(channels + skip_channels, out, factor)
             if next_factor < factor:
