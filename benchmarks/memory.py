@@ -1,11 +1,15 @@
 """Resident memory over 2,000 steps of each trainer at tiny size, with a data worker: it must stay flat.
 
     python -m benchmarks.memory [--trainers srn kontext]        # about 15 minutes on one core
+    python -m benchmarks.memory --pid 4711 --log train.log      # soak: of a training that runs
 
 The commands of tests/faults/tiny_runs.py as processes of their own; validation, pictures and checkpoints come
 about every 100 steps. Shown is VmRSS of the main process, and of its workers together (training has one, and
 the validation of ControlNets another), at some steps: medians of the samples around each. --csv FILE keeps
 all samples. Exit code 1 if more than `limit` MiB are added after step 1000.
+
+With --pid, of a training begun by hand with its output in --log: MiB and processor seconds of each thousand
+steps, evaluations included (processor time, for a shared machine's clock says little), with its workers.
 """
 
 import csv
@@ -38,6 +42,8 @@ class Settings:
     trainers: tuple[str, ...] = TRAINERS
     limit: float = 8.0  # MiB that a process may add from step 1000 to step 2000
     csv: Path | None = None  # write all samples here
+    pid: int | None = None  # watch this process instead
+    log: Path | None = None  # what it prints
 
 
 def changes(trainer: str) -> tuple[dict[str, object], int]:
@@ -93,6 +99,36 @@ def watch(trainer: str, place: Path, work: Path) -> Iterator[tuple[int, float, f
         raise RuntimeError(f"{trainer}: exit code {process.returncode}: {log.read_text()[-2000:]}")
 
 
+def processor_seconds(pid: int) -> float:
+    """What a process has used on all processors, workers that have ended included; 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def soak(pid: int, log: Path, every: int = 1000) -> None:
+    """Print a line after each thousand steps, until the process ends."""
+    print("   steps   MiB, at its end   processor seconds   of the first whole thousand's")
+    mark, total, used, first = -1, every, 0.0, 0.0
+    while memory := resident(pid):
+        time.sleep(0.2)
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
+            bars = re.findall(r"\b(\d+)/(\d+) \[", file.read().decode(errors="replace"))
+        total = max([total, *(int(of) for _, of in bars)])  # the longest bar is that of the steps
+        done = max((int(step) for step, of in bars if int(of) == total), default=0)
+        if done // every <= mark:
+            continue
+        now = processor_seconds(pid) + sum(map(processor_seconds, children(pid)))
+        if used and done // every == mark + 1:
+            first = first or now - used
+            print(f"{done:8} {memory:17.1f} {now - used:19.1f} {(now - used) / first:15.3f}", flush=True)
+        used = now if mark >= 0 else 0.0  # when the watching began a thousand was begun
+        mark = done // every
+
+
 def at(samples: list[tuple[int, float, float]], mark: int, column: int) -> float:
     """Median around a step of a column of the samples, those without a worker left out."""
     near = [s[column] for s in samples if abs(s[0] - mark) <= NEAR and s[1] and s[2]]
@@ -101,6 +137,8 @@ def at(samples: list[tuple[int, float, float]], mark: int, column: int) -> float
 
 def main(settings: Settings) -> None:
     begin()
+    if settings.pid and settings.log:
+        return soak(settings.pid, settings.log)
     print("MiB at step  " + "".join(f"{mark:>9}" for mark in MARKS) + "   added after 200   after 1000")
     rows, fine = [], True
     with tempfile.TemporaryDirectory() as temporary:
