@@ -216,11 +216,6 @@ def as_text(report: dict) -> str:
     return "\n".join(lines)
 
 
-def is_json(value: object) -> bool:
-    """Whether json can hold it: equal pictures have an infinite PSNR."""
-    return not isinstance(value, float) or math.isfinite(value)
-
-
 def as_html(report: dict, rows: list[dict], files: dict[str, dict[str, Path]]) -> str:
     """A page that needs no other file: the report and the worst pictures, blurry, restored, sharp."""
     parts = []
@@ -252,7 +247,9 @@ def main(settings: Settings) -> None:
     report, rows, files = evaluate(settings)
     print(as_text(report))
     if settings.output:
-        plain = {key: value if is_json(value) else str(value) for key, value in report.items()}
+        plain = {}
+        for key, value in report.items():  # equal pictures have an infinite PSNR, which json cannot hold
+            plain[key] = str(value) if isinstance(value, float) and not math.isfinite(value) else value
         outputs[settings.output] = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         by_name = sorted(rows, key=lambda row: row["name"])
         outputs[settings.output.with_suffix(".csv")] = as_csv([*rows[0]], by_name)

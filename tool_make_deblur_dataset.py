@@ -35,8 +35,9 @@ from harness.jobs import parse_shard, share_of
 from harness.settings import check_counts, check_fractions, run_main
 from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, photographs, read_image, write_image
+from ldm.data.lists import json_lines
 from ldm.data.paired import at_least, blur_crop, sharpness
-from ldm.data.pairs import JSONL, json_lines
+from ldm.data.pairs import JSONL
 from ldm.data.stream import SampleStream
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types
 

@@ -364,9 +364,8 @@ def teach_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions:
     t5, pooled = (values.to(fabric.device) for values in both)
     torch.manual_seed(settings.seed)
     flux = Flux(FLUX)
-    for block in (*flux.double_blocks, *flux.single_blocks):  # each block starts as the identity
-        for modulation in (m for m in block.modules() if isinstance(m, Modulation)):
-            zero_module(modulation)
+    for modulation in (m for m in flux.modules() if isinstance(m, Modulation)):
+        zero_module(modulation)  # each block starts as the identity
     zero_module(flux.final_layer.linear)
     stage = Stage(fabric, settings, "flux", flux, settings.flux_steps)
     for batch in stage.batches(data):
@@ -397,8 +396,7 @@ def write_text_encoders(folder: Path, clip: FrozenCLIPEmbedder) -> None:
     (folder / "text_encoder" / "config.json").write_text(json.dumps(sizes, indent=1))
     write_half(folder / "text_encoder" / "model.safetensors", tower.state_dict(), {})
     characters = {chr(code): code - 32 + 2 for code in range(32, 127)}
-    words = WordLevel({"<pad>": 0, "<unk>": 1, **characters}, unk_token="<unk>")
-    tokenizer = Tokenizer(words)
+    tokenizer = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1, **characters}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
     (folder / "tokenizer_2").mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer_2" / "tokenizer.json"))

@@ -38,7 +38,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors' own would keep others from reading it
+        os.umask(mask := os.umask(0))  # the only way to ask for it
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors' own would keep others from reading it
         os.replace(temporary, path)
     except torch.OutOfMemoryError:
         raise
@@ -48,12 +49,6 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         raise OSError(f"cannot save {path} (what was there before is intact): {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save(path: str | Path, content: dict) -> None:
@@ -75,8 +70,10 @@ def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
         raise FileNotFoundError(f"checkpoint not found: {path}{there}")
     shells = [*_SHELLS, np.dtype, np.ndarray, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
     try:
+        with open(path, "rb") as file:
+            mmap = mmap and file.read(2) == b"PK"  # a zip
         with torch.serialization.safe_globals(shells):
-            content = torch.load(path, map_location=device, weights_only=True, mmap=mmap and _is_zip(path))
+            content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         code = re.search(r"Unsupported (?:global|class): GLOBAL (\S+)", str(error))
         if code:
@@ -88,11 +85,6 @@ def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary")
     return content
-
-
-def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
 
 
 def read_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:

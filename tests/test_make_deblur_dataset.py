@@ -14,7 +14,8 @@ import pytest
 
 from harness.settings import run_main
 from ldm.data.image import photographs, read_image, write_image
-from ldm.data.paired import PairedDataset, find_pairs, split_pairs
+from ldm.data.paired import PairedDataset
+from ldm.data.pairs import find_pairs, split_pairs
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from tool_make_deblur_dataset import Settings, main, make_dataset, make_pair
 

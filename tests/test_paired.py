@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from ldm.data import paired
 from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs, read_image, to_tensor, write_image
-from ldm.data.paired import BlurDataset, ImageFiles, Pair, PairedDataset, Together, find_pairs, split_pairs
-from ldm.data.pairs import match_folders, sharp_pairs
+from ldm.data.paired import BlurDataset, ImageFiles, PairedDataset, Together
+from ldm.data.pairs import Pair, find_pairs, match_folders, sharp_pairs, split_pairs
 from ldm.data.stream import SampleStream, item_seed
 
 

@@ -12,11 +12,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.data.image import read_image, to_tensor
-from ldm.data.pairs import Pair, check_alike, find_pairs, match_folders, split_pairs
+from ldm.data.pairs import Pair, check_alike
 from ldm.data.stream import item_seed
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types, random_blur
-
-__all__ = ["BlurDataset", "ImageFiles", "Pair", "PairedDataset", "find_pairs", "match_folders", "split_pairs"]
 
 BLUR_MARGIN = 32  # pixels around a crop that are blurred with it, so that its borders are true
 LUMA = np.array([0.299, 0.587, 0.114])

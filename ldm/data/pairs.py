@@ -10,11 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.data.image import EXTENSIONS, image_size, list_images, natural_key, read_image
-from ldm.data.lists import CAPTIONS, json_lines, read_json_list, read_list
+from ldm.data.lists import CAPTIONS, read_json_list, read_list
 from ldm.data.scenes import place, scenes, side
 from ldm.util import listing
-
-__all__ = ["JSONL", "Pair", "find_pairs", "json_lines", "match_folders", "split_pairs"]
 
 JSONL = "blur_types.json"  # the list that tool_make_deblur_dataset.py writes
 SAMPLE = 9  # pairs whose sharpness is compared

@@ -72,16 +72,15 @@ def preview(
     restore(prompt, control, ...) is `restore_image`.
     """
     options = {"steps": settings.preview_steps, "guidance": settings.preview_guidance}
-    rows, scores = [], {"psnr": [], "psnr_input": [], "ssim": []}
+    rows, scores = [], []
     for item in (dataset[index] for index in range(min(settings.preview_images, len(dataset)))):
         control, target = (to_uint8(item[name]) for name in ("control", "target"))
         prompt = prompts([item["prompts"]])
         restored = restore(prompt, control, resolution=settings.resolution, **options)
         rows.append(np.hstack([control, restored, target]))
-        scores["psnr"].append(psnr(restored, target))
-        scores["psnr_input"].append(psnr(control, target))
-        scores["ssim"].append(ssim(restored, target))
-    return stack_rows(rows), {name: float(np.mean(values)) for name, values in scores.items()}
+        scores.append([psnr(restored, target), psnr(control, target), ssim(restored, target)])
+    means = np.mean(scores, axis=0).tolist()
+    return stack_rows(rows), dict(zip(("psnr", "psnr_input", "ssim"), means, strict=True))
 
 
 @torch.no_grad()

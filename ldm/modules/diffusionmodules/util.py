@@ -59,12 +59,8 @@ class GroupNorm32(nn.GroupNorm):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             h = F.group_norm(x, self.num_groups, weight, bias, self.eps)
         # CUDA's kernel gives NCHW, which a convolution would turn round forward and backward
-        return h.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else h
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether a feature map lies in memory pixel by pixel."""
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        by_pixel = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return h.contiguous(memory_format=torch.channels_last) if by_pixel else h
 
 
 class LayerNorm32(nn.LayerNorm):

@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from ldm.modules.diffusionmodules.util import LayerNorm32
 
 START, END = 49406, 49407  # the begin and end tokens of CLIP's vocabulary
-
-
-@cache
-def load_tokenizer() -> open_clip.SimpleTokenizer:
-    """CLIP's tokenizer: open_clip carries the vocabulary in its package, so nothing is downloaded."""
-    return open_clip.SimpleTokenizer()
+load_tokenizer = cache(open_clip.SimpleTokenizer)  # its vocabulary is in the package: nothing is downloaded
 
 
 def tokenize(prompts: Sequence[str], max_length: int = 77, padding: int = END) -> Tensor:
