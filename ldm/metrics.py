@@ -51,30 +51,6 @@ def misalignment(restored: np.ndarray, sharp: np.ndarray) -> tuple[float, float]
     Raises ValueError if shapes differ, an image is not uint8, or a side is below 32.
     """
     _check(restored, sharp)
-    if min(sharp.shape[:2]) < 11:
-        raise ValueError(
-            f"SSIM needs images of at least 11 x 11 pixels, not {sharp.shape[1]} x {sharp.shape[0]}"
-        )
-    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    return float(structural_similarity(restored, sharp, data_range=DATA_RANGE, channel_axis=2, **window))
-
-
-def rgb_shift(restored: np.ndarray, sharp: np.ndarray) -> tuple[float, float, float]:
-    """Mean of restored - sharp in each channel, in steps of 1/255: what a colour cast would show."""
-    _check(restored, sharp)
-    red, green, blue = restored.mean((0, 1)) - sharp.mean((0, 1))
-    return float(red), float(green), float(blue)
-
-
-def misalignment(restored: np.ndarray, sharp: np.ndarray) -> tuple[float, float]:
-    """By how many pixels a picture is shifted, and by how many its corners are moved by a zoom.
-
-    The cross-correlation's peak is found to 0.01 pixel (Guizar-Sicairos et al. 2008) in each quarter of the
-    grey pictures, under a Hann window; shift and zoom fit these best, quarters with more contrast counting
-    more. The window makes both too small by about a tenth. It is not whitened as in plain phase correlation, which goes astray where the restored picture lacks
-    fine detail. Raises ValueError if shapes differ, an image is not uint8, or a side is below 32.
-    """
-    _check(restored, sharp)
     if min(sharp.shape[:2]) < 32:
         raise ValueError(f"alignment needs 32 x 32 pixels, not {sharp.shape[1]} x {sharp.shape[0]}")
     h, w = (side // 2 for side in sharp.shape[:2])
