@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import tyro
+from tqdm import tqdm
 
 # Types of settings that go by more than one name.
 Devices = Annotated[int, tyro.conf.arg(aliases=["--gpus"])]
@@ -75,6 +76,8 @@ def run_main(
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
+        for bar in [*getattr(tqdm, "_instances", ())]:
+            bar.close()  # the error gets a line of its own
         lines = [line for line in str(error).splitlines() if line.strip()]
         # a DataLoader hands on what its worker raised as a whole traceback
         in_worker = any("Original Traceback" in line for line in lines)
