@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from harness.run import Run, average_gradients, start_fabric
+from harness.run import Run, average_gradients, first_alone, start_fabric
 from harness.settings import (
     Accumulate,
     BatchSize,
@@ -377,9 +377,8 @@ def main(settings: Settings) -> None:
 
     # The prompts, and the network with everything frozen but the LoRA
     folder = check_folder(settings.pretrained_model_name_or_path, (TRANSFORMER, AUTOENCODER))
-    with fabric.rank_zero_first():
-        texts = [*dataset.prompts, *(text for part in previews.values() for text in part.prompts)]
-        prompts = Prompts(settings.output_dir, folder, texts, fabric.device)
+    texts = [*dataset.prompts, *(text for part in previews.values() for text in part.prompts)]
+    prompts = first_alone(fabric, partial(Prompts, settings.output_dir, folder, texts, fabric.device))
     distance = PerceptualLoss().to(fabric.device) if settings.perceptual_loss else None
     autoencoder, model = load_models(folder, settings, fabric.device)
     adapter = add_trained_lora(model, settings, fabric.device)
