@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from harness import flags
-from harness.run import Run, average_gradients, start_fabric
+from harness.run import Run, average_gradients, first_alone, start_fabric
 from harness.settings import check_counts, check_fractions, check_optimizer, plain, run_main
 from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
 from ldm.data.image import write_image
@@ -354,9 +354,8 @@ def main(settings: Settings) -> None:
 
     # The prompts, and the network with everything frozen but the LoRA
     folder = check_folder(settings.pretrained_model_name_or_path, (TRANSFORMER, AUTOENCODER))
-    with fabric.rank_zero_first():
-        texts = [*dataset.prompts, *(text for part in previews.values() for text in part.prompts)]
-        prompts = Prompts(settings.output_dir, folder, texts, fabric.device)
+    texts = [*dataset.prompts, *(text for part in previews.values() for text in part.prompts)]
+    prompts = first_alone(fabric, partial(Prompts, settings.output_dir, folder, texts, fabric.device))
     distance = PerceptualLoss().to(fabric.device) if settings.perceptual_loss else None
     autoencoder, model = load_models(folder, settings, fabric.device)
     adapter = add_trained_lora(model, settings, fabric.device)

@@ -104,7 +104,8 @@ def make_pieces(settings: Settings, folder: Path) -> tuple[np.ndarray, np.ndarra
     files = folder / "pieces.npy", folder / "captions.npy"
     about = {name: plain(settings)[name] for name in ("photos", "pieces", "leaves", "blurred", "seed")}
     note = folder / "pieces.json"
-    if not note.is_file() or json.loads(note.read_text()) != about:
+    if not kept_pieces(files, note, about):
+        note.unlink(missing_ok=True)  # until the others are whole
         paths = list_images(settings.photos)
         photos = [at_least(read_image(path), SIZE) for path in tqdm(paths, "reading photographs")]
         made = [piece(photos, settings, index) for index in tqdm(range(settings.pieces), "cutting pieces")]
@@ -112,6 +113,20 @@ def make_pieces(settings: Settings, folder: Path) -> tuple[np.ndarray, np.ndarra
         np.save(files[1], [caption for _, caption in made])
         write_atomically(note, lambda temporary: temporary.write_text(json.dumps(about)))
     return np.load(files[0], mmap_mode="c"), np.load(files[1])
+
+
+def kept_pieces(files: tuple[Path, Path], note: Path, about: dict) -> bool:
+    """Whether the files of `make_pieces` are there, whole and of these settings."""
+    try:
+        images, captions = np.load(files[0], mmap_mode="r"), np.load(files[1])
+        sizes = images.shape == (len(captions), SIZE, SIZE, 3) and images.dtype == np.uint8
+        return (
+            sizes
+            and {*captions.tolist()} <= {*range(len(CAPTIONS))}
+            and json.loads(note.read_text()) == about
+        )
+    except (OSError, ValueError, EOFError, TypeError):
+        return False
 
 
 def piece(photos: list[np.ndarray], settings: Settings, index: int) -> tuple[np.ndarray, int]:

@@ -48,8 +48,8 @@ def compared(
     if batch_idx == 0:
         model.validation_images = {name: value[:4] for name, value in images.items()}
     pairs = [(to_uint8(a), to_uint8(b)) for a, b in zip(images[made], images[truth], strict=True)]
-    scores = {f"val/{of.__name__}": float(np.mean([of(*pair) for pair in pairs])) for of in (psnr, ssim)}
-    return images, pairs, scores
+    scores = {"val/psnr": psnr, "val/ssim": ssim}
+    return images, pairs, {name: float(np.mean([f(*pair) for pair in pairs])) for name, f in scores.items()}
 
 
 class ImageLogger(Callback):

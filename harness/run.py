@@ -13,7 +13,7 @@ for batch in run.batches(run.loader(dataset, batch_size, steps, seed, num_worker
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,18 @@ def average_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
         mean = fabric.all_reduce(torch.cat([gradient.flatten() for gradient in same]))
         parts = mean.split([gradient.numel() for gradient in same])
         torch._foreach_copy_(same, [part.view(g.shape) for part, g in zip(parts, same, strict=True)])
+
+
+def first_alone(fabric: Fabric, work: Callable[[], Any]) -> Any:
+    """What `work` returns, called by the first process before the others: it writes what they read.
+
+    Fabric's own rank_zero_first waits for a process that has ended as for one that works: for ever.
+    """
+    for first in (True, False):
+        if fabric.is_global_zero == first:
+            result = work()
+        fabric.barrier()
+    return result
 
 
 def unscale_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import torch
 import tyro
+from tqdm import tqdm
 
 from ldm.util import check_package
 
@@ -37,6 +38,8 @@ def run_main(
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
+        for bar in [*getattr(tqdm, "_instances", ())]:
+            bar.close()  # the error gets a line of its own
         lines = [line for line in str(error).splitlines() if line.strip()]
         # a DataLoader hands on what its worker raised as a whole traceback
         in_worker = any("Original Traceback" in line for line in lines)

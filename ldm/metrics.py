@@ -45,7 +45,8 @@ def misalignment(restored: np.ndarray, sharp: np.ndarray) -> tuple[float, float]
     The cross-correlation's peak is found to 0.01 pixel (Guizar-Sicairos et al. 2008) in each quarter of the
     grey pictures, under a Hann window; shift and zoom fit these best, quarters with more contrast counting
     more. It is not whitened as in plain phase correlation, which goes astray where the restored picture lacks
-    fine detail. Raises ValueError if shapes differ, an image is not uint8, or a side is below 32.
+    fine detail. The windows stay where they are, which makes both too small by about a tenth.
+    Raises ValueError if shapes differ, an image is not uint8, or a side is below 32.
     """
     _check(restored, sharp)
     if min(sharp.shape[:2]) < 32:

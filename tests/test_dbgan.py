@@ -152,7 +152,7 @@ def test_a_file_of_the_authors_opens(network, tmp_path):
     found = load_generator(tmp_path / "theirs.pth", "deblur")
     image = torch.rand(1, 3, 16, 32)
     with torch.no_grad():
-        assert torch.equal(script.final(found(image)), script.final(network(image)))
+        assert torch.equal(script.generators.final(found(image)), script.generators.final(network(image)))
 
 
 def test_the_average_of_mprnets_one_activation_reaches_all_its_names():
@@ -209,7 +209,9 @@ def test_every_generator_takes_any_size(name, sampling):
     whole = restore_image(network.eval(), image[:32, :48])
     x = (to_tensor(image[:32, :48])[None] + 1) / 2
     with torch.no_grad():
-        expected = (script.final(network(x))[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        expected = (
+            (script.generators.final(network(x))[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        )
     assert np.abs(whole.astype(int) - expected).max() <= 1
 
 

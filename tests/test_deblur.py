@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 import tool_export_control
 import tutorial_train_deblur
 import tutorial_train_inpaint
-from cldm import deblur
+from cldm import logger
 from cldm.callbacks import AtomicCheckpointIO
 from cldm.deblur import (
     ChannelSpatialAttention,
@@ -203,7 +203,7 @@ def test_checkpoints_hold_what_is_trained_and_open_again(settings):
 def test_the_best_checkpoint_outlives_a_worse_end(settings, monkeypatch):
     settings = replace(settings, val_samples=1, val_steps=1)
     for steps, score in ((1, 12.0), (2, 11.0), (3, 11.5)):
-        monkeypatch.setattr(deblur, "psnr", lambda *pair, score=score: score)
+        monkeypatch.setattr(logger, "psnr", lambda *pair, score=score: score)
         main(replace(settings, max_steps=steps))
     best = checkpoint.load(Path(settings.output_dir) / "checkpoints" / "best.ckpt")
     assert best["global_step"] == 1 and last(settings)["global_step"] == 3

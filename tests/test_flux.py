@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from ldm.models.diffusion.flow import sample, schedule, shift_timesteps
 from ldm.modules.attention import Rotate, rotary_embedding
@@ -15,6 +16,7 @@ from ldm.modules.flux import (
     token_ids,
     unpack,
 )
+from ldm.modules.lora import make_lora
 from tests.fill import draw, fill, relative_error
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -153,6 +155,26 @@ def test_checkpointing_changes_memory_not_gradients():
         gradients.append(model.double_blocks[0].img_attn.qkv.weight.grad.clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_compiled_block_is_one_graph(checkpointing):
+    """As --compile does it, with a LoRA; a break in the graph raises with fullgraph."""
+    model, inputs, results = tiny_flux(), tiny_inputs(), []
+    adapter = fill(make_lora(model, "all", 2, 2.0, 0.0))
+    model.checkpointing = checkpointing
+    blocks, counter = [*model.double_blocks, *model.single_blocks], CompileCounter()
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        if compiled:
+            for block in blocks:
+                block.compile(backend=counter, fullgraph=True)
+        adapter.zero_grad()
+        output = full_output(model, inputs, torch.tensor([0.2, 0.6]), torch.ones(2))
+        output.square().mean().backward()
+        results.append([output.detach(), *(parameter.grad.clone() for parameter in adapter.parameters())])
+    assert 2 <= counter.frame_count <= len(blocks)  # blocks alike may share theirs
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 def diffusers_state_dict(model: Flux) -> dict[str, torch.Tensor]:

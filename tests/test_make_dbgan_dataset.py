@@ -140,7 +140,7 @@ def test_held_out_patches(folders):
     [
         ({"patch_size": 48}, "000001.png is 50x40: no patch of 48 pixels fits"),
         ({"patch_size": 4}, "patch_size must be at least 8"),
-        ({"stride": -1}, "stride at least 0"),
+        ({"stride": -1}, "stride must be at least 0"),
         ({"deblur_train_data": None}, "give --deblur_train_data"),
         ({"deblur_train_data": "missing"}, "no such data set: .*missing"),
         ({"blur_train_data": "missing"}, "folder not found: .*missing"),

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+from scipy.ndimage import affine_transform
 from scipy.signal import convolve2d
 
 from ldm.data.image import photographs, read_image
-from ldm.metrics import psnr, rgb_shift, ssim
+from ldm.metrics import misalignment, psnr, rgb_shift, ssim
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +65,20 @@ def test_bad_input():
         ssim(image.astype(np.float32), image)
     with pytest.raises(ValueError, match="at least 11 x 11 pixels, not 20 x 9"):
         ssim(image[:9], image[:9])
+
+
+@pytest.mark.parametrize(("moved", "zoom"), [((0.0, 0.0), 1.0), ((0.3, -1.2), 1.0), ((0.0, 0.0), 1.01)])
+def test_misalignment_is_the_shift_and_the_zoom(moved, zoom):
+    sharp = read_image(photographs(("coffee.png",))[0])[:257, 40:297]
+    start = 128 * (1 - zoom) + zoom * np.array([*moved, 0])  # about the middle
+    start[2] = 0
+    changed = affine_transform(sharp.astype(float), [zoom, zoom, 1], start, order=3, mode="nearest")
+    shift, corners = misalignment(np.rint(changed.clip(0, 255)).astype(np.uint8), sharp)
+    assert shift == pytest.approx(np.hypot(*moved), rel=0.12, abs=0.2)
+    assert corners == pytest.approx((zoom - 1) * np.hypot(128, 128), rel=0.12, abs=0.2)
+
+
+def test_misalignment_refuses_what_it_cannot_measure():
+    small = np.zeros((31, 40, 3), np.uint8)
+    with pytest.raises(ValueError, match="32 x 32 pixels, not 40 x 31"):
+        misalignment(small, small)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.run import average_gradients, start_fabric
+from harness.run import average_gradients, first_alone, start_fabric
+from harness.settings import is_lost_peer
 from ldm import checkpoint
 from tests.faults import tiny_runs
 from tests.faults.tiny_runs import command, make_place, must, prepare_output, run, script
@@ -154,6 +155,19 @@ def test_machines_that_do_not_share_the_output_folder(place, tmp_path, trainer):
     works = [script(command(trainer, place, folder, **flags)) for folder in folders]
     for code, said in end_both(start_both(works, tmp_path / "log"), tmp_path / "log"):
         assert code == 1 and "all machines must see one --output_dir" in said.splitlines()[-1], said[-2000:]
+
+
+def wait_for_the_dead(rank: int) -> None:
+    fabric = start_fabric(1, num_nodes=2)
+    if rank:
+        os._exit(9)
+    first_alone(fabric, lambda: None)
+
+
+def test_the_first_does_not_wait_for_a_process_that_has_ended(tmp_path):
+    works = [partial(wait_for_the_dead, rank) for rank in range(2)]
+    (code, said), (other, _) = end_both(start_both(works, tmp_path / "log"), tmp_path / "log", 30)
+    assert (code, other) == (1, 9) and is_lost_peer(RuntimeError(said)), said
 
 
 def average_on(rank: int, answers: Path) -> None:

@@ -17,11 +17,19 @@ def database(path: Path) -> Path | None:
 
 
 def list_packed(folder: Path) -> list[Path]:
-    """The pictures of an lmdb. Raises FileNotFoundError without meta_info.txt, ValueError without lmdb."""
+    """The pictures of an lmdb.
+
+    Raises FileNotFoundError without meta_info.txt, ValueError if that is damaged or lmdb is not installed.
+    """
     check_package("lmdb", f"reading {folder}")
     if not (folder / META).is_file():
         raise FileNotFoundError(f"{folder} has no {META}, which BasicSR's create_lmdb.py writes")
-    lines = (folder / META).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = (folder / META).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / META} is not text in UTF-8: {error}") from error
+    if not lines or not all(" (" in line for line in lines if line.strip()):
+        raise ValueError(f"{folder / META} must hold lines as NAME.png (HEIGHT,WIDTH,3) 1")
     return [folder / line.rsplit(" (", 1)[0] for line in lines if line.strip()]
 
 
@@ -44,12 +52,17 @@ def _open(folder: str) -> Any:
     """An lmdb's handle: the one of this process, whose threads share it."""
     import lmdb
 
+    file = Path(folder) / "data.mdb"
     with _lock:
         if folder not in _handles:
             try:
-                _handles[folder] = lmdb.open(folder, readonly=True, lock=False, readahead=False)
+                handle = lmdb.open(folder, readonly=True, lock=False, readahead=False)
             except lmdb.Error as error:
-                raise ValueError(f"cannot read {folder}: {error}") from error
+                raise ValueError(f"cannot read {file}: {error}") from error
+            if file.stat().st_size < (handle.info()["last_pgno"] + 1) * handle.stat()["psize"]:
+                handle.close()  # to read behind the end would end the process
+                raise ValueError(f"cannot read {file}: it is cut off")
+            _handles[folder] = handle
         return _handles[folder]
 
 

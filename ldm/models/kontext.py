@@ -144,7 +144,10 @@ def load_restorer(
         raise ValueError(f"give a --prompt: {lora_file(lora_path)} was trained with several ({known})")
     prompt = prompt or about.get("prompt", "")
     if not prompt:
-        raise ValueError("give a --prompt: there is no LoRA, or its file does not name its own")
+        silent = (
+            f"{lora_file(lora_path)} names none; is it a LoRA of FLUX?" if lora_path else "there is no LoRA"
+        )
+        raise ValueError(f"give a --prompt: {silent}")
     runs = [Path(lora_path), *list(Path(lora_path).parents)[:2]] if lora_path else []
     kept = [path for path in (prompt_file(run, prompt) for run in runs) if path.is_file()]
     embeddings = cached_prompt(kept[0] if kept else prompt_cache, folder, prompt, device)

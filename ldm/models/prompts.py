@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ TEXT_FILES = (
     "text_encoder_2/model*.safetensors",
     "tokenizer_2/tokenizer.json",
 )
+LARGEST = 10**6  # number in a config.json
 
 
 def check_folder(folder: str | Path, files: Iterable[str]) -> Path:
@@ -56,37 +56,64 @@ def encode_prompts(
         yield {"t5": t5, "pooled": pooled[number]}
 
 
+def _read_sizes(path: Path, *names: str) -> dict:
+    """A text encoder's config.json. Raises ValueError unless these of its values are sizes."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    values = config.values() if isinstance(config, dict) else ()
+    wrong = [name for name in names if not isinstance(config, dict) or not isinstance(config.get(name), int)]
+    wrong += [name for name in names if not wrong and config[name] < 1]
+    if wrong or any(isinstance(value, int) and value > LARGEST for value in values):
+        raise ValueError(f"{path} is damaged: {', '.join(wrong) or 'one of its numbers'} cannot be a size")
+    return config
+
+
 @torch.no_grad()
 def _encode_t5(folder: Path, prompts: Sequence[str], device: str | torch.device) -> Iterator[Tensor]:
     from tokenizers import Tokenizer
     from transformers import T5EncoderModel
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer_2" / "tokenizer.json"))
-    tokenizer.no_padding()
-    length = json.loads((folder / "text_encoder_2" / "config.json").read_text()).get("n_positions", 512)
-    tokenizer.enable_truncation(length)
+    here, words = folder / "text_encoder_2", folder / "tokenizer_2" / "tokenizer.json"
+    length = {"n_positions": 512, **_read_sizes(here / "config.json")}["n_positions"]
+    files = sorted(here.glob("model*.safetensors*"))
+    for path in files:
+        _read_sizes(path) if path.suffix == ".json" else read_metadata(path)
     try:
-        model = T5EncoderModel.from_pretrained(
-            folder / "text_encoder_2", dtype=torch.bfloat16, local_files_only=True
+        tokenizer = Tokenizer.from_file(str(words))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(length)
+        rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    except Exception as error:  # the package raises nothing more special
+        raise ValueError(f"{words} is damaged: {error}") from error
+    try:
+        model, found = T5EncoderModel.from_pretrained(
+            here, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
         )
-    except SafetensorError as error:
-        raise ValueError(f"a file in {folder / 'text_encoder_2'} is damaged: {error}") from error
+        lacks = found["missing_keys"]
+    except Exception as error:  # of every kind that Python has
+        lacks = [str(error) or type(error).__name__]
+    if lacks:
+        names = ", ".join(path.name for path in [*files, here / "config.json"])
+        raise ValueError(f"T5 in {here} is damaged or not whole ({names}): {'; '.join(sorted(lacks)[:3])}")
     model.to(device)
-    for words in (tokenizer.encode(prompt).ids for prompt in prompts):
-        ids = torch.tensor([words + [0] * (length - len(words))], device=device)  # (1, 512)
+    for row in rows:
+        if max(row, default=0) >= model.config.vocab_size:
+            raise ValueError(f"{words} is not that of the T5 beside it, which knows fewer words")
+        ids = torch.tensor([row + [0] * (length - len(row))], device=device)  # (1, 512)
         yield model(ids).last_hidden_state.bfloat16().cpu()
 
 
 @torch.no_grad()
 def _encode_clip(folder: Path, prompts: Sequence[str], device: str | torch.device) -> list[Tensor]:
-    config = json.loads((folder / "text_encoder" / "config.json").read_text())
-    model = CLIPTextModel(
-        width=config["hidden_size"],
-        hidden=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-    )
-    path = folder / "text_encoder" / "model.safetensors"
+    here = folder / "text_encoder"
+    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+    width, hidden, layers, heads = map(_read_sizes(here / "config.json", *names).get, names)
+    if width % heads:
+        raise ValueError(f"{here / 'config.json'} is damaged: {heads} heads do not divide {width} channels")
+    model = CLIPTextModel(width, hidden, layers, heads)
+    path = here / "model.safetensors"
     position_ids = {
         name: value for name, value in model.state_dict().items() if name.endswith("position_ids")
     }

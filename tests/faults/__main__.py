@@ -1,12 +1,13 @@
 """What a training run survives: kills at any moment, a disk that fills up, malformed inputs.
 
-    python -m tests.faults kills --seed 0 --count 200     # about 15 minutes on one core
+    python -m tests.faults kills --seed 0 --count 200     # about 20 minutes on one core
+    python -m tests.faults ranks --seed 0 --count 30      # one of two processes killed: 10 minutes
     python -m tests.faults disk --seed 0                  # 3 minutes; a small tmpfs where one may mount
     python -m tests.faults inputs --seed 0 --count 500    # 10 minutes, see tests/faults/bad_inputs.py
     python -m tests.faults page --seed 0                  # the web page under load, see tests/faults/page.py
     python -m tests.faults all
 
-All five trainers at tiny size, as a user runs them. Everything follows from the seed but for the machine's
+The trainers at tiny size, as a user runs them. Everything follows from the seed but for the machine's
 own timing. Exit code 1 if anything is lost, unreadable or different. Results are in docs/reliability.md.
 """
 
@@ -48,8 +49,11 @@ from tests.faults.tiny_runs import (  # first: it sees to it that there is one t
     start,
     wait,
 )
+from tests.test_processes import end_both, start_both
 
 TIMES = ("images/s", "tokens/s")  # columns that no two runs share
+TOGETHER = ("srn", "deblur", "kontext")  # run by two processes
+LOST = "error: another process of this run ended"  # what the other says
 PARTS = "state_dict discriminators optimizer optimizer_states scheduler ema random processes step global_step"
 
 
@@ -57,10 +61,10 @@ PARTS = "state_dict discriminators optimizer optimizer_states scheduler ema rand
 class Settings:
     """Kill, starve and feed badly."""
 
-    what: tyro.conf.Positional[Literal["kills", "disk", "inputs", "page", "all"]] = "all"
+    what: tyro.conf.Positional[Literal["kills", "ranks", "disk", "inputs", "page", "all"]] = "all"
     seed: int = 0
-    count: int = 0  # of kills, inputs or uploads; 0 takes 200, 500 and 50
-    trainers: tuple[str, ...] = RUNS  # for kills and disk
+    count: int = 0  # of kills, kills of one of two processes, inputs or uploads; 0 takes 200, 30, 500 and 50
+    trainers: tuple[str, ...] = ()  # for kills, ranks and disk; without: all, and TOGETHER for ranks
     folder: Path | None = None  # keep everything here; None takes a temporary folder
 
 
@@ -236,15 +240,83 @@ def kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar: tqd
     return tally
 
 
-def run_kills(settings: Settings, place: Path, work: Path) -> bool:
+def begin_both(trainer: str, place: Path, folder: Path, log: Path, workers: int = 0) -> list[int]:
+    """Start a training of two processes; their ids, once they have met."""
+    prepare_output(trainer, place, folder)
+    said = [log.with_name(f"{log.name}{rank}.err") for rank in range(2)]
+    for path in said:
+        path.unlink(missing_ok=True)
+    pids = start_both([script(command(trainer, place, folder, workers, num_nodes=2))] * 2, log)
+    end = time.monotonic() + 60
+    while not all(path.exists() and "MEMBER" in path.read_text(errors="replace") for path in said):
+        if _ended(pids[0], min(end, time.monotonic() + 0.02)) or time.monotonic() > end:
+            break
+    time.sleep(0.3)
+    return pids
+
+
+def finish_both(pids: list[int], log: Path) -> None:
+    for code, text in end_both(pids, log):
+        must(Result(code, "", text))
+
+
+def check_survivor(pid: int, said: Path, folder: Path, steps: list[int]) -> None:
+    """Raise RuntimeError unless a process whose partner was killed ends within a minute, with a sentence, or
+    with success if all `steps` were done."""
+    code = wait(pid, 60)
+    if code is None:
+        kill(pid)
+    text = said.read_text(errors="replace")
+    problem = bad_inputs.complaint(Result(code, "", text))
+    done = code == 0 and [*steps_saved(folder).values()] == steps
+    if problem or not done and not text.strip().splitlines()[-1].startswith(LOST):
+        raise RuntimeError(f"{said.stem}: exit code {code}, {problem}: {text[-2000:]}")
+
+
+def rank_kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar: tqdm) -> Counter:
+    """`kills` of one of two processes: the other must end by itself and say why.
+
+    None is killed before the two have met: the other would wait for it for half an hour.
+    """
+    whole, log, tally = work / "whole", work / "log", Counter()
+    pids, begin = begin_both(trainer, place, whole, log), time.monotonic()
+    finish_both(pids, log)
+    seconds, steps = time.monotonic() - begin, [*steps_saved(whole).values()]
+    moments, rng = plan(seed, trainer), np.random.default_rng([seed, RUNS.index(trainer), 3])
+    while tally["kills"] < count:
+        folder = work / f"run{tally['runs']}"
+        for _ in range(min(int(rng.integers(1, 6)), count - tally["kills"])):
+            moment, victim = next(moments), int(rng.integers(2))
+            pids, before = begin_both(trainer, place, folder, log, moment.workers), half_written(folder)
+            if not await_moment(pids[0], folder, moment, seconds):
+                finish_both(pids, log)
+                break  # it was faster: compare
+            if kill(pids[victim]) == -9:
+                tally["kills"] += 1
+                tally["while writing a file"] += bool(half_written(folder, before))
+                bar.update()
+            other = 1 - victim
+            check_survivor(pids[other], log.with_name(f"log{other}.err"), folder, steps)
+            must(run(partial(check_progress, folder, work / f"steps{tally['runs']}"), log))
+        finish_both(begin_both(trainer, place, folder, log, int(rng.integers(2))), log)
+        must(run(partial(check_equal, whole, folder), log))
+        tally["runs"] += 1
+        shutil.rmtree(folder)
+    return tally
+
+
+def run_kills(settings: Settings, place: Path, work: Path, ranks: bool = False) -> bool:
     """Prints a line for each trainer; whether all is well."""
-    count, fine = settings.count or 200, True
-    shares = [count // len(settings.trainers)] * len(settings.trainers)
+    kind, trainers = (
+        (rank_kills, settings.trainers or TOGETHER) if ranks else (kills, settings.trainers or RUNS)
+    )
+    count, fine = settings.count or (30 if ranks else 200), True
+    shares = [count // len(trainers)] * len(trainers)
     shares[0] += count - sum(shares)
     with tqdm(total=count, unit="kill", disable=None) as bar:
-        for trainer, share in zip(settings.trainers, shares, strict=True):
+        for trainer, share in zip(trainers, shares, strict=True):
             try:
-                tally = kills(trainer, place, work / trainer, settings.seed, share, bar)
+                tally = kind(trainer, place, work / trainer, settings.seed, share, bar)
                 writing = tally["while writing a file"]
                 text = f"{tally['kills']} kills, {writing} of them while a file was written; "
                 text += f"{tally['runs']} runs completed, all equal to the uninterrupted one"
@@ -331,7 +403,7 @@ def fill_disk(trainer: str, place: Path, work: Path, part: float, nth: int) -> s
 def run_disk(settings: Settings, place: Path, work: Path, cases: int = 6) -> bool:
     """Prints a line for each trainer; whether all is well."""
     fine = True
-    for trainer in settings.trainers:
+    for trainer in settings.trainers or RUNS:
         rng = np.random.default_rng([settings.seed, RUNS.index(trainer), 2])
         messages = Counter()
         try:
@@ -359,6 +431,8 @@ def main(settings: Settings) -> None:
         fine = True
         if settings.what in ("kills", "all"):
             fine &= run_kills(settings, work / "place", work / "kills")
+        if settings.what in ("ranks", "all"):
+            fine &= run_kills(settings, work / "place", work / "ranks", ranks=True)
         if settings.what in ("disk", "all"):
             fine &= run_disk(settings, work / "place", work)
         if settings.what in ("inputs", "all"):

@@ -21,7 +21,7 @@ from tests.faults.damage import MARKER
 from tests.faults.input_slots import SLOTS, Case, make_ready
 from tests.faults.tiny_runs import Result, must, run, script
 
-SECONDS = 90  # until a script is said to hang
+SECONDS = 180  # until a script is said to hang
 
 
 # ---- what a case may not do ------------------------------------------------------------------------------

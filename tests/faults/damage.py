@@ -15,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -220,6 +221,19 @@ JSON = {"bad": ANY["bad"], "either": [*[value_changed] * 6, bytes_changed, utf16
 JSON_LINES["either"] = [value_changed] * 3 + JSON_LINES["either"]
 TEXT = {"either": [*ANY["bad"][:4], *ANY["either"], utf16]}  # metrics.csv, which may be made anew
 YAML = {"bad": [empty, noise, text], "either": [truncated, bytes_changed, bytes_changed]}
+
+
+def yaml_changed(path: Path, rng: np.random.Generator) -> None:
+    path.write_text(json.dumps(yaml.safe_load(path.read_text())))  # which is yaml, too
+    value_changed(path, rng)
+
+
+TASKS = {**YAML, "either": [*YAML["either"], *[yaml_changed] * 6]}
+CAPTION = {"bad": [utf16], "either": [*ANY["bad"], bytes_changed]}  # any other text is a caption
+META = {
+    "bad": [*ANY["bad"][1:], utf16],
+    "either": [truncated, bytes_changed, line("missing", "no.png (9,9,3) 1"), line("one", "no.png")],
+}
 
 
 # ---- h5 --------------------------------------------------------------------------------------------------

@@ -8,13 +8,41 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from transformers import T5EncoderModel
 
+from cldm.demo import make_demo_start
+from cldm.model import read_config
 from ldm import checkpoint
 from ldm.data.coco import CocoRecords
 from ldm.data.image import write_image
-from tests.faults.damage import ANY, H5, JSON, JSON_LINES, LIST, PICTURE, TEXT, WEIGHTS, YAML, Damage
-from tests.faults.tiny_runs import ROOT, TRAINERS, command, must, prepare_output, run, script
+from tests.faults.damage import (
+    ANY,
+    CAPTION,
+    H5,
+    JSON,
+    JSON_LINES,
+    LIST,
+    META,
+    PICTURE,
+    TASKS,
+    TEXT,
+    WEIGHTS,
+    YAML,
+    Damage,
+)
+from tests.faults.tiny_runs import (
+    ROOT,
+    TRAINERS,
+    command,
+    in_place,
+    must,
+    prepare_output,
+    run,
+    script,
+)
 
+SMALL_BASE = {"config_path": ROOT / "models" / "small_diffusion.yaml", "max_steps": 1, "val_steps": 1}
+SMALL_KONTEXT = ROOT / "models" / "small_kontext"
 IN_EMA = ("shape_changed", "tensor_missing")  # the averaged weights are used, not those that are damaged
 Build = Callable[[Path, Path], "Case"]
 
@@ -44,11 +72,11 @@ class Slot:
     build: Build
 
 
-def make_ready(place: Path, work: Path, names: Iterable[str] = (*TRAINERS, "cached")) -> None:
+def make_ready(place: Path, work: Path, names: Iterable[str] = (*TRAINERS, "base", "cached")) -> None:
     """Trained files of these runs, masks and annotations to damage, below `place`."""
     work.mkdir(parents=True, exist_ok=True)
     for name in names:
-        trainer, options = (name, {}) if name in TRAINERS else ("deblur", {"cache_latents": True})
+        trainer, options = ("deblur", {"cache_latents": True}) if name == "cached" else (name, {})
         if not (place / "runs" / name).exists():
             must(run(script(short(trainer, place, place / "runs" / name, **options)), work / "ready"))
     if not (place / "coco").exists():
@@ -83,6 +111,11 @@ def _make_more(place: Path) -> None:
     (place / "pairs.txt").write_text("".join(f"{line}\n" for line in lines))
     records = [dict(zip(("blur_image", "clear_image"), line.split(), strict=True)) for line in lines]
     (place / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    make_demo_start(place / "small.safetensors", read_config(SMALL_BASE["config_path"]))
+    shutil.copytree(SMALL_KONTEXT, place / "sharded")
+    text_encoder = T5EncoderModel.from_pretrained(place / "sharded" / "text_encoder_2")
+    (place / "sharded" / "text_encoder_2" / "model.safetensors").unlink()
+    text_encoder.save_pretrained(place / "sharded" / "text_encoder_2", max_shard_size="8KB")
 
 
 def short(name: str, place: Path, output: Path, **changes: object) -> list[str]:
@@ -93,6 +126,7 @@ def short(name: str, place: Path, output: Path, **changes: object) -> list[str]:
         "srn": {"epochs": 1, "val_images": 9},
         "dbgan": {"blur_epochs": 1, "epochs": 1, "pretrain_epochs": 0, "val_images": 9},
         "kontext": {"max_train_steps": 4, "save_every": 4},
+        "base": {"autoencoder_steps": 1, "unet_steps": 1, "flux_steps": 1},
     }[name]
     prepare_output(name, place, output)
     return command(name, place, output, **{**few, **changes})
@@ -121,7 +155,7 @@ def training(
 
     def build(folder: Path, place: Path) -> Case:
         copy = copied(place / source, folder / Path(source).name)
-        arguments = short(name, place, folder / "out", **{flag: copy, **_in_place(changes, place)})
+        arguments = short(name, place, folder / "out", **{flag: copy, **in_place(changes, place)})
         if stage:
             arguments[1] = stage
         return Case(arguments, copy / victim if victim else copy, ignores=ignores)
@@ -129,16 +163,16 @@ def training(
     return build
 
 
-def _in_place(changes: dict, place: Path) -> dict:
-    return {name: place / value[1:] if str(value)[:1] == "@" else value for name, value in changes.items()}
-
-
-def resumed(name: str, victim: str, kept: str = "", remade: bool = False, **changes: object) -> Build:
+def resumed(
+    name: str, victim: str, kept: str = "", remade: bool = False, stage: str = "", **changes: object
+) -> Build:
     """A trainer that goes on in a folder in which the file `victim` is damaged."""
 
     def build(folder: Path, place: Path) -> Case:
         copied(place / "runs" / (kept or name), folder / "out")
         arguments = short(name, place, folder / "out", **changes)
+        if stage:
+            arguments[1] = stage
         return Case(arguments, folder / "out" / victim, ignores=("dangling_link",), remade=remade)
 
     return build
@@ -269,9 +303,59 @@ def control_exported(folder: Path, place: Path) -> Case:
     return Case(arguments, weights, ignores=IN_EMA)
 
 
+def text_encoded(victim: str, source: str = "") -> Build:
+    """infer.py kontext with a prompt that the folder's own text encoders must embed."""
+
+    def build(folder: Path, place: Path) -> Case:
+        model = copied(place / source if source else SMALL_KONTEXT, folder / "model")
+        photo = copied(place / "photos" / "001.png", folder / "photo.png")
+        arguments = ["infer.py", "kontext", "--input", photo, "--output_dir", folder / "out"]
+        arguments += ["--prompt", "restore", "--num_inference_steps", 1]
+        return Case([*arguments, "--pretrained_model_name_or_path", model], model / victim)
+
+    return build
+
+
+def onnx_exported(name: str) -> Build:
+    def build(folder: Path, place: Path) -> Case:
+        (folder / "out").mkdir()
+        weights = copied(place / WEIGHTS_OF[name], folder / Path(WEIGHTS_OF[name]).name)
+        return Case(["tool_export_onnx.py", weights, folder / "out" / "network.onnx"], weights)
+
+    return build
+
+
+def halved(folder: Path, place: Path) -> Case:
+    """tool_export_control.py on the file that comes along."""
+    (folder / "out").mkdir()
+    weights = copied(ROOT / "models" / "small_deblur.safetensors", folder / "small_deblur.safetensors")
+    arguments = [
+        "tool_export_control.py",
+        weights,
+        folder / "out" / "half.safetensors",
+        "--half",
+        "--allow_extra",
+    ]
+    return Case(arguments, weights, ignores=("tensor_missing", "shape_changed"))
+
+
+CAPTIONED = {"captions": True, "instance_prompt": "mend", "pretrained_model_name_or_path": SMALL_KONTEXT}
 WEIGHTS_MAY = {"either": [*WEIGHTS["bad"], *WEIGHTS["either"]]}  # without encoders none can be made anew
 CONTROL = "runs/inpaint/final_model/controlnet.safetensors"
 CACHE = {"bad": ANY["bad"]}
+LMDB = {"bad": ANY["bad"], "either": ANY["either"]}
+TEXT_ENCODERS = {
+    "text_encoder/config.json": JSON,
+    "text_encoder/model.safetensors": WEIGHTS,
+    "text_encoder_2/config.json": JSON,
+    "text_encoder_2/model.safetensors": WEIGHTS,
+    "tokenizer_2/tokenizer.json": JSON,
+}
+SHARDS = {
+    "text_encoder_2/model.safetensors.index.json": JSON,
+    "text_encoder_2/model-00001-of-00003.safetensors": WEIGHTS,
+}
+PIECES = {"pieces.json": JSON, "pieces.npy": ANY, "captions.npy": ANY}
 SLOTS = [
     Slot(
         "deblur --data_root", PICTURE, training("deblur", "data_root", "pairs", "blur_images/blur_000003.png")
@@ -330,4 +414,37 @@ SLOTS = [
     Slot("evaluate --checkpoint_path", WEIGHTS, weights_described),
     Slot("tool_add_control", WEIGHTS, control_added),
     Slot("tool_export_control", WEIGHTS, control_exported),
+    # what came later
+    Slot("base --photos", PICTURE, training("base", "photos", "photos", "003.png", "unet")),
+    Slot("kontext --tasks", TASKS, training("kontext", "tasks", "tasks.yaml", blocks_to_swap=3)),
+    Slot("kontext caption", CAPTION, training("kontext", "hr_root", "captioned", "001.txt", **CAPTIONED)),
+    Slot("srn --data lmdb", LMDB, training("srn", "data", "packed", "blur.lmdb/data.mdb")),
+    Slot("srn --data meta_info", META, training("srn", "data", "packed", "sharp.lmdb/meta_info.txt")),
+    Slot("srn --init_weights", WEIGHTS, training("srn", "init_weights", "srn.safetensors")),
+    Slot(
+        "dbgan --init_weights", WEIGHTS, training("dbgan", "init_weights", "dbgan.safetensors", "", "paired")
+    ),
+    Slot(
+        "dbgan --init_blur_weights",
+        WEIGHTS,
+        training("dbgan", "init_blur_weights", "bgan.safetensors", "", "blur"),
+    ),
+    Slot(
+        "deblur --resume_path small base",
+        WEIGHTS,
+        training("deblur", "resume_path", "small.safetensors", **SMALL_BASE),
+    ),
+    *(Slot(f"infer kontext {name}", kind, text_encoded(name)) for name, kind in TEXT_ENCODERS.items()),
+    *(
+        Slot(f"infer kontext T5 {name[15:]}", kind, text_encoded(name, "sharded"))
+        for name, kind in SHARDS.items()
+    ),
+    Slot("base resumed", WEIGHTS, resumed("base", "unet/checkpoints/last.ckpt", stage="unet", unet_steps=2)),
+    Slot("base exported", WEIGHTS, resumed("base", "unet/checkpoints/last.ckpt", stage="export")),
+    *(
+        Slot(f"base {name}", kind, resumed("base", name, stage="unet", unet_steps=2, remade=True))
+        for name, kind in PIECES.items()
+    ),
+    *(Slot(f"tool_export_onnx {name}", WEIGHTS, onnx_exported(name)) for name in ("srn", "dbgan")),
+    Slot("tool_export_control --half", WEIGHTS, halved),
 ]
