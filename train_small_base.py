@@ -101,9 +101,8 @@ FLUX = FluxParams(4 * CHANNELS, 4 * CHANNELS, 16, 16, 160, 4.0, 4, 1, 4, axes_di
 
 def make_pieces(settings: Settings, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pictures uint8 (n, 128, 128, 3) and the index of each one's caption, made once and kept in `folder`."""
-    files = folder / "pieces.npy", folder / "captions.npy"
+    files, note = (folder / "pieces.npy", folder / "captions.npy"), folder / "pieces.json"
     about = {name: plain(settings)[name] for name in ("photos", "pieces", "leaves", "blurred", "seed")}
-    note = folder / "pieces.json"
     if not kept_pieces(files, note, about):
         note.unlink(missing_ok=True)  # until the others are whole
         paths = list_images(settings.photos)
@@ -119,12 +118,9 @@ def kept_pieces(files: tuple[Path, Path], note: Path, about: dict) -> bool:
     """Whether the files of `make_pieces` are there, whole and of these settings."""
     try:
         images, captions = np.load(files[0], mmap_mode="r"), np.load(files[1])
-        sizes = images.shape == (len(captions), SIZE, SIZE, 3) and images.dtype == np.uint8
-        return (
-            sizes
-            and {*captions.tolist()} <= {*range(len(CAPTIONS))}
-            and json.loads(note.read_text()) == about
-        )
+        whole = images.shape == (len(captions), SIZE, SIZE, 3) and images.dtype == np.uint8
+        known = {*captions.tolist()} <= {*range(len(CAPTIONS))}
+        return whole and known and json.loads(note.read_text()) == about
     except (OSError, ValueError, EOFError, TypeError):
         return False
 
@@ -443,8 +439,7 @@ def export(settings: Settings) -> None:
     write_half(settings.models / "small_diffusion.safetensors", tensors, about)
     kept = model.decode_first_stage(model.scale_factor * model.encode_first_stage(held_out[::4]).mode())
     write_image(settings.output_dir / "autoencoder.png", rows([held_out[::4], kept]))
-    made = [unconditional(model, caption) for caption in (SHARP, LEAVES)]
-    write_image(settings.output_dir / "samples.png", rows(made))
+    write_image(settings.output_dir / "samples.png", rows([unconditional(model, c) for c in (SHARP, LEAVES)]))
     if "flux" in trained:
         flux = Flux(FLUX)
         flux.load_state_dict(trained["flux"])
@@ -476,10 +471,8 @@ def export_runs(settings: Settings) -> None:
 def unconditional(model: LatentDiffusion, caption: str, count: int = 12) -> Tensor:
     """Pictures made from noise and a caption alone, (count, 3, 128, 128)."""
     text = model.get_learned_conditioning([caption]).expand(count, -1, -1)
-    shape = (CHANNELS, SIZE // 8, SIZE // 8)
-    noise = torch.randn(count, *shape, generator=item_generator(0))
-    cond = {"c_crossattn": [text]}
-    latents = DDIMSampler(model).sample(50, count, shape, cond, x_T=noise)[0]
+    noise = torch.randn(count, CHANNELS, SIZE // 8, SIZE // 8, generator=item_generator(0))
+    latents = DDIMSampler(model).sample(50, count, noise.shape[1:], {"c_crossattn": [text]}, x_T=noise)[0]
     return model.decode_first_stage(latents)
 
 

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from cldm.sharding import split_like, whole
-from harness.run import check_finite
+from harness.endings import check_finite
 from ldm import checkpoint
 from ldm.modules.ema import EMA
 

@@ -22,9 +22,9 @@ from cldm.demo import announce_demo
 from cldm.logger import CsvRows, ImageLogger, Progress
 from cldm.model import check_weights
 from cldm.sharding import ShardedStrategy, check_sharding
+from harness.endings import summary
 from harness.flags import lightning_precision
 from harness.loading import make_loader
-from harness.run import summary
 from harness.settings import check_counts, check_fractions, check_optimizer, check_settings, plain
 from ldm import checkpoint
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same, item_generator

@@ -24,6 +24,7 @@ from lightning_fabric.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from harness.endings import check_finite, summary
 from harness.flags import lightning_precision
 from harness.loading import make_loader
 from harness.metrics_csv import MetricsCsv
@@ -291,22 +292,3 @@ class Run:
         if self.fabric.is_global_zero:
             self.board.finalize("success")
         self.say(summary(self.folder, self.step, what_next, f" ({self.best:.3f})"))
-
-
-def summary(folder: Path, step: int, what_next: str, score: str = "") -> str:
-    """The last words of a run: where everything is and what to run next; `score` is that of best.ckpt."""
-    last, best = (folder / "checkpoints" / name for name in ("last.ckpt", "best.ckpt"))
-    logs = folder / "logs"
-    return (
-        f"finished at step {step}\n"
-        f"  checkpoints  {last}{f' and {best.name}{score}' if best.is_file() else ''}\n"
-        f"  pictures     {folder / 'images'}\n"
-        f"  curves       {logs / 'metrics.csv'}, or: tensorboard --logdir {logs}\n"
-        f"next: {what_next}"
-    )
-
-
-def check_finite(weights: Mapping[str, torch.Tensor], step: int) -> None:
-    for name, value in weights.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"weight {name} is not finite at step {step}: not saved, the old files stay")
