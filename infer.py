@@ -416,7 +416,7 @@ def system_of(path: Path) -> str:
     if path.is_dir():
         if (path / LORA_FILE).is_file() or (path / TRANSFORMER).is_file():
             return "kontext"
-        raise ValueError(f"{path} is a folder without {LORA_FILE}: take a file like checkpoints/best.ckpt")
+        raise ValueError(f"{path} is a folder without {LORA_FILE}: give a file, say checkpoints/best.ckpt")
     weights, content = checkpoint.read_trained(path)
     begins = {name.removeprefix("module.").partition(".")[0] for name in weights}
     for prefix, command in (("inblock", "srn"), ("deblur", "dbgan"), ("blur", "bgan")):

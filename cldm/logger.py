@@ -32,13 +32,6 @@ def log_txt_as_img(size: tuple[int, int], texts: list[str]) -> Tensor:
     return torch.stack(pictures)
 
 
-def grid_of(images: dict[str, Tensor]) -> np.ndarray:
-    """A row for each item, a column for each entry of `images` (b, 3, h, w) in [-1, 1]: uint8 (H, W, 3)."""
-    columns = [value.detach().float().cpu().clamp(-1, 1) for value in images.values()]
-    rows = torch.stack(columns, dim=1).flatten(0, 1)
-    return to_uint8(make_grid(rows, nrow=len(columns), padding=4, pad_value=1.0))
-
-
 def compared(
     model: pl.LightningModule, batch: Mapping, batch_idx: int, made: str, truth: str
 ) -> tuple[dict[str, Tensor], list[tuple[np.ndarray, np.ndarray]], dict[str, float]]:
@@ -79,8 +72,10 @@ class ImageLogger(Callback):
             self.write(trainer, "val", pl_module.validation_images)
 
     def write(self, trainer: pl.Trainer, name: str, images: dict[str, Tensor]) -> None:
-        """Write one grid under `name` and the present step."""
-        grid, step = grid_of(images), trainer.global_step
+        """Write a row for each item, a column for each of `images` (b, 3, h, w) in [-1, 1], under `name`."""
+        columns = [value.detach().float().cpu().clamp(-1, 1) for value in images.values()]
+        rows, step = torch.stack(columns, dim=1).flatten(0, 1), trainer.global_step
+        grid = to_uint8(make_grid(rows, nrow=len(columns), padding=4, pad_value=1.0))  # (H, W, 3)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_image(self.folder / f"{name}_{step:07d}.png", grid)
         for logger in trainer.loggers:
