@@ -117,7 +117,9 @@ def soak(pid: int, log: Path, every: int = 1000) -> None:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - 4096))
             bars = re.findall(r"\b(\d+)/(\d+) \[", file.read().decode(errors="replace"))
-        total = max([total, *(int(of) for _, of in bars)])  # the longest bar is that of the steps
+        longest = max([total, *(int(of) for _, of in bars)])
+        if longest > total:  # the longest bar is that of the steps
+            total, mark = longest, -1
         done = max((int(step) for step, of in bars if int(of) == total), default=0)
         if done // every <= mark:
             continue
