@@ -27,11 +27,14 @@ def get_obj_from_str(string: str) -> Any:
 def instantiate_from_config(config: Mapping) -> Any:
     """Build what `config["target"]` names with `config["params"]`.
 
-    Raises ValueError if there is no target.
+    Raises ValueError if there is no target, or if the params are not such as it takes.
     """
     if "target" not in config:
         raise ValueError(f"a configuration needs a `target`, this one has only {sorted(map(str, config))}")
-    return get_obj_from_str(config["target"])(**(config.get("params") or {}))
+    try:
+        return get_obj_from_str(config["target"])(**(config.get("params") or {}))
+    except TypeError as error:
+        raise ValueError(f"the configuration's params do not fit {config['target']}: {error}") from error
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -375,7 +375,11 @@ SLOTS = [
     Slot("tool_make_deblur_dataset source", PICTURE, pairs_made("source")),
     Slot("tool_make_dbgan_dataset picture", PICTURE, patches_made),
     Slot("tool_make_mask --image", PICTURE, mask_made),
-    Slot("deblur --data_root list", JSON_LINES, training("deblur", "data_root", "pairs", "blur_types.json")),
+    Slot(  # without its list it is a folder of pairs
+        "deblur --data_root list",
+        JSON_LINES,
+        training("deblur", "data_root", "pairs", "blur_types.json", ignores=("dangling_link",)),
+    ),
     Slot("srn --data json lines", JSON_LINES, training("srn", "data", "pairs.jsonl")),
     Slot("srn --data list", LIST, training("srn", "data", "pairs.txt")),
     Slot("tool_make_deblur_dataset list", JSON_LINES, pairs_made("blur_types.json")),
