@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
     if not files[0][2]:
         raise ValueError("give --deblur_train_data: the folder of the sharp photographs, or the GoPro tree")
     if settings.by_focus and (settings.blur_train_data or settings.blur_valid_data):
-        raise ValueError("--by_focus takes blurred parts from the sharp photographs, not --blur_train_data")
+        raise ValueError("--by_focus takes both parts from the sharp photographs: no --blur_train_data then")
     todo = [(path, find_sources(*data, settings.by_focus)) for path, *data in files if data[1]]
     made_by = {"patch_size": settings.patch_size, "stride": settings.stride or settings.patch_size}
     made_by |= {"by_focus": True} if settings.by_focus else {}  # files from before know nothing of it
