@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from harness.profile import count_macs
 from ldm.modules.nafnet import NAFNet
 from tests.fill import draw, fill, relative_error
 
@@ -31,6 +32,10 @@ def test_keys_and_sizes_are_the_authors():
         }
     counts = [sum(value.numel() for value in network.parameters()) for network in networks.values()]
     assert counts[1:] == [17_111_907, 67_888_835]
+    image = torch.zeros(1, 3, 256, 256, device="meta")
+    for name, gmac in ((FULL, 16), ("", 65)):  # the paper's, whose tool also counts norms and scalings
+        work = count_macs(lambda network=networks[name]: network(image))
+        assert work / 1e9 == pytest.approx(gmac, rel=0.035)
     for name, expected in manifest.items():
         assert {k: list(v.shape) for k, v in networks[name].state_dict().items()} == expected
 
