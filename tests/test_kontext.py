@@ -287,5 +287,5 @@ def test_damaged_text_encoder_is_named(text_folder, tmp_path):
     shutil.copytree(text_folder, tmp_path / "folder")
     shard = max((tmp_path / "folder" / "text_encoder_2").glob("model*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="text_encoder_2 is damaged"):
+    with pytest.raises(ValueError, match="text_encoder_2.* is damaged"):
         encode_prompt(tmp_path / "folder", "restore this")

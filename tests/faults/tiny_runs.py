@@ -6,6 +6,7 @@ starts in milliseconds, and is killed, limited and measured as any other.
 
 import atexit
 import io
+import logging
 import multiprocessing.util
 import os
 import runpy
@@ -105,6 +106,10 @@ def start(work: Callable[[], None], log: Path) -> int:
             os.dup2(file, stream)
         sys.stdout = open(1, "w", buffering=1, closefd=False)
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # as Python does
+        for logger in (logging.root, *logging.root.manager.loggerDict.values()):  # those of pytest, else
+            for handler in getattr(logger, "handlers", ()):
+                if type(handler) is logging.StreamHandler:
+                    handler.setStream(sys.stderr)
         code = _call(work)
     finally:
         os._exit(code)  # never back into the copy of what called fork
