@@ -50,7 +50,8 @@ class ControlNet(Files):
     num_inference_steps: int | None = None  # sampling steps; None: 50, of the small model as many as suit it
     control_scale: float = 1.0  # weight of the ControlNet
     negative_prompt: str = ""  # what guidance leads away from
-    color_fix: bool = True  # keep the colours of the input, in a hole those around it
+    # keep the colours of the input, in a hole those around it; small_deblur knows them and goes without
+    color_fix: bool = True
     precision: Precision = "auto"  # of the computation; auto: bf16 on a GPU that has it, else 32: exact
 
     KIND: ClassVar[str] = ""  # of the small model's file
@@ -143,6 +144,7 @@ class Deblur(ControlNet):
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
             sampling = self.as_now(Sampling)
+            sampling.color_fix &= not is_small(self.files()[0])  # it knows them better: docs/deblur.md
             if self.prompt is None:
                 sampling.prompt = model.prompt.replace("{blur_type}", "blur")
             with autocast(model):

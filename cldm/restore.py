@@ -103,9 +103,7 @@ def deblur_image(
     latents = sampling.draw(model, cond, progress, x0=start, sampler=sampler)  # x0: where strength is below 1
     restored = tiles.blend(lambda y, x: model.decode_first_stage(latents[..., y, x]), scale=8)
     restored = to_uint8(restored[0, :, :height, :width])
-    # A model that sees the latent of the hint knows its colours, and what of them the blur changed
-    fixed = sampling.color_fix and not model.sees_hint_latent
-    return fix_color(restored, image) if fixed else restored
+    return fix_color(restored, image) if sampling.color_fix else restored
 
 
 @dataclass
