@@ -1,5 +1,6 @@
 """The small models that come along still restore as well as on the day they were made (docs/weights.md)."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 import infer
 from cldm.inpaint import Inpainting, hole_scores, inpaint_image
+from cldm.restore import fix_color
 from ldm.checkpoint import read_settings, write_weights
 from ldm.data.image import photographs, read_image
 from ldm.metrics import misalignment, psnr
@@ -50,6 +52,19 @@ def test_the_small_controlnet_deblurs(kind, squares):
     blurry = [random_blur(sharp, np.random.default_rng(3), [kind], scale=0.6)[0] for sharp in squares]
     restore = infer.Deblur(input=Path("a.png"), device="cpu").restorer()
     assert mean_gain(restore, squares, blurry) > GAINS[kind] - 0.1
+
+
+def test_only_the_small_controlnet_chooses_the_colours(squares, tmp_path):
+    """It has learned them; any other keeps those of the blurry picture."""
+    shutil.copy(MODELS / "small_deblur.safetensors", tmp_path / "other.safetensors")
+    base = MODELS / "small_diffusion.safetensors"
+    files = (None, None), (tmp_path / "other.safetensors", base)
+    pictures, options = [], {"input": Path("a.png"), "device": "cpu", "num_inference_steps": 2}
+    for path, own in files:
+        command = infer.Deblur(checkpoint_path=path, base_path=own, **options)
+        pictures.append(command.restorer()(squares[0], Path("a.png")))
+    kept = fix_color(pictures[0], squares[0])
+    assert not np.array_equal(*pictures) and np.abs(kept.astype(int) - pictures[1]).max() <= 1
 
 
 def test_the_small_controlnet_fills_holes(squares):

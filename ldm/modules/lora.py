@@ -35,12 +35,8 @@ class LoRA(nn.Module):
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.dropout, self.rank, self.scale, self.strength = dropout, rank, alpha / rank, 1.0
 
-    def delta(self) -> Tensor:
-        """What it adds to the weight: (out, in), float32 (Hu et al. 2021, section 4.1)."""
-        return self.strength * self.scale * self.lora_up.weight @ self.lora_down.weight
-
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + scale * up(down(x)) in the dtype of x, the sum fused into the last product."""
+        """y + scale * up(down(x)) in the dtype of x, the sum fused into the last product (Hu et al. 2021)."""
         x = F.dropout(x, self.dropout, self.training)
         h = F.linear(x, self.lora_down.weight.to(x.dtype)).flatten(0, -2)  # (tokens, rank)
         up = self.lora_up.weight.to(x.dtype).T

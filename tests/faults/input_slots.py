@@ -173,7 +173,8 @@ def resumed(
         arguments = short(name, place, folder / "out", **changes)
         if stage:
             arguments[1] = stage
-        return Case(arguments, folder / "out" / victim, ignores=("dangling_link",), remade=remade)
+        ignores = ("dangling_link", *(IN_EMA if stage == "export" else ()))
+        return Case(arguments, folder / "out" / victim, ignores=ignores, remade=remade)
 
     return build
 
