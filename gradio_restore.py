@@ -100,7 +100,7 @@ def list_systems(settings: Settings) -> dict[str, System]:
             "A ControlNet takes away blur with Stable Diffusion, which invents detail: each seed its own."
             + small_note(deblur.checkpoint_path),
             deblur,
-            (*sampling, "scheduler", "strength", "fidelity", "prompt"),
+            (*sampling, "scheduler", "strength", "fidelity", "self_ensemble", "prompt"),
             tuple(filter(None, deblur.files())),
             made.format("tutorial_train_deblur.py (docs/deblur.md)", "deblur"),
         ),

@@ -125,6 +125,7 @@ class Deblur(ControlNet):
     guidance_scale: float = 1.0  # above 1 follows the prompt more, in twice the time
     strength: float = 1.0  # below 1 starts from the blurry picture, noised by so much
     fidelity: float = 0.0  # 0 to 1: how far every step is drawn towards the coarse of the input
+    self_ensemble: bool = False  # mean over the 8 flips and turns: truer, less texture, 8 times slower
     cleaner: Path | None = None  # weights of SRN or DBGAN, whose result is restored instead of the input
     seed: int = 0  # the same seed gives the same picture
     prompt: str | None = None  # None takes the one of the training

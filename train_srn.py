@@ -34,7 +34,7 @@ from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.modules.losses import PixelLoss, restoration_loss
-from ldm.tiling import pad_to_multiple, restore_picture
+from ldm.tiling import mean_of_turns, pad_to_multiple, restore_picture
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -286,14 +286,8 @@ def restore_image(
     `options` are those of ldm.tiling.restore_picture; `self_ensemble` averages over the 8 flips and turns.
     """
 
-    def run(image: Tensor) -> Tensor:
-        if not self_ensemble:
-            return restore(network, image)
-        turned = [torch.rot90(x, k, (2, 3)) for x in (image, image.flip(3)) for k in range(4)]
-        restored = [restore(network, x).float() for x in turned]
-        back = [torch.rot90(x, -k % 4, (2, 3)) for x, k in zip(restored, [*range(4)] * 2, strict=True)]
-        return (sum(back[:4]) + sum(back[4:]).flip(3)) / 8
-
+    one = partial(restore, network)
+    run = partial(mean_of_turns, one) if self_ensemble else one
     return restore_picture(blurry, run, next(network.parameters()).device, **options)
 
 

@@ -284,6 +284,8 @@ def main(settings: Settings) -> None:
     report(trainer, settings, what_next)
     if settings.demo and validation is not None:
         sampling = Sampling(settings.prompt, steps=settings.val_ddim_steps, strength=settings.val_strength)
+        sampling.self_ensemble = True  # after minutes single samples have grain
+        print("Restored as by infer.py deblur --self_ensemble: the mean over 8 flips and turns")
 
         def restore(model: torch.nn.Module, item: dict) -> np.ndarray:
             return deblur_image(model, pixels(item["hint"], "hint"), sampling)

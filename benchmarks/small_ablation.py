@@ -44,6 +44,8 @@ SAMPLINGS = {
     "20 steps of dpmpp_2m": {"steps": 20, "method": "dpmpp_2m"},
     "4 steps of ddpm": {"steps": 4, "method": "ddpm"},
     "half of 8 steps from the blurry picture (strength 0.5)": {"steps": 8, "strength": 0.5},
+    "2 steps, self_ensemble": {"steps": 2, "self_ensemble": True},
+    "4 steps, self_ensemble": {"steps": 4, "self_ensemble": True},
     "4 steps, fidelity 0.5": {"steps": 4, "fidelity": 0.5},
     "4 steps, fidelity 1": {"steps": 4, "fidelity": 1.0},
     "4 steps, guidance 2": {"steps": 4, "guidance_scale": 2.0},

@@ -214,7 +214,8 @@ def fill(
     keep = 1 - F.max_pool2d(mask, 8)
     start = model.encode_first_stage(on_device(known)).mode().float() * model.scale_factor
     hint = make_hint(on_device(scaled), mask, model.control_model.input_hint_block[0].in_channels)
-    latents = options.draw(model, {"c_concat": [hint]}, progress, x0=start, mask=keep)
+    more = {"x0": start, "mask": keep, "generator": options.generator()}
+    latents = options.draw(model, {"c_concat": [hint]}, progress, **more)
     result = model.decode_first_stage(keep * start + (1 - keep) * latents)
     result = to_uint8(result[0, :, :height, :width])
     if options.color_fix:

@@ -15,7 +15,7 @@ from cldm.cldm import ControlLDM
 from cldm.model import open_control_model
 from ldm.data.image import to_tensor, to_uint8
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.tiling import blend_tiles, pad_to_multiple, tile_spans
+from ldm.tiling import blend_tiles, mean_of_turns, pad_to_multiple, tile_spans
 
 MULTIPLE = 64  # pixels: the UNet halves the latents three times
 
@@ -34,6 +34,9 @@ class Drawing:
     seed: int = 0
     color_fix: bool = True
 
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
     def draw(self, model: ControlLDM, cond: Mapping, progress: Callable, **more: Any) -> Tensor:
         """Latents (1, 4, h, w) for a conditioning without its text; `more` goes to ControlLDM.sample."""
         model.control_scales = [self.control_scale] * (len(model.control_model.zero_convs) + 1)
@@ -46,7 +49,6 @@ class Drawing:
             self.negative_prompt,
             method=self.method,
             strength=self.strength,
-            generator=torch.Generator().manual_seed(self.seed),
             progress=progress,
             **more,
         )
@@ -59,6 +61,7 @@ class Sampling(Drawing):
     tile: int = 0
     overlap: int = 128
     fidelity: float = 0.0
+    self_ensemble: bool = False
 
 
 def open_restorer(
@@ -81,6 +84,7 @@ def deblur_image(
     With `tile` (pixels, a multiple of 64) the network and the autoencoder see the picture in overlapping
     squares whose predictions are blended at every step, so that memory does not grow with the picture.
     With `fidelity` above 0 the low band of every step's estimate is drawn by that much to the picture's.
+    With `self_ensemble` it is the mean over the 8 flips and turns, each drawn from noise of its own.
     Raises ValueError for a tile or overlap that is no multiple of 64, an overlap not below the tile, or a
     fidelity outside of 0 to 1.
     """
@@ -90,18 +94,25 @@ def deblur_image(
     if tile < 0 or tile % MULTIPLE or (tile and (overlap % MULTIPLE or not 0 <= overlap < tile)):
         raise ValueError(f"tile and a smaller overlap must be multiples of 64, not {tile} and {overlap}")
     height, width = image.shape[:2]
-    pixels = pad_to_multiple(to_tensor(image)[None], MULTIPLE).to(model.device)
-    hint, size = (pixels + 1) / 2, (pixels.shape[-2] // 8, pixels.shape[-1] // 8)
-    tiles = Tiles(size, tile // 8 or max(size), overlap // 8 if tile else 0)
+    generator = sampling.generator()
 
-    start = None
-    if sampling.strength < 1 or sampling.fidelity > 0 or model.sees_hint_latent:
-        start = tiles.blend(lambda y, x: model.encode_first_stage(pixels[..., times8(y), times8(x)]).mode())
-        start = start.float() * model.scale_factor
-    sampler = TiledSampler(model, tiles, start, sampling.fidelity)
-    cond = {"c_concat": [hint], "c_latent": start}
-    latents = sampling.draw(model, cond, progress, x0=start, sampler=sampler)  # x0: where strength is below 1
-    restored = tiles.blend(lambda y, x: model.decode_first_stage(latents[..., y, x]), scale=8)
+    def restore(pixels: Tensor) -> Tensor:
+        size = pixels.shape[-2] // 8, pixels.shape[-1] // 8
+        tiles = Tiles(size, tile // 8 or max(size), overlap // 8 if tile else 0)
+        start = None
+        if sampling.strength < 1 or sampling.fidelity > 0 or model.sees_hint_latent:
+            start = tiles.blend(
+                lambda y, x: model.encode_first_stage(pixels[..., times8(y), times8(x)]).mode()
+            )
+            start = start.float() * model.scale_factor
+        sampler = TiledSampler(model, tiles, start, sampling.fidelity)
+        cond = {"c_concat": [(pixels + 1) / 2], "c_latent": start}
+        more = {"x0": start, "sampler": sampler, "generator": generator}  # x0: where strength is below 1
+        latents = sampling.draw(model, cond, progress, **more)
+        return tiles.blend(lambda y, x: model.decode_first_stage(latents[..., y, x]), scale=8)
+
+    pixels = pad_to_multiple(to_tensor(image)[None], MULTIPLE).to(model.device)
+    restored = mean_of_turns(restore, pixels) if sampling.self_ensemble else restore(pixels)
     restored = to_uint8(restored[0, :, :height, :width])
     return fix_color(restored, image) if sampling.color_fix else restored
 

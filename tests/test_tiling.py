@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.tiling import pad_to_multiple, restore_picture, restore_tiled, tile_spans
+from ldm.tiling import mean_of_turns, pad_to_multiple, restore_picture, restore_tiled, tile_spans
 
 
 def test_padding_repeats_the_edge():
@@ -14,6 +14,22 @@ def test_padding_repeats_the_edge():
     assert padded[0, 0, 3].tolist() == [3, 4, 5, 5]
     assert pad_to_multiple(torch.zeros(1, 3, 1, 1), 16).shape == (1, 3, 16, 16)
     assert pad_to_multiple(padded, 4) is padded
+
+
+def test_the_mean_of_turns_knows_no_direction():
+    image = torch.rand(2, 3, 5, 8)
+
+    def lopsided(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.linspace(0, 1, x.shape[3])
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return mean_of_turns(lopsided, x)
+
+    assert torch.allclose(mean_of_turns(lambda x: 2 * x, image), 2 * image)
+    assert torch.allclose(mean(torch.rot90(image, 1, (2, 3))), torch.rot90(mean(image), 1, (2, 3)))
+    assert torch.allclose(mean(image.flip(3)), mean(image).flip(3))
+    assert torch.allclose(mean(image), image + 0.5)  # of each ramp its mirror
+    assert mean_of_turns(lambda x: x.bfloat16(), image).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(100, 32, 8), (33, 32, 8), (32, 32, 8), (7, 32, 8)])
