@@ -44,8 +44,9 @@ SAMPLINGS = {
     "20 steps of dpmpp_2m": {"steps": 20, "method": "dpmpp_2m"},
     "4 steps of ddpm": {"steps": 4, "method": "ddpm"},
     "half of 8 steps from the blurry picture (strength 0.5)": {"steps": 8, "strength": 0.5},
-    "2 steps, self_ensemble": {"steps": 2, "self_ensemble": True},
-    "4 steps, self_ensemble": {"steps": 4, "self_ensemble": True},
+    "2 steps, colours kept": {"steps": 2, "color_fix": True},
+    "2 steps, mean over 8 flips and turns": {"steps": 2, "self_ensemble": True},
+    "the same, colours kept": {"steps": 2, "self_ensemble": True, "color_fix": True},
     "4 steps, fidelity 0.5": {"steps": 4, "fidelity": 0.5},
     "4 steps, fidelity 1": {"steps": 4, "fidelity": 1.0},
     "4 steps, guidance 2": {"steps": 4, "guidance_scale": 2.0},
@@ -115,7 +116,7 @@ def main(settings: Settings) -> None:
     print("| | PSNR | SSIM |\n|---|---|---|")
     row("blurry", pictures, lambda blurry: blurry, ())
     for name, options in SAMPLINGS.items() if settings.what == "sample" else ():
-        score(name, model, pictures, seed=settings.seed, **options)
+        score(name, model, pictures, **{"seed": settings.seed, "color_fix": False} | options)
     for number, (name, options) in enumerate(VARIANTS.items() if settings.what == "train" else ()):
         run = script.Settings(**own | {"output_dir": str(settings.folder / f"run_{number}")} | options)
         script.main(run)
