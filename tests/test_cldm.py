@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from omegaconf import OmegaConf
 
@@ -15,7 +16,7 @@ from cldm.training import prepare_model
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers import ddim_sigma, make_steps
 from ldm.modules.attention import CrossAttention, GatedGELU
-from ldm.modules.diffusionmodules.util import make_ddim_timesteps
+from ldm.modules.diffusionmodules.util import GroupNormSiLU, SiLUByPixel, make_ddim_timesteps
 from ldm.util import instantiate_from_config
 from tests.conftest import REFERENCE, tiny_arguments
 from tests.fill import fill, relative_error
@@ -33,6 +34,26 @@ def test_state_dict_equals_the_originals(name):
 def test_tiny_state_dict_equals_the_originals(model):
     expected = json.loads((REFERENCE / "cldm_tiny_keys.json").read_text())
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected
+
+
+def test_silu_as_after_cudas_norm_is_silu(monkeypatch):
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(SiLUByPixel.apply, x)
+    assert torch.allclose(SiLUByPixel.apply(x), F.silu(x), rtol=1e-12)
+    norm = fill(GroupNormSiLU(8))
+    results = []
+    for kernel in (
+        F.group_norm,
+        lambda *arguments: torch.group_norm(*arguments).contiguous(),
+    ):  # a CPU's, CUDA's
+        monkeypatch.setattr(F, "group_norm", kernel)
+        x = torch.linspace(-3, 3, 2 * 8 * 20).reshape(2, 8, 4, 5).to(memory_format=torch.channels_last)
+        h = norm(x.requires_grad_())
+        (h**2).sum().backward()
+        assert h.is_contiguous(memory_format=torch.channels_last)
+        results.append((h, x.grad))
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def conditioning(r, name="context"):

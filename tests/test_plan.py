@@ -11,8 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import plan
-from benchmarks.fake_cuda import fake_tensors
+from benchmarks.fake_cuda import fake_tensors, to_fake
 from harness.settings import read_settings
+from ldm.modules.diffusionmodules.util import GroupNormSiLU
 from tests.test_cuda import DBGAN, SRN, build
 
 pytestmark = pytest.mark.skipif(
@@ -75,6 +76,21 @@ def test_a_norm_is_one_kernel_as_on_cuda_also_where_it_is_recomputed():
         loss.backward()
     assert on_cuda.kernels == forward == 1
     assert count.kernels == 3  # the loss's own gradient, the norm again, its gradient
+
+
+def test_silu_after_a_norm_turns_the_layout_round_in_its_own_pass():
+    """CUDA's GroupNorm gives NCHW. From channels_last and back: a copy before it, none behind."""
+    norm = GroupNormSiLU(32)
+    with fake_tensors(like_cuda=True) as count:
+        weights = [p.data for p in to_fake(norm, "cpu").parameters()]
+        x = torch.empty(2, 32, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+        count.restart()
+        h = norm(x)
+        assert count.kernels == 3 and h.is_contiguous(memory_format=torch.channels_last)
+        count.restart()
+        h.backward(torch.empty_like(h))
+    # silu and norm; the copy back; the scale's and the shift's gradients come with the norm's
+    assert count.kernels == 3 and len(weights) == 2
 
 
 def test_a_step_of_every_script_is_counted_and_shown(capsys):

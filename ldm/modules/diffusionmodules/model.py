@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.attention import feature_map, tokens
-from ldm.modules.diffusionmodules.util import GroupNorm32, Upsample, checkpoint
+from ldm.modules.diffusionmodules.util import GroupNorm32, GroupNormSiLU, Upsample, checkpoint
 
 
 class ResnetBlock(nn.Module):
@@ -16,16 +16,16 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
-        self.norm1 = GroupNorm32(channels, eps=1e-6)
+        self.norm1 = GroupNormSiLU(channels, eps=1e-6)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm32(out_channels, eps=1e-6)
+        self.norm2 = GroupNormSiLU(out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = channels == out_channels
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return self.nin_shortcut(x) + h
 
 
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(out_channels)
             self.down.append(level)
         self.mid = Middle(widths[-1])
-        self.norm_out = GroupNorm32(widths[-1], eps=1e-6)
+        self.norm_out = GroupNormSiLU(widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], sizes.z_channels * (1 + sizes.double_z), 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Encoder(nn.Module):
                 h = block(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(self.norm_out(self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
             if index > 0:
                 level.upsample = Upsample(widths[index])
             self.up.append(level)
-        self.norm_out = GroupNorm32(widths[0], eps=1e-6)
+        self.norm_out = GroupNormSiLU(widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], sizes.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class Decoder(nn.Module):
                 h = self._run(block, h)
             if hasattr(level, "upsample"):
                 h = self._run(level.upsample, h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
     def _run(self, block: nn.Module, h: Tensor) -> Tensor:
         return checkpoint(block, h, enabled=self.use_checkpoint)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import (
-    GroupNorm32,
+    GroupNormSiLU,
     Upsample,
     checkpoint,
     timestep_embedding,
@@ -24,11 +24,11 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, emb_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
         first = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.in_layers = nn.Sequential(GroupNorm32(channels), nn.SiLU(), first)
+        self.in_layers = nn.Sequential(GroupNormSiLU(channels), nn.Identity(), first)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels),
-            nn.SiLU(),
+            GroupNormSiLU(out_channels),
+            nn.Identity(),  # in the originals SiLU has this number
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
@@ -181,7 +181,9 @@ class UNetModel(UNetEncoder):
             channels = out
         self.output_blocks = nn.ModuleList(blocks)
         self.out = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
+            GroupNormSiLU(channels),
+            nn.Identity(),
+            zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
         )
 
     def decode(self, h: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:

@@ -55,12 +55,43 @@ class GroupNorm32(nn.GroupNorm):
         super().__init__(channels // 4 if channels % 32 else 32, channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        h = self.normalized(x)
+        # CUDA's kernel gives NCHW, which a convolution would turn round forward and backward
+        return h.contiguous(memory_format=torch.channels_last) if is_by_pixel(x) else h
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """The norm in whatever layout its kernel gives."""
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            h = F.group_norm(x, self.num_groups, weight, bias, self.eps)
-        # CUDA's kernel gives NCHW, which a convolution would turn round forward and backward
-        by_pixel = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        return h.contiguous(memory_format=torch.channels_last) if by_pixel else h
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+class GroupNormSiLU(GroupNorm32):
+    """GroupNorm32, then SiLU, which gives back the input's layout in the same pass over memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.normalized(x)
+        turn = is_by_pixel(x) and not is_by_pixel(h) and not torch.compiler.is_compiling()
+        return SiLUByPixel.apply(h) if turn else F.silu(h)
+
+
+class SiLUByPixel(torch.autograd.Function):
+    """SiLU of an NCHW tensor as channels_last; the gradient goes back as NCHW."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.ops.aten.silu(x, out=torch.empty_like(x, memory_format=torch.channels_last))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, x, grad_input=torch.empty_like(x))
+
+
+def is_by_pixel(x: Tensor) -> bool:
+    """Whether (b, c, h, w) lies in memory as channels_last."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class LayerNorm32(nn.LayerNorm):
