@@ -71,8 +71,11 @@ class GroupNormSiLU(GroupNorm32):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.normalized(x)
-        turn = is_by_pixel(x) and not is_by_pixel(h) and not torch.compiler.is_compiling()
-        return SiLUByPixel.apply(h) if turn else F.silu(h)
+        if not is_by_pixel(x):
+            return F.silu(h)
+        if is_by_pixel(h) or torch.compiler.is_compiling():  # a compiler fuses the copy itself
+            return F.silu(h).contiguous(memory_format=torch.channels_last)
+        return SiLUByPixel.apply(h)
 
 
 class SiLUByPixel(torch.autograd.Function):
