@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from benchmarks.head import begin, bound, in_turn, rates, ratio, seconds
+from benchmarks.head import begin, bound, in_turn, rates, ratio, seconds, shares
 from cldm.cldm import ControlledUnetModel, ControlNet
 
 
@@ -144,7 +144,9 @@ def main(settings: Settings) -> None:
     batch, plainly = make_batch(settings, device), replace(settings, compile=False)
     machine = rates(device, DTYPES.get(settings.precision, torch.float32))
     for name, make in makers.items():
-        print(bound(name, partial(make(plainly, device), batch), machine))
+        print(bound(name, step := partial(make(plainly, device), batch), machine))
+        if not cuda:
+            print(shares(name, step))
     if settings.compile:
         started = seconds(partial(our_step(settings, device), batch))
         print(f"torch.compile: the first step takes {started:.0f} s")

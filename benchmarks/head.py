@@ -11,8 +11,17 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+KERNELS = (
+    "attention",
+    "convolution",
+    "::mm",
+    "::addmm",
+    "::bmm",
+    "::baddbmm",
+)  # arithmetic that both sides call
 BUSY = 0.3  # load (processes that wait or run) above which a time says little
 
 
@@ -95,4 +104,21 @@ def bound(name: str, step: Callable[[], object], machine: Rates) -> str:
         f"{name}: {total:.3g} TFLOP a step, {convolutions:.3g} of them in convolutions; at the measured "
         f"{machine.convolution:.3g} TFLOP/s of a convolution and {machine.product:.3g} of a matrix product "
         f"{1000 * least:.0f} ms at least"
+    )
+
+
+def shares(name: str, step: Callable[[], object], repeats: int = 3) -> str:
+    """What torch's own kernels for the arithmetic take of `step` (not compiled, on a CPU), and all else: the
+    part of which a rewrite could save something."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(repeats):
+            step()
+    taken = {event.key: event.self_cpu_time_total / 1000 / repeats for event in profiled.key_averages()}
+    kernels = {key: sum(ms for kind, ms in taken.items() if key in kind) for key in KERNELS}
+    attention, convolutions, *products = kernels.values()
+    return (
+        f"{name}: of {sum(taken.values()):.3g} ms a step attention takes {attention:.3g}, convolutions "
+        f"{convolutions:.3g}, matrix products {sum(products):.3g}, all else "
+        f"{sum(taken.values()) - sum(kernels.values()):.3g}"
     )

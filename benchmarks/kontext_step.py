@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.head import begin, bound, in_turn, rates, ratio, seconds
+from benchmarks.head import begin, bound, in_turn, rates, ratio, seconds, shares
 from ldm.modules.flux import Flux, FluxParams, pack, token_ids
 from ldm.modules.fp8 import store_in_fp8
 from ldm.modules.lora import block_linears, make_lora
@@ -178,6 +178,7 @@ def on_cpu(settings: Settings) -> None:
     machine = rates("cpu", torch.float32)
     for name, step in steps.items():
         print(bound(name, step, machine))
+        print(shares(name, step))
     if settings.compile:
         compile_blocks(model)
         print(f"torch.compile: the first step takes {seconds(steps['ours']):.0f} s")

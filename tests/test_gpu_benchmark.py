@@ -1,6 +1,7 @@
 """The benchmark for whoever has a GPU, tried without one; and what the benchmarks have in common."""
 
 import json
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -107,3 +108,18 @@ def test_what_arithmetic_bounds_is_counted_and_said():
     products, convolutions = 2 * 500 * 1000**2 / 1e12, 2 * 10 * 10 * 100 * 250**2 / 1e12
     assert said.startswith(f"ours: {products + convolutions:.3g} TFLOP a step, {convolutions:.3g} of them")
     assert said.endswith(f"{1000 * (10 * products + 20 * convolutions):.0f} ms at least")
+
+
+def test_time_in_the_kernels_that_both_sides_call_is_told_from_all_else():
+    query, image, weight = torch.randn(1, 8, 512, 8), torch.randn(1, 16, 64, 64), torch.randn(16, 16, 3, 3)
+    matrix = torch.randn(1000, 1000)
+    works = [
+        lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query),
+        lambda: torch.nn.functional.conv2d(image, weight),
+        lambda: matrix @ matrix,
+        lambda: torch.randn(2000, 1000).tanh(),
+    ]
+    for place, work in enumerate(works):
+        parts = [float(number) for number in re.findall(r"\d+\.?\d*", head.shares("ours", work))]
+        assert parts[0] == pytest.approx(sum(parts[1:]), rel=0.05)
+        assert len(parts) == 5 and parts[1 + place] == max(parts[1:])
