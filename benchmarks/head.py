@@ -14,14 +14,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-KERNELS = (
-    "attention",
-    "convolution",
-    "::mm",
-    "::addmm",
-    "::bmm",
-    "::baddbmm",
-)  # arithmetic that both sides call
+# Parts of the names of torch's kernels for arithmetic: attention, convolutions, then matrix products
+KERNELS = "attention", "convolution", "::mm", "::addmm", "::bmm", "::baddbmm"
 BUSY = 0.3  # load (processes that wait or run) above which a time says little
 
 

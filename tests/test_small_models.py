@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import infer
+from benchmarks import small_holes
 from cldm.inpaint import Inpainting, hole_scores, inpaint_image
 from cldm.restore import fix_color
 from ldm.checkpoint import read_settings, write_weights
@@ -77,6 +78,21 @@ def test_the_small_controlnet_fills_holes(squares):
         scores.append(hole_scores(filled, image, torch.from_numpy(mask) > 0))
     gain = np.mean([each["psnr_hole"] - each["psnr_hole_telea"] for each in scores])
     assert gain > FILLED - 0.1
+
+
+def test_the_table_of_holes_has_the_default_and_telea(monkeypatch, capsys):
+    names = photographs(("coffee.png",))
+    monkeypatch.setattr(small_holes, "photographs", lambda: names)
+    small_holes.main(small_holes.Settings(squares=1, seed=5))
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[0] == "|"]
+    shown = {name: (psnr, texture) for name, psnr, texture in rows[2:]}
+    rng = np.random.default_rng(5)
+    image, mask = square(read_image(names[0]), rng), random_mask(128, 128, rng, "mixed", (0.1, 0.3))
+    command = infer.Inpaint(input=Path("a.png"), device="cpu", mask_blur=0)
+    filled = inpaint_image(command.open(), image, mask, command.as_now(Inpainting))
+    scores = [f"{score:.2f}" for score in hole_scores(filled, image, torch.from_numpy(mask) > 0).values()]
+    assert shown["10 steps, the default"] == tuple(scores[:2]) and shown["Telea"] == tuple(scores[2:])
+    assert len(shown) == 10 == len(set(shown.values()))
 
 
 def test_the_small_lora_undoes_damage(squares, tmp_path):
