@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ldm.data import paired
 from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs, read_image, to_tensor, write_image
-from ldm.data.paired import BlurDataset, ImageFiles, PairedDataset, Together
+from ldm.data.paired import BlurDataset, ImageFiles, MixedDataset, PairedDataset, Together
 from ldm.data.pairs import Pair, find_pairs, match_folders, sharp_pairs, split_pairs
 from ldm.data.stream import SampleStream, item_seed
 
@@ -468,3 +468,19 @@ def test_a_crop_has_no_fall_off_of_its_own():
 
     level = 200 / 127.5 - 1
     assert darkest(field=(0.0, 0.0)) == pytest.approx(level, abs=0.01) and darkest() < level - 0.02
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_pairs_are_mixed_among_crops_on_the_fly(same_pairs, fraction):
+    photos = BlurDataset([Path(path) for path in photographs()] * 50, 16, seed=0)
+    mixed = MixedDataset(photos, PairedDataset(same_pairs, 16, seed=0, augment=True), fraction)
+    assert len(mixed) == len(photos)
+    real = [mixed[(0, index)] for index in range(120)]
+    taken = [item for item in real if item["path"].startswith(str(same_pairs[0].blurry.parent))]
+    assert len(taken) == pytest.approx(120 * fraction, abs=16)
+    assert len({item["path"] for item in taken}) in (0, 3)
+    for item in taken[:5]:
+        assert torch.allclose(item["blurry"], -item["sharp"], atol=0.01)  # both sides have the same crop
+    again = mixed[(0, 7)]
+    assert torch.equal(again["blurry"], real[7]["blurry"])  # a pure function of the key
+    assert mixed.resized(8)[(0, 7)]["sharp"].shape == (3, 8, 8)

@@ -200,6 +200,25 @@ class BlurDataset(CropDataset):
         return blurry, sharp, name, blur_type
 
 
+class MixedDataset(CropDataset):
+    """Crops of `dataset`, the fraction `fraction` of them replaced by crops of any item of `pairs`."""
+
+    def __init__(self, dataset: CropDataset, pairs: CropDataset, fraction: float):
+        super().__init__(len(dataset), dataset.size, dataset.seed)
+        self.dataset, self.pairs, self.fraction = dataset, pairs, fraction
+
+    def __getitem__(self, key: Key) -> dict:
+        own_seed = item_seed(self.seed, key)
+        rng = np.random.default_rng([own_seed, 1])
+        if rng.random() >= self.fraction:
+            return self.dataset[key]
+        return self.pairs[own_seed, int(rng.integers(len(self.pairs)))]
+
+    def resized(self, size: int) -> Self:
+        """The same data in crops of another size."""
+        return MixedDataset(self.dataset.resized(size), self.pairs.resized(size), self.fraction)
+
+
 def blur_crop(
     image: np.ndarray,
     y: int,
