@@ -95,7 +95,7 @@ def blurred_anew(
         dataset = BlurDataset(sources, size, seed, **options, **look)
     if not pairs:
         return dataset
-    real = PairedDataset(pairs, size, seed, cache=settings.cache, **look)
+    real = PairedDataset(pairs, size, seed, cache=settings.cache, match_colors=True, **look)
     return MixedDataset(dataset, real, settings.pairs_fraction)
 
 

@@ -127,12 +127,22 @@ class CropDataset(Dataset):
 class PairedDataset(CropDataset):
     """Crops of pairs on disk; the two pictures of a pair must have one size (ValueError names both).
 
-    `look` are `augment` and `color_jitter` of CropDataset; with `cache` all pictures are kept in memory.
+    `look` are `augment` and `color_jitter` of CropDataset; with `cache` all images are kept in memory. With
+    `match_colors` the sharp image gets the mean colour of the blurry one: the two sides of video data sets
+    are averaged differently, and a network would learn that difference as a colour cast.
     """
 
-    def __init__(self, pairs: Sequence[Pair], size: int, seed: int, cache: bool = False, **look: float):
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        size: int,
+        seed: int,
+        cache: bool = False,
+        match_colors: bool = False,
+        **look: float,
+    ):
         super().__init__(len(pairs), size, seed, **look)
-        self.pairs = list(pairs)
+        self.pairs, self.match_colors = list(pairs), match_colors
         self.blurry = ImageFiles([pair.blurry for pair in pairs], cache)
         self.sharp = ImageFiles([pair.sharp for pair in pairs], cache)
 
@@ -142,6 +152,9 @@ class PairedDataset(CropDataset):
         images = [at_least(image, self.size) for image in images]
         y, x = self._window(*images[0].shape[:2], rng)
         blurry, sharp = (image[y : y + self.size, x : x + self.size] for image in images)
+        if self.match_colors:
+            shift = images[0].mean(axis=(0, 1)) - images[1].mean(axis=(0, 1))
+            sharp = np.rint((sharp + shift).clip(0, 255)).astype(np.uint8)
         return blurry, sharp, str(pair.blurry), pair.blur_type
 
 
