@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
+from harness.jobs import Files, restore_one
 from ldm.data.image import photographs, read_image, read_rgba
 from ldm.data.picture import check_fits, identity, make_record, read_picture, read_record, write_picture
 
@@ -154,6 +155,15 @@ def test_the_longest_side_of_a_format(tmp_path, ending, most):
     for size in ((1, most + 1), (most + 1, 1)):
         with pytest.raises(ValueError, match=f"a.{ending}: .* pixels, (JPEG|WEBP) holds {most} a side"):
             check_fits(path, *size)
+
+
+@pytest.mark.parametrize(("width", "comparison"), [(16384, False), (9000, True)])
+def test_a_result_too_long_for_its_format_is_found_before_the_work(tmp_path, width, comparison):
+    source, target = tmp_path / "a.png", tmp_path / "out" / "a.webp"
+    Image.new("RGB", (width, 1)).save(source)
+    options = {"output_dir": target.parent, "format": "webp", "comparison": comparison}
+    problems = restore_one(Files(input=source, **options), pytest.fail, source, target)
+    assert len(problems) == 1 and "a.webp: " in problems[0] and "WEBP holds 16383 a side" in problems[0]
 
 
 def test_records_tell_what_differs(tmp_path):
