@@ -23,8 +23,7 @@ import train_srn
 import tutorial_train_deblur
 import tutorial_train_inpaint
 from benchmarks import kontext_step, plan
-from benchmarks.gpu_figures import Case, Row
-from benchmarks.head import wake
+from benchmarks.head import Case, Row, wake
 from cldm.model import open_control_model
 from harness.run import start_fabric
 from harness.validation import middle
@@ -81,7 +80,7 @@ def gan(kind: generators.Kind, name: str, device: str, side: int) -> System:
     extra = ()
     if kind == "blur":
         entering, wanted = wanted, entering
-        extra = (network.draw_noise(wanted, torch.Generator().manual_seed(0)).to(device),)
+        extra = (network.draw_noise(wanted.cpu(), torch.Generator().manual_seed(0)).to(device),)
 
     def run() -> tuple[Tensor, Tensor]:
         made = network(entering, *extra)

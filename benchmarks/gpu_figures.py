@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -16,35 +15,12 @@ import train_dbgan
 import train_srn
 import tutorial_train_deblur
 from benchmarks import controlnet_step, kontext_step, plan
-from benchmarks.head import in_turn, ratio, seconds
+from benchmarks.head import Case, Row, in_turn, ratio, seconds
 from harness.run import start_fabric
 from ldm.modules.flux import FluxParams
 
 TINY_FLUX = FluxParams(64, 64, 32, 48, 128, 4.0, 4, depth=1, depth_single_blocks=2, axes_dim=(8, 12, 12))
 PART_OF_FLUX = FluxParams(depth=2, depth_single_blocks=4)  # a tenth, for the peer's sake: it fits everywhere
-
-
-class Row(NamedTuple):
-    """One figure; `aim` 0 where there is none, `more` where more is better."""
-
-    what: str
-    value: float | str
-    unit: str = ""
-    aim: float = 0
-    more: bool = False
-
-    @property
-    def met(self) -> str:
-        if not self.aim or isinstance(self.value, str):
-            return ""
-        return "yes" if (self.value >= self.aim if self.more else self.value <= self.aim) else "no"
-
-
-class Case(NamedTuple):
-    """What is measured, and how: `rows` builds the networks, runs them and returns the figures."""
-
-    what: str
-    rows: Callable[[], list[Row]]
 
 
 def timed(

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their first lines, times in turn, ratios of pairs."""
+"""What the benchmarks share: rows of a table, their first lines, times in turn, ratios of pairs."""
 
 import os
 import platform
@@ -7,10 +7,34 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 BUSY = 0.3  # load (processes that wait or run) above which a time says little
+
+
+class Row(NamedTuple):
+    """One figure; `aim` 0 where there is none, `more` where more is better."""
+
+    what: str
+    value: float | str
+    unit: str = ""
+    aim: float = 0
+    more: bool = False
+
+    @property
+    def met(self) -> str:
+        if not self.aim or isinstance(self.value, str):
+            return ""
+        return "yes" if (self.value >= self.aim if self.more else self.value <= self.aim) else "no"
+
+
+class Case(NamedTuple):
+    """What is measured, and how: `rows` builds the networks, runs them and returns the figures."""
+
+    what: str
+    rows: Callable[[], list[Row]]
 
 
 def processor() -> str:
