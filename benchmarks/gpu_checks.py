@@ -7,10 +7,9 @@ its first row that is not met says which system and what.
 import io
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -210,27 +209,22 @@ def resumed(name: str, make: Callable[[], plan.Work]) -> list[Row]:
 
 def resumptions(device: str) -> Iterator[Case]:
     """Runs of tiny networks."""
-    srn = train_srn.Settings(width=8, crop_size=32, batch_size=2)
-    dbgan = train_dbgan.Settings(
-        width=8, blocks=1, blur_blocks=1, discriminator_width=8, crop_size=32, batch_size=2
-    )
-    deblur = tutorial_train_deblur.Settings(
-        config_path="models/cldm_tiny_deblur.yaml", deblur_crop=4, perceptual_loss_weight=0.0
-    )
-    inpaint = tutorial_train_inpaint.Settings(config_path="models/cldm_tiny_inpaint.yaml")
-    works = [
-        ("SRN", partial(plan.srn, srn, device)),
-        ("DBGAN", partial(plan.dbgan, replace(dbgan, accumulate_grad_batches=1), device)),
-        ("deblurring ControlNet", partial(plan.controlnet, small(deblur), device)),
-        ("inpainting ControlNet", partial(plan.controlnet, small(inpaint), device)),
-    ]
-    for name, make in works:
-        title = f"{name}, 2 + 2 steps against 4"
-        yield Case(title, partial(resumed, title, make))
-
-
-def small(settings: Any) -> Any:
-    return replace(settings, image_size=64, batch_size=2, ema_decay=0.9, learning_rate=1e-3)
+    small = {"batch_size": 2, "ema_decay": 0.9, "learning_rate": 1e-3}
+    control = {"image_size": 64, "config_path": "models/cldm_tiny_deblur.yaml", **small}
+    narrow = {"width": 8, "crop_size": 32, **small}
+    networks = {"blocks": 1, "blur_blocks": 1, "discriminator_width": 8, "accumulate_grad_batches": 1}
+    deblur = tutorial_train_deblur.Settings(deblur_crop=4, perceptual_loss_weight=0.0, **control)
+    control["config_path"] = "models/cldm_tiny_inpaint.yaml"
+    inpaint = tutorial_train_inpaint.Settings(**control)
+    works = {
+        "SRN": partial(plan.srn, train_srn.Settings(**narrow)),
+        "DBGAN": partial(plan.dbgan, train_dbgan.Settings(**networks, **narrow)),
+        "deblurring ControlNet": partial(plan.controlnet, deblur),
+        "inpainting ControlNet": partial(plan.controlnet, inpaint),
+    }
+    for system, make in works.items():
+        name = f"{system}, 2 + 2 steps against 4"
+        yield Case(name, partial(resumed, name, partial(make, device)))
 
 
 def exactly() -> None:

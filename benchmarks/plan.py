@@ -372,35 +372,32 @@ def swap_that_fits(peak: float, fp8: bool, room: float) -> int | None:
 # ---- the command -------------------------------------------------------------------------------------------
 
 
+STEPS = {"Deblur": controlnet, "Inpaint": controlnet, "SRN": srn, "Kontext": kontext}
+
+
 @dataclass
 class OnCard:
     card: str = ""  # does the step fit on this NVIDIA card: h200, 4090, 3060, ... (a wrong name lists all)
+
+    def plans(self) -> Iterator[tuple[str, Callable, int]]:
+        """A title, what makes the step, and its images: for each step of a system."""
+        name, parts = type(self).__name__, getattr(self, "accumulate_grad_batches", 1)
+        yield f"{name}, {parts} x {self.batch_size}", partial(STEPS[name], self), parts * self.batch_size
 
 
 @dataclass
 class Deblur(OnCard, tutorial_train_deblur.Settings):
     """Count a step of tutorial_train_deblur.py."""
 
-    def plans(self) -> Iterator[tuple[str, Callable, int]]:
-        images = self.batch_size * self.accumulate_grad_batches
-        yield f"deblur, batch {images}", partial(controlnet, self), images
-
 
 @dataclass
 class Inpaint(OnCard, tutorial_train_inpaint.Settings):
     """Count a step of tutorial_train_inpaint.py."""
 
-    def plans(self) -> Iterator[tuple[str, Callable, int]]:
-        images = self.batch_size * self.accumulate_grad_batches
-        yield f"inpaint, batch {images}", partial(controlnet, self), images
-
 
 @dataclass
 class SRN(OnCard, train_srn.Settings):
     """Count a step of train_srn.py."""
-
-    def plans(self) -> Iterator[tuple[str, Callable, int]]:
-        yield f"srn, batch {self.batch_size}", partial(srn, self), self.batch_size
 
 
 @dataclass
@@ -411,17 +408,13 @@ class DBGAN(OnCard, train_dbgan.Settings):
         images = self.batch_size * self.accumulate_grad_batches
         for stage in ("blur", "deblur") if self.mode == "all" else (self.mode,):
             for phase, losses in enumerate(train_dbgan.STAGES[stage][2]):
-                name = f"dbgan {stage}, {losses.__name__}, {self.accumulate_grad_batches} x {self.batch_size}"
-                yield name, lambda device, s=stage, p=phase: dbgan(self, device, s, p), images
+                name = f"DBGAN {stage}, {losses.__name__}, {self.accumulate_grad_batches} x {self.batch_size}"
+                yield name, partial(dbgan, self, stage=stage, phase=phase), images
 
 
 @dataclass
 class Kontext(OnCard, train_kontext_lora.Settings):
     """Count a step of train_kontext_lora.py."""
-
-    def plans(self) -> Iterator[tuple[str, Callable, int]]:
-        images = self.batch_size * self.accumulate_grad_batches
-        yield f"kontext, {self.accumulate_grad_batches} x {self.batch_size}", partial(kontext, self), images
 
 
 COMMANDS = {"deblur": Deblur, "inpaint": Inpaint, "srn": SRN, "dbgan": DBGAN, "kontext": Kontext}
