@@ -51,7 +51,7 @@ def start_fabric(
     torch.backends.cudnn.benchmark = True  # its fastest algorithm for crops of one size
     device = choose_device()
     precision = settle_precision(lightning_precision(precision), device)
-    fabric = Fabric(device.type, devices=devices, num_nodes=num_nodes, precision=precision)
+    fabric = Fabric(accelerator=device.type, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
     fabric.print(describe_start(device, on_cuda if on_cuda and device.type == "cuda" else precision))
     fabric.seed_everything(seed, verbose=False)
