@@ -33,7 +33,7 @@ from ldm.data.image import read_rgba, side_by_side
 from ldm.data.picture import identity
 from ldm.data.stream import item_seed
 from ldm.models.diffusion.samplers import METHODS
-from ldm.util import autocast, half_dtype
+from ldm.util import autocast, half_dtype, settle_precision
 
 Precision = Literal["auto", "32", "16", "bf16"]
 Sampler = Literal[*METHODS]
@@ -52,10 +52,15 @@ class ControlNet(Files):
     negative_prompt: str = ""  # what guidance leads away from
     # keep the colours of the input, in a hole those around it; small_deblur knows them and goes without
     color_fix: bool = True
-    precision: Precision = "auto"  # of the computation; auto: bf16, 16 or 32, what suits the device
+    precision: Precision = (
+        "auto"  # of the computation; auto: bf16 where there is it, 16 on older GPUs, else 32
+    )
 
     KIND: ClassVar[str] = ""  # of the small model's file
     SMALL_STEPS: ClassVar[int] = 2  # that suit it: see the table in docs/deblur.md
+
+    def settled_precision(self) -> str:
+        return settle_precision(self.precision, self.torch_device(), "16")
 
     def sampling_steps(self) -> int:
         """Sampling steps, by default those that suit the file."""
@@ -168,7 +173,7 @@ class OnePass(Files):
 
     tile: int = 1536  # larger pictures go through in equal tiles of at most that size; 0 = in one piece
     overlap: int = 128  # pixels over which the tiles are blended
-    precision: Precision = "auto"  # of the computation; auto: bf16, 16 or 32, what suits the device
+    precision: Precision = "auto"  # of the computation; auto: bf16 where there is it, else 32: exact
 
     DEEP = True
 

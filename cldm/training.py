@@ -63,7 +63,7 @@ def with_precision(settings: Any) -> Any:
     if precision == "auto":
         last = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
         saved = checkpoint.load(last).get("settings") if last.is_file() else None
-        new = "32" if choose_device().type == "cpu" else settle_precision("auto", choose_device())
+        new = "32" if choose_device().type == "cpu" else settle_precision("auto", choose_device(), "16")
         precision = saved.get("precision", "32") if isinstance(saved, dict) else new
     return replace(settings, precision=precision)
 

@@ -68,15 +68,15 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-def settle_precision(precision: str, device: torch.device) -> str:
-    """The precision to compute in; `auto` is bf16 where the device has it, else 16 on CUDA and 32 on a CPU.
+def settle_precision(precision: str, device: torch.device, older_gpu: str = "32") -> str:
+    """The precision to compute in; `auto` is bf16 where the device has it, else 32, on CUDA `older_gpu`.
 
     Raises ValueError for 16 on a CPU, which computes in it many times slower than in 32.
     """
     if precision == "auto":
         cuda = device.type == "cuda"
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_computes_in_bf16()
-        return "bf16" if has_bf16 else "16" if cuda else "32"
+        return "bf16" if has_bf16 else older_gpu if cuda else "32"
     if precision.startswith("16") and device.type == "cpu":
         raise ValueError(
             f"precision {precision} needs a CUDA device, and this run is on the CPU: give bf16 or 32"

@@ -150,9 +150,10 @@ def test_infer_begins_with_it(tmp_path, capsys, monkeypatch):
 
 
 def test_auto_is_what_the_device_computes_in(card, monkeypatch):
-    for bf16, found in ((True, torch.bfloat16), (False, torch.float16)):
+    for bf16, found, of_controlnet in ((True, torch.bfloat16, "bf16"), (False, None, "16")):
         card(bf16=bf16)
-        assert compute_dtype("auto", CUDA) is found
+        assert compute_dtype("auto", CUDA) is found  # SRN comes close to what float16 overflows at
+        assert infer.Deblur(input=Path("a.png")).settled_precision() == of_controlnet
     for known, found in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: {"avx512_bf16": known})
         monkeypatch.setattr("ldm.util.cpu_computes_in_bf16", cpu_computes_in_bf16)

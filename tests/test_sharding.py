@@ -146,7 +146,8 @@ def test_optimizer_states_pass_between_split_and_whole_weights(mesh, split_first
     weights, moments = copy.deepcopy((whole(first.state_dict()), whole(optimizer.state_dict())))
     step(first, optimizer)
     second, optimizer = begin(not split_first, weights)
-    strategy = ShardedStrategy() if not split_first else DDPStrategy()
+    kind = DDPStrategy if split_first else ShardedStrategy
+    strategy = kind(parallel_devices=[torch.device("cpu")])
     strategy.optimizers = [optimizer]
     strategy.load_optimizer_state_dict({"optimizer_states": [moments]})
     step(second, optimizer)
