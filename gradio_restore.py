@@ -21,7 +21,9 @@ import torch
 import infer
 from harness.settings import run_main
 from ldm.data.image import image_size
+from ldm.device import choose_device, describe_start
 from ldm.models.diffusion.samplers import METHODS
+from ldm.util import settle_precision
 from web.doorkeeper import Doorkeeper, Terse, check_picture, sentence
 from web.workshop import Stopped, System, Workshop, open_upload, painted, save_mask
 
@@ -390,6 +392,10 @@ def main(settings: Settings) -> None:
         raise ValueError(f"port must lie in 1 ... 65535, not {settings.port}")
     if settings.max_megapixels <= 0 or settings.max_upload_mb < 1:
         raise ValueError("max_megapixels must be above 0 and max_upload_mb at least 1")
+
+    device = choose_device(settings.device)
+    precision = settle_precision(settings.precision, device)
+    print(describe_start(device, precision, settings.device))
 
     # Folders; gradio reads its own from the environment when it is imported
     results, uploads = (settings.output_dir.resolve() / name for name in ("results", "uploads"))

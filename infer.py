@@ -33,7 +33,7 @@ from ldm.data.image import read_rgba, side_by_side
 from ldm.data.picture import identity
 from ldm.data.stream import item_seed
 from ldm.models.diffusion.samplers import METHODS
-from ldm.util import autocast
+from ldm.util import autocast, half_dtype, settle_precision
 
 Precision = Literal["auto", "32", "16", "bf16"]
 Sampler = Literal[*METHODS]
@@ -52,10 +52,15 @@ class ControlNet(Files):
     negative_prompt: str = ""  # what guidance leads away from
     # keep the colours of the input, in a hole those around it; small_deblur knows them and goes without
     color_fix: bool = True
-    precision: Precision = "auto"  # of the computation; auto: bf16 on a GPU that has it, else 32: exact
+    precision: Precision = (
+        "auto"  # of the computation; auto: bf16 where there is it, 16 on older GPUs, else 32
+    )
 
     KIND: ClassVar[str] = ""  # of the small model's file
     SMALL_STEPS: ClassVar[int] = 2  # that suit it: see the table in docs/deblur.md
+
+    def settled_precision(self) -> str:
+        return settle_precision(self.precision, self.torch_device(), "16")
 
     def sampling_steps(self) -> int:
         """Sampling steps, by default those that suit the file."""
@@ -90,7 +95,8 @@ class ControlNet(Files):
                 f"{path}: the small model that comes along, to see how this works. The real one is a "
                 f"ControlNet on Stable Diffusion: train it (docs/{self.KIND}.md), give --checkpoint_path"
             )
-        return open_restorer(path, base, self.config_path, self.torch_device(), self.compute_dtype())
+        dtype = half_dtype(self.settled_precision())
+        return open_restorer(path, base, self.config_path, self.torch_device(), dtype)
 
 
 def is_small(path: Path) -> bool:
@@ -167,13 +173,12 @@ class OnePass(Files):
 
     tile: int = 1536  # larger pictures go through in equal tiles of at most that size; 0 = in one piece
     overlap: int = 128  # pixels over which the tiles are blended
-    precision: Precision = "auto"  # of the computation; auto: bf16 on a GPU that has it, else 32: exact
+    precision: Precision = "auto"  # of the computation; auto: bf16 where there is it, else 32: exact
 
     DEEP = True
 
     def place(self, network: torch.nn.Module) -> torch.nn.Module:
         """A network on its device, in the layout that convolutions are fastest in."""
-        self.compute_dtype()
         return network.to(self.torch_device(), memory_format=torch.channels_last)
 
     def how(self) -> dict[str, Any]:
@@ -248,6 +253,9 @@ class Kontext(Files):
         from ldm.models.kontext import TRANSFORMER
 
         return [*super().made_from(source), self.files()[0] / TRANSFORMER]
+
+    def settled_precision(self) -> str:
+        return "bf16" if self.torch_device().type == "cuda" else "32"
 
     def restorer(self) -> Restorer:
         from ldm.models.kontext import load_restorer

@@ -17,7 +17,8 @@ from harness.settings import plain
 from ldm import checkpoint
 from ldm.data.image import EXTENSIONS, list_images, over_white, side_by_side, to_8_bit
 from ldm.data.picture import check_fits, make_record, read_picture, read_record, write_picture
-from ldm.util import compute_dtype
+from ldm.device import choose_device, describe_start
+from ldm.util import settle_precision
 
 Job = tuple[Path, Path]  # a source and its target
 # What a subcommand of infer.py makes: a function from a picture (h, w, 3), uint16 if the file is and the
@@ -90,17 +91,11 @@ class Files:
         return side_by_side([image, restored])
 
     def torch_device(self) -> torch.device:
-        available = torch.cuda.is_available()
-        if self.device == "cuda" and not available:
-            raise ValueError("--device cuda: torch finds no CUDA device here")
-        return torch.device("cuda" if available and self.device != "cpu" else "cpu")
+        return choose_device(self.device)
 
-    def compute_dtype(self) -> torch.dtype | None:
-        """The 16-bit type of the computation. Without one a CUDA device is kept from rounding to TF32."""
-        dtype = compute_dtype(self.precision, self.torch_device())
-        torch.backends.cudnn.allow_tf32 = dtype is not None
-        torch.set_float32_matmul_precision("highest" if dtype is None else "high")
-        return dtype
+    def settled_precision(self) -> str:
+        """The precision of the computation: 32, bf16 or 16."""
+        return settle_precision(self.precision, self.torch_device())
 
 
 def is_result(path: Path, files: Files) -> bool:
@@ -151,7 +146,7 @@ def restore_files(files: Files) -> None:
     always = files.overwrite or not files.input.is_dir()
     todo = [job for job in jobs if always or not is_same(files, *job)]
     remade, failures = 0, []
-    restore = files.restorer() if todo or (files.profile and jobs) else None
+    restore = open_restorer(files) if todo or (files.profile and jobs) else None
     for source, target in (progress := tqdm(todo, "restoring", unit="image")):
         progress.set_postfix_str(source.name)
         there = target.exists()
@@ -170,6 +165,12 @@ def restore_files(files: Files) -> None:
         print("\n".join([*cost_lines(profile), *weights_lines(profile["checkpoint"])]))
     if failures:
         raise ValueError(f"{len(failures)} of {len(todo)} could not be restored: {'; '.join(failures[:3])}")
+
+
+def open_restorer(files: Files) -> Restorer:
+    """What `files.restorer` returns, after a line that says what computes."""
+    print(describe_start(files.torch_device(), files.settled_precision(), files.device))
+    return files.restorer()
 
 
 def restore_one(files: Files, restore: Restorer, source: Path, target: Path) -> list[str]:

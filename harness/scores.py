@@ -16,6 +16,7 @@ from torch import nn
 
 from harness.profile import peak_resident_memory
 from ldm.data.image import read_image, to_tensor
+from ldm.device import choose_device
 from ldm.metrics import DATA_RANGE, psnr, ssim
 from ldm.util import check_package
 
@@ -164,7 +165,7 @@ def load_baseline(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     import spandrel
 
     try:
-        model = spandrel.ModelLoader("cuda" if torch.cuda.is_available() else "cpu").load_from_file(path)
+        model = spandrel.ModelLoader(choose_device()).load_from_file(path)
     except spandrel.UnsupportedModelError as error:
         raise ValueError(f"{path} is no network that spandrel recognises") from error
     if not isinstance(model, spandrel.ImageModelDescriptor) or model.scale != 1 or model.input_channels != 3:
@@ -191,5 +192,6 @@ def timed(restore: Callable[[np.ndarray], np.ndarray], blurry: np.ndarray) -> tu
     start = time.perf_counter()
     restored = restore(blurry)
     seconds = time.perf_counter() - start
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_memory() or 0
+    cuda = choose_device().type == "cuda"
+    memory = torch.cuda.max_memory_allocated() if cuda else peak_resident_memory() or 0
     return restored, seconds, memory / 2**20

@@ -1,7 +1,6 @@
 """Images of any size through networks that want multiples, in bounded memory: padding and blended tiles."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.data.image import to_pixels, to_tensor
-from ldm.util import compute_dtype
+from ldm.util import compute_dtype, computing_in
 
 MULTIPLE = 16  # pixels: what tiles are rounded up to, which saves networks their own padding
 
@@ -118,7 +117,7 @@ def restore_picture(
     dtype = compute_dtype("32" if deep else precision, device)
 
     def run(part: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        with computing_in(dtype, device):
             return restore(part.to(device, memory_format=torch.channels_last)).float()
 
     whole = to_tensor(image)[None]  # (1, 3, h, w)

@@ -52,6 +52,11 @@ class FluxAutoencoder(AutoencoderKL):
         return super().decode(latent.to(self.decoder.conv_in.weight.dtype)).float()
 
 
+def own_dtype(device: str | torch.device) -> torch.dtype:
+    """What FLUX computes in: bfloat16 on CUDA (float16 overflows in it), float32 elsewhere."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
 def load_flux(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -63,7 +68,7 @@ def load_flux(
 ) -> Flux:
     """A frozen transformer from a file; with `fp8` or `nf4` its blocks' linears are stored in 8 or 4 bits.
 
-    Without a `dtype` it computes in bfloat16 on CUDA and in float32 elsewhere.
+    Without a `dtype` it computes in that of `own_dtype`.
     Sizes are Kontext's unless the file's metadata holds "flux_params" (see `save_flux`). `progress` may wrap
     the list of names in a progress bar. The last `blocks_to_swap` blocks stay in (pinned) main memory and are
     fetched when they run, which 4 bits do not allow. Raises FileNotFoundError, ValueError for a damaged or
@@ -71,7 +76,7 @@ def load_flux(
     """
     if nf4 and blocks_to_swap:
         raise ValueError("--base_precision nf4 does not go with --blocks_to_swap")
-    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    dtype = dtype or own_dtype(device)
     weights = read_weights(path)
     sizes = read_settings(path, "flux_params")
     with torch.device("meta"):
@@ -106,16 +111,17 @@ def save_flux(path: str | Path, model: Flux) -> None:
 
 
 def load_autoencoder(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> FluxAutoencoder:
-    """The frozen autoencoder, of the usual sizes unless the metadata holds "ddconfig"."""
+    """The frozen autoencoder, of the usual sizes unless the metadata holds "ddconfig"; in `own_dtype`."""
+    dtype = dtype or own_dtype(device)
     weights = read_weights(path)
     config = read_settings(path, "ddconfig")
     with torch.device("meta"):
         model = FluxAutoencoder(config)
     check_fit(model, weights, path)
     model.load_state_dict({name: value.to(device, dtype) for name, value in weights.items()}, assign=True)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def load_restorer(
