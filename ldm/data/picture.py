@@ -149,7 +149,9 @@ def read_record(path: str | Path) -> str:
     """What `write_picture` noted in a file; empty if nothing, or if it is no picture."""
     try:
         with Image.open(path) as image:
-            return str(image.getexif().get(RECORD, ""))
+            exif = Image.Exif()
+            exif.load(image.info.get("exif"))  # of the header: getexif() would decode a PNG that has none
+            return str(exif.get(RECORD, ""))
     except DAMAGED:
         return ""
 
