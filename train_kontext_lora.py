@@ -31,6 +31,7 @@ from tqdm import tqdm
 from harness import flags
 from harness.run import Run, average_gradients, first_alone, start_fabric
 from harness.settings import check_counts, check_fractions, check_optimizer, plain, run_main
+from ldm.checkpoint import MODELS
 from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
 from ldm.data.image import write_image
 from ldm.data.stream import item_generator
@@ -140,7 +141,6 @@ class Settings:
 
 
 DEMO_DIR = Path("outputs/kontext_demo")
-MODELS = Path(__file__).parent / "models"
 DEMO = {
     "output_dir": DEMO_DIR,
     "pretrained_model_name_or_path": MODELS / "small_kontext",

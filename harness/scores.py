@@ -15,7 +15,7 @@ from skimage.restoration import wiener
 from torch import nn
 
 from harness.profile import peak_resident_memory
-from ldm.data.image import read_image, to_tensor
+from ldm.data.image import read_image, to_tensor, to_uint8
 from ldm.device import choose_device
 from ldm.metrics import DATA_RANGE, psnr, ssim
 from ldm.util import check_package
@@ -176,7 +176,7 @@ def load_baseline(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 @torch.no_grad()
 def _run(model: Callable, blurry: np.ndarray) -> np.ndarray:
     x = ((to_tensor(blurry)[None] + 1) / 2).to(model.device)
-    return (model(x)[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return to_uint8(model(x)[0] * 2 - 1)
 
 
 def deconvolve(blurry: np.ndarray, kernel: np.ndarray, balance: float = 0.01) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Images of any size through networks that want multiples, in bounded memory: padding and blended tiles."""
+"""Images of any size through networks that want multiples: padding, blended tiles, filled hidden colours."""
 
 from collections.abc import Callable
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -95,6 +96,40 @@ def restore_tiled(
     """
     rows, columns = (tile_spans(length, tile, overlap, MULTIPLE) for length in image.shape[-2:])
     return blend_tiles(lambda y, x: restore(image[..., y, x]), rows, columns, 1, image.device, progress)
+
+
+def fill_hidden(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
+    """A uint8 or uint16 picture (h, w, 3) as a network should see it: where `alpha` (h, w) is 0 the hidden
+    colours, black or white in cut-outs, are replaced by those of the visible surroundings.
+
+    A picture that is all hidden stays as it is.
+    """
+    if alpha is None or alpha.all() or not alpha.any():
+        return pixels
+    hidden = alpha == 0
+    filled = fill_smoothly(pixels.astype(np.float32), hidden.astype(np.uint8))
+    return np.where(hidden[..., None], np.rint(filled).astype(pixels.dtype), pixels)
+
+
+def fill_smoothly(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """float32 (h, w, c) with its hole filled from around it, coarsely where it is far (pull-push pyramid).
+
+    A picture that is all hole becomes grey (127.5).
+    """
+    if not hole.any():
+        return image
+    height, width = hole.shape
+    known = (hole == 0).astype(np.float32)
+    if min(height, width) < 2 or not known.any():
+        mean = image[hole == 0].mean(axis=0) if known.any() else 127.5
+        return np.where(hole[..., None] > 0, mean, image).astype(np.float32)
+    half = (max(1, width // 2), max(1, height // 2))
+    weight = cv2.resize(known, half, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(image * known[..., None], half, interpolation=cv2.INTER_AREA)
+    small = small / np.maximum(weight, 1e-6)[..., None]
+    small = fill_smoothly(small, (weight == 0).astype(np.uint8))
+    large = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.where(hole[..., None] > 0, large, image)
 
 
 @torch.inference_mode()

@@ -105,9 +105,9 @@ def load_flux(
     return model.requires_grad_(False).eval()
 
 
-def save_flux(path: str | Path, model: Flux) -> None:
-    """Write a transformer whose sizes `load_flux` then reads from the file."""
-    write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params))})
+def save_flux(path: str | Path, model: Flux, **facts: str) -> None:
+    """Write a transformer whose sizes `load_flux` then reads from the file, with `facts` in its metadata."""
+    write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params)), **facts})
 
 
 def load_autoencoder(
@@ -166,7 +166,7 @@ def load_restorer(
     return partial(restore_image, model, autoencoder, embeddings)
 
 
-def write_small_folder(folder: str | Path, flux: Flux, autoencoder: FluxAutoencoder) -> None:
+def write_small_folder(folder: str | Path, flux: Flux, autoencoder: FluxAutoencoder, **facts: str) -> None:
     """The two networks of a model folder, of any sizes: these the files name themselves (their metadata).
 
     Written are the transformer (flux1-kontext-dev.safetensors, metadata "flux_params": the fields of
@@ -175,13 +175,13 @@ def write_small_folder(folder: str | Path, flux: Flux, autoencoder: FluxAutoenco
     variance). in_channels of the transformer is 4 z_channels. To embed prompts the folder also needs
     TEXT_FILES: text_encoder/ (CLIP, hidden_size = vec_in_dim), text_encoder_2/ (T5, d_model =
     context_in_dim) and tokenizer_2/, whose sizes their config.json give; without them a run needs
-    prompt.safetensors, as `cached_prompt` writes it, in its output folder. Raises ValueError if the two
-    networks do not fit together.
+    prompt.safetensors, as `cached_prompt` writes it, in its output folder. `facts` go to the transformer's
+    metadata. Raises ValueError if the two networks do not fit together.
     """
     channels = autoencoder.config["z_channels"]
     if flux.params.in_channels != 4 * channels:
         raise ValueError(f"in_channels must be 4 x {channels} z_channels, not {flux.params.in_channels}")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_flux(Path(folder) / TRANSFORMER, flux)
+    save_flux(Path(folder) / TRANSFORMER, flux, **facts)
     metadata = {"ddconfig": json.dumps(dict(autoencoder.config))}
     write_weights(Path(folder) / AUTOENCODER, autoencoder.state_dict(), metadata)
