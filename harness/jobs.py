@@ -62,6 +62,10 @@ class Files:
         """Steps of one picture under a progress bar."""
         return tqdm(steps, desc="steps", leave=False)
 
+    def pictures(self) -> list[Path]:
+        """Those below the input folder that may be restored."""
+        return list_images(self.input)
+
     def weights(self) -> Path:
         """The file that a profile names."""
         return self.checkpoint_path
@@ -114,7 +118,7 @@ def is_result(path: Path, files: Files) -> bool:
 def list_jobs(files: Files) -> list[Job]:
     """Sources and their targets. Raises ValueError if two sources have one target or a target is a source."""
     if files.input.is_dir():
-        sources = [path for path in list_images(files.input) if not is_result(path, files)]
+        sources = [path for path in files.pictures() if not is_result(path, files)]
         if files.pattern != Files.pattern:
             try:
                 wanted = set(files.input.glob(files.pattern))
