@@ -223,6 +223,7 @@ def test_data_can_be_looked_at(settings, place, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("value", [0, 1])
 def test_masks_without_a_hole_are_refused_at_the_start(settings, tmp_path, value):
+    (tmp_path / "masks").mkdir()
     for n in range(3):
         write_image(tmp_path / "masks" / f"{n}.png", np.full((8, 8), 255 if n < 2 else value, np.uint8))
     with pytest.raises(ValueError, match=f"2.png.* brightest value .*is {value} of 255"):
