@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.image import list_images, read_image, read_rgba
+from ldm.data.image import decode, list_images, opened, tell_frames
 
 MARK = re.compile(r"_mask\d*$")  # a_mask.png, and a_mask001.png as LaMa's data sets have it
 HOW = "paint the hole white (255) on black, without transparency"
@@ -28,7 +28,10 @@ def read_mask(path: str | Path) -> np.ndarray:
     black nor has white (values 0 and 1), for transparency that can be read in two ways, and for a colour
     photograph without transparency.
     """
-    image, rgba = read_image(path), read_rgba(path)
+    with opened(path) as file:
+        decoded = decode(file)
+    tell_frames(path, decoded)
+    image, rgba = decoded.rgb(), decoded.rgba()
     if rgba is not None:
         image, visible = np.ascontiguousarray(rgba[..., :3]), rgba[..., 3] > 127
         if not visible.all():
