@@ -308,7 +308,7 @@ class Inpaint(ControlNet):
 
     # a picture, or a folder with all below it
     input: Annotated[Path, tyro.conf.arg(name="input_image", aliases=["--input"])]
-    input_mask: Path | None = None  # white = fill; one mask for all, or a folder: NAME or NAME_mask
+    input_mask: Path | None = None  # white = fill; one mask for all, or a folder: NAME_mask or NAME
     outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)  # pixels to add: left, top, right, bottom
     comparison: bool = True  # also show input, mask and output side by side
     scheduler: Sampler = "ddpm"  # 20 steps do for the others
@@ -323,24 +323,37 @@ class Inpaint(ControlNet):
 
     KIND = "inpaint"
     LESS_MEMORY = "--precision 16, or --only_masked_padding 32"
+    ELSEWHERE = f"{Files.ELSEWHERE} masks"
+
+    def pictures(self) -> list[Path]:
+        from ldm.data.masks import list_photographs
+
+        return list_photographs(self.input, self.input_mask)
 
     def check(self, jobs: list[Job]) -> None:
+        from ldm.data.masks import MaskFolder, read_mask
+
         super().check(jobs)
         if self.input_mask is None and not any(self.outpaint):
             raise ValueError("give --input_mask, a picture that is white where to fill, or --outpaint")
-        for source, _ in jobs:  # one that is missing is found before hours are spent, whatever exists
-            if (mask := self.mask_path(source)) and not mask.is_file():
-                raise FileNotFoundError(f"mask not found: {mask}")
+        if self.input_mask and not self.input_mask.exists():
+            raise FileNotFoundError(f"mask not found: {self.input_mask}")
+        if self.input_mask and self.input_mask.is_file():
+            read_mask(self.input_mask)
+        elif self.input_mask:  # listed once for all; one that is missing is found before hours are spent
+            folder = self.input if self.input.is_dir() else self.input.parent
+            self.masks = MaskFolder(self.input_mask, folder)
+            for source, _ in jobs:
+                self.mask_path(source)
 
     def made_from(self, source: Path) -> list[Path]:
         return super().made_from(source) + ([self.mask_path(source)] if self.input_mask else [])
 
     def mask_path(self, source: Path) -> Path | None:
-        """The mask of a picture. Raises FileNotFoundError if a folder has none."""
-        from ldm.data.inpaint import find_mask
-
-        name = source.relative_to(self.input) if self.input.is_dir() else Path(source.name)
-        return find_mask(self.input_mask, name) if self.input_mask else None
+        """The mask of a picture. Raises FileNotFoundError if a folder has none, ValueError for several."""
+        if self.input_mask is None or not self.input_mask.is_dir():
+            return self.input_mask
+        return self.masks.find(source.relative_to(self.input) if self.input.is_dir() else Path(source.name))
 
     def result_name(self, name: Path) -> Path:
         return super().result_name(name if self.input.is_dir() else name.with_name("inpainted"))
@@ -356,7 +369,7 @@ class Inpaint(ControlNet):
     def task(self, image: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """The picture, larger where outpainting makes it so, and its mask: uint8 (h, w), 1 in the hole."""
         from cldm.inpaint import expand
-        from ldm.data.inpaint import read_mask, resize_mask
+        from ldm.data.masks import read_mask, resize_mask
 
         found = self.mask_path(path)
         mask = np.zeros(image.shape[:2], np.uint8)

@@ -3,7 +3,7 @@
 python tool_make_mask.py mask.png --image photo.jpg                          # a random hole for a photograph
 python tool_make_mask.py mask.png --image photo.jpg --kind irregular --ratio 0.1 0.2 --seed 3
 python tool_make_mask.py mask.png --size 512 512 --box 100 150 300 260       # left, top, right, bottom
-python tool_make_mask.py masks --image FOLDER                                # a mask for every picture in it
+python tool_make_mask.py masks --image FOLDER          # for every picture NAME in it masks/NAME_mask.png
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ import numpy as np
 import tyro
 
 from harness.settings import run_main
-from ldm.data.image import list_images, read_image, write_image
+from ldm.data.image import read_image, write_image
+from ldm.data.masks import list_photographs
 from ldm.data.stream import item_seed
 from ldm.modules.image_degradation.masks import random_mask
 
@@ -51,11 +52,14 @@ def main(settings: Settings) -> None:
     if (settings.image is None) == (settings.size is None):
         raise ValueError("give --image or --size, and not both")
     if settings.image is None:
-        width, height = settings.size
-        jobs = [(output, (height, width))]
+        jobs = [(output, settings.size[::-1])]
     elif settings.image.is_dir():
-        paths = list_images(settings.image)
-        jobs = [(output / path.relative_to(settings.image).with_suffix(".png"), path) for path in paths]
+        paths = list_photographs(settings.image, output)
+        names = [path.relative_to(settings.image) for path in paths]
+        targets = [output / name.with_name(f"{name.stem}_mask.png") for name in names]
+        jobs = list(zip(targets, paths, strict=True))
+    elif output.exists() and output.samefile(settings.image):
+        raise ValueError(f"the mask would overwrite its picture: give another file than {output}")
     else:
         jobs = [(output, settings.image)]
     for number, (target, source) in enumerate(jobs):

@@ -1,6 +1,7 @@
 """Train a ControlNet that fills holes in photographs, on Stable Diffusion 1.5 or 2.1.
 
     python tutorial_train_inpaint.py --demo               # installation check: minutes, on any computer
+    python tutorial_train_inpaint.py --image_dir PHOTOS --show_data      # samples of the training data
 
     python tool_add_control.py ./models/v1-5-pruned.ckpt ./models/control_sd15_ini.ckpt
     python tutorial_train_inpaint.py --image_dir ./training/coco/train2017 \\
@@ -33,8 +34,9 @@ from cldm.training import StreamData, begin, fit, prepare_model, report
 from harness import flags
 from harness.settings import run_main
 from ldm.checkpoint import write_weights
-from ldm.data.image import list_images, photographs, read_image, write_image
+from ldm.data.image import photographs, read_image, side_by_side, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
+from ldm.data.masks import check_masks, list_photographs
 from ldm.util import listing
 from tool_export_control import alone
 
@@ -47,6 +49,7 @@ class Settings:
 
     demo: bool = False  # tiny networks, scikit-image's photographs, minutes on a CPU: checks the installation
     output_dir: str = ""  # an old run in it is resumed; empty: outputs/controlnet_inpainting_TIME
+    show_data: bool = False  # write data_sample.png, eight samples of the training data, and do not train
 
     # photographs, in this folder and below it
     image_dir: Annotated[str, tyro.conf.arg(aliases=["--data_root"])] = "./training/coco/train2017"
@@ -144,7 +147,7 @@ def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpain
             f"no photographs at {settings.image_dir}: give --image_dir a folder of them, such as COCO's "
             "train2017, or try `python tutorial_train_inpaint.py --demo`"
         )
-    paths = list_images(settings.image_dir)
+    paths = list_photographs(settings.image_dir, settings.mask_dir or None)
     most, count = len(paths) - 1, settings.val_samples
     if not 0 <= count <= most:
         raise ValueError(f"val_samples must be 0 ... {most}, less than the pictures, not {count}")
@@ -159,6 +162,7 @@ def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpain
         paths=[path for n, path in enumerate(paths) if n not in held_out],
         **options,
     )
+    check_masks([os.fsdecode(path) for path in train.masks])
     if not held_out:
         return train, None
     few = [paths[n] for n in sorted(held_out)]
@@ -167,6 +171,19 @@ def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpain
         return train, CocoInpaintingDataset(settings.image_dir, prompt_dropout=0.0, paths=few, **options)
     except ValueError as error:
         raise ValueError(f"held-out pictures: {error}; try another --seed or --val_samples") from error
+
+
+def show_data(settings: Settings, output: Path = Path("data_sample.png")) -> None:
+    """Write samples of the training data, each a row of photograph, mask and hint; print their prompts."""
+    data, _ = find_pictures(replace(settings, val_samples=0))
+    rows = []
+    for index in np.linspace(0, len(data) - 1, min(8, len(data)), dtype=int).tolist():
+        item = data[index]
+        mask = np.repeat(pixels(item["mask"] * 2 - 1), 3, axis=2)
+        rows.append(side_by_side([pixels(item["jpg"]), mask, pixels(item["hint"], "hint")]))
+        print(f"{item['path']}: hole {item['mask'].mean():.1%}, prompt {item['txt']!r}")
+    write_image(output, np.vstack(rows))
+    print(f"{len(data)} photographs; samples are in {output}")
 
 
 # ---- model and run -----------------------------------------------------------------------------------------
@@ -239,6 +256,9 @@ def score_item(item: dict, filled: np.ndarray) -> dict[str, float]:
 
 def main(settings: Settings) -> None:
     """Train, then say where everything is."""
+    if settings.show_data:
+        return show_data(settings)
+
     # Settings and seed: what can be wrong is found before anything is loaded
     settings = begin(settings)
     if settings.hint_channels not in (3, 4):

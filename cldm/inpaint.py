@@ -123,7 +123,8 @@ def inpaint_image(
     """Fill the hole of uint8 (h, w, 3), or (h, w, 4) with alpha; mask (h, w) is not 0 in the hole.
 
     Pixels farther than `mask_blur` from the hole (grown by `grow_mask`) come back as they are, bit for bit;
-    where it is filled the result is opaque. An empty mask gives the picture back, with a warning.
+    where it is filled the result is opaque. An empty mask gives the picture back; this and a full one give a
+    warning.
     Raises ValueError if mask and picture differ in size, or for an option out of range.
     """
     if mask.shape != image.shape[:2]:
@@ -134,6 +135,8 @@ def inpaint_image(
     if not hole.any():
         warnings.warn("the mask is black: there is nothing to fill", stacklevel=2)
         return image.copy()
+    if hole.all():
+        warnings.warn("the mask is white everywhere: all of the picture is replaced", stacklevel=2)
     if options.grow_mask:
         hole = (distance_to(hole) <= options.grow_mask).astype(np.uint8)
     result = image.copy()

@@ -81,6 +81,10 @@ class Files:
         """Steps of one picture under a progress bar."""
         return tqdm(steps, desc="steps", leave=False)
 
+    def pictures(self) -> list[Path]:
+        """Those below the input folder that may be restored."""
+        return list_images(self.input)
+
     def weights(self) -> Path:
         """The file that a profile names."""
         return self.checkpoint_path
@@ -130,7 +134,7 @@ def find_sources(files: Files) -> tuple[list[Path], dict[Path, str]]:
     if not files.input.is_dir():
         check_picture(files.input)
         return [files.input], {}
-    paths, left_out = list_images(files.input), {}
+    paths, left_out = files.pictures(), {}
     wanted = set(paths)
     if files.pattern != Files.pattern:
         try:

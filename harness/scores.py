@@ -15,7 +15,7 @@ from skimage.restoration import wiener
 from torch import nn
 
 from harness.profile import peak_resident_memory
-from ldm.data.image import read_image, to_tensor, to_uint8
+from ldm.data.image import read_image, read_rgba, to_tensor, to_uint8
 from ldm.device import choose_device
 from ldm.metrics import DATA_RANGE, psnr, ssim
 from ldm.util import check_package
@@ -151,13 +151,19 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], Values]] = {
 # ---- baselines ---------------------------------------------------------------------------------------------
 
 
+def read_kernel(path: Path) -> np.ndarray:
+    """The blur kernel in a picture, (h, w): its grey values, black where it is transparent."""
+    grey, rgba = read_image(path).mean(axis=2), read_rgba(path)
+    return grey if rgba is None else rgba[..., :3].mean(axis=2) * rgba[..., 3] / 255
+
+
 def load_baseline(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     """What restores uint8 (h, w, 3): Wiener's filter for a blur kernel (a picture or .npy), or a network.
 
     Networks are those that the package spandrel recognises. Raises ValueError or FileNotFoundError.
     """
     if path.suffix.lower() not in (".pth", ".pt", ".ckpt", ".safetensors"):
-        kernel = np.load(path) if path.suffix == ".npy" else read_image(path).mean(axis=2)
+        kernel = np.load(path) if path.suffix == ".npy" else read_kernel(path)
         if kernel.ndim != 2 or kernel.min() < 0 or not kernel.sum():
             raise ValueError(f"{path} is no blur kernel: (h, w), not negative, not all zero")
         return lambda blurry: deconvolve(blurry, kernel / kernel.sum())

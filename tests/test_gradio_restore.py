@@ -34,7 +34,7 @@ from cldm.model import create_model, read_config
 from gradio_restore import SIDES, Settings, list_systems, main
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
-from ldm.data.inpaint import read_mask
+from ldm.data.masks import read_mask
 from tests.faults.page import tiny_network, visit
 from tests.fill import fill
 from train_srn import SRNDeblurNet, load_network, restore_image

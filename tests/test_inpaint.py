@@ -26,7 +26,7 @@ from cldm.inpaint import (
 from cldm.model import create_model, read_config, widen_input
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, to_tensor, write_image
-from ldm.data.inpaint import find_mask, make_hint, resize_mask
+from ldm.data.inpaint import make_hint
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import instantiate_from_config
 from tests.fill import fill
@@ -143,8 +143,19 @@ def test_black_and_white_masks(model):
     image = photograph(64, 80)
     with pytest.warns(UserWarning, match="mask is black"):
         assert np.array_equal(inpaint_image(model, image, np.zeros((64, 80), np.uint8), OPTIONS), image)
-    everything = inpaint_image(model, image, np.ones((64, 80), np.uint8), OPTIONS)
+    with pytest.warns(UserWarning, match="white everywhere: all of the picture is replaced"):
+        everything = inpaint_image(model, image, np.ones((64, 80), np.uint8), OPTIONS)
     assert everything.shape == image.shape and everything.std() > 0
+
+
+@pytest.mark.parametrize("padding", [-1, 8])
+@pytest.mark.parametrize("place", [(0, 0), (63, 63), (31, 17)])
+def test_a_hole_of_one_pixel_is_filled_wherever_it_is(model, place, padding):
+    image, mask = photograph(64, 64), np.zeros((64, 64), np.uint8)
+    mask[place] = 1
+    result = inpaint_image(model, image, mask, replace(OPTIONS, mask_blur=0, only_masked_padding=padding))
+    assert (result[place] != image[place]).any()
+    assert np.array_equal(result[mask == 0], image[mask == 0])
 
 
 def test_transparency_is_kept_outside_and_gone_inside(model):
@@ -285,21 +296,6 @@ def test_outpainting_adds_pixels_that_are_hole(model):
         expand(image, mask, (-1, 0, 0, 0))
 
 
-def test_masks_are_found_and_resized(tmp_path):
-    for name in ("a.png", "sub/b_mask.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write_image(tmp_path / name, hole_in(20, 30))
-    assert find_mask(tmp_path, Path("a.jpg")) == tmp_path / "a.png"
-    assert find_mask(tmp_path, Path("sub/b.webp")) == tmp_path / "sub" / "b_mask.png"
-    assert find_mask(tmp_path / "x.png", Path("anything.png")) == tmp_path / "x.png"
-    with pytest.raises(FileNotFoundError, match="no mask for c.png .* c or c_mask"):
-        find_mask(tmp_path, Path("c.png"))
-    with pytest.warns(UserWarning, match="m.png is 30x20, its picture 60x40 .*: it is resized"):
-        assert resize_mask(hole_in(20, 30), (40, 60), "m.png").shape == (40, 60)
-    with pytest.raises(ValueError, match="m.png is 30x20, its picture 20x30 .*same shape"):
-        resize_mask(hole_in(20, 30), (30, 20), "m.png")
-
-
 def test_the_command_fills_one_picture(weights, tmp_path):
     image = Image.fromarray(np.dstack([photograph(70, 90), np.full((70, 90), 200, np.uint8)]))
     image.save(tmp_path / "a photo.png")
@@ -359,6 +355,29 @@ def test_the_command_fills_a_folder(weights, tmp_path, capsys):
         replace(settings, input_mask=tmp_path / "masks" / "b.png", output_dir=tmp_path / "one")
     )
     assert (tmp_path / "one" / "b.png").is_file()
+
+
+def test_the_command_takes_photographs_and_masks_from_one_folder(weights, tmp_path):
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / name, photograph(64, 64))
+    write_image(tmp_path / "a_mask.png", hole_in(64, 64))
+    write_image(tmp_path / "b_mask001.png", hole_in(64, 64)[::-1] & 1)
+    options = {"checkpoint_path": weights, "num_inference_steps": 1, "mask_blur": 0, "comparison": False}
+    settings = infer.Inpaint(
+        input=tmp_path, input_mask=tmp_path, output_dir=tmp_path / "out", pattern="a*", **options
+    )
+    infer.restore_files(settings)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+    kept = hole_in(64, 64) == 0
+    result, image = read_image(tmp_path / "out" / "a.png"), photograph(64, 64)
+    assert np.array_equal(result[kept], image[kept]) and (result != image).any()
+    single = replace(settings, input=tmp_path / "a.png", pattern=infer.Inpaint.pattern)
+    infer.restore_files(single)
+    assert np.array_equal(read_image(tmp_path / "out" / "inpainted.png"), result)
+    with pytest.raises(ValueError, match="b_mask001.png: the brightest value of this mask is 1 of 255"):
+        infer.restore_files(replace(single, input_mask=tmp_path / "b_mask001.png"))
+    jobs = infer.restore_files.__globals__["list_jobs"](replace(settings, input_mask=tmp_path / "b.png"))
+    assert [source.name for source, _ in jobs] == ["a.png"]
 
 
 def test_the_controlnet_gives_the_same_outputs_in_diffusers(tmp_path):

@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -16,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ldm.data.coco import CocoRecords
 from ldm.data.image import photographs, read_image, write_image
-from ldm.data.inpaint import CocoInpaintingDataset, make_hint, read_mask
+from ldm.data.inpaint import CocoInpaintingDataset, Window, make_hint
 
 SIZE = (96, 128)  # of the pictures: height, width
 
@@ -99,7 +97,7 @@ def test_the_flat_file_is_used_and_a_stale_one_noticed(place, tmp_path, monkeypa
 
 @pytest.mark.parametrize("kind", ["rectangle", "irregular", "mixed", "object", "folder"])
 def test_items_are_whole_and_repeatable(place, tmp_path, kind):
-    for n, value in enumerate((255, 128, 90)):
+    for n, value in enumerate((255, 128, 190)):
         mask = np.zeros((50, 90, 3), np.uint8)
         mask[10:30, 20 + n : 60] = value
         write_image(tmp_path / f"{n}.png", mask)
@@ -158,14 +156,6 @@ def test_hint_is_the_documented_convention():
     assert np.allclose(hint[0].permute(1, 2, 0), theirs, atol=1e-6)
     four = make_hint(image, torch.from_numpy(mask)[None, None], channels=4)
     assert torch.equal(four[:, :3], hint) and np.array_equal(four[0, 3], mask > 0.5)
-
-
-def test_masks_of_any_mode_are_binarised(tmp_path):
-    grey = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
-    write_image(tmp_path / "grey.png", grey)
-    write_image(tmp_path / "rgb.png", np.repeat(grey[..., None], 3, axis=2))
-    for name in ("grey.png", "rgb.png"):
-        assert np.array_equal(read_mask(tmp_path / name), (grey > 127).astype(np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -250,15 +240,49 @@ def test_folders_without_pictures_and_broken_pictures_are_named(tmp_path):
         CocoInpaintingDataset(tmp_path)[0]
 
 
-def test_the_command_writes_a_sample(place, tmp_path):
-    command = [sys.executable, "-m", "ldm.data.inpaint", "--image_dir", str(place / "photos")]
-    command += ["--image_size", "64", "--ann_file", str(place / "instances.json")]
-    command += [
-        "--captions_file",
-        str(place / "captions.json"),
-        "--output",
-        str(tmp_path / "data_sample.png"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0 and "4 pictures" in run.stdout, run.stderr
-    assert read_image(tmp_path / "data_sample.png").shape == (256, 200, 3)
+def test_the_mask_of_a_photograph_is_cut_as_the_photograph_is(place, tmp_path):
+    """One of its two masks, which lie beside it; the second is twice as large."""
+    mask = np.zeros(SIZE, np.uint8)
+    mask[40:80, 30:70] = 255
+    write_image(tmp_path / "a.png", read_image(place / "photos" / "0.png"))
+    write_image(tmp_path / "a_mask000.png", mask)
+    write_image(tmp_path / "a_mask001.png", (255 - mask).repeat(2, 0).repeat(2, 1))
+    options = {"mask_dir": tmp_path, "size": 64, "augment": True, "mask_ratio": (0.0, 1.0)}
+    items = CocoInpaintingDataset(tmp_path, **options)
+    assert len(items) == 1 and len(items.masks) == 2
+    seen = set()
+    for epoch in range(30):
+        item = items[(epoch, 0)]
+        window = Window.draw(SIZE, 64, np.random.default_rng(item["seed"]))
+        hole = window.cut_mask(mask // 255)
+        same = (item["mask"][..., 0].numpy() == hole).mean()
+        assert same < 0.02 or same > 0.98
+        seen.add(round(same))
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("at", [(0, 0), (95, 127), (0, 127), (50, 60)])
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_hole_of_one_pixel_is_where_the_crop_is(place, tmp_path, at, augment):
+    mask = np.zeros((4 * SIZE[0], 4 * SIZE[1]), np.uint8)  # so that it is thinner than a pixel of the crop
+    mask[4 * at[0], 4 * at[1]] = 255
+    write_image(tmp_path / "0.png", mask)
+    items = dataset(place, mask_dir=tmp_path, augment=augment, mask_ratio=(0.0, 0.3))
+    for epoch in range(5):
+        hole = items[(epoch, 0)]["mask"][..., 0].numpy()
+        assert 1 <= hole.sum() <= 4
+        if not augment and at in ((0, 0), (95, 127)):
+            corner = hole[:2, :2] if at == (0, 0) else hole[-2:, -2:]
+            assert corner.any()
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_masks_without_a_hole_are_met_with_their_name(place, tmp_path, value):
+    write_image(tmp_path / "m.png", np.full(SIZE, value, np.uint8))
+    with pytest.raises(ValueError, match=f"m.png.*brightest value .*is {value} of 255"):
+        dataset(place, mask_dir=tmp_path)[0]
+
+
+def test_a_white_mask_is_shrunk(place, tmp_path):
+    write_image(tmp_path / "m.png", np.full(SIZE, 255, np.uint8))
+    assert dataset(place, mask_dir=tmp_path)[0]["mask"].mean() == pytest.approx(0.3, abs=1e-3)

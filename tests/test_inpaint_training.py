@@ -211,6 +211,35 @@ def test_captions_beside_the_pictures(settings, place, tmp_path):
         find_pictures(settings)
 
 
+def test_data_can_be_looked_at(settings, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    more = {"ann_file": str(place / "instances.json"), "captions_file": str(place / "captions.json")}
+    main(replace(settings, show_data=True, val_samples=99, **more))
+    assert read_image(tmp_path / "data_sample.png").shape == (6 * 64, 200, 3)
+    printed = capsys.readouterr().out
+    assert printed.count("hole ") == 6 and "6 photographs; samples are in data_sample.png" in printed
+    assert not Path(settings.output_dir).exists()
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_masks_without_a_hole_are_refused_at_the_start(settings, tmp_path, value):
+    (tmp_path / "masks").mkdir()
+    for n in range(3):
+        write_image(tmp_path / "masks" / f"{n}.png", np.full((8, 8), 255 if n < 2 else value, np.uint8))
+    with pytest.raises(ValueError, match=f"2.png.* brightest value .*is {value} of 255"):
+        main(replace(settings, mask_dir=str(tmp_path / "masks")))
+    assert not Path(settings.output_dir).exists()
+
+
+def test_masks_beside_photographs_are_not_trained_on(settings, place, tmp_path):
+    photos = shutil.copytree(place / "photos", tmp_path / "photos")
+    write_image(photos / "001_mask001.png", np.full((64, 64), 255, np.uint8))
+    settings = replace(settings, image_dir=str(photos), val_samples=0)
+    for mask_dir in ("", str(photos)):
+        train, _ = find_pictures(replace(settings, mask_dir=mask_dir))
+        assert len(train) == 6 and len(train.masks) == bool(mask_dir)
+
+
 @pytest.mark.parametrize("captions", [False, True])
 def test_cached_latents_train_as_fresh_ones_do(settings, place, captions):
     settings = replace(settings, use_augmentation=False, max_steps=1, val_steps=1)
@@ -288,7 +317,13 @@ def test_the_command_to_make_masks(tmp_path):
     mask = read_image(tmp_path / "mask.png")[..., 0]
     assert mask.shape == (30, 40) and (mask[5:30, 10:20] == 255).all() and (mask > 0).sum() == 250
     tool_make_mask.main(replace(make, output_path=tmp_path / "masks", image=tmp_path))
-    assert (tmp_path / "masks" / "in.png").is_file()
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == ["in_mask.png", "mask_mask.png"]
+    tool_make_mask.main(replace(make, output_path=tmp_path, image=tmp_path))  # beside the pictures
+    tool_make_mask.main(replace(make, output_path=tmp_path, image=tmp_path))
+    assert {path.name for path in tmp_path.glob("in*")} == {"in.png", "in_mask.png"}
+    assert not read_image(tmp_path / "in.png").any()
+    with pytest.raises(ValueError, match="would overwrite its picture: .*in.png"):
+        tool_make_mask.main(replace(make, output_path=tmp_path / "in.png"))
     for change in ({"image": None}, {"size": (5, 5)}, {"box": (0, 0, 81, 10)}, {"box": (5, 5, 5, 9)}):
         with pytest.raises(ValueError, match="not both|not inside a picture"):
             tool_make_mask.main(replace(make, **change))

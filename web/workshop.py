@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from harness.jobs import run_restorer
 from ldm.data.image import image_size, read_image, read_rgba, write_image
-from ldm.data.inpaint import read_mask, resize_mask
+from ldm.data.masks import read_mask, resize_mask
 from ldm.data.picture import read_picture
 
 PREVIEW = 1280  # pixels: longest side of a picture as the page shows it

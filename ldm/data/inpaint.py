@@ -1,14 +1,8 @@
-"""Pictures with holes for training an inpainting network, on COCO or any folder of photographs.
-
-    python -m ldm.data.inpaint --image_dir PHOTOS [--ann_file instances.json] [--captions_file captions.json]
-
-writes data_sample.png: pictures, their holes, and what the network sees.
-"""
+"""Pictures with holes for training an inpainting network, on COCO or any folder of photographs."""
 
 import os
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +14,8 @@ from torch.utils.data import Dataset
 
 from ldm.data.captions import check_captions, read_caption
 from ldm.data.coco import CocoRecords
-from ldm.data.image import list_images, read_image, side_by_side, to_tensor, to_uint8, write_image
+from ldm.data.image import read_image, to_tensor
+from ldm.data.masks import MaskFolder, list_photographs, read_hole, same_shape
 from ldm.data.stream import item_generator, item_seed
 from ldm.modules.image_degradation.masks import fit_area, pixel_limits, random_mask
 
@@ -40,40 +35,6 @@ def make_hint(image: Tensor, mask: Tensor, channels: int = 3) -> Tensor:
     return torch.cat([hint, hole.to(hint)], dim=-3) if channels == 4 else hint
 
 
-def read_mask(path: str | Path) -> np.ndarray:
-    """A mask of any size and mode as uint8 (h, w): 1 where the picture is brighter than 127, else 0."""
-    return (cv2.cvtColor(read_image(path), cv2.COLOR_RGB2GRAY) > 127).astype(np.uint8)
-
-
-def find_mask(masks: Path, name: Path) -> Path:
-    """The mask of the picture `name`: the file `masks`, or in the folder `masks` NAME or NAME_mask.
-
-    Raises FileNotFoundError if the folder has none.
-    """
-    if not masks.is_dir():
-        return masks
-    wanted = [(masks / name).with_suffix(""), (masks / name).with_name(f"{name.stem}_mask")]
-    for path in list_images(masks):
-        if path.with_suffix("") in wanted:
-            return path
-    raise FileNotFoundError(f"no mask for {name} in {masks}: it would be {name.stem} or {wanted[1].name}")
-
-
-def resize_mask(mask: np.ndarray, size: tuple[int, int], path: str | Path) -> np.ndarray:
-    """A mask (h, w) from `path` at another size of the same shape (h, w), with a warning.
-
-    Raises ValueError for a mask of another shape: more than 2% wider or higher.
-    """
-    if mask.shape == tuple(size):
-        return mask
-    (h, w), (height, width) = mask.shape, size
-    sizes = f"the mask {path} is {w}x{h}, its picture {width}x{height} (width x height)"
-    if not 0.98 < (w / h) / (width / height) < 1.02:
-        raise ValueError(f"{sizes}: they must have the same shape")
-    warnings.warn(f"{sizes}: it is resized", stacklevel=2)
-    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
-
-
 class CocoInpaintingDataset(Dataset):
     """Square crops with a hole each, under the names that a ControlNet's training expects.
 
@@ -84,10 +45,10 @@ class CocoInpaintingDataset(Dataset):
     The shorter side is scaled to `size`; the crop is the middle, or with `augment` anywhere and flipped half
     the time. `mask_type`: "rectangle", "irregular", "mixed" (see masks.py); "object", shapes from `ann_file`,
     and mixed holes for pictures that have none of use; "folder", masks from `mask_dir` (white is the hole):
-    the one of the picture's name, else any. All holes cover `mask_ratio` of the crop: shapes of other sizes
-    are grown or shrunk. Prompts are one of the picture's captions in `captions_file`, or NAME.txt beside it,
-    or `prompt`; a part `prompt_dropout` of them is left empty. `paths` are pictures in `image_dir` to use
-    instead of all.
+    the picture's own (see MaskFolder), else any. All holes cover `mask_ratio` of the crop: shapes of other
+    sizes are grown or shrunk. Prompts are one of the picture's captions in `captions_file`, or NAME.txt
+    beside it, or `prompt`; a part `prompt_dropout` of them is left empty. `paths` are pictures in `image_dir`
+    to use instead of all.
 
     Raises FileNotFoundError or ValueError that names what is missing or wrong.
     """
@@ -115,7 +76,7 @@ class CocoInpaintingDataset(Dataset):
         if size < 64 or size % 64:
             raise ValueError(f"image size must be a multiple of 64, not {size}")
         pixel_limits(size, size, self.mask_ratio)
-        paths = list_images(image_dir) if paths is None else list(paths)
+        paths = list_photographs(image_dir, mask_dir) if paths is None else list(paths)
         # bytes in one array: a list of objects would be copied into every worker by its reference counts
         self.paths = np.array([os.fsencode(path) for path in paths])
         names = [path.name for path in paths]
@@ -129,9 +90,15 @@ class CocoInpaintingDataset(Dataset):
         if self.mask_type == "folder":
             if not mask_dir:
                 raise ValueError("masks of type `folder` need mask_dir")
-            self.masks = np.array([os.fsencode(path) for path in list_images(mask_dir)])
-            by_stem = {path.stem: n for n, path in enumerate(list_images(mask_dir))}
-            self.mask_rows = np.array([by_stem.get(Path(name).stem, -1) for name in names], np.int32)
+            self._find_masks(MaskFolder(mask_dir, image_dir), [path.relative_to(image_dir) for path in paths])
+
+    def _find_masks(self, folder: MaskFolder, names: list[Path]) -> None:
+        """Keep all masks, and of each picture which are its own: those of its path, or of its name alone."""
+        rows = {path: row for row, path in enumerate(folder.paths)}
+        own = [folder.of(name) or folder.of(Path(name.name)) for name in names]
+        self.masks = np.array([os.fsencode(path) for path in folder.paths])
+        self.own_masks = np.array([rows[path] for paths in own for path in paths], np.int32)
+        self.own_start = np.cumsum([0, *map(len, own)])
 
     @staticmethod
     def _records(path: str | Path | None, kind: str, names: list[str]) -> tuple[CocoRecords, np.ndarray]:
@@ -175,17 +142,28 @@ class CocoInpaintingDataset(Dataset):
 
     def _mask(self, index: int, window: "Window", rng: np.random.Generator) -> np.ndarray:
         if self.mask_type == "folder":
-            row = self.mask_rows[index] if self.mask_rows[index] >= 0 else rng.integers(len(self.masks))
-            mask = read_mask(os.fsdecode(self.masks[row]))
-            if mask.shape != window.source:
-                window = Window.draw(mask.shape, self.size, rng if self.augment else None)
-            return fit_area(window.cut_mask(mask), self.mask_ratio)
+            return fit_area(self._own_mask(index, window, rng), self.mask_ratio)
         if self.mask_type == "object":
             mask = self._object_mask(index, window, rng)
             if mask is not None:
                 return mask
         kind = "mixed" if self.mask_type == "object" else self.mask_type
         return random_mask(self.size, self.size, rng, kind, self.mask_ratio)
+
+    def _own_mask(self, index: int, window: "Window", rng: np.random.Generator) -> np.ndarray:
+        """The part of a mask that the window shows: one of the picture's own, or any if it has none.
+
+        If the hole lies outside the window, the mask is cut where its hole is.
+        """
+        start, end = self.own_start[index : index + 2]
+        row = self.own_masks[rng.integers(start, end)] if end > start else rng.integers(len(self.masks))
+        mask = read_hole(os.fsdecode(self.masks[row]))
+        if same_shape(mask.shape, window.source):
+            window = replace(window, source=mask.shape)
+        else:
+            window = Window.draw(mask.shape, self.size, rng if self.augment else None)
+        hole = window.cut_mask(mask)
+        return hole if hole.any() else window.over(mask).cut_mask(mask)
 
     def _object_mask(self, index: int, window: "Window", rng: np.random.Generator) -> np.ndarray | None:
         """The first object, in random order, that is large enough in the window."""
@@ -233,43 +211,14 @@ class Window:
         return np.ascontiguousarray(image[:, ::-1] if self.flip else image)
 
     def cut_mask(self, mask: np.ndarray) -> np.ndarray:
-        """The window's content from a mask of 0 and 1, as such."""
-        return (self.cut(mask * 255) > 127).astype(np.uint8)
+        """The window's content from a mask of 0 and 1, as such; a hole too thin for this scale is kept."""
+        part = self.cut(mask.astype(np.float32))
+        hole = part > 0.5
+        return (hole if hole.any() else part > 0).astype(np.uint8)
 
-
-@dataclass
-class Settings:
-    """Look at pictures with holes before training on them."""
-
-    image_dir: Path  # photographs, in this folder and below it
-    ann_file: Path | None = None  # COCO's instances: holes in the shape of objects
-    captions_file: Path | None = None  # COCO's captions
-    mask_dir: Path | None = None  # masks of your own, white where the hole is
-    mask_type: MaskType | None = None  # None: object if there is ann_file, folder if mask_dir, else mixed
-    mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest part of the picture that is a hole
-    image_size: int = 512  # pixels of the square crop
-    seed: int = 0  # of the holes
-    output: Path = Path("data_sample.png")  # the picture that is written
-    count: int = 8  # pictures to show
-
-
-def main(settings: Settings) -> None:
-    """Write the picture, print the prompts."""
-    options = {name: value for name, value in vars(settings).items() if name not in ("output", "count")}
-    dataset = CocoInpaintingDataset(size=options.pop("image_size"), augment=True, **options)
-    rows = []
-    for index in np.linspace(0, len(dataset) - 1, min(settings.count, len(dataset)), dtype=int):
-        item = dataset[int(index)]
-        image, mask, hint = (to_uint8(item[k].permute(2, 0, 1) * s - o) for k, s, o in SHOWN)
-        rows.append(side_by_side([image, np.repeat(mask, 3, axis=2), hint]))
-        print(f"{item['path']}: hole {item['mask'].mean():.1%}, prompt {item['txt']!r}")
-    write_image(settings.output, np.vstack(rows))
-    print(f"{len(dataset)} pictures; look at {settings.output}")
-
-
-SHOWN = (("jpg", 1, 0), ("mask", 2, 1), ("hint", 2, 1))  # key, and what makes it lie in [-1, 1]
-
-if __name__ == "__main__":
-    from harness.settings import run_main
-
-    run_main(main, Settings)
+    def over(self, mask: np.ndarray) -> "Window":
+        """This window moved over a pixel of a mask's hole, the middle one in reading order."""
+        pixels = np.argwhere(mask)
+        middle = pixels[len(pixels) // 2] * self.scaled // mask.shape
+        y, x = np.clip(middle - self.size // 2, 0, np.subtract(self.scaled, self.size)).tolist()
+        return replace(self, y=y, x=x)

@@ -32,6 +32,8 @@ def random_mask(
         mask = draw_hole(height, width, rng, kind, int(rng.integers(least, most + 1)), least, most)
         if least <= cv2.countNonZero(mask) <= most:
             return mask
+    if not mask.any():  # every stroke was larger than the hole may be
+        mask[rng.integers(height), rng.integers(width)] = 1
     return fit_area(mask, ratio)
 
 
@@ -111,15 +113,14 @@ def stroke(shape: tuple[int, int], length: float, rng: np.random.Generator) -> n
 def fit_area(mask: np.ndarray, ratio: Ratio) -> np.ndarray:
     """The hole grown or shrunk evenly until its area is within the limits; unchanged if it is already.
 
-    Of an empty mask the middle of the picture becomes the hole.
+    Raises ValueError for an empty mask, and for ratios that cannot be.
     """
     least, most = pixel_limits(*mask.shape, ratio)
     area = cv2.countNonZero(mask)
     if least <= area <= most:
         return mask
     if area == 0:
-        mask = mask.copy()
-        mask[mask.shape[0] // 2, mask.shape[1] // 2] = 1
+        raise ValueError("the mask has no hole that could be grown")
     outside = cv2.distanceTransform((mask == 0).astype(np.uint8), cv2.DIST_L2, 5)
     framed = np.pad(mask, 1)  # the picture's border is an edge of the hole too
     inside = cv2.distanceTransform(framed, cv2.DIST_L2, 5)[1:-1, 1:-1]
