@@ -242,7 +242,7 @@ def fit(
         there = {k: v for k, v in content["state_dict"].items() if isinstance(v, torch.Tensor)}
         check_weights(trained, there, last)
         step = content["global_step"]
-        del content  # it is mapped from the file, which is about to be replaced
+        del content, there  # they are mapped from the file, which is about to be replaced
         rank_zero_only(print)(f"resuming {last} at step {step}")
     known = {**plain(settings), "samples": samples}
     about = {"config": dict(config), "base": str(settings.resume_path), "settings": known}

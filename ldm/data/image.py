@@ -21,6 +21,13 @@ SAME = 3  # of 255: an RGB profile that moves no colour farther is an sRGB
 # What Pillow raises for files that are damaged.
 DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError, OSError)
 DAMAGED = (*DAMAGED, struct.error, Image.DecompressionBombError)
+
+
+class DamagedImage(ValueError):
+    """An image file that cannot be decoded: training and scores pass it over."""
+
+
+UNREADABLE = (DamagedImage, FileNotFoundError)
 # Photographs that come inside the scikit-image package, for demonstrations and tests.
 PHOTOGRAPHS = tuple("astronaut.png camera.png chelsea.png coffee.png motorcycle_left.png rocket.jpg".split())
 
@@ -46,7 +53,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise
     except DAMAGED as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
+        raise DamagedImage(f"cannot read image {path}: {error}") from error
 
 
 def decode_image(image: Image.Image, max_megapixels: float | None = None) -> np.ndarray:
@@ -197,9 +204,10 @@ def to_pixels(image: Tensor, dtype: np.dtype | type) -> np.ndarray:
     return image.permute(1, 2, 0).cpu().numpy().astype(dtype, copy=False)
 
 
-def natural_key(path: str | Path) -> list:
-    """Sort key that puts frame_2 before frame_10."""
-    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", str(path))]
+def natural_key(path: str | Path) -> tuple[list, str]:
+    """Sort key that puts frame_2 before frame_10; names that differ in case alone have an order too."""
+    parts = re.split(r"(\d+)", str(path))
+    return [int(part) if part.isdecimal() else part.lower() for part in parts], str(path)
 
 
 def list_images(folder: str | Path) -> list[Path]:
