@@ -10,7 +10,7 @@ from harness.settings import check_counts, check_fractions
 from harness.validation import HeldOut, middle
 from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.paired import BlurDataset, CropDataset, ImageFiles, PairedDataset, Together
-from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
+from ldm.data.pairs import Pair, check_apart, find_pairs, sharp_pairs, split_pairs
 from ldm.data.patches import Patches, Source, SourceDataset, check_paired, is_patches, open_source
 
 SMALLEST = 11  # pixels that SSIM needs
@@ -101,6 +101,9 @@ def open_unpaired(settings: Any, photographs: list[Path]) -> tuple[Source, Sourc
     """Real blurred pictures, and sharp ones: of `sharp_dir`, else of the pairs, else of the same file."""
     if not settings.blur_data:
         raise ValueError("the stage `blur` needs --blur_data: real blurred photographs (or try --demo)")
+    for other in (settings.data, settings.sharp_dir):
+        if other and not is_patches(other):  # a file has both sides
+            check_apart(settings.blur_data, other)
     blurry = open_source(settings.blur_data, "blur", settings.cache)
     if settings.data and settings.sharp_dir:
         photographs = [pair.sharp for pair in sharp_pairs(settings.sharp_dir)]

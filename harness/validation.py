@@ -80,6 +80,8 @@ class HeldOut:
                 row["picture"] = side_by_side([middle(image, 320) for image in (blurry, restored, sharp)])
             rows.append(row)
         rows = [row for part in run.gather(rows) for row in part]
+        if not rows:
+            raise ValueError(f"none of the held-out images can be read, such as {self.pairs[0].sharp}")
         rows.sort(key=lambda row: row["number"])
         return _means(rows), _stack([row["picture"] for row in rows if "picture" in row])
 
@@ -115,8 +117,6 @@ class Spectra:
 
 
 def _means(rows: list[dict]) -> dict[str, float]:
-    if not rows:
-        raise ValueError("none of the held-out images can be read")
     means = {name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "ssim", "mse")}
     means["rgb_shift"] = float(np.abs(np.mean([row["rgb_shift"] for row in rows], axis=0)).max())
     for blur_type in sorted({row["blur_type"] for row in rows} - {""}):

@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
-from ldm.data.packed import database, list_packed, read_packed
+from ldm.data.packed import DamagedDatabase, database, list_packed, read_packed
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 SAME = 3  # of 255: an RGB profile that moves no colour farther is an sRGB
@@ -50,7 +50,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         with open_image(Path(path)) as image:
             yield image
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedDatabase):
         raise
     except DAMAGED as error:
         raise DamagedImage(f"cannot read image {path}: {error}") from error

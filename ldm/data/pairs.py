@@ -185,7 +185,7 @@ def _pair_folders(here: Path, searched: set[str] | None = None) -> list[tuple[Pa
             raise ValueError(f"{here} has several folders of one kind, {several}: give one of each kind")
         found = [(blurry[0], sharp[0])]
     paired = {*found[0]} if found else set()
-    for folder in [here / name for name in told]:
+    for folder in sorted((here / name for name in told), key=Path.is_symlink):  # real folders first
         if folder not in paired and folder.suffix != ".lmdb":
             found += _pair_folders(folder, searched)
     if blurry and not sharp and not found:
