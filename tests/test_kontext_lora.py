@@ -558,6 +558,7 @@ def test_the_folder_of_a_run_is_what_diffusers_takes(folder, tmp_path):
     assert _best_guess_weight_name(tmp_path) == _best_guess_weight_name(tmp_path / "best") == LORA_FILE
     header = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"val/psnr", "val/psnr_input", "val/ssim", "val/loss", "val/loss_0.1", "val/loss_0.9"} <= {*header}
+    assert {"train/loss", "train/tokens/s", "train/images/s", "train/learning_rate"} <= {*header}
     restore = load_restorer(folder / "model", tmp_path)  # the prompt of the former layout, beside the LoRA
     assert torch.equal(restore.args[2]["t5"], checkpoint.read_weights(folder / "prompt.safetensors")["t5"])
     cache = prompt_file(tmp_path / "new", "restore")

@@ -136,9 +136,14 @@ def readable(source: Any, numbers: Iterable[int]) -> Iterator[tuple[int, Any]]:
             warn(f"{error}: it is left out")
 
 
+_warned: set[str] = set()
+
+
 def warn(text: str) -> None:
-    """Print a warning on a line of its own, also below a progress bar, and from a DataLoader's process."""
-    print(f"\nwarning: {text}", file=sys.stderr, flush=True)
+    """Print a warning once, on a line of its own below a progress bar, also from a DataLoader's process."""
+    if text not in _warned:
+        _warned.add(text)
+        print(f"\nwarning: {text}", file=sys.stderr, flush=True)
 
 
 def item_seed(seed: int, key: Key) -> int:
