@@ -77,7 +77,7 @@ if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")  # Windows has no other
     sys.modules["train_srn"].main(sys.modules["train_srn"].Settings(
         output_dir=pathlib.Path("run"), dead_leaves=4, max_steps=2, crop_size=16, width=2, batch_size=2,
-        val_crop=32, val_images=1, num_workers=2, cache=True, sharp_dir=pathlib.Path("photos"),
+        val_crop=32, val_images=1, num_workers=1, cache=True, sharp_dir=pathlib.Path("photos"),
     ))
 """
 
