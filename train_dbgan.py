@@ -75,7 +75,10 @@ class Settings:
     val_fraction: float = 0.05  # without val_data: the part of the data that is held out (whole sequences)
     val_images: int = 32  # evaluate on at most that many, drawn once
     val_crop: int = 256  # evaluate on that many pixels in the middle; 0 = whole images: far slower
-    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # the blurs made on the fly
+    pairs: Path | None = None  # real pairs mixed among crops blurred on the fly, in any form of --data
+    pairs_fraction: float = 0.1  # fraction of the crops that come from --pairs
+    realistic_blur: bool = False  # blur on the fly as real cameras do: varying shake, noise, JPEG
+    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # blur types made on the fly, without --realistic_blur
     blur_scale: float = 1.0  # and their size
     jpeg_probability: float = 0.0  # part of the images blurred on the fly that went through a JPEG file
     sharp_fraction: float = 0.0  # part of them that is not, or hardly, blurred: do no harm
@@ -104,7 +107,9 @@ class Settings:
     generated_fraction: float = 0.5  # of DBGAN's blurry pictures that BGAN makes, from the sharp ones
 
     accumulate_grad_batches: flags.Accumulate = 4  # batches to one optimizer step
-    last_learning_rate: float = 1e-6  # at the end
+    schedule: Literal["cosine", "constant"] = "cosine"  # constant suits runs that are continued later
+    last_learning_rate: float = 1e-6  # learning rate at the end of the cosine
+    warmup_steps: int = 0  # optimizer steps over which the learning rate rises from 0
     max_grad_norm: float = 0.0  # highest global norm of all gradients; 0 = not clipped
     pool_size: int = 50  # earlier pictures that the discriminators of `blur` see again; 0 = none
     ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used; 0 for none
@@ -152,6 +157,7 @@ DEMO = {
 # What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
 MAY_CHANGE = "devices num_nodes batch_size num_workers log_epoch cache channels_last compile".split()
 MAY_CHANGE += ["mode", "val_crop"]
+LENGTH = ["max_steps", "pretrain_epochs", "epochs"]  # may change too where the schedule is constant
 SOFT_REAL, SOFT_FAKE = 0.9, 0.1  # soft labels of the least-squares discriminators
 
 
@@ -293,23 +299,28 @@ def train_step(
     return sums
 
 
-def learning_rate_factor(step: int, phases: list[int], last: float) -> float:
-    """What the learning rate is multiplied by after `step` steps: a cosine from 1 to `last` in each phase."""
-    for length in phases[:-1]:
-        if step < length:
-            break
-        step, phases = step - length, phases[1:]
+def learning_rate_factor(
+    step: int, phases: list[int], last: float, schedule: str = "cosine", warmup_steps: int = 0
+) -> float:
+    """Learning-rate multiplier after `step` steps: in each phase 1, or a cosine from 1 to `last`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    phases = [length for length in phases if length]
+    while len(phases) > 1 and step >= phases[0]:
+        step -= phases.pop(0)
     return last + (1 - last) * (1 + math.cos(math.pi * min(1, step / phases[0]))) / 2
 
 
 def check(settings: Settings) -> None:
     """Raise ValueError for numbers that cannot be."""
-    check_counts(settings, "blur_epochs epochs batch_size accumulate_grad_batches log_epoch")
+    check_counts(settings, "blur_epochs batch_size accumulate_grad_batches log_epoch")
     check_counts(settings, "width blocks blur_blocks discriminator_width devices num_nodes")
     if not 0 <= settings.last_learning_rate <= settings.learning_rate:
         last = settings.last_learning_rate
         raise ValueError(f"last_learning_rate must lie between 0 and learning_rate, not {last}")
-    check_counts(settings, "pretrain_epochs pool_size", least=0)
+    check_counts(settings, "pretrain_epochs epochs pool_size warmup_steps", least=0)
     check_fractions(settings, "ema_decay", whole=False)
     check_fractions(settings, "generated_fraction")
 
@@ -408,9 +419,17 @@ def train(fabric: Fabric, settings: Settings, stage: str, data: Data, vgg: nn.Mo
     epochs = {"blur": [settings.blur_epochs], "deblur": [settings.pretrain_epochs, settings.epochs]}
     phases = [steps_per_epoch * count for count in epochs.get(stage, [settings.epochs])]
     if settings.max_steps > 0:
-        phases = [settings.max_steps for count in phases if count]
+        phases = [settings.max_steps if count else 0 for count in phases]
+    if not sum(phases):
+        raise ValueError("nothing to train: pretrain_epochs and epochs are both 0")
     steps, last = sum(phases), settings.last_learning_rate / settings.learning_rate
-    schedule = partial(learning_rate_factor, phases=phases, last=last)
+    schedule = partial(
+        learning_rate_factor,
+        phases=phases,
+        last=last,
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
 
     # Resume
@@ -419,7 +438,8 @@ def train(fabric: Fabric, settings: Settings, stage: str, data: Data, vgg: nn.Mo
     parts |= {"scheduler": scheduler, "ema": ema}
     parts |= {f"pool_{name}": pool for name, pool in players.pools.items()}
     known = {**plain(settings), "samples": len(dataset), "blurrer": fingerprint(players.blurrer)}
-    run = Run(fabric, folder, known, parts, [*MAY_CHANGE, *UNUSED[stage]], defaults=Settings())
+    may_change = [*MAY_CHANGE, *UNUSED[stage], *(LENGTH if settings.schedule == "constant" else [])]
+    run = Run(fabric, folder, known, parts, may_change, defaults=Settings())
     baseline, _ = held_out.evaluate(lambda blurry: blurry, run)
     check_blur = None
     if "blur" in networks:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from harness import flags
 from harness.run import Run, last_checkpoint, start_fabric, unscale_gradients
 from harness.settings import check_counts, check_fractions, plain, run_main
-from harness.training_data import Data, blurred_anew, camera, check_pictures
+from harness.training_data import Data, blurred_anew, camera, check_pictures, extra_pairs
 from harness.validation import HeldOut, line, report
 from ldm.checkpoint import fill, read_trained, write_half
 from ldm.data.image import photographs
@@ -70,7 +70,10 @@ class Settings:
     val_fraction: float = 0.05  # without the two: the part of the data that is held out (whole sequences)
     val_images: int = 32  # evaluate on at most that many, drawn once
     val_crop: int = 0  # evaluate on that many pixels in the middle; 0 = whole images
-    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # the blurs made on the fly
+    pairs: Path | None = None  # real pairs mixed among crops blurred on the fly, in any form of --data
+    pairs_fraction: float = 0.1  # fraction of the crops that come from --pairs
+    realistic_blur: bool = False  # blur on the fly as real cameras do: varying shake, noise, JPEG
+    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # blur types made on the fly, without --realistic_blur
     blur_scale: float = 1.0  # and their size
     jpeg_probability: float = 0.0  # part of the blurred training images that went through a JPEG file
     sharp_fraction: float = 0.0  # part of the training images that is not, or hardly, blurred: do no harm
@@ -401,7 +404,8 @@ def make_data(settings: Settings) -> Data:
     if data:
         return PairedDataset(pairs, settings.crop_size, seed, augment=True, cache=settings.cache), validation
     largest = max(settings.crop_size, *settings.late_crop_sizes, 0)
-    return blurred_anew(settings, [pair.sharp for pair in pairs], largest, augment=True), validation
+    photos = [pair.sharp for pair in pairs]
+    return blurred_anew(settings, photos, largest, extra_pairs(settings), augment=True), validation
 
 
 def batches(run: Run, dataset: CropDataset, settings: Settings, steps: int) -> Iterator[dict]:

@@ -16,7 +16,7 @@ from harness.profile import PROFILE, cost_lines, measure, weights_lines, write_p
 from harness.settings import plain
 from ldm import checkpoint
 from ldm.data.image import EXTENSIONS, list_images, over_white, side_by_side, to_8_bit
-from ldm.data.picture import make_record, read_picture, read_record, write_picture
+from ldm.data.picture import check_fits, make_record, read_picture, read_record, write_picture
 from ldm.util import compute_dtype
 
 Job = tuple[Path, Path]  # a source and its target
@@ -176,6 +176,10 @@ def restore_one(files: Files, restore: Restorer, source: Path, target: Path) -> 
     """Restore a picture and write the result; what is wrong if it cannot be read or is too large."""
     try:
         picture = read_picture(source, files.DEEP and files.format == "png")
+        check_fits(target, *picture.pixels.shape[:2])
+        if files.comparison and files.format != "png":
+            shown = picture.shown()
+            check_fits(target, *files.compare(shown, shown, source).shape[:2])
     except (ValueError, FileNotFoundError) as error:  # the second of a link that leads nowhere
         return [str(error)]
     try:

@@ -9,9 +9,17 @@ import numpy as np
 from harness.settings import check_counts, check_fractions
 from harness.validation import HeldOut, middle
 from ldm.data.dead_leaves import DeadLeaves
-from ldm.data.paired import BlurDataset, CropDataset, ImageFiles, PairedDataset, Together
-from ldm.data.pairs import Pair, check_apart, find_pairs, sharp_pairs, split_pairs
+from ldm.data.paired import (
+    BlurDataset,
+    CropDataset,
+    ImageFiles,
+    MixedDataset,
+    PairedDataset,
+    Together,
+)
+from ldm.data.pairs import Pair, check_apart, check_sizes, find_pairs, sharp_pairs, split_pairs
 from ldm.data.patches import Patches, Source, SourceDataset, check_paired, is_patches, open_source
+from ldm.data.realistic_blur import RealisticBlurDataset
 
 SMALLEST = 11  # pixels that SSIM needs
 Data = tuple[CropDataset, HeldOut]
@@ -42,7 +50,7 @@ def open_data(settings: Any, stage: str) -> Data:
     elif data:
         dataset = PairedDataset(pairs, size, seed, cache=cache, **look)
     elif photographs or settings.dead_leaves:
-        dataset = blurred_anew(settings, photographs, size, **look)
+        dataset = blurred_anew(settings, photographs, size, extra_pairs(settings), **look)
     else:
         raise ValueError(
             f"the stage `{stage}` needs pairs: give --data, --sharp_dir or --dead_leaves (or try --demo)"
@@ -59,9 +67,11 @@ def check_pictures(settings: Any, sizes: Sequence[int], multiple: int) -> None:
     for size in sizes:
         if size < multiple or size % multiple:
             raise ValueError(f"crop_size must be a multiple of {multiple}, not {size}")
-    check_fractions(settings, "sharp_fraction jpeg_probability")
+    check_fractions(settings, "sharp_fraction jpeg_probability pairs_fraction")
     if settings.data and settings.dead_leaves:
         raise ValueError("--dead_leaves goes with --sharp_dir or alone, not with the pairs of --data")
+    if settings.data and settings.pairs:
+        raise ValueError("--pairs goes with --sharp_dir or --dead_leaves, not with the pairs of --data")
 
 
 def camera(settings: Any) -> dict[str, Any]:
@@ -69,13 +79,33 @@ def camera(settings: Any) -> dict[str, Any]:
     return {"blur_types": settings.blur_types, "scale": settings.blur_scale}
 
 
-def blurred_anew(settings: Any, photographs: Sequence[Path], largest: int, **look: Any) -> BlurDataset:
-    """Crops, at most `largest` pixels wide, of sharp photographs and of dead leaves, blurred on the fly."""
+def blurred_anew(
+    settings: Any, photographs: Sequence[Path], largest: int, pairs: Sequence[Pair] = (), **look: Any
+) -> CropDataset:
+    """Crops, at most `largest` pixels wide, of sharp photographs and of dead leaves, blurred on the fly, and
+    the fraction `pairs_fraction` of crops of `pairs` (see `extra_pairs`)."""
     leaves = DeadLeaves(largest + 64, settings.dead_leaves, settings.seed)
     sources = Together((ImageFiles(photographs, settings.cache), settings.photo_crops), (leaves, 1))
-    look |= {name: getattr(settings, name) for name in ("jpeg_probability", "sharp_fraction")}
-    look |= {"candidates": settings.crop_candidates, "field": (0.0, 0.0), **camera(settings)}
-    return BlurDataset(sources, settings.crop_size, settings.seed, **look)
+    size, seed = settings.crop_size, settings.seed
+    if settings.realistic_blur:
+        dataset = RealisticBlurDataset(sources, size, seed, settings.crop_candidates, **look)
+    else:
+        options = {name: getattr(settings, name) for name in ("jpeg_probability", "sharp_fraction")}
+        options |= {"candidates": settings.crop_candidates, "field": (0.0, 0.0), **camera(settings)}
+        dataset = BlurDataset(sources, size, seed, **options, **look)
+    if not pairs:
+        return dataset
+    real = PairedDataset(pairs, size, seed, cache=settings.cache, match_colors=True, **look)
+    return MixedDataset(dataset, real, settings.pairs_fraction)
+
+
+def extra_pairs(settings: Any) -> list[Pair]:
+    """Pairs on disk that are mixed among crops blurred on the fly; none if the fraction is 0."""
+    if not settings.pairs:
+        return []
+    found = find_pairs(settings.pairs)
+    check_sizes(found)
+    return found if settings.pairs_fraction else []
 
 
 def _split(settings: Any) -> tuple[list[Pair], HeldOut]:

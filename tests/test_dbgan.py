@@ -582,6 +582,72 @@ def test_every_generator_starts_from_weights(name, tmp_path):
         script.make_players(replace(chosen, init_blur_weights=path), "blur", None, torch.device("cpu"))
 
 
+def on_the_fly(folder, **changes):
+    """A run of the content loss alone on sharp photographs blurred on the fly, with real pairs among them."""
+    pairs = folder / "data"
+    chosen = {"data": None, "sharp_dir": pairs, "pairs": pairs, "realistic_blur": True, "val_data": pairs}
+    chosen |= {"generator": "unet", "schedule": "constant", "warmup_steps": 2}
+    chosen |= {"epochs": 0, "generated_fraction": 0.0, "max_steps": 2}
+    return settings(folder, "deblur", **{**chosen, **changes})
+
+
+def test_a_run_with_a_constant_rate_is_continued(data):
+    main(on_the_fly(data, output_dir=data / "whole", max_steps=4))
+    main(on_the_fly(data, output_dir=data / "legs"))
+    main(on_the_fly(data, output_dir=data / "legs", max_steps=4))
+    whole, legs = (
+        checkpoint.load(data / name / "deblur" / "checkpoints" / "last.ckpt") for name in ("whole", "legs")
+    )
+    assert legs["step"] == 4 and all(same_states(whole[part], legs[part]) for part in PARTS)
+    assert legs["scheduler"]["_last_lr"] == [1e-3]
+    with pytest.raises(ValueError, match="max_steps was 4, is 5"):
+        main(on_the_fly(data, output_dir=data / "cosine", schedule="cosine", max_steps=4))
+        main(on_the_fly(data, output_dir=data / "cosine", schedule="cosine", max_steps=5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pairs_fraction": 1.5}, r"pairs_fraction must lie in \[0, 1\], not 1.5"),
+        ({"data": "data", "pairs_fraction": 0.5}, "--pairs goes with --sharp_dir or --dead_leaves"),
+        ({"pairs": "RWBI"}, "RWBI"),
+        ({"pairs": "nowhere"}, "nowhere"),
+        ({"pretrain_epochs": 0, "max_steps": -1}, "nothing to train"),
+    ],
+)
+def test_wrong_extra_pairs_and_lengths(data, changes, message):
+    changes = {name: data / value if isinstance(value, str) else value for name, value in changes.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(on_the_fly(data, **changes))
+
+
+def test_pairs_of_two_sizes_are_found_before_the_first_step(data):
+    path = data / "data" / "GOPR2" / "sharp" / "3.png"
+    write_image(path, read_image(path)[:-2])
+    with pytest.raises(ValueError, match="differ in size: .*3.png"):
+        main(on_the_fly(data))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_the_fraction_of_real_pairs_may_be_none_or_all(data, fraction):
+    from harness.training_data import open_data
+
+    dataset, _ = open_data(on_the_fly(data, pairs_fraction=fraction), "deblur")
+    paths = [dataset[(0, index)]["path"] for index in range(len(dataset))]
+    assert {"blur" in path for path in paths} == {fraction == 1.0}
+
+
+def test_phases_of_no_epochs_are_left_out():
+    assert [script.learning_rate_factor(step, [0, 4], 0.0) for step in (0, 4)] == [1.0, 0.0]
+    assert [script.learning_rate_factor(step, [4, 0], 0.0) for step in (0, 4)] == [1.0, 0.0]
+    assert script.learning_rate_factor(3, [8], 0.0, "constant") == 1.0
+    assert [script.learning_rate_factor(step, [8], 0.0, "constant", 4) for step in (0, 1, 4)] == [
+        0.25,
+        0.5,
+        1.0,
+    ]
+
+
 def test_max_steps_replaces_the_epochs_of_every_phase(data):
     main(settings(data, "deblur", generated_fraction=0.0, max_steps=3, epochs=50))
     state = checkpoint.load(data / "run" / "deblur" / "checkpoints" / "last.ckpt")

@@ -1,14 +1,18 @@
 """Reading pictures of every mode, and files that are no pictures."""
 
+import os
 import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
+from ldm.data.captions import check_captions, read_caption
 from ldm.data.image import (
     image_size,
     list_images,
@@ -16,10 +20,12 @@ from ldm.data.image import (
     photographs,
     read_image,
     read_rgba,
+    subfolders,
     to_tensor,
     to_uint8,
     write_image,
 )
+from ldm.data.picture import read_picture
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 RGB = np.stack([GREY, 255 - GREY, GREY.T], axis=-1)
@@ -265,11 +271,149 @@ def test_list_images(tmp_path):
     (tmp_path / "elsewhere" / "d.tif").touch()
     (tmp_path / "sub" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     found = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)]
-    assert found == ["b9.jpg", "b10.PNG", "elsewhere/d.tif", "sub/c.webp", "sub/link/d.tif"]
+    assert found == ["b9.jpg", "b10.PNG", "elsewhere/d.tif", "sub/c.webp"]
     with pytest.raises(FileNotFoundError, match="folder not found.*nowhere"):
         list_images(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no images.*folder.png"):
         list_images(tmp_path / "folder.png")
+
+
+def test_folders_of_programs_and_loops_are_left_out(tmp_path):
+    """Each real folder is listed once, under its own path if it has one here."""
+    folder, outside = tmp_path / "photos", tmp_path / "outside"
+    left = [".ipynb_checkpoints", "__MACOSX", ".AppleDouble", "@eaDir", ".hidden", "#recycle", "__pycache__"]
+    left += ["$RECYCLE.BIN", "System Volume Information", "lost+found", "@Recycle", ".Trash-1000"]
+    for name in ("here", *left):
+        (folder / name / "below").mkdir(parents=True)
+        (folder / name / "a.png").touch()
+        (folder / name / "below" / "b.png").touch()
+    outside.mkdir()
+    for name in ("c.png", "._c.png"):
+        (outside / name).touch()
+    for link, target in {"a": folder / "here", "loop": folder, "here/up": tmp_path, "x": outside}.items():
+        (folder / link).symlink_to(target, target_is_directory=True)
+    (outside / "back").symlink_to(folder, target_is_directory=True)
+    for name in ("self", "self.png"):
+        (folder / name).symlink_to(name)
+    found = [path.relative_to(folder).as_posix() for path in list_images(folder)]
+    assert found == ["here/a.png", "here/below/b.png", "self.png", "x/c.png"]
+    with pytest.raises(FileNotFoundError, match="image not found: .*self.png"):
+        read_image(folder / "self.png")
+    assert {path.name for path in subfolders(folder)} == {"a", "here", "x"}
+    assert {path.name for path in subfolders(folder / "x" / "back")} == {"a", "here"}  # x leads back
+    relative = os.path.relpath(folder)
+    assert [str(path) for path in list_images(relative)] == [f"{relative}/{name}" for name in found]
+
+
+def test_a_folder_that_cannot_be_opened_is_told(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.png").touch()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.warns(UserWarning, match="left out, it cannot be opened: .*locked"):
+        assert list_images(tmp_path) == [tmp_path / "a.png"]
+
+
+def test_files_that_are_left_out_are_told(tmp_path):
+    for name in ("a.HEIC", "b.heic", "c.jxl", "d.CR2", "e.psd", "notes.txt", ".f.heic", "g"):
+        (tmp_path / name).touch()
+    told = r"5 left out: 2 .heic, 1 \.\w+, 1 \.\w+, 1 \.\w+ \(not read here: convert them to PNG or JPEG\)"
+    with pytest.raises(FileNotFoundError, match=f"no images .* in {tmp_path}; {told}"):
+        list_images(tmp_path)
+    (tmp_path / "h.png").touch()
+    with pytest.warns(UserWarning, match=f"{tmp_path}: {told}") as warned:
+        assert list_images(tmp_path) == [tmp_path / "h.png"]
+    assert len(warned) == 1
+    with pytest.raises(ValueError, match=r"cannot read image .*a.HEIC: .HEIC files are not read, convert it"):
+        read_image(tmp_path / "a.HEIC")
+
+
+def test_names_that_differ_in_case_alone_have_an_order(tmp_path):
+    for name in ("b.png", "B.png", "B.PNG", "a.jpg"):
+        (tmp_path / name).touch()
+    if len(list(tmp_path.iterdir())) < 4:
+        pytest.skip("the file system knows no case")
+    assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "B.PNG", "B.png", "b.png"]
+
+
+LOSSLESS = "png apng bmp dib gif tif tiff webp jp2 j2k jpx ppm pnm tga qoi pcx sgi"
+
+
+@pytest.mark.parametrize("ending", [*LOSSLESS.split(), *"jpg jpeg jpe jfif mpo avif".split()])
+def test_every_format_that_pillow_reads(tmp_path, ending):
+    path = tmp_path / f"a.{ending.upper()}"
+    smooth = np.tile(np.linspace(40, 200, 32).astype(np.uint8)[:, None, None], (1, 48, 3))
+    options = {"webp": {"lossless": True}, "jp2": {"irreversible": False}}.get(ending, {})
+    form = {"apng": "PNG", "dib": "DIB", "jpx": "JPEG2000", "pnm": "PPM", "qoi": "QOI"}.get(ending)
+    Image.fromarray(smooth).save(path, format=form, **options)
+    assert list_images(tmp_path) == [path] and image_size(path) == (48, 32)
+    limit = 0 if ending in LOSSLESS.split() else 3
+    assert np.abs(read_image(path).astype(int) - smooth).max() <= limit
+
+
+def test_floats_of_pfm_and_16_bits_of_pgm(tmp_path):
+    for white, name in ((1.0, "a.pfm"), (255.0, "b.pfm")):
+        values = np.float32([[0, 0.5, 1.0]]) * white
+        assert save(tmp_path / name, Image.fromarray(values))[0, :, 0].tolist() == [0, 128, 255]
+    deep = np.array([[0, 257, 32768, 65535]], np.uint16)
+    cv2.imwrite(str(tmp_path / "c.pgm"), deep)
+    assert np.array_equal(read_image(tmp_path / "c.pgm")[..., 0], np.rint(deep / 257))
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "avif"])
+def test_first_of_several_frames(tmp_path, ending):
+    frames = [Image.fromarray(np.full((16, 16, 3), value, np.uint8)) for value in (200, 100, 50)]
+    frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match=f"a.{ending}: only the first of 3 frames is read"):
+        assert np.abs(read_image(tmp_path / f"a.{ending}").astype(int) - 200).max() < 4
+    frames[0].save(tmp_path / "b.mpo", save_all=True, append_images=frames[1:])  # what telephones write
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.abs(read_image(tmp_path / "b.mpo").astype(int) - 200).max() < 4
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def test_the_header_of_a_png_is_enough(tmp_path, monkeypatch):
+    """Whatever its size; EXIF may stand behind the pixels, as exiftool writes it."""
+    path = tmp_path / "a.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 20000, 8, 2, 0, 0, 0))
+    end = chunk(b"IDAT", b"no pixels") + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    path.write_bytes(start + end + chunk(b"IEND", b""))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    assert image_size(path) == (20000, 30000)
+    with pytest.raises(ValueError, match="it has 600.0 megapixels, more than 24"):
+        read_image(path, 24)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="cannot read image .*a.png: (?!.*bomb)"):
+        read_image(path)
+
+
+def test_a_file_that_is_gone_since_it_was_listed(tmp_path):
+    write_image(tmp_path / "a.png", RGB)
+    path = list_images(tmp_path)[0]
+    path.unlink()
+    for read in (read_image, read_rgba, image_size, read_picture):
+        with pytest.raises(FileNotFoundError, match=f"image not found: {path}"):
+            read(path)
+
+
+def test_captions_in_upper_case(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "b.TXT").write_text("a  cat\n")
+    assert [read_caption(tmp_path / name) for name in ("a.png", "b.png")] == ["", "a cat"]
+    assert check_captions([tmp_path / "a.png", tmp_path / "b.png"])
 
 
 def test_photographs_are_there():

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ldm.data import paired
 from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs, read_image, to_tensor, write_image
-from ldm.data.paired import BlurDataset, ImageFiles, PairedDataset, Together
+from ldm.data.paired import BlurDataset, ImageFiles, MixedDataset, PairedDataset, Together
 from ldm.data.pairs import Pair, find_pairs, match_folders, sharp_pairs, split_pairs
 from ldm.data.stream import SampleStream, item_seed
 
@@ -470,3 +470,30 @@ def test_a_crop_has_no_fall_off_of_its_own():
 
     level = 200 / 127.5 - 1
     assert darkest(field=(0.0, 0.0)) == pytest.approx(level, abs=0.01) and darkest() < level - 0.02
+
+
+def test_the_sharp_side_can_take_the_mean_colour_of_the_blurry_one(tmp_path):
+    sharp = np.random.default_rng(0).integers(60, 190, (40, 40, 3), dtype=np.uint8)
+    write_image(tmp_path / "sharp.png", sharp)
+    write_image(tmp_path / "blur.png", cv2.blur(sharp, (3, 3)) + np.uint8([9, 0, 4]))
+    pairs = [Pair(tmp_path / "blur.png", tmp_path / "sharp.png")]
+    for match, expected in ((False, [9, 0, 4]), (True, [0, 0, 0])):
+        item = PairedDataset(pairs, 40, seed=0, match_colors=match)[0]
+        shift = (item["blurry"] - item["sharp"]).mean(dim=(1, 2)) * 127.5
+        assert shift.tolist() == pytest.approx(expected, abs=0.3)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_pairs_are_mixed_among_crops_on_the_fly(same_pairs, fraction):
+    photos = BlurDataset([Path(path) for path in photographs()] * 50, 16, seed=0)
+    mixed = MixedDataset(photos, PairedDataset(same_pairs, 16, seed=0, augment=True), fraction)
+    assert len(mixed) == len(photos)
+    real = [mixed[(0, index)] for index in range(120)]
+    taken = [item for item in real if item["path"].startswith(str(same_pairs[0].blurry.parent))]
+    assert len(taken) == pytest.approx(120 * fraction, abs=16)
+    assert len({item["path"] for item in taken}) in (0, 3)
+    for item in taken[:5]:
+        assert torch.allclose(item["blurry"], -item["sharp"], atol=0.01)  # both sides have the same crop
+    again = mixed[(0, 7)]
+    assert torch.equal(again["blurry"], real[7]["blurry"])  # a pure function of the key
+    assert mixed.resized(8)[(0, 7)]["sharp"].shape == (3, 8, 8)

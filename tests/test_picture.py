@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
+from harness.jobs import Files, restore_one
 from ldm.data.image import photographs, read_image, read_rgba
-from ldm.data.picture import identity, make_record, read_picture, read_record, write_picture
+from ldm.data.picture import check_fits, identity, make_record, read_picture, read_record, write_picture
 
 TAGS, IFD = ExifTags.Base, ExifTags.IFD
 
@@ -139,6 +140,30 @@ def test_a_picture_too_large_for_its_format_is_named(tmp_path):
     with pytest.raises(ValueError, match="long.webp: WEBP cannot hold this picture"):
         write_picture(tmp_path / "long.webp", np.zeros((1, 16384, 3), np.uint8), picture)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("ending", "most"), [("jpg", 65500), ("webp", 16383)])
+def test_the_longest_side_of_a_format(tmp_path, ending, most):
+    """The number is the one at which the library refuses; it is checked without an image."""
+    picture = read_picture(photographs()[0])
+    path = tmp_path / f"a.{ending}"
+    write_picture(path, np.zeros((1, most, 3), np.uint8), picture)
+    with pytest.raises((ValueError, OSError)):
+        write_picture(path, np.zeros((1, most + 1, 3), np.uint8), picture)
+    check_fits(path, 1, most)
+    check_fits(tmp_path / "a.png", 1, most + 1)
+    for size in ((1, most + 1), (most + 1, 1)):
+        with pytest.raises(ValueError, match=f"a.{ending}: .* pixels, (JPEG|WEBP) holds {most} a side"):
+            check_fits(path, *size)
+
+
+@pytest.mark.parametrize(("width", "comparison"), [(16384, False), (9000, True)])
+def test_a_result_too_long_for_its_format_is_found_before_the_work(tmp_path, width, comparison):
+    source, target = tmp_path / "a.png", tmp_path / "out" / "a.webp"
+    Image.new("RGB", (width, 1)).save(source)
+    options = {"output_dir": target.parent, "format": "webp", "comparison": comparison}
+    problems = restore_one(Files(input=source, **options), pytest.fail, source, target)
+    assert len(problems) == 1 and "a.webp: " in problems[0] and "WEBP holds 16383 a side" in problems[0]
 
 
 def test_records_tell_what_differs(tmp_path):

@@ -497,3 +497,15 @@ def test_other_settings_or_data_do_not_resume(pairs, tmp_path):
             (pairs / sequence / kind / "000010.png").unlink()
     with pytest.raises(ValueError, match="samples was 3, is 2"):
         main(chosen)
+
+
+def test_realistic_blur_with_real_pairs_among_it(pairs, tmp_path):
+    chosen = {"sharp_dir": pairs, "pairs": pairs, "val_data": pairs, "realistic_blur": True}
+    main(settings(tmp_path, **chosen, pairs_fraction=0.5, late_crop_sizes=(32,), max_steps=4))
+    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["step"] == 4
+    for changes, message in (
+        ({"pairs_fraction": 1.5}, "pairs_fraction must lie in"),
+        ({"data": pairs}, "--pairs goes with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(settings(tmp_path, **{**chosen, **changes}))

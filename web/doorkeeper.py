@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from ldm.data.image import DAMAGED, decode_image
+from ldm.data.image import DAMAGED, decode
 from web.workshop import PREVIEW
 
 
@@ -122,8 +121,7 @@ def check_picture(content: bytes, name: str, painted: bool, max_megapixels: floa
     if painted:
         max_megapixels = max(max_megapixels, PREVIEW**2 / 1e6)
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            decode_image(image, max_megapixels)
+        decode(io.BytesIO(content), max_megapixels)
     except DAMAGED as error:
         reason = re.sub(r" <_io\S+ object at \w+>", "", str(error))
         raise ValueError(f"cannot read image {Path(name).name}: {reason}") from error

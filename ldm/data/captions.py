@@ -7,11 +7,11 @@ from tqdm import tqdm
 
 
 def read_caption(*pictures: str | Path) -> str:
-    """What the first NAME.txt beside one of the pictures says, in one line; "" if there is none.
+    """What the first NAME.txt (or NAME.TXT) beside one of the pictures says, in one line; else "".
 
     Raises ValueError that names the file if it is not text in UTF-8.
     """
-    for path in (Path(picture).with_suffix(".txt") for picture in pictures):
+    for path in [Path(picture).with_suffix(suffix) for picture in pictures for suffix in (".txt", ".TXT")]:
         if path.is_file():
             try:
                 return " ".join(path.read_text(encoding="utf-8-sig").split())
@@ -23,6 +23,6 @@ def read_caption(*pictures: str | Path) -> str:
 def check_captions(pictures: Iterable[str | Path]) -> bool:
     """Whether any picture has a caption beside it; all are read, so that one that cannot be is found now."""
     pictures = [Path(picture) for picture in pictures]
-    folders = {folder for folder in {path.parent for path in pictures} if any(folder.glob("*.txt"))}
+    folders = {folder for folder in {path.parent for path in pictures} if any(folder.glob("*.[tT][xX][tT]"))}
     beside = [path for path in pictures if path.parent in folders]
     return any([read_caption(path) for path in tqdm(beside, "reading captions", leave=False)])

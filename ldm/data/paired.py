@@ -136,12 +136,22 @@ class CropDataset(Dataset):
 class PairedDataset(CropDataset):
     """Crops of pairs on disk; the two pictures of a pair must have one size (ValueError names both).
 
-    `look` are `augment` and `color_jitter` of CropDataset; with `cache` all pictures are kept in memory.
+    `look` are `augment` and `color_jitter` of CropDataset; with `cache` all images are kept in memory. With
+    `match_colors` the sharp image gets the mean colour of the blurry one: the two sides of video data sets
+    are averaged differently, and a network would learn that difference as a colour cast.
     """
 
-    def __init__(self, pairs: Sequence[Pair], size: int, seed: int, cache: bool = False, **look: float):
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        size: int,
+        seed: int,
+        cache: bool = False,
+        match_colors: bool = False,
+        **look: float,
+    ):
         super().__init__(len(pairs), size, seed, **look)
-        self.pairs = list(pairs)
+        self.pairs, self.match_colors = list(pairs), match_colors
         self.blurry = ImageFiles([pair.blurry for pair in pairs], cache)
         self.sharp = ImageFiles([pair.sharp for pair in pairs], cache)
 
@@ -151,6 +161,9 @@ class PairedDataset(CropDataset):
         images = [at_least(image, self.size) for image in images]
         y, x = self._window(*images[0].shape[:2], rng)
         blurry, sharp = (image[y : y + self.size, x : x + self.size] for image in images)
+        if self.match_colors:
+            shift = images[0].mean(axis=(0, 1)) - images[1].mean(axis=(0, 1))
+            sharp = np.rint((sharp + shift).clip(0, 255)).astype(np.uint8)
         return blurry, sharp, str(pair.blurry), pair.blur_type
 
 
@@ -207,6 +220,25 @@ class BlurDataset(CropDataset):
             options |= {"field": self.field} if types == ["lens_blur"] else {}
         blurry, sharp, blur_type, _ = blur_crop(image, y, x, self.size, rng, types, **options)
         return blurry, sharp, name, blur_type
+
+
+class MixedDataset(CropDataset):
+    """Crops of `dataset`, the fraction `fraction` of them replaced by crops of any item of `pairs`."""
+
+    def __init__(self, dataset: CropDataset, pairs: CropDataset, fraction: float):
+        super().__init__(len(dataset), dataset.size, dataset.seed)
+        self.dataset, self.pairs, self.fraction = dataset, pairs, fraction
+
+    def __getitem__(self, key: Key) -> dict:
+        own_seed = item_seed(self.seed, key)
+        rng = np.random.default_rng([own_seed, 1])
+        if rng.random() >= self.fraction:
+            return self.dataset[key]
+        return self.pairs[own_seed, int(rng.integers(len(self.pairs)))]
+
+    def resized(self, size: int) -> Self:
+        """The same data in crops of another size."""
+        return MixedDataset(self.dataset.resized(size), self.pairs.resized(size), self.fraction)
 
 
 def blur_crop(

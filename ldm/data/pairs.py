@@ -9,15 +9,21 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.image import EXTENSIONS, UNREADABLE, image_size, list_images, natural_key, read_image
+from ldm.data.image import (
+    EXTENSIONS,
+    UNREADABLE,
+    image_size,
+    list_images,
+    natural_key,
+    read_image,
+    subfolders,
+)
 from ldm.data.lists import CAPTIONS, read_json_list, read_list
 from ldm.data.scenes import place, scenes, side, sides
 from ldm.util import listing
 
 JSONL = "blur_types.json"  # the list that tool_make_deblur_dataset.py writes
 SAMPLE = 9  # pairs whose sharpness is compared
-# Folders that archivers and systems leave behind; those of other programs are hidden.
-LEFT_BEHIND = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def _pair_folders(here: Path, searched: set[str] | None = None) -> list[tuple[Pa
     if os.path.realpath(here) in searched:
         return []
     searched.add(os.path.realpath(here))
-    names = _folders(here)
+    names = [folder.name for folder in subfolders(here)]
     copies = {name for name in names if name.removesuffix(".lmdb") != name and name[:-5] in names}
     told = sides(sorted({*names} - copies, key=natural_key))
     blurry, sharp = ([here / name for name in told if told[name] == kind] for kind in ("blurry", "sharp"))
@@ -191,13 +197,6 @@ def _pair_folders(here: Path, searched: set[str] | None = None) -> list[tuple[Pa
     if blurry and not sharp and not found:
         found = [(blurry[0], None)]
     return found
-
-
-def _folders(here: Path) -> list[str]:
-    """Names of the folders in `here` that people made."""
-    with os.scandir(here) as entries:
-        names = [entry.name for entry in entries if entry.is_dir()]
-    return [name for name in names if not name.startswith(".") and name not in LEFT_BEHIND]
 
 
 def _shared_sharp(root: Path) -> list[tuple[Path, Path]]:

@@ -9,16 +9,29 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from ldm.data.image import DAMAGED, open_image, over_white, read_image, read_rgba, to_8_bit, turn, write_whole
+from ldm.data.image import (
+    DAMAGED,
+    Decoded,
+    decode,
+    opened,
+    over_white,
+    read_exif,
+    tell_frames,
+    to_8_bit,
+    turn,
+    write_whole,
+)
 from ldm.data.packed import database, read_packed
+from ldm.data.tiff import read_16_bits
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of results, by their ending
+LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels that these formats hold (libjpeg, libwebp)
 TAGS = ExifTags.Base
 # What of a file's EXIF is true of its restored picture: what it shows, by whom, when, where.
 KEPT = {TAGS.ImageDescription, TAGS.Make, TAGS.Model, TAGS.Software, TAGS.DateTime, TAGS.Artist}
@@ -53,22 +66,24 @@ def read_picture(path: str | Path, deep: bool = False) -> Picture:
     8-bit pictures are converted to sRGB by their ICC profile; 16-bit ones keep their colours and the profile.
     Raises FileNotFoundError and ValueError as `read_image` does.
     """
-    pixels = read_image(path)
-    with open_image(Path(path)) as image:
-        exif, profile = keep_exif(image, path), image.info.get("icc_profile")
-        if deep and _bits(image, path) == 16 and (found := _read_deep(image, path)) is not None:
-            return Picture(*found, exif, profile)
-    rgba = read_rgba(path)
-    if rgba is None:
-        return Picture(pixels, None, exif, profile and _srgb_profile())
-    return Picture(np.ascontiguousarray(rgba[..., :3]), rgba[..., 3], exif, profile and _srgb_profile())
+    with opened(path) as file:
+        decoded = decode(file)
+        tell_frames(path, decoded)
+        exif, profile = keep_exif(file, path), decoded.image.info.get("icc_profile")
+        values = _deep_values(file, decoded) if deep else None
+        if values is None:
+            profile = profile and _srgb_profile()
+            rgba = decoded.rgba()
+            values = decoded.rgb() if rgba is None else rgba
+    alpha = values[..., 3] if values.shape[2] == 4 else None
+    return Picture(np.ascontiguousarray(values[..., :3]), alpha, exif, profile)
 
 
-def keep_exif(image: Image.Image, path: str | Path) -> Image.Exif:
-    """Of an opened picture's EXIF what is true of an upright copy of other pixels; {} if it is damaged."""
+def keep_exif(file: BinaryIO, path: str | Path) -> Image.Exif:
+    """Of an open file's EXIF what is true of an upright copy of other pixels; {} if it is damaged."""
     kept = Image.Exif()
     try:
-        exif = image.getexif()
+        exif = read_exif(file)
         kept.update({tag: value for tag, value in exif.items() if tag in KEPT})
         for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
             values = {**exif.get_ifd(ifd)}
@@ -83,31 +98,18 @@ def keep_exif(image: Image.Image, path: str | Path) -> Image.Exif:
     return kept
 
 
-def _bits(image: Image.Image, path: str | Path) -> int:
-    """Bits of a channel in a PNG or TIFF, 8 for all others."""
-    if image.format == "TIFF":
-        bits = image.tag_v2.get(TAGS.BitsPerSample, 8)
-        return max(bits) if isinstance(bits, tuple) and bits else bits
-    if image.format == "PNG" and not database(Path(path)):
-        with open(path, "rb") as file:
-            return file.read(25)[24]
-    return 8
-
-
-def _read_deep(image: Image.Image, path: str | Path) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """uint16 (h, w, 3), upright, and the transparency (h, w) if there is one; None if they are not uint16."""
-    content = np.frombuffer(Path(path).read_bytes(), np.uint8)
-    try:
-        values = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
-    except cv2.error:  # what Pillow could read
+def _deep_values(file: BinaryIO, decoded: Decoded) -> np.ndarray | None:
+    """uint16 (h, w, 3 or 4), upright, of a PNG of 16 bits or a TIFF of more than 8; else None."""
+    values = decoded.deep
+    file.seek(0)
+    start = file.read(25)
+    if start.startswith(b"\x89PNG") and start[24] == 16:
+        values = read_16_bits(file)
+    if values is None:
         return None
-    if values is None or values.dtype != np.uint16:
-        return None
-    values = values.reshape(*values.shape[:2], -1)
-    alpha = values[..., 3] if values.shape[2] == 4 else None
-    values = np.repeat(values, 3, axis=2) if values.shape[2] == 1 else values[..., 2::-1]
-    place = 1 if image.format == "TIFF" else image.getexif().get(TAGS.Orientation, 1)  # OpenCV turns TIFFs
-    return turn(values, place), None if alpha is None else turn(alpha, place)
+    if values.shape[2] < 3:  # grey
+        values = values[..., [0, 0, 0, 1][: 2 + values.shape[2]]]
+    return turn(values, decoded.orientation)
 
 
 @lru_cache(maxsize=1)
@@ -145,11 +147,18 @@ def write_picture(
         raise ValueError(f"{path}: {kind} cannot hold this picture: {error}") from error
 
 
+def check_fits(path: str | Path, height: int, width: int) -> None:
+    """Raise ValueError if the format of a result, told by its ending, does not hold images of that size."""
+    kind = FORMATS[Path(path).suffix[1:]]
+    if max(height, width) > (most := LONGEST_SIDE.get(kind, max(height, width))):
+        raise ValueError(f"{path}: {width} x {height} pixels, {kind} holds {most} a side: choose png")
+
+
 def read_record(path: str | Path) -> str:
     """What `write_picture` noted in a file; empty if nothing, or if it is no picture."""
     try:
-        with Image.open(path) as image:
-            return str(image.getexif().get(RECORD, ""))
+        with opened(path) as file:
+            return str(read_exif(file).get(RECORD, ""))
     except DAMAGED:
         return ""
 

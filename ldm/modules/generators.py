@@ -19,6 +19,7 @@ from ldm.modules.gan import DeblurGANGenerator, DenseBlock, SRResNet, initialise
 from ldm.modules.losses import PixelLoss, restoration_loss
 from ldm.modules.mprnet import EDGE_WEIGHT, MPRNet, edge_loss
 from ldm.modules.nafnet import NAFNet
+from ldm.modules.restoration_unet import RestorationUNet
 from ldm.modules.sftnet import SFTNet
 from ldm.tiling import pad_to_multiple, restore_picture
 
@@ -83,8 +84,10 @@ OTHERS: dict[str, Callable[[int, int], nn.Module]] = {  # by width and blocks
     "mprnet": lambda width, blocks: MPRNet(width, width // 2, width // 3, blocks),
     "sftnet": SFTNet,
     "nafnet": lambda width, blocks: NAFNet(width, (1, 1, 1, blocks), 1, (1, 1, 1, 1)),
+    "unet": lambda width, blocks: RestorationUNet(width, middle_blocks=blocks),
+    "unet_fourier": lambda width, blocks: RestorationUNet(width, middle_blocks=blocks, fourier=True),
 }
-OWN_START = (MPRNet, SFTNet, NAFNet)  # begin with PyTorch's first weights
+OWN_START = (MPRNet, SFTNet, NAFNet, RestorationUNet)  # begin with PyTorch's first weights
 
 
 def make_generator(kind: str, form: dict) -> nn.Module:

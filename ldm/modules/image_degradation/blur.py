@@ -232,14 +232,19 @@ def vignette(height: int, width: int, field: float) -> np.ndarray:
 
 
 def record(
-    light: np.ndarray, rng: Generator, drawn: Parameters, noise: float = 3e-4, jpeg_probability: float = 0.0
+    light: np.ndarray,
+    rng: Generator,
+    drawn: Parameters,
+    noise: float | Range = 3e-4,
+    jpeg_probability: float = 0.0,
 ) -> tuple[np.ndarray, Parameters]:
     """What the camera makes of blurred light: sensor noise, sRGB curve, 8 bits and perhaps a JPEG file.
 
-    `noise` is the highest gain of `add_sensor_noise` (0 = none); with `jpeg_probability` the picture goes
-    through a JPEG of quality 60 to 95. Returns the uint8 picture and `drawn` with what was drawn here added.
+    `noise` is the highest gain of `add_sensor_noise` (0 = none), drawn uniformly, or a range from which the
+    gain is drawn log-uniformly; with `jpeg_probability` the image goes through a JPEG of quality 60 to 95.
+    Returns the uint8 image and `drawn` with what was drawn here added.
     """
-    gain = rng.uniform(0, noise)
+    gain = float(np.exp(rng.uniform(*np.log(noise)))) if isinstance(noise, tuple) else rng.uniform(0, noise)
     quality = int(rng.integers(60, 96)) if rng.random() < jpeg_probability else None
     image = linear_to_srgb(add_sensor_noise(light, rng, gain) if gain else light)
     drawn = {**drawn, "noise": gain}
@@ -248,9 +253,14 @@ def record(
     return image, {name: round(value, 6) for name, value in drawn.items()}
 
 
-def _light(image: np.ndarray) -> np.ndarray:
+def check_image(image: np.ndarray) -> None:
+    """Raise ValueError unless `image` is uint8 RGB (h, w, 3)."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"a blur needs a uint8 image (h, w, 3), got {image.dtype} {image.shape}")
+
+
+def _light(image: np.ndarray) -> np.ndarray:
+    check_image(image)
     return srgb_to_linear(image)
 
 

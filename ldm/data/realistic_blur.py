@@ -1,0 +1,141 @@
+"""Training pairs made from sharp images as real cameras degrade them: the recipe and its data set."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ldm.data.paired import BLUR_MARGIN, CropDataset, Key, at_least, sharpness
+from ldm.modules.image_degradation.blur import compress_jpeg, random_blur
+from ldm.modules.image_degradation.shake import camera_shake
+
+
+@dataclass(frozen=True)
+class RealisticBlur:
+    """How photos are degraded to train for real cameras; fractions of the samples, sizes in pixels.
+
+    The choices follow what RSBlur measured (Rim et al., ECCV 2022, table 4): noise matters most, then the
+    sRGB curve, saturated highlights and the camera's processing.
+    """
+
+    shake: float = 0.5  # varying camera shake
+    motion: float = 0.1  # one motion kernel for the whole crop
+    optical: float = 0.3  # defocus, lens or gaussian blur
+    both: float = 0.05  # defocus or lens blur at half size, then shake; the rest stays sharp
+    photo_scales: tuple[float, ...] = (1.0, 0.6, 0.36)  # photos are shrunk before they are blurred
+    shrink_after: float = 0.3  # the blurred image is scaled down by 0.5 to 0.9
+    noise: tuple[float, float] = (1e-6, 2e-3)  # gain of the sensor's noise, log-uniform
+    tone_curve: float = 0.25  # strongest change of contrast by the camera's tone curve
+    jpeg: float = 0.5
+    jpeg_quality: tuple[int, int] = (40, 95)
+    shortest_path: float = 4.0
+    longest_path: float = 45.0  # and no longer than a quarter of the crop: a crop must show the path
+
+
+class RealisticBlurDataset(CropDataset):
+    """Pairs from sharp images alone, degraded as `recipe` (RealisticBlur's defaults) says;
+    new in every epoch.
+
+    `images` as in BlurDataset. Of `candidates` crops the sharpest is taken.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        size: int,
+        seed: int,
+        candidates: int = 1,
+        recipe: RealisticBlur | None = None,
+        **look: float,
+    ):
+        super().__init__(len(images), size, seed, **look)
+        self.images, self.candidates = images, candidates
+        self.recipe = recipe or RealisticBlur()
+
+    def _crops(self, key: Key, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str, str]:
+        image = at_least(self.images[key], self.size)
+        shrink = rng.uniform(0.5, 0.9) if rng.random() < self.recipe.shrink_after else 1.0
+        shortest = min(image.shape[:2])
+        if self.size / shrink > shortest:
+            shrink = 1.0
+        size = round(self.size / shrink)  # of the crop when it is blurred
+        scales = [scale for scale in self.recipe.photo_scales if size <= shortest * scale]
+        scale = scales[rng.integers(len(scales))] if scales else size / shortest
+        around, y, x = self._surroundings(image, size, scale, rng)
+        sharp = around[y : y + size, x : x + size]
+        blurred, blur_type = self._degrade(around, rng)
+        blurry = blurred[y : y + size, x : x + size]
+        if size != self.size:
+            target = (self.size, self.size)
+            sharp = cv2.resize(sharp, target, interpolation=cv2.INTER_AREA)
+            blurry = cv2.resize(blurry, target, interpolation=cv2.INTER_AREA)
+        curve = tone_curve(rng.uniform(-self.recipe.tone_curve, self.recipe.tone_curve))
+        blurry, sharp = cv2.LUT(blurry, curve), cv2.LUT(sharp, curve)
+        if blur_type and rng.random() < self.recipe.jpeg:
+            low, high = self.recipe.jpeg_quality
+            blurry = compress_jpeg(blurry, int(rng.integers(low, high + 1)))
+        return blurry, sharp, self.images.name(key), blur_type
+
+    def _surroundings(
+        self, image: np.ndarray, size: int, scale: float, rng: np.random.Generator
+    ) -> tuple[np.ndarray, int, int]:
+        """The sharpest of some crops of `size` pixels at `scale` with a margin, and where the crop begins."""
+        side = min(int(np.ceil(size / scale)), *image.shape[:2])
+        best, sharpest = (0, 0), -1.0
+        for _ in range(self.candidates):
+            y, x = (int(rng.integers(length - side + 1)) for length in image.shape[:2])
+            value = sharpness(image[y : y + side, x : x + side]) if self.candidates > 1 else 0.0
+            if value > sharpest:
+                best, sharpest = (y, x), value
+        y, x = best
+        margin = int(BLUR_MARGIN / scale)
+        top, left = max(0, y - margin), max(0, x - margin)
+        part = image[top : y + side + margin, left : x + side + margin]
+        if scale != 1:
+            target = (round(part.shape[1] * scale), round(part.shape[0] * scale))
+            target = (max(target[0], size), max(target[1], size))
+            part = cv2.resize(part, target, interpolation=cv2.INTER_AREA)
+        offset_y = min(round((y - top) * scale), part.shape[0] - size)
+        offset_x = min(round((x - left) * scale), part.shape[1] - size)
+        return part, offset_y, offset_x
+
+    def _degrade(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        """Blur by a type drawn from the recipe's fractions; the image and the type ("" = left sharp)."""
+        recipe = self.recipe
+        noise = {"noise": recipe.noise}
+        longest = max(2.0, min(recipe.longest_path, self.size / 4))
+        path = {"length": (min(recipe.shortest_path, longest / 2), longest)}
+        drawn = rng.random()
+        if drawn < recipe.shake:
+            return camera_shake(image, rng, **path, **noise)[0], "camera_shake"
+        drawn -= recipe.shake
+        if drawn < recipe.motion:
+            scale = longest / recipe.longest_path
+            return random_blur(image, rng, ["motion_blur"], scale=scale, **noise)[0], "motion_blur"
+        drawn -= recipe.motion
+        if drawn < recipe.optical:
+            return self._optical_blur(image, rng, 1.0, **noise)
+        drawn -= recipe.optical
+        if drawn < recipe.both:
+            image, _ = self._optical_blur(image, rng, 0.5, noise=0.0)
+            return camera_shake(image, rng, **path, **noise)[0], "two_blurs"
+        if rng.random() < 0.5:
+            return image, ""
+        return self._optical_blur(image, rng, rng.uniform(0, 0.25), **noise)
+
+    def _optical_blur(
+        self, image: np.ndarray, rng: np.random.Generator, scale: float, **options: Any
+    ) -> tuple[np.ndarray, str]:
+        types = ("defocus_blur", "lens_blur", "gaussian_blur")
+        blur_type = types[rng.integers(3)]
+        if blur_type == "lens_blur":
+            options["field"] = (0.0, 0.0)  # light falls off towards the corners of a photo, not of a crop
+        return random_blur(image, rng, [blur_type], scale=scale, **options)[:2]
+
+
+def tone_curve(strength: float) -> np.ndarray:
+    """A camera's tone curve as a table of 256 levels: an S-curve, or with strength < 0 its opposite."""
+    level = np.arange(256) / 255
+    curve = level + strength * np.sin(2 * np.pi * (level - 0.5)) / (2 * np.pi)
+    return np.rint(curve.clip(0, 1) * 255).astype(np.uint8)

@@ -1,0 +1,86 @@
+"""Pairs degraded as real cameras do: alignment, kinds, sharp fraction, seeds."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data.dead_leaves import DeadLeaves
+from ldm.data.image import photographs
+from ldm.data.paired import ImageFiles
+from ldm.data.realistic_blur import RealisticBlur, RealisticBlurDataset, tone_curve
+from ldm.metrics import misalignment
+
+STILL = {"shake": 0.0, "motion": 0.0, "optical": 0.0, "both": 0.0}  # nothing is blurred, or hardly
+GENTLE = {"shake": 1.0, "longest_path": 5.0, "jpeg": 0.0, "noise": (1e-9, 1e-8)}
+
+
+def items(count: int, size: int = 64, **recipe) -> list[dict]:
+    images = ImageFiles(photographs() * 20)
+    dataset = RealisticBlurDataset(
+        images, size, 0, candidates=2, recipe=RealisticBlur(**recipe), augment=True
+    )
+    return [dataset[(0, index)] for index in range(count)]
+
+
+def pixels(image: torch.Tensor) -> np.ndarray:
+    return ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+
+
+def test_kinds_occur_as_the_recipe_says():
+    counts = Counter(item["blur_type"] for item in items(100, 32))
+    assert counts["camera_shake"] == pytest.approx(50, abs=16)
+    optical = counts["defocus_blur"] + counts["lens_blur"] + counts["gaussian_blur"]
+    assert optical == pytest.approx(32, abs=15)
+    assert counts["motion_blur"] > 2 and counts["two_blurs"] > 0 and counts[""] > 0
+
+
+def test_both_sides_stay_aligned_at_every_scale():
+    shifts = [misalignment(pixels(i["blurry"]), pixels(i["sharp"]))[0] for i in items(12, 96, **GENTLE)]
+    assert np.median(shifts) < 1.0 and max(shifts) < 3.0  # a path of 5 px moves its middle a little
+
+
+def test_sharp_samples_are_identical_on_both_sides():
+    found = [item for item in items(30, 48, **STILL) if item["blur_type"] == ""]
+    assert len(found) > 8
+    for item in found:
+        assert torch.equal(item["blurry"], item["sharp"])
+
+
+def test_items_have_the_layout_of_pairs_and_depend_on_their_key_alone():
+    first, second = items(2, 32)
+    again = items(2, 32)[1]
+    assert set(first) == {"blurry", "sharp", "path", "blur_type", "seed"}
+    assert first["blurry"].shape == first["sharp"].shape == (3, 32, 32)
+    assert torch.equal(second["blurry"], again["blurry"]) and torch.equal(second["sharp"], again["sharp"])
+
+
+def test_any_source_and_a_crop_of_the_whole_image():
+    leaves = DeadLeaves(40, 3, seed=0)
+    for size in (16, 40, 64):  # 64: scaled up
+        assert RealisticBlurDataset(leaves, size, 0)[(1, 2)]["blurry"].shape == (3, size, size)
+
+
+def test_paths_are_no_longer_than_a_crop_can_show(monkeypatch):
+    from ldm.data import realistic_blur
+
+    lengths = []
+
+    def note(image, rng, length, **options):
+        lengths.append(length)
+        return image, {}
+
+    monkeypatch.setattr(realistic_blur, "camera_shake", note)
+    items(3, 32, shake=1.0)
+    items(3, 256, shake=1.0)
+    assert lengths[0] == (4.0, 8.0) and lengths[-1] == (4.0, 45.0)
+
+
+def test_tone_curves_keep_the_ends_and_the_middle():
+    for strength in (-0.25, 0.0, 0.25):
+        curve = tone_curve(strength).astype(int)
+        assert curve[0] == 0 and curve[255] == 255 and abs(curve[127] - 127) <= 1
+        assert (np.diff(curve) >= 0).all()
+    assert np.array_equal(tone_curve(0.0), np.arange(256))
+    assert tone_curve(0.25)[64] < 64 < tone_curve(-0.25)[64]
