@@ -1,6 +1,7 @@
 """Restore pictures of any size with any of the systems here, one subcommand each.
 
-    python infer.py srn --input photo.jpg                               # with the weights in models/
+    python infer.py --input photo.jpg                                   # with the best weights in models/
+    python infer.py srn --input photo.jpg                               # with SRN's weights in models/
     python infer.py --checkpoint_path FILE --input photo.jpg            # the file says which system it is of
     python infer.py deblur --input photo.jpg --output_dir restored --checkpoint_path best.ckpt
     python infer.py srn --input FOLDER --output_dir restored --checkpoint_path models/my.safetensors
@@ -433,6 +434,7 @@ COMMANDS = {
     "bgan": BGAN,
     "inpaint": Inpaint,
 }
+BEST = "dbgan"  # its included weights remove the most real motion blur: docs/weights.md
 
 
 # ---- a command line without a subcommand -------------------------------------------------------------------
@@ -469,7 +471,8 @@ def system_of(path: Path) -> str:
 def with_subcommand(words: list[str]) -> list[str]:
     """A command line with its subcommand: if there is none --checkpoint_path says it, or --input_mask.
 
-    Raises ValueError if nothing says it.
+    With --input alone it is the one whose included weights restore real photos best.
+    Raises ValueError without any of these.
     """
     if not words or words[0] in COMMANDS or {"-h", "--help"} & {*words}:
         return words
@@ -479,8 +482,11 @@ def with_subcommand(words: list[str]) -> list[str]:
         return ["inpaint", *words]
     flags = {"--checkpoint_path", "--lora_path", "--pretrained_model_name_or_path"}
     at = next((index for index, word in enumerate(options[:-1]) if word in flags), None)
+    if at is None and "--input" in options:
+        print(f"no subcommand given: restoring with {BEST} and its included weights")
+        return [BEST, *words]
     if at is None:
-        raise ValueError(f"give one of {', '.join(COMMANDS)} first, or --checkpoint_path, which says it")
+        raise ValueError(f"give --input, or one of {', '.join(COMMANDS)} first")
     command = system_of(repository_path(words[at + 1])) if options[at] == "--checkpoint_path" else "kontext"
     if command == "kontext" and options[at] == "--checkpoint_path":
         from ldm.models.kontext import TRANSFORMER
