@@ -29,7 +29,7 @@ def test_every_stage_runs_at_tiny_size(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     gpu.main(gpu.Settings(tmp_path, tiny=True))
     rows = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
-    stages = {stage: [row for row in rows if row["stage"] == stage] for stage in (*gpu.STAGES, "training")}
+    stages = {stage: [row for row in rows if row["stage"] == stage] for stage in gpu.LIMITS}
     assert all(stages.values()) and len(rows) >= 50
     wrong = [row for row in rows if row["stage"] != "machine" and not row["unit"]]
     assert [row["what"] for row in wrong] == ["deblurring network, weights"], wrong
@@ -37,6 +37,8 @@ def test_every_stage_runs_at_tiny_size(tmp_path, monkeypatch, capfd):
     exact = [row for row in stages["checks"] if row["unit"] != "dB"]  # bf16's dB are those of real sizes
     assert len(exact) >= 22 and all(row["met"] == "yes" for row in exact), exact
     assert capfd.readouterr().out.count("| of the time |") == 2
+    with pytest.raises(ValueError, match="report.jsonl exists: give another --output_dir"):
+        gpu.main(gpu.Settings(tmp_path, tiny=True))
 
 
 class Stream:
@@ -94,8 +96,8 @@ def test_a_case_that_does_not_fit_stops_no_other(monkeypatch, tmp_path, capsys):
         return [Row("a", 1.0, "s", 2.0), Row("b", 5, "s", 9, True)]
 
     cases = [Case("large", full), Case("sick", broken), Case("sound", sound)]
-    monkeypatch.setitem(gpu.STAGES, "srn", (1, lambda tiny, device: cases))
-    gpu.run_stage("srn", True, tmp_path / "report.jsonl")
+    monkeypatch.setattr(gpu, "cases_of", lambda stage, settings, seconds: cases)
+    gpu.run_stage("srn", gpu.Settings(tmp_path), 1.0)
     rows = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
     assert [row["value"] for row in rows] == ["out of memory", "failed: two devices", 1.0, 5]
     assert [row["met"] for row in rows] == ["", "", "yes", "no"]
