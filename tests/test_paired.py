@@ -182,7 +182,7 @@ def test_nothing_to_find_is_said(tmp_path):
         find_pairs(tmp_path)
     (tmp_path / "in").mkdir()
     with pytest.raises(FileNotFoundError, match="no images.*in"):
-        find_pairs(tmp_path / "in", tmp_path / "in")
+        find_pairs(tmp_path / "in", tmp_path)
     (tmp_path / "list.txt").write_text("\n")
     with pytest.raises(FileNotFoundError, match="no pairs in .*list.txt"):
         find_pairs(tmp_path / "list.txt")
