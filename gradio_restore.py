@@ -20,8 +20,12 @@ import torch
 
 import infer
 from harness.settings import run_main
+from ldm.checkpoint import repository_path
 from ldm.data.image import image_size
+from ldm.device import choose_device, describe_start
 from ldm.models.diffusion.samplers import METHODS
+from ldm.models.kontext import TRANSFORMER
+from ldm.util import settle_precision
 from web.doorkeeper import Doorkeeper, Terse, check_picture, sentence
 from web.workshop import Stopped, System, Workshop, open_upload, painted, save_mask
 
@@ -65,7 +69,7 @@ def list_systems(settings: Settings) -> dict[str, System]:
     inpaint = choose(settings.inpaint_path, newest, "small_inpaint", SMALL_BASE)
     inpaint = infer.Inpaint(**exact, checkpoint_path=inpaint, base_path=base)
     for options in (deblur, inpaint):
-        options.base_path, options.num_inference_steps = options.files()[1], options.sampling_steps()
+        options.num_inference_steps = options.sampling_steps()
     dbgan = choose(settings.dbgan_path, "outputs/dbgan/deblur/dbgan.safetensors", "dbgan")
     bgan = choose(settings.bgan_path, "outputs/dbgan/blur/bgan.safetensors", "bgan")
     named = {"pretrained_model_name_or_path": settings.kontext_path, "lora_path": settings.lora_path}
@@ -82,7 +86,7 @@ def list_systems(settings: Settings) -> dict[str, System]:
             "SRN-DeblurNet takes away blur in one pass. It has no chance in it: no seed, no steps.",
             infer.SRN(**exact, checkpoint_path=settings.srn_path),
             ("self_ensemble",),
-            (settings.srn_path,),
+            (repository_path(settings.srn_path),),
             made.format("train_srn.py (docs/srn.md), a small one with --demo,", "srn"),
             one_pass=True,
         ),
@@ -98,24 +102,25 @@ def list_systems(settings: Settings) -> dict[str, System]:
         "deblur": System(
             "ControlNet",
             "A ControlNet takes away blur with Stable Diffusion, which invents detail: each seed its own."
-            + small_note(deblur.checkpoint_path),
+            + size_note(deblur.checkpoint_path),
             deblur,
             (*sampling, "scheduler", "strength", "fidelity", "self_ensemble", "prompt"),
-            tuple(filter(None, deblur.files())),
+            (deblur.checkpoint_path, *([base] if base else [])),
             made.format("tutorial_train_deblur.py (docs/deblur.md)", "deblur"),
         ),
         "inpaint": System(
             "Inpaint",
             "A ControlNet on Stable Diffusion fills what you paint over, what is white in a mask, and what "
-            "is added at the sides. All else stays as it is." + small_note(inpaint.checkpoint_path),
+            "is added at the sides. All else stays as it is." + size_note(inpaint.checkpoint_path),
             inpaint,
             (*sampling, "scheduler", "strength", "mask_blur", "only_masked_padding", *SIDES, "prompt"),
-            tuple(filter(None, inpaint.files())),
+            (inpaint.checkpoint_path, *([base] if base else [])),
             made.format("tutorial_train_inpaint.py (docs/inpaint.md)", "inpaint"),
         ),
         "kontext": System(
             "Kontext",
-            "FLUX.1 Kontext undoes the damage that its LoRA was trained on." + small_note(folder),
+            "FLUX.1 Kontext undoes the damage that its LoRA was trained on."
+            + size_note(folder / TRANSFORMER),
             kontext,
             sampling,
             tuple(filter(None, kontext.files())),
@@ -135,20 +140,21 @@ def list_systems(settings: Settings) -> dict[str, System]:
 
 
 SIDES = ("left", "top", "right", "bottom")  # to which outpainting adds
+LARGE = 512  # pixels: weights that were trained on smaller images say so
 SMALL_BASE = "small_diffusion"  # without which the small ControlNets are of no use
 
 
 def choose(given: Path | None, run: str | Path, *shipped: str) -> Path:
-    """The file of weights: the one that is given, else a run's, else the first of those that come along."""
-    come_along = [Path(f"models/{name}.safetensors") for name in shipped]
-    shown = come_along[0] if all(path.exists() for path in come_along) else Path(run)
+    """The file of weights: the one that is given, else a run's, else the first of the included ones."""
+    included = [repository_path(f"models/{name}.safetensors") for name in shipped]
+    shown = included[0] if all(path.exists() for path in included) else Path(run)
     return given or (Path(run) if Path(run).exists() else shown)
 
 
-def small_note(path: Path) -> str:
-    """What to say of a small model that comes along."""
-    text = " This is the small model that comes along, to see how it works; the real one you train."
-    return text if infer.is_small(path) else ""
+def size_note(path: Path) -> str:
+    """What to say of weights that were trained on small images."""
+    size = infer.number_in(path, "image_size", LARGE)
+    return f" It was trained on images of {size} pixels, to show how it works." if size < LARGE else ""
 
 
 # ---- the page (gradio is imported where it is used, after `main` has said where its files go) --------------
@@ -390,6 +396,10 @@ def main(settings: Settings) -> None:
         raise ValueError(f"port must lie in 1 ... 65535, not {settings.port}")
     if settings.max_megapixels <= 0 or settings.max_upload_mb < 1:
         raise ValueError("max_megapixels must be above 0 and max_upload_mb at least 1")
+
+    device = choose_device(settings.device)
+    precision = settle_precision(settings.precision, device)
+    print(describe_start(device, precision, settings.device))
 
     # Folders; gradio reads its own from the environment when it is imported
     results, uploads = (settings.output_dir.resolve() / name for name in ("results", "uploads"))

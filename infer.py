@@ -29,11 +29,12 @@ import tyro
 from harness.jobs import Files, Job, Restorer, restore_files
 from harness.settings import run_main
 from ldm import checkpoint
+from ldm.checkpoint import repository_path
 from ldm.data.image import read_rgba, side_by_side
 from ldm.data.picture import identity
 from ldm.data.stream import item_seed
 from ldm.models.diffusion.samplers import METHODS
-from ldm.util import autocast
+from ldm.util import autocast, half_dtype, settle_precision
 
 Precision = Literal["auto", "32", "16", "bf16"]
 Sampler = Literal[*METHODS]
@@ -47,19 +48,22 @@ class ControlNet(Files):
     checkpoint_path: Path | None = None
     base_path: Path | None = None  # Stable Diffusion file; None takes the one the checkpoint names
     config_path: Path | None = None  # yaml of the model; None takes the checkpoint's, or one that fits
-    num_inference_steps: int | None = None  # sampling steps; None: 50, of the small model as many as suit it
+    num_inference_steps: int | None = None  # sampling steps; None: as the file says, else 50
     control_scale: float = 1.0  # weight of the ControlNet
     negative_prompt: str = ""  # what guidance leads away from
-    # keep the colours of the input, in a hole those around it; small_deblur knows them and goes without
+    # keep the colours of the input, in a hole those around it; not for files that say that they keep them
     color_fix: bool = True
-    precision: Precision = "auto"  # of the computation; auto: bf16 on a GPU that has it, else 32: exact
+    # precision of the computation; auto: bf16 where the device computes in it, 16 on older GPUs, else 32
+    precision: Precision = "auto"
 
-    KIND: ClassVar[str] = ""  # of the small model's file
-    SMALL_STEPS: ClassVar[int] = 2  # that suit it: see the table in docs/deblur.md
+    KIND: ClassVar[str] = ""  # of the included model's file
+
+    def settled_precision(self) -> str:
+        return settle_precision(self.precision, self.torch_device(), "16")
 
     def sampling_steps(self) -> int:
         """Sampling steps, by default those that suit the file."""
-        return self.num_inference_steps or (self.SMALL_STEPS if is_small(self.files()[0]) else 50)
+        return self.num_inference_steps or number_in(self.weights(), "sampling_steps", 50)
 
     def as_now(self, kind: type) -> Any:
         """`kind` (Sampling or Inpainting) with these options as they are now."""
@@ -67,40 +71,49 @@ class ControlNet(Files):
         options = {name: getattr(self, name) for name in names}
         return kind(**options, steps=self.sampling_steps(), method=self.scheduler)
 
-    def files(self) -> tuple[Path, Path | None]:
-        """The ControlNet's file, and its Stable Diffusion's unless the first names it."""
-        path = self.checkpoint_path or small_file(self.KIND)
-        return path, self.base_path or (small_file("diffusion") if is_small(path) else None)
-
     def weights(self) -> Path:
-        return self.files()[0]
+        return self.checkpoint_path or small_file(self.KIND)
 
     def made_from(self, source: Path) -> list[Path]:
-        path, base = self.files()
-        wanted = base_of(path, base, identity(path))
+        path = self.weights()
+        wanted = base_of(path, self.base_path, identity(path))
         return [source, path, *(file for file in (wanted, self.config_path) if file)]
 
     def open(self) -> torch.nn.Module:
         """The model on its device, in the type of the computation."""
         from cldm.restore import open_restorer
 
-        path, base = self.files()
+        path = self.weights()
         if self.checkpoint_path is None:
             print(
-                f"{path}: the small model that comes along, to see how this works. The real one is a "
+                f"{path}: the small model that is included, to see how this works. The real one is a "
                 f"ControlNet on Stable Diffusion: train it (docs/{self.KIND}.md), give --checkpoint_path"
             )
-        return open_restorer(path, base, self.config_path, self.torch_device(), self.compute_dtype())
+        dtype = half_dtype(self.settled_precision())
+        return open_restorer(path, self.base_path, self.config_path, self.torch_device(), dtype)
 
 
-def is_small(path: Path) -> bool:
-    """Whether a file, or folder, is a small model that comes with the project."""
-    return path.name.startswith("small_")
+def facts_of(path: Path) -> dict[str, str]:
+    """What the metadata of a .safetensors file say about it: the `sampling_steps` that suit it, whether it
+    `keeps_colors`, the `image_size` it was trained on; {} for other files.
+
+    One that cannot be read fails when it is loaded.
+    """
+    try:
+        return checkpoint.read_metadata(path) if path.suffix == ".safetensors" else {}
+    except ValueError:
+        return {}
+
+
+def number_in(path: Path, fact: str, otherwise: int) -> int:
+    """A whole number among the facts of a file, `otherwise` if it is not there."""
+    text = facts_of(path).get(fact, "")
+    return int(text) if text.isdecimal() else otherwise
 
 
 def small_file(name: str) -> Path:
     """A small model that comes with the project. Raises FileNotFoundError if it is not there."""
-    path = Path(f"models/small_{name}.safetensors")
+    path = repository_path(f"models/small_{name}.safetensors")
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing, the small model that is taken without --checkpoint_path: give your own file"
@@ -145,7 +158,7 @@ class Deblur(ControlNet):
 
         def restore(image: np.ndarray, path: Path) -> np.ndarray:
             sampling = self.as_now(Sampling)
-            sampling.color_fix &= not is_small(self.files()[0])  # it knows them better: docs/deblur.md
+            sampling.color_fix &= "keeps_colors" not in facts_of(self.weights())
             if self.prompt is None:
                 sampling.prompt = model.prompt.replace("{blur_type}", "blur")
             with autocast(model):
@@ -167,13 +180,12 @@ class OnePass(Files):
 
     tile: int = 1536  # larger pictures go through in equal tiles of at most that size; 0 = in one piece
     overlap: int = 128  # pixels over which the tiles are blended
-    precision: Precision = "auto"  # of the computation; auto: bf16 on a GPU that has it, else 32: exact
+    precision: Precision = "auto"  # of the computation; auto: bf16 where there is it, else 32: exact
 
     DEEP = True
 
     def place(self, network: torch.nn.Module) -> torch.nn.Module:
         """A network on its device, in the layout that convolutions are fastest in."""
-        self.compute_dtype()
         return network.to(self.torch_device(), memory_format=torch.channels_last)
 
     def how(self) -> dict[str, Any]:
@@ -202,7 +214,7 @@ class SRN(OnePass):
         return lambda image, path: restore_image(network, image, self.self_ensemble, **self.how())
 
 
-KONTEXT = Path("models/FLUX.1-Kontext-dev"), Path("models/small_kontext")  # the real one, the small one
+KONTEXT = "models/FLUX.1-Kontext-dev", "models/small_kontext"  # the real one, the small one
 
 
 @dataclass(kw_only=True)
@@ -214,12 +226,14 @@ class Kontext(Files):
     lora_path: Path | None = None  # a file, or the folder of a run; without it the model as it is
     lora_scale: float = 1.0  # strength of the LoRA
     prompt: str = ""  # empty: the one that the LoRA was trained with
-    num_inference_steps: int | None = None  # sampling steps; None: 30, of the small model 2
+    num_inference_steps: int | None = None  # sampling steps; None: as the file says, else 30
     guidance_scale: float = 2.5  # how much the prompt counts
-    # larger pictures are restored at that many pixels squared, and scaled back; None: 1024, small model 128
+    # larger pictures are restored at that many pixels squared, and scaled back; None: as the file says, else
+    # 1024
     resolution: int | None = None
     seed: int = 0  # the same seed gives the same picture
-    # pixels of the squares that larger pictures go through in (1024, say); 0 = shrunk; None: 0, small 128
+    # pixels of the squares that larger pictures go through in (1024, say); 0 = shrunk; None: as the file
+    # says, else 0
     tile: int | None = None
     overlap: int = 128  # pixels over which the squares are blended, at most half of one
     # storage of the transformer; fp8 halves it, nf4 halves that (bitsandbytes)
@@ -239,8 +253,9 @@ class Kontext(Files):
         """The model folder, and the LoRA's file if there is one: the small model has its own."""
         folder, lora = self.pretrained_model_name_or_path, self.lora_path
         if folder is None:
-            small = KONTEXT[1].exists() and not KONTEXT[0].exists()
-            folder = KONTEXT[small]
+            real, included = (repository_path(name) for name in KONTEXT)
+            small = included.exists() and not real.exists()
+            folder = included if small else real
             lora = small_file("kontext_lora") if small and lora is None else lora
         return folder, lora
 
@@ -249,14 +264,15 @@ class Kontext(Files):
 
         return [*super().made_from(source), self.files()[0] / TRANSFORMER]
 
+    def settled_precision(self) -> str:
+        return "bf16" if self.torch_device().type == "cuda" else "32"
+
     def restorer(self) -> Restorer:
         from ldm.models.kontext import load_restorer
 
         folder, lora = self.files()
-        if self.pretrained_model_name_or_path is None and folder == KONTEXT[1]:
-            print(
-                f"{folder}: the small model that comes along; the real one is {KONTEXT[0]} (docs/kontext.md)"
-            )
+        if self.pretrained_model_name_or_path is None and folder == repository_path(KONTEXT[1]):
+            print(f"{folder}: the included small model; the real one is {KONTEXT[0]} (docs/kontext.md)")
         restore = load_restorer(
             folder,
             lora,
@@ -272,10 +288,12 @@ class Kontext(Files):
 
     def work(self) -> dict[str, Any]:
         """These options, as they are now, for ldm.models.diffusion.flow.restore_image."""
-        small = is_small(self.files()[0])
-        steps = self.num_inference_steps or (2 if small else 30)
-        tile = 128 * small if self.tile is None else self.tile
-        resolution = self.resolution or (128 if small else 1024)
+        from ldm.models.kontext import TRANSFORMER
+
+        file = self.files()[0] / TRANSFORMER
+        steps = self.num_inference_steps or number_in(file, "sampling_steps", 30)
+        tile = number_in(file, "image_size", 0) if self.tile is None else self.tile
+        resolution = self.resolution or number_in(file, "image_size", 1024)
         overlap = min(self.overlap, tile // 2) if tile else self.overlap
         how = {"guidance": self.guidance_scale, "seed": self.seed, "progress": self.progress}
         return {**how, "steps": steps, "resolution": resolution, "tile": tile, "overlap": overlap}
@@ -301,16 +319,16 @@ class Inpaint(ControlNet):
     mask_blur: int = 4  # pixels around the hole over which old and new blend; all others stay as they are
     grow_mask: int = 0  # pixels by which the hole is made larger first
     only_masked_padding: int = -1  # 0 or more: work on each hole and so many pixels around it
-    resolution: int = 512  # then the shorter side is scaled up to that many pixels
+    resolution: int = 512  # then a smaller region is scaled up to that many pixels squared
 
-    KIND, SMALL_STEPS = "inpaint", 10
+    KIND = "inpaint"
     LESS_MEMORY = "--precision 16, or --only_masked_padding 32"
     ELSEWHERE = f"{Files.ELSEWHERE} masks"
 
-    def pictures(self) -> list[Path]:
-        from ldm.data.masks import list_photographs
+    def photographs(self, paths: list[Path]) -> list[Path]:
+        from ldm.data.masks import without_masks
 
-        return list_photographs(self.input, self.input_mask)
+        return without_masks(paths, self.input, self.input_mask)
 
     def check(self, jobs: list[Job]) -> None:
         from ldm.data.masks import MaskFolder, read_mask
@@ -463,11 +481,11 @@ def with_subcommand(words: list[str]) -> list[str]:
     at = next((index for index, word in enumerate(options[:-1]) if word in flags), None)
     if at is None:
         raise ValueError(f"give one of {', '.join(COMMANDS)} first, or --checkpoint_path, which says it")
-    command = system_of(Path(words[at + 1])) if options[at] == "--checkpoint_path" else "kontext"
+    command = system_of(repository_path(words[at + 1])) if options[at] == "--checkpoint_path" else "kontext"
     if command == "kontext" and options[at] == "--checkpoint_path":
         from ldm.models.kontext import TRANSFORMER
 
-        folder = (Path(words[at + 1]) / TRANSFORMER).is_file()
+        folder = (repository_path(words[at + 1]) / TRANSFORMER).is_file()
         words[at] = "--pretrained_model_name_or_path" if folder else "--lora_path"
     return [command, *words]
 

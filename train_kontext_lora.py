@@ -31,12 +31,20 @@ from tqdm import tqdm
 from harness import flags
 from harness.run import Run, average_gradients, first_alone, start_fabric
 from harness.settings import check_counts, check_fractions, check_optimizer, plain, run_main
+from ldm.checkpoint import MODELS
 from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
 from ldm.data.image import write_image
 from ldm.data.stream import item_generator
 from ldm.data.tasks import make_data
 from ldm.models.diffusion.flow import restore_image, shift_timesteps
-from ldm.models.kontext import AUTOENCODER, TRANSFORMER, FluxAutoencoder, load_autoencoder, load_flux
+from ldm.models.kontext import (
+    AUTOENCODER,
+    TRANSFORMER,
+    FluxAutoencoder,
+    load_autoencoder,
+    load_flux,
+    own_dtype,
+)
 from ldm.models.kontext_lora import encode, make_demo, peak_memory, preview, save_outputs, validate
 from ldm.models.prompts import Prompts, check_folder
 from ldm.modules.ema import EMA
@@ -133,7 +141,6 @@ class Settings:
 
 
 DEMO_DIR = Path("outputs/kontext_demo")
-MODELS = Path(__file__).parent / "models"
 DEMO = {
     "output_dir": DEMO_DIR,
     "pretrained_model_name_or_path": MODELS / "small_kontext",
@@ -250,13 +257,12 @@ def check(settings: Settings) -> None:
 
 def load_models(folder: Path, settings: Settings, device: torch.device) -> tuple[FluxAutoencoder, Flux]:
     """The frozen autoencoder and transformer."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    autoencoder = load_autoencoder(folder / AUTOENCODER, device, dtype)
+    autoencoder = load_autoencoder(folder / AUTOENCODER, device)
     autoencoder.decoder.use_checkpoint = True
     model = load_flux(
         folder / TRANSFORMER,
         "cpu" if settings.shard_base else device,
-        dtype,
+        own_dtype(device),
         fp8=settings.base_precision == "fp8",
         progress=partial(tqdm, desc="loading the transformer", unit="tensors"),
         blocks_to_swap=settings.blocks_to_swap,
@@ -338,7 +344,7 @@ def main(settings: Settings) -> None:
     check(settings)
 
     # Seed and devices
-    fabric = start_fabric(settings.devices, settings.num_nodes, seed=settings.seed)
+    fabric = start_fabric(settings.devices, settings.num_nodes, seed=settings.seed, on_cuda="bf16")
     (images := settings.output_dir / "images").mkdir(parents=True, exist_ok=True)
 
     # Data

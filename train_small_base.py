@@ -35,7 +35,7 @@ from cldm.model import read_config
 from harness import flags
 from harness.run import Run, average_gradients, start_fabric
 from harness.settings import check_counts, plain, run_main
-from ldm.checkpoint import read_trained, write_atomically, write_half
+from ldm.checkpoint import MODELS, read_trained, write_atomically, write_half
 from ldm.data.dead_leaves import dead_leaves
 from ldm.data.image import list_images, photographs, read_image, to_tensor, to_uint8, write_image
 from ldm.data.paired import at_least, sharpness
@@ -88,7 +88,14 @@ class Settings:
 MAY_CHANGE = ["stage", "photos", "models", "devices", "save_steps", "precision"]
 MAY_CHANGE += ["autoencoder_steps", "unet_steps", "flux_steps"]
 SIZE, CHANNELS = 128, 32  # pixels of a picture; components of an 8 x 8 block
-CONFIG = Path(__file__).parent / "models" / "small_diffusion.yaml"
+CONFIG = MODELS / "small_diffusion.yaml"
+# What infer.py reads in the metadata of the files (infer.facts_of).
+FACTS = {
+    "deblur": {"sampling_steps": "2", "keeps_colors": "true"},
+    "inpaint": {"sampling_steps": "10"},
+    "kontext": {"sampling_steps": "2", "image_size": str(SIZE)},
+}
+BASE = {"base": "models/small_diffusion.safetensors", "image_size": str(SIZE)}  # of both ControlNets
 SHARP, LEAVES, NOTHING = "a sharp photograph", "dead leaves", ""
 KEEP, OTHER = "keep this photograph", "another photograph"  # what the transformer learns to follow
 BLURS = ("motion_blur", "gaussian_blur", "defocus_blur", "lens_blur")
@@ -447,7 +454,9 @@ def export(settings: Settings) -> None:
         autoencoder = FluxAutoencoder(sizes)
         own = {k: v for k, v in trained["autoencoder"].items() if not k.startswith(("quant", "post_quant"))}
         autoencoder.load_state_dict(own)
-        write_small_folder(settings.models / "small_kontext", flux.half(), autoencoder.half())
+        write_small_folder(
+            settings.models / "small_kontext", flux.half(), autoencoder.half(), **FACTS["kontext"]
+        )
         write_text_encoders(settings.models / "small_kontext", model.cond_stage_model)
     export_runs(settings)
     print(f"written: {settings.models}; look at {settings.output_dir}/autoencoder.png and samples.png")
@@ -461,7 +470,7 @@ def export_runs(settings: Settings) -> None:
         if checkpoint.is_file():
             weights, content = read_trained(checkpoint)
             about = {**content["settings"], "step": content["global_step"]}
-            write_half(settings.models / f"small_{kind}.safetensors", weights, about)
+            write_half(settings.models / f"small_{kind}.safetensors", weights, about, **BASE, **FACTS[kind])
     lora = settings.output_dir / "kontext_lora" / "best" / LORA_FILE
     if lora.is_file():
         shutil.copy(lora, settings.models / "small_kontext_lora.safetensors")

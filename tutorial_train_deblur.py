@@ -264,6 +264,7 @@ def main(settings: Settings) -> None:
     if settings.hint_as_latent:
         config, weights = add_hint_latent(config, weights)
     model = create_filled_model(config, weights, settings.resume_path)
+    del weights  # up to 6 GB, mapped from the file
     model.validation_ddim_steps, model.validation_strength = settings.val_ddim_steps, settings.val_strength
     if settings.deblur_loss_weight and settings.perceptual_loss_weight:
         model.load_perceptual()

@@ -1,48 +1,52 @@
-"""One training step of our ControlNet against diffusers': time, images/s and peak memory, in one run.
+"""One training step of our ControlNet against diffusers' with the same weights: time and ratio, in one run.
 
     python -m benchmarks.controlnet_step                        # reduced width on a CPU, full SD 1.5 on CUDA
     python -m benchmarks.controlnet_step --batch_size 16 --precision bf16
     python -m benchmarks.controlnet_step --compile              # ours as --compile trains it: minutes more
 
 A step: ControlNet and UNet predict the noise in cached latents, the loss goes back to the ControlNet, AdamW
-moves it. Same shapes, batch and precision for both; only the ControlNet is trained. They take turns (on CUDA
-one goes after the other, so that the peak memory is each one's own). diffusers is used as its own training
-script uses it (train_controlnet.py: networks frozen by requires_grad_, AdamW's defaults, autocast). What both
-compute is counted beside, with the time that it takes at least at this machine's measured rates.
+moves it. Same weights, inputs and precision for both; only the ControlNet is trained. They take turns.
+diffusers is used as its own training script uses it (train_controlnet.py: networks frozen by requires_grad_,
+AdamW's defaults, autocast), ours as the training scripts do. Needs requirements-dev.txt.
 """
 
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import nn
 
-from benchmarks.head import begin, bound, in_turn, rates, ratio, seconds, shares
+from benchmarks.head import begin, in_turn, ratio, seconds, wake
 from cldm.cldm import ControlledUnetModel, ControlNet
+
+CUDA = torch.cuda.is_available()
+Batch = dict[str, torch.Tensor]
+Step = Callable[[Batch], torch.Tensor]
 
 
 @dataclass
 class Settings:
-    # 0: 2 on a CPU, 16 on CUDA.
-    batch_size: int = 0
-    # Pixels; 0: 256 on a CPU, 512 on CUDA.
-    image_size: int = 0
-    # Channels at the finest level; 320 is SD 1.5; 0: 64 on a CPU, 320 on CUDA.
-    width: int = 0
-    # 32, bf16 or 16; bf16 stores the frozen UNet in half precision, as our training does.
-    precision: str = "32"
-    # Counted steps of each, after two that are not.
-    steps: int = 10
-    # torch.compile of our two networks, as the training scripts' --compile does it; the peer stays as it is.
-    compile: bool = False
+    batch_size: int = 16 if CUDA else 2
+    image_size: int = 512 if CUDA else 256  # pixels
+    width: int = 320 if CUDA else 64  # channels at the finest level; 320 is SD 1.5
+    precision: str = "32"  # 32, bf16 or 16; in the last two the frozen UNet is stored so
+    steps: int = 10  # counted steps of each, after two that are not
+    compile: bool = False  # our two networks; the peer stays as it is
 
 
-def our_step(settings: Settings, device: str) -> Callable[[dict], float]:
-    """A function that takes one of our training steps on a batch and returns the loss."""
+def like_the_scripts() -> None:
+    """TF32 and cuDNN's choice by measuring, as the ControlNets' trainer sets them (cldm/training.py)."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = torch.cuda.is_available()
+
+
+def our_networks(settings: Settings, device: str) -> tuple[nn.Module, nn.Module]:
+    """UNet, frozen, and ControlNet, no weight of which is zero."""
     sizes = {
         "in_channels": 4,
         "model_channels": settings.width,
@@ -52,8 +56,14 @@ def our_step(settings: Settings, device: str) -> Callable[[dict], float]:
         "num_heads": 8,
         "context_dim": 768,
     }
-    unet = ControlledUnetModel(**sizes).requires_grad_(False).to(device, memory_format=torch.channels_last)
-    control = ControlNet(**sizes).to(device, memory_format=torch.channels_last)
+    with torch.device(device):
+        return wake(ControlledUnetModel(**sizes)).requires_grad_(False), wake(ControlNet(**sizes))
+
+
+def our_step(unet: nn.Module, control: nn.Module, settings: Settings, device: str) -> Step:
+    """A function that takes one of our training steps on a batch and returns the loss."""
+    unet.to(memory_format=torch.channels_last)
+    control.to(memory_format=torch.channels_last)
     if settings.precision != "32":
         unet.to(DTYPES[settings.precision])
     if settings.compile:
@@ -61,7 +71,7 @@ def our_step(settings: Settings, device: str) -> Callable[[dict], float]:
         unet.compile()
     optimizer = torch.optim.AdamW(control.parameters(), lr=1e-5, fused=True)
 
-    def predict(batch: dict) -> torch.Tensor:
+    def predict(batch: Batch) -> torch.Tensor:
         context = batch["context"]
         added = control(batch["noisy"], batch["hint"], batch["t"], context)
         return unet(batch["noisy"], batch["t"], context, added)
@@ -69,19 +79,24 @@ def our_step(settings: Settings, device: str) -> Callable[[dict], float]:
     return training_step(predict, optimizer, settings, device)
 
 
-def their_step(settings: Settings, device: str) -> Callable[[dict], float]:
-    """The same with diffusers' networks."""
+def their_step(our_unet: nn.Module, our_control: nn.Module, settings: Settings, device: str) -> Step:
+    """The same with diffusers' networks, which get copies of our weights."""
     from diffusers import ControlNetModel, UNet2DConditionModel
+
+    from tests.test_oracles import transfer
 
     w = settings.width
     sizes = {"block_out_channels": (w, 2 * w, 4 * w, 4 * w), "cross_attention_dim": 768}
-    unet = UNet2DConditionModel(**sizes).requires_grad_(False).to(device)
-    control = ControlNetModel(**sizes).to(device)
+    with torch.device(device):
+        unet = UNet2DConditionModel(**sizes).requires_grad_(False)
+        control = ControlNetModel(**sizes)
+    transfer(our_unet, unet)
+    transfer(our_control, control)
     if settings.precision != "32":
         unet.to(dtype=DTYPES[settings.precision])
     optimizer = torch.optim.AdamW(control.parameters(), lr=1e-5)
 
-    def predict(batch: dict) -> torch.Tensor:
+    def predict(batch: Batch) -> torch.Tensor:
         dtype = unet.dtype
         context, hint, t = batch["context"], batch["hint"], batch["t"]
         down, middle = control(batch["noisy"], t, context, hint, return_dict=False)
@@ -100,71 +115,59 @@ DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
 def training_step(
-    predict: Callable[[dict], torch.Tensor], optimizer: torch.optim.Optimizer, settings: Settings, device: str
-) -> Callable[[dict], float]:
+    predict: Callable[[Batch], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    device: str,
+) -> Step:
     """What both have in common: autocast, loss, backward, optimizer."""
     half = DTYPES.get(settings.precision)
 
-    def step(batch: dict) -> float:
+    def step(batch: Batch) -> torch.Tensor:
         with torch.autocast(device, half) if half else nullcontext():
             output = predict(batch)
         loss = F.mse_loss(output.float(), batch["noise"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        return loss.item()  # waits for the device
+        return loss.detach()
 
     return step
 
 
-def make_batch(settings: Settings, device: str) -> dict[str, torch.Tensor]:
+def make_batch(settings: Settings, device: str) -> Batch:
     """Random latents, noise, hints and text embeddings."""
     b, side = settings.batch_size, settings.image_size // 8
     return {
         "noisy": torch.randn(b, 4, side, side, device=device),
         "noise": torch.randn(b, 4, side, side, device=device),
         "hint": torch.rand(b, settings.image_size, settings.image_size, 3, device=device).permute(0, 3, 1, 2),
-        "t": torch.randint(0, 1000, (b,), device=device),
+        "t": torch.linspace(0, 999, b, device=device).long(),
         "context": torch.randn(b, 77, 768, device=device),
     }
 
 
+def make_pair(settings: Settings, device: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """Our step and diffusers', each on the same batch and from the same weights; both return the loss."""
+    networks = our_networks(settings, device)
+    theirs = their_step(*networks, settings, device)
+    ours = our_step(*networks, settings, device)
+    batch = make_batch(settings, device)
+    return {"ours": partial(ours, batch), "diffusers": partial(theirs, batch)}
+
+
 def main(settings: Settings) -> None:
     """Print a table and the ratio."""
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
     begin()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    settings.batch_size = settings.batch_size or (16 if cuda else 2)
-    settings.image_size = settings.image_size or (512 if cuda else 256)
-    settings.width = settings.width or (320 if cuda else 64)
+    like_the_scripts()
     print(settings)
-    makers, times, memory = {"ours": our_step, "diffusers": their_step}, {}, {}
-    batch, plainly = make_batch(settings, device), replace(settings, compile=False)
-    machine = rates(device, DTYPES.get(settings.precision, torch.float32))
-    for name, make in makers.items():
-        print(bound(name, step := partial(make(plainly, device), batch), machine))
-        if not cuda:
-            print(shares(name, step))
+    works = make_pair(settings, "cuda" if CUDA else "cpu")
     if settings.compile:
-        started = seconds(partial(our_step(settings, device), batch))
-        print(f"torch.compile: the first step takes {started:.0f} s")
-    if cuda:  # one after the other: peak memory is each one's own
-        for name, make in makers.items():
-            torch.cuda.reset_peak_memory_stats()
-            times |= in_turn({name: partial(make(settings, device), batch)}, settings.steps, 2)
-            memory[name] = torch.cuda.max_memory_allocated() / 1e9
-            torch.cuda.empty_cache()
-    else:
-        works = {name: partial(make(settings, device), batch) for name, make in makers.items()}
-        times = in_turn(works, settings.steps, 2)
+        print(f"torch.compile: the first step takes {seconds(works['ours']):.0f} s")
+    times = in_turn(works, settings.steps, 2)
     for name, values in times.items():
         median = statistics.median(values)
-        peak = f"{memory[name]:.1f} GB peak" if cuda else ""
-        print(
-            f"{name:10s} {1000 * median:8.1f} ms/step  {settings.batch_size / median:7.2f} images/s  {peak}"
-        )
+        print(f"{name:10s} {1000 * median:8.1f} ms/step  {settings.batch_size / median:7.2f} images/s")
     print(f"ours / diffusers: {ratio(times['ours'], times['diffusers'])} of the time, median and quartiles")
 
 

@@ -257,6 +257,7 @@ def fake_tensors(like_cuda: bool = False) -> Iterator[Count]:
     patches = {
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.current_device": lambda: 0,
+        "torch.cuda.get_device_capability": lambda *args: (9, 0),
         "torch.cuda.is_bf16_supported": lambda *args, **kwargs: True,
         "torch.cuda.is_current_stream_capturing": lambda: False,
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,

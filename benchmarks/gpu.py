@@ -1,200 +1,131 @@
-"""Everything that has an aim, measured on the GPU at hand in 10 minutes at most.
+"""Ten minutes of one GPU: is everything right on it, how fast is it, and a training run on it.
 
     python -m benchmarks.gpu
+    python -m benchmarks.gpu --train "--sharp_dir PHOTOS --generator nafnet --init_weights mine.safetensors"
 
-Random weights at full size; diffusers (and peft) in the same run where there is a peer: `pip install -r
-requirements-dev.txt`. What does not fit is reported as such. Writes gpu_report.json and prints a table to
-paste into an issue. The times that are aimed at are an H200's; memory is torch's peak, to which CUDA's
-context comes (about 0.5 GB). `--tiny` runs the same on tiny networks, on any device, in a minute.
+Each stage is a process of its own with a time limit: checks against the CPU (gpu_checks.py), figures at full
+size with random weights (gpu_figures.py; its peers are those of requirements-dev.txt), and train_dbgan.py
+`deblur` as one would start it, for the time that is left. OUTPUT_DIR/report.jsonl gets a line as soon as a
+figure is known; the table that is printed can be pasted into an issue. The times aimed at are an H200's;
+memory is torch's peak, to which CUDA's context comes (about 0.5 GB). `--tiny` runs the same on tiny networks,
+on any device and without hurry.
 """
 
+import gc
 import json
-import statistics
+import multiprocessing
+import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-import train_dbgan
-import train_srn
-import tutorial_train_deblur
-from benchmarks import controlnet_step, kontext_step, plan
-from benchmarks import srn as srn_benchmark
-from benchmarks.head import begin, in_turn, processor, ratio, seconds
+from benchmarks.head import Case, Row, begin, processor
 from harness.settings import run_main
-from ldm.modules.flux import FluxParams
 
-LIMIT = 540  # seconds after which nothing new is begun
-TINY_FLUX = FluxParams(64, 64, 32, 48, 128, 4.0, 4, depth=1, depth_single_blocks=2, axes_dim=(8, 12, 12))
-PART_OF_FLUX = FluxParams(depth=2, depth_single_blocks=4)  # a tenth, for the peer's sake: it fits everywhere
+TOTAL = 590  # seconds for everything
+# Seconds that each stage may take, what is wanted most first; the training gets what is left.
+LIMITS = dict(machine=30, checks=90, controlnet=60, srn=20, kontext=50, dbgan=20, training=TOTAL)
+PRELOADED = ["benchmarks.gpu_checks", "benchmarks.gpu_figures", "benchmarks.gpu_training"]
 
 
 @dataclass
 class Settings:
-    """Measure all aims on this machine's GPU."""
+    """Check, measure and train on this machine's GPU."""
 
-    output: Path = Path("gpu_report.json")  # the report
+    output_dir: Path = Path("outputs/gpu")  # the report, and the training's folder
+    train: str = ""  # options of train_dbgan.py for the training; none: a small NAFNet on dead leaves
     tiny: bool = False  # tiny networks on any device: whether it runs at all
 
 
-class Row(NamedTuple):
-    """One figure; `aim` 0 where there is none, `more` where more is better."""
-
-    what: str
-    value: float | str
-    unit: str
-    aim: float = 0
-    more: bool = False
-
-    @property
-    def met(self) -> str:
-        if not self.aim or isinstance(self.value, str):
-            return ""
-        return "yes" if (self.value >= self.aim if self.more else self.value <= self.aim) else "no"
+def machine() -> list[Row]:
+    """What everything else is about."""
+    begin()
+    about = {"machine": processor(), "torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+    return [Row(name, value) for name, value in about.items()]
 
 
-def measure(make: Callable[[], Callable[[], object]], repeats: int) -> tuple[float, float]:
-    """Median seconds and peak GB of what `make` gives."""
-    cuda = torch.cuda.is_available()
-    if cuda:
+def cases_of(stage: str, settings: Settings, seconds: float) -> Iterable[Case]:
+    """What a stage measures."""
+    from benchmarks import gpu_checks, gpu_figures, gpu_training  # not in the driver: they take seconds
+
+    if stage == "machine":
+        return [Case(stage, machine)]
+    if stage == "training":
+        return [Case(stage, partial(gpu_training.train, settings, seconds))]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return getattr(gpu_checks if stage == "checks" else gpu_figures, stage)(settings.tiny, device)
+
+
+def write(folder: Path, stage: str, row: Row) -> None:
+    """A row into the report and the table, at once."""
+    value = row.value if isinstance(row.value, str) else f"{row.value:.3g}"
+    print(f"| {stage} | {row.what} | {value} | {row.unit} | {row.aim or ''} | {row.met} |", flush=True)
+    with (folder / "report.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": stage, **row._asdict(), "met": row.met}) + "\n")
+
+
+def rows_of(case: Case) -> list[Row]:
+    """The rows of a case; one that does not fit or cannot run says so and stops no other."""
+    gc.collect()
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    step = make()
-    for _ in range(2):
-        step()
-    taken = statistics.median(seconds(step) for _ in range(repeats))
-    return taken, torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+    try:
+        return case.rows()
+    except torch.OutOfMemoryError:
+        return [Row(case.what, "out of memory")]
+    except Exception as error:  # of every kind: it is reported, and the others are worth having
+        return [Row(case.what, f"failed: {(str(error) or type(error).__name__).splitlines()[0]}")]
 
 
-def controlnet_rows(tiny: bool, device: str) -> Iterator[Row]:
-    """The deblurring ControlNet, without pixel losses at batch 32, with the savings at batch 4."""
-    full = tutorial_train_deblur.Settings(
-        precision="bf16", cache_latents=True, deblur_loss_weight=0, batch_size=32
-    )
-    if tiny:
-        full = replace(full, config_path="models/cldm_tiny_deblur.yaml", image_size=64, batch_size=2)
-    taken, peak = measure(lambda: plan.controlnet(full, device).step, 2 if tiny else 10)
-    name = f"ControlNet, bf16, cached latents, batch {full.batch_size}"
-    yield Row(name, full.batch_size / taken, "images/s", 100, more=True)
-    yield Row(name, peak, "GB", 40)
-    few = replace(full, batch_size=2 if tiny else 4)
-    for title, settings, aim in (
-        ("batch 4", few, 12.0),
-        ("batch 4, checkpointing", replace(few, gradient_checkpointing=True), 9.0),
-    ):
-        taken, peak = measure(lambda s=settings: plan.controlnet(s, device).step, 3)
-        yield Row(f"ControlNet, bf16, cached latents, {title}", peak, "GB", aim)
-    sizes = {"batch_size": 2, "image_size": 64, "width": 32} if tiny else {"batch_size": 16}
-    sizes = {"image_size": 512, "width": 320, **sizes}
-    peer = controlnet_step.Settings(**sizes, precision="32" if tiny else "bf16")
-    makers = {"ours": controlnet_step.our_step, "diffusers": controlnet_step.their_step}
-    batch = controlnet_step.make_batch(peer, device)
-    steps = {name: make(peer, device) for name, make in makers.items()}
-    times = in_turn({n: lambda s=step: s(batch) for n, step in steps.items()}, 2 if tiny else 10, 2)
-    yield Row(
-        f"ControlNet, {peer.precision}, batch {peer.batch_size}, ours / diffusers",
-        ratio(times["ours"], times["diffusers"]),
-        "of the time",
-    )
+def run_stage(stage: str, settings: Settings, seconds: float) -> None:
+    """All of a stage's cases, in the process of its own."""
+    for case in cases_of(stage, settings, seconds):
+        for row in rows_of(case):
+            write(settings.output_dir, stage, row)
 
 
-def kontext_rows(tiny: bool, device: str) -> Iterator[Row]:
-    """Kontext's LoRA at 512 pixels, batch 1, checkpointed; and a tenth of it against diffusers + peft."""
-    dtype, side = (torch.float32, 64) if tiny else (torch.bfloat16, 512)
-    params = TINY_FLUX if tiny else FluxParams()
+def in_process(work: Callable[[], None], limit: float) -> str:
+    """Run `work` in a process of its own; "" or what went wrong.
 
-    def step(fp8: bool, swap: int) -> Callable[[], None]:
-        model = kontext_step.random_flux(params, device, dtype, fp8, swap)
-        return kontext_step.our_step(model, kontext_step.inputs(params, side, 16 if tiny else 512, device))
-
-    most = params.depth + params.depth_single_blocks - 2
-    for name, fp8, swap, time_aim, memory_aim in (
-        ("bf16", False, 0, 0.30, 28),
-        ("fp8", True, 0, 0.33, 16),
-        (f"fp8, {most} blocks swapped", True, most, 0, 10),
-    ):
-        taken, peak = measure(lambda fp8=fp8, swap=swap: step(fp8, swap), 2 if tiny else 10)
-        yield Row(f"Kontext LoRA, {name}, 512 px, batch 1", taken, "s", time_aim)
-        yield Row(f"Kontext LoRA, {name}, 512 px, batch 1", peak, "GB", memory_aim)
-    part = TINY_FLUX if tiny else PART_OF_FLUX
-    data = kontext_step.inputs(part, side, 16 if tiny else 512, device)
-    with torch.device(device):
-        steps = {
-            "ours": kontext_step.our_step(kontext_step.random_flux(part, device, torch.float32), data),
-            "peer": kontext_step.peer_step(part, data),
-        }
-    times = in_turn(steps, 2 if tiny else 10, 2)
-    yield Row(
-        "Kontext LoRA, a tenth of the blocks, 32, ours / diffusers + peft",
-        ratio(times["ours"], times["peer"]),
-        "of the time",
-    )
-
-
-def dbgan_rows(tiny: bool, device: str) -> Iterator[Row]:
-    """BGAN and its way back at the defaults of `blur`."""
-    settings = train_dbgan.Settings(perceptual_loss_weight=0.0)
-    if tiny:
-        settings = replace(settings, width=8, blocks=1, blur_blocks=1, crop_size=32, discriminator_width=8)
-    taken, peak = measure(lambda: plan.dbgan(settings, device, "blur").step, 2 if tiny else 5)
-    images = settings.batch_size * settings.accumulate_grad_batches
-    yield Row("DBGAN blur, defaults", peak, "GB", 12)
-    yield Row("DBGAN blur, defaults", images / taken, "images/s")
-
-
-def srn_rows(tiny: bool, device: str) -> Iterator[Row]:
-    """SRN: a restored picture of 1280 x 720, and a training step."""
-    h, w = (64, 96) if tiny else (720, 1280)
-    for name, form in {"bf16, channels_last": ("bf16", True, False), "32": ("32", False, False)}.items():
-        taken, peak = measure(lambda f=form: srn_benchmark.restoring(h, w, *f), 3 if tiny else 20)
-        yield Row(f"SRN restores {w} x {h}, {name}", 1000 * taken, "ms", 30 if "bf16" in name else 0)
-        yield Row(f"SRN restores {w} x {h}, {name}", peak, "GB")
-    settings = train_srn.Settings(precision="bf16", channels_last=True)
-    if tiny:
-        settings = replace(settings, width=8, crop_size=32, batch_size=2)
-    taken, peak = measure(lambda: plan.srn(settings, device).step, 2 if tiny else 10)
-    yield Row(f"SRN trains, bf16, batch {settings.batch_size}", settings.batch_size / taken, "images/s")
-
-
-SECTIONS = (srn_rows, dbgan_rows, controlnet_rows, kontext_rows)
-
-
-def collect(tiny: bool, device: str) -> Iterator[Row]:
-    """All rows; a section that does not fit or cannot run says so and stops no other."""
-    start = time.monotonic()
-    for section in SECTIONS:
-        name = section.__name__.removesuffix("_rows")
-        if time.monotonic() - start > LIMIT:
-            yield Row(name, "left out: the time is up", "")
-            continue
-        try:
-            yield from section(tiny, device)
-        except torch.OutOfMemoryError:
-            yield Row(name, "out of memory", "")
-        except ImportError as error:
-            yield Row(name, f"no peer: {error}", "")
-        except RuntimeError as error:  # the report of the others is worth having; this one says what broke
-            yield Row(name, f"failed: {str(error).splitlines()[0]}", "")
+    Stages are forked from a process that has imported everything and has not started CUDA (on Windows each
+    imports for itself), so that what one of them breaks is no other's.
+    """
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(kind)
+    if kind == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=work)
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return f"stopped after {limit:.0f} s"
+    return f"ended with exit code {process.exitcode}" if process.exitcode else ""
 
 
 def main(settings: Settings) -> None:
-    """Measure, print the table, write the report."""
+    """Run all stages, print the table, write the report."""
     if not (torch.cuda.is_available() or settings.tiny):
         raise ValueError("torch finds no CUDA device here: `python -m benchmarks.plan` counts without one")
-    begin()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    print("| what | measured | unit | aim | met |\n|---|---|---|---|---|")
-    rows = []
-    for row in collect(settings.tiny, "cuda" if torch.cuda.is_available() else "cpu"):
-        value = row.value if isinstance(row.value, str) else f"{row.value:.3g}"
-        print(f"| {row.what} | {value} | {row.unit} | {row.aim or ''} | {row.met} |", flush=True)
-        rows.append({**row._asdict(), "met": row.met})
-    about = {"machine": processor(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    settings.output.write_text(json.dumps({**about, "tiny": settings.tiny, "rows": rows}, indent=2))
-    print(f"written: {settings.output}")
+    report = settings.output_dir / "report.jsonl"
+    if report.exists():
+        raise ValueError(f"{report} exists: give another --output_dir")
+    start, total = time.monotonic(), TOTAL * (10 if settings.tiny else 1)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # for the stages: their bars would cut the table
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    print("| stage | what | measured | unit | aim | met |\n|---|---|---|---|---|---|", flush=True)
+    for stage, limit in LIMITS.items():
+        left = total - (time.monotonic() - start)
+        limit = min(left, left if settings.tiny else limit)
+        problem = in_process(partial(run_stage, stage, settings, limit - 10), limit)
+        if problem:
+            write(settings.output_dir, stage, Row(stage, problem))
+    print(f"written: {report}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their first lines, times in turn, ratios of pairs, what arithmetic bounds."""
+"""What the benchmarks share: rows of a table, their first lines, times in turn, ratios of pairs."""
 
 import os
 import platform
@@ -10,13 +10,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
-# Parts of the names of torch's kernels for arithmetic: attention, convolutions, then matrix products
-KERNELS = "attention", "convolution", "::mm", "::addmm", "::bmm", "::baddbmm"
 BUSY = 0.3  # load (processes that wait or run) above which a time says little
+
+
+class Row(NamedTuple):
+    """One figure; `aim` 0 where there is none, `more` where more is better."""
+
+    what: str
+    value: float | str
+    unit: str = ""
+    aim: float = 0
+    more: bool = False
+
+    @property
+    def met(self) -> str:
+        if not self.aim or isinstance(self.value, str):
+            return ""
+        return "yes" if (self.value >= self.aim if self.more else self.value <= self.aim) else "no"
+
+
+class Case(NamedTuple):
+    """What is measured, and how: `rows` builds the networks, runs them and returns the figures."""
+
+    what: str
+    rows: Callable[[], list[Row]]
 
 
 def processor() -> str:
@@ -67,52 +85,10 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
     return f"{middle:.3f} ({low:.3f} to {high:.3f}, {len(ratios)} pairs)"
 
 
-class Rates(NamedTuple):
-    """TFLOP/s of this machine, measured: one large matrix product, one 3 x 3 convolution (channels_last)."""
-
-    product: float
-    convolution: float
-
-
-def rates(device: str, dtype: torch.dtype, repeats: int = 10) -> Rates:
-    """Both by the median of `repeats`, in sizes that fill a GPU or a few cores."""
-    n, (b, c, side) = (8192, (16, 640, 64)) if device == "cuda" else (2048, (4, 256, 32))
-    matrices = torch.randn(2, n, n, device=device, dtype=dtype)
-    last = torch.channels_last
-    image = torch.randn(b, c, side, side, device=device, dtype=dtype).to(memory_format=last)
-    kernel = torch.randn(c, c, 3, 3, device=device, dtype=dtype).to(memory_format=last)
-    works = {"a": lambda: matrices[0] @ matrices[1], "b": lambda: F.conv2d(image, kernel, padding=1)}
-    product, convolution = (statistics.median(taken) for taken in in_turn(works, repeats, 3).values())
-    return Rates(2 * n**3 / product / 1e12, 2 * 9 * b * c * c * side**2 / convolution / 1e12)
-
-
-def bound(name: str, step: Callable[[], object], machine: Rates) -> str:
-    """What `step` computes (not compiled: the compiler hides it), and how long that takes here at least."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    counts = counter.get_flop_counts()["Global"]
-    total = sum(counts.values()) / 1e12
-    convolutions = sum(flop for kind, flop in counts.items() if "convolution" in str(kind)) / 1e12
-    least = convolutions / machine.convolution + (total - convolutions) / machine.product
-    return (
-        f"{name}: {total:.3g} TFLOP a step, {convolutions:.3g} of them in convolutions; at the measured "
-        f"{machine.convolution:.3g} TFLOP/s of a convolution and {machine.product:.3g} of a matrix product "
-        f"{1000 * least:.0f} ms at least"
-    )
-
-
-def shares(name: str, step: Callable[[], object], repeats: int = 3) -> str:
-    """What torch's own kernels for the arithmetic take of `step` (not compiled, on a CPU), and all else: the
-    part of which a rewrite could save something."""
-    step()
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        for _ in range(repeats):
-            step()
-    taken = {event.key: event.self_cpu_time_total / 1000 / repeats for event in profiled.key_averages()}
-    kernels = {key: sum(ms for kind, ms in taken.items() if key in kind) for key in KERNELS}
-    attention, convolutions, *products = kernels.values()
-    return (
-        f"{name}: of {sum(taken.values()):.3g} ms a step attention takes {attention:.3g}, convolutions "
-        f"{convolutions:.3g}, matrix products {sum(products):.3g}, all else "
-        f"{sum(taken.values()) - sum(kernels.values()):.3g}"
-    )
+def wake(network: torch.nn.Module) -> torch.nn.Module:
+    """Give weights that start at zero small random values: a GPU multiplies zeros faster, with less power."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.01)
+    return network

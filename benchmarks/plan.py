@@ -30,6 +30,7 @@ import train_srn
 import tutorial_train_deblur
 import tutorial_train_inpaint
 from benchmarks.fake_cuda import Count, fake_tensors, is_fake, to_fake
+from benchmarks.head import wake
 from cldm.cache import drop_encoders
 from cldm.cldm import ControlLDM
 from cldm.deblur import add_hint_latent
@@ -69,7 +70,18 @@ CARDS = {
     "h200": Card(150, 989, 495, 4.8),
     "h100": Card(85, 989, 495, 3.35),
     "a100": Card(85, 312, 156, 2.04),
+    "5090": Card(34.3, 209, 105, 1.79),
+    "5080": Card(17.1, 113, 56.3, 0.96),
+    "5070ti": Card(17.1, 87.9, 43.9, 0.896),
+    "5070": Card(12.8, 61.7, 30.9, 0.672),
+    "5060": Card(8.6, 38.4, 19.2, 0.448),
     "4090": Card(25.7, 165, 83, 1.01),
+    "4080": Card(17.1, 97.5, 48.7, 0.717),
+    "4070": Card(12.8, 58.3, 29.1, 0.504),
+    "4060": Card(8.6, 30.2, 15.1, 0.272),
+    "3090": Card(25.7, 71, 35.6, 0.936),
+    "3080": Card(10.7, 59.5, 29.8, 0.76),
+    "3070": Card(8.6, 40.6, 20.3, 0.448),
     "3060": Card(12.8, 25.5, 12.7, 0.36),
 }
 
@@ -118,7 +130,7 @@ def control_model(settings: Any, device: str) -> ControlLDM:
         config, _ = add_hint_latent(config, {})
     with torch.device("meta" if is_fake() else device):
         model = instantiate_from_config(config)
-    model = to_fake(model, device) if is_fake() else model.to(device)
+    model = to_fake(model, device) if is_fake() else wake(model)
     if config["params"].get("perceptual_loss_weight") and config["params"]["deblur_loss_weight"]:
         model.load_perceptual()
     if settings.cache_latents:
@@ -137,8 +149,8 @@ def control_batch(settings: Any, model: ControlLDM, device: str) -> dict:
         sizes["moments"] = (2 * channels, side // 8, side // 8)
     if settings.cache_latents and model.sees_hint_latent:
         sizes["hint_mean"] = (channels, side // 8, side // 8)
-    tensors = {name: torch.empty(b, *size, device=device) for name, size in sizes.items()}
-    timesteps = torch.zeros(b, dtype=torch.long, device=device)
+    tensors = {name: torch.randn(b, *size, device=device) for name, size in sizes.items()}
+    timesteps = torch.linspace(0, 999, b, device=device).long()
     return {**tensors, "timestep": timesteps, "txt": [""] * b, "seed": [0] * b}
 
 
@@ -175,9 +187,14 @@ def srn(settings: train_srn.Settings, device: str) -> Work:
     network = train_srn.SRNDeblurNet(*(getattr(settings, name) for name in train_srn.FORM)).to(device)
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)
-    trained, optimizer = fabric.setup(network, train_srn.make_optimizer(network, settings))
+    optimizer = train_srn.make_optimizer(network, settings)
+    if settings.optimizer == "adam":
+        optimizer.param_groups[0]["fused"] = (
+            True  # as the script has it on CUDA, which these tensors stand for
+        )
+    trained, optimizer = fabric.setup(network, optimizer)
     ema = EMA(network, settings.ema_decay)
-    images = torch.empty(2, settings.batch_size, 3, settings.crop_size, settings.crop_size, device=device)
+    images = 2 * torch.rand(2, settings.batch_size, 3, *[settings.crop_size] * 2, device=device) - 1
     batch = {"blurry": images[0], "sharp": images[1]}
 
     def step() -> None:
@@ -203,7 +220,7 @@ def dbgan(settings: train_dbgan.Settings, device: str, stage: str = "blur", phas
     optimizer = fabric.setup_optimizers(torch.optim.Adam(parameters, settings.learning_rate, fused=True))
     ema = EMA(generators, settings.ema_decay)
     parts, size = settings.accumulate_grad_batches, settings.crop_size
-    images = torch.empty(2, parts * settings.batch_size, 3, size, size, device=device)
+    images = 2 * torch.rand(2, parts * settings.batch_size, 3, size, size, device=device) - 1
     batch = {"blurry": images[0], "sharp": images[1]}
     losses = partial(train_dbgan.STAGES[stage][2][phase], players, settings)
 
@@ -290,9 +307,12 @@ def count_step(make: Callable[..., Work], *arguments: Any) -> Count:
         count.leave_on_host(parts.get("waiting", ()))
         for group in parts["optimizer"].param_groups:
             count.trained += sum(p.numel() for p in group["params"] if p.requires_grad)
-            if "fused" in group:  # one kernel for all parameters, as CUDA has it by default or nearly so
-                group.update(fused=True, foreach=False)
+            if group.get("fused", True) is None and group["foreach"] is None:
+                group["foreach"] = True  # torch's choice on CUDA where the script leaves it open
         step()
+        if not parts["optimizer"].param_groups[0].get("fused"):  # their count of steps stays on the CPU
+            states = parts["optimizer"].state.values()
+            count.leave_on_host(state["step"] for state in states if "step" in state)
         count.restart()
         step()
     return count
@@ -352,61 +372,49 @@ def swap_that_fits(peak: float, fp8: bool, room: float) -> int | None:
 # ---- the command -------------------------------------------------------------------------------------------
 
 
+STEPS = {"Deblur": controlnet, "Inpaint": controlnet, "SRN": srn, "Kontext": kontext}
+
+
 @dataclass
-class Deblur(tutorial_train_deblur.Settings):
+class OnCard:
+    card: str = ""  # does the step fit on this NVIDIA card: h200, 4090, 3060, ... (a wrong name lists all)
+
+    def plans(self) -> Iterator[tuple[str, Callable, int]]:
+        """A title, what makes the step, and its images: for each step of a system."""
+        name, parts = type(self).__name__, getattr(self, "accumulate_grad_batches", 1)
+        yield f"{name}, {parts} x {self.batch_size}", partial(STEPS[name], self), parts * self.batch_size
+
+
+@dataclass
+class Deblur(OnCard, tutorial_train_deblur.Settings):
     """Count a step of tutorial_train_deblur.py."""
 
-    card: str = ""  # h200, h100, a100, 4090 or 3060: does it fit there
-
-    def plans(self) -> Iterator[tuple[str, Callable, int]]:
-        images = self.batch_size * self.accumulate_grad_batches
-        yield f"deblur, batch {images}", partial(controlnet, self), images
-
 
 @dataclass
-class Inpaint(tutorial_train_inpaint.Settings):
+class Inpaint(OnCard, tutorial_train_inpaint.Settings):
     """Count a step of tutorial_train_inpaint.py."""
 
-    card: str = ""  # h200, h100, a100, 4090 or 3060: does it fit there
-
-    def plans(self) -> Iterator[tuple[str, Callable, int]]:
-        images = self.batch_size * self.accumulate_grad_batches
-        yield f"inpaint, batch {images}", partial(controlnet, self), images
-
 
 @dataclass
-class SRN(train_srn.Settings):
+class SRN(OnCard, train_srn.Settings):
     """Count a step of train_srn.py."""
 
-    card: str = ""  # h200, h100, a100, 4090 or 3060: does it fit there
-
-    def plans(self) -> Iterator[tuple[str, Callable, int]]:
-        yield f"srn, batch {self.batch_size}", partial(srn, self), self.batch_size
-
 
 @dataclass
-class DBGAN(train_dbgan.Settings):
+class DBGAN(OnCard, train_dbgan.Settings):
     """Count a step of train_dbgan.py, in every phase of its mode."""
-
-    card: str = ""  # h200, h100, a100, 4090 or 3060: does it fit there
 
     def plans(self) -> Iterator[tuple[str, Callable, int]]:
         images = self.batch_size * self.accumulate_grad_batches
         for stage in ("blur", "deblur") if self.mode == "all" else (self.mode,):
             for phase, losses in enumerate(train_dbgan.STAGES[stage][2]):
-                name = f"dbgan {stage}, {losses.__name__}, {self.accumulate_grad_batches} x {self.batch_size}"
-                yield name, lambda device, s=stage, p=phase: dbgan(self, device, s, p), images
+                name = f"DBGAN {stage}, {losses.__name__}, {self.accumulate_grad_batches} x {self.batch_size}"
+                yield name, partial(dbgan, self, stage=stage, phase=phase), images
 
 
 @dataclass
-class Kontext(train_kontext_lora.Settings):
+class Kontext(OnCard, train_kontext_lora.Settings):
     """Count a step of train_kontext_lora.py."""
-
-    card: str = ""  # h200, h100, a100, 4090 or 3060: does it fit there
-
-    def plans(self) -> Iterator[tuple[str, Callable, int]]:
-        images = self.batch_size * self.accumulate_grad_batches
-        yield f"kontext, {self.accumulate_grad_batches} x {self.batch_size}", partial(kontext, self), images
 
 
 COMMANDS = {"deblur": Deblur, "inpaint": Inpaint, "srn": SRN, "dbgan": DBGAN, "kontext": Kontext}

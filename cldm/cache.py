@@ -18,6 +18,7 @@ from tqdm import tqdm
 from cldm.cldm import ControlLDM
 from ldm.checkpoint import write_atomically
 from ldm.data.packed import database
+from ldm.device import choose_device
 from ldm.models.diffusion.ddpm import image_of
 
 
@@ -73,7 +74,7 @@ def _is_fresh(path: Path, key: str) -> bool:
 
 @torch.no_grad()
 def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     autoencoder = model.first_stage_model.to(device)
     with h5py.File(path, "w") as file:
         start = 0

@@ -134,6 +134,7 @@ class AverageWeights(Callback):
         if self.state:
             average = {k: split_like(v, self.state["average"][k]) for k, v in self.ema.average.items()}
             self.ema.load_state_dict({**self.state, "average": average})
+            self.state = None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step > self.last_step:

@@ -11,10 +11,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cldm.model import add_control, load_state_dict, open_control_model
-from ldm.checkpoint import write_weights
+from ldm.checkpoint import MODELS, write_weights
 from ldm.data.image import side_by_side, to_uint8, write_image
 
-MODELS = Path(__file__).parent.parent / "models"
 Restore = Callable[[nn.Module, dict], np.ndarray]  # a model and an item to the picture, uint8 (h, w, 3)
 Score = Callable[[dict, np.ndarray], dict[str, float]]
 BASE = MODELS / "small_diffusion.safetensors"

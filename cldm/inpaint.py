@@ -1,5 +1,6 @@
 """ControlNet that fills holes: what it shows and measures in training, and its use on whole photographs."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from torch import Tensor
 from cldm.cldm import ControlLDM
 from cldm.logger import compared
 from cldm.restore import MULTIPLE, Drawing
-from ldm.data.image import over_white, to_tensor, to_uint8
+from ldm.data.image import to_tensor, to_uint8
 from ldm.data.inpaint import make_hint
 from ldm.models.diffusion.ddpm import image_of
-from ldm.tiling import pad_to_multiple
+from ldm.tiling import fill_hidden, fill_smoothly, pad_to_multiple
 
 RING = 8  # pixels on either side of a hole's boundary
 
@@ -139,10 +140,10 @@ def inpaint_image(
     if options.grow_mask:
         hole = (distance_to(hole) <= options.grow_mask).astype(np.uint8)
     result = image.copy()
+    seen = fill_hidden(image[..., :3], image[..., 3]) if image.shape[2] == 4 else image
     for y, x in regions_of(hole, options.only_masked_padding, options.mask_blur):
-        part, part_hole = image[y, x], hole[y, x]
-        filled = fill(model, np.ascontiguousarray(over_white(part)), part_hole, options, progress)
-        result[y, x] = paste(part, filled, part_hole, options.mask_blur)
+        filled = fill(model, np.ascontiguousarray(seen[y, x]), hole[y, x], options, progress)
+        result[y, x] = paste(image[y, x], filled, hole[y, x], options.mask_blur)
     return result
 
 
@@ -203,8 +204,10 @@ def fill(
     The latents of what is known are put back at every step; a cell is known if no pixel of it is in the hole.
     """
     size = image.shape[:2]
-    factor = max(1.0, options.resolution / min(size)) if options.only_masked_padding >= 0 else 1.0
-    height, width = (round(side * factor) for side in size)
+    factor = 1.0
+    if options.only_masked_padding >= 0:  # by its area: the shorter side would make long regions huge
+        factor = max(1.0, options.resolution / math.sqrt(size[0] * size[1]))
+    height, width = (int(side * factor + 1e-6) for side in size)
     scaled = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
     scaled_hole = cv2.resize(hole, (width, height), interpolation=cv2.INTER_NEAREST)
     known = scaled if options.strength < 1 else fill_smoothly(scaled.astype(np.float32), scaled_hole)
@@ -236,24 +239,3 @@ def match_border(result: np.ndarray, image: np.ndarray, hole: np.ndarray) -> np.
     difference = fill_smoothly(image.astype(np.float32) - result, hole)
     difference = cv2.GaussianBlur(difference, None, RING)  # colours move, texture stays
     return np.rint((result + difference).clip(0, 255)).astype(np.uint8)
-
-
-def fill_smoothly(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """float32 (h, w, c) with its hole filled from around it, coarsely where it is far (pull-push pyramid).
-
-    A picture that is all hole becomes grey (127.5).
-    """
-    if not hole.any():
-        return image
-    height, width = hole.shape
-    known = (hole == 0).astype(np.float32)
-    if min(height, width) < 2 or not known.any():
-        mean = image[hole == 0].mean(axis=0) if known.any() else 127.5
-        return np.where(hole[..., None] > 0, mean, image).astype(np.float32)
-    half = (max(1, width // 2), max(1, height // 2))
-    weight = cv2.resize(known, half, interpolation=cv2.INTER_AREA)
-    small = cv2.resize(image * known[..., None], half, interpolation=cv2.INTER_AREA)
-    small = small / np.maximum(weight, 1e-6)[..., None]
-    small = fill_smoothly(small, (weight == 0).astype(np.uint8))
-    large = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
-    return np.where(hole[..., None] > 0, large, image)

@@ -73,7 +73,7 @@ class ImageLogger(Callback):
 
     def write(self, trainer: pl.Trainer, name: str, images: dict[str, Tensor]) -> None:
         """Write a row for each item, a column for each of `images` (b, 3, h, w) in [-1, 1], under `name`."""
-        columns = [value.detach().float().cpu().clamp(-1, 1) for value in images.values()]
+        columns = [value.detach().float().cpu() for value in images.values()]
         rows, step = torch.stack(columns, dim=1).flatten(0, 1), trainer.global_step
         grid = to_uint8(make_grid(rows, nrow=len(columns), padding=4, pad_value=1.0))  # (H, W, 3)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.checkpoint import read_trained, read_weights
+from ldm.checkpoint import MODELS, read_metadata, read_trained, read_weights, repository_path
 from ldm.util import instantiate_from_config, listing, read_yaml
 
 UNET, CONTROL = "model.diffusion_model.", "control_model."
@@ -23,7 +23,8 @@ def read_config(path: str | Path) -> dict:
 
     Raises FileNotFoundError, or ValueError if the file is no yaml or has no `model`.
     """
-    if not Path(path).is_file():
+    path = repository_path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"model configuration not found: {path}")
     config = read_yaml(path)
     if not isinstance(config, dict) or "model" not in config:
@@ -186,8 +187,11 @@ def with_hint_latent(config: Mapping, channels: int) -> dict:
 
 
 def read_control(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """`ldm.checkpoint.read_trained`; a ControlNet's bare names get their prefix, `control_model.`"""
+    """`ldm.checkpoint.read_trained`, with the `base` that the metadata of a .safetensors file name; a
+    ControlNet's bare names get their prefix, `control_model.`"""
     weights, content = read_trained(path)
+    if Path(path).suffix == ".safetensors":
+        content["base"] = read_metadata(path).get("base")
     if any(name.startswith(("zero_convs.", "input_hint_block.")) for name in weights):
         weights = {CONTROL + name: value for name, value in weights.items()}
     return weights, content
@@ -203,7 +207,7 @@ def wanted_base(
     base_path = base_path or content.get("base")
     if base_path is None:
         raise ValueError(f"{path} is a ControlNet alone: give its Stable Diffusion file as --base_path")
-    return Path(base_path)
+    return repository_path(base_path)
 
 
 def open_control_model(
@@ -245,4 +249,4 @@ def config_for(weights: Mapping[str, Tensor], path: str | Path) -> Path:
     kind = family(weights).removesuffix(" with a ControlNet")
     if kind not in configs:
         raise ValueError(f"{path} is {kind}: give the yaml configuration that fits it")
-    return Path(__file__).parent.parent / "models" / configs[kind]
+    return MODELS / configs[kind]

@@ -68,11 +68,11 @@ def open_restorer(
     path: Path, base: Path | None, config: Path | None, device: torch.device, dtype: torch.dtype | None
 ) -> ControlLDM:
     """`open_control_model` on a device; UNet and ControlNet, most of the work, in `dtype` if there is one."""
-    model = open_control_model(path, base, config).to(device, memory_format=torch.channels_last)
-    if dtype is not None:
+    model = open_control_model(path, base, config)
+    if dtype is not None:  # before the device has to hold them in float32
         model.model.diffusion_model.to(dtype)
         model.control_model.to(dtype)
-    return model
+    return model.to(device, memory_format=torch.channels_last)
 
 
 @torch.inference_mode()

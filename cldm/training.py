@@ -28,7 +28,8 @@ from harness.loading import make_loader
 from harness.settings import check_counts, check_fractions, check_optimizer, check_settings, plain
 from ldm import checkpoint
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same, item_generator
-from ldm.util import best_precision, flush_denormals, half_dtype, learning_rate_factor
+from ldm.device import choose_device, describe_start
+from ldm.util import flush_denormals, half_dtype, learning_rate_factor, settle_precision
 
 COUNTS = (  # settings that must be at least 1
     "batch_size accumulate_grad_batches devices num_nodes "
@@ -57,12 +58,13 @@ def quiet_lightning() -> None:
 
 def with_precision(settings: Any) -> Any:
     """The settings with a precision that is settled: `auto` is the one that the run began with, or for a new
-    run `best_precision`; accelerate's fp16 and no are 16 and 32."""
+    run what suits the GPU, on a CPU 32; accelerate's fp16 and no are 16 and 32."""
     precision = {"fp16": "16", "no": "32"}.get(settings.precision, settings.precision)
     if precision == "auto":
         last = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
         saved = checkpoint.load(last).get("settings") if last.is_file() else None
-        precision = saved.get("precision", "32") if isinstance(saved, dict) else best_precision()
+        new = "32" if choose_device().type == "cpu" else settle_precision("auto", choose_device(), "16")
+        precision = saved.get("precision", "32") if isinstance(saved, dict) else new
     return replace(settings, precision=precision)
 
 
@@ -71,6 +73,7 @@ def begin(settings: Any) -> Any:
     if settings.demo:
         announce_demo()
     settings = with_precision(settings)
+    rank_zero_only(print)(describe_start(choose_device(), settings.precision))
     check_start(settings)
     pl.seed_everything(settings.seed, verbose=False)
     flush_denormals()
@@ -83,7 +86,7 @@ def check_start(settings: Any) -> None:
     Raises ValueError for a setting out of range or an optimizer that is not installed, and FileNotFoundError
     that says how to get the file that training starts from, if it is missing.
     """
-    lightning_precision(settings.precision)
+    settle_precision(lightning_precision(settings.precision), choose_device())
     check_counts(settings, COUNTS if settings.max_steps > 0 else f"{COUNTS} max_epochs")
     if settings.val_ddim_steps > 1000:
         raise ValueError(f"val_ddim_steps must be at most 1000, not {settings.val_ddim_steps}")
@@ -163,12 +166,11 @@ def prepare_model(model: ControlLDM, settings: Any) -> None:
     model.learning_rate, model.optimizer = settings.learning_rate, settings.optimizer
     model.weight_decay = settings.weight_decay
     # the fused kernel unscales gradients itself, too late for clipping: Lightning refuses that for bf16 too
-    model.fused_optimizer = half_dtype(settings.precision) is None or not settings.max_grad_norm
+    may_fuse = half_dtype(settings.precision) is None or not settings.max_grad_norm
+    model.fused_optimizer = True if may_fuse else None
     unet = model.model.diffusion_model
     model.control_model.use_checkpoint = unet.use_checkpoint = settings.gradient_checkpointing
     half = half_dtype(settings.precision)
-    if half == torch.float16 and not torch.cuda.is_available():
-        half = torch.bfloat16  # as Lightning does
     if half is not None:
         for part in unet.children():
             if not any(parameter.requires_grad for parameter in part.parameters()):
@@ -217,6 +219,22 @@ def check_parts(content: Mapping, path: Path) -> None:
         raise ValueError(f"{path} is damaged or from another script: it lacks {', '.join(lacks)}")
 
 
+def check_resumed(model: ControlLDM, settings: Any, samples: int, path: Path) -> int:
+    """The step that the checkpoint `path` was saved at. Raises ValueError if it does not fit this run.
+
+    What is loaded is mapped from the file, which the run is about to replace: none of it is kept.
+    """
+    content = checkpoint.load(path)
+    check_parts(content, path)
+    before = {"samples": samples, **unsaid(settings), **content["settings"]}
+    check_settings(comparable(before), {**comparable(settings), "samples": samples}, MAY_CHANGE, path)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    there = {k: v for k, v in content["state_dict"].items() if isinstance(v, torch.Tensor)}
+    check_weights(trained, there, path)
+    rank_zero_only(print)(f"resuming {path} at step {content['global_step']}")
+    return content["global_step"]
+
+
 def fit(
     model: ControlLDM, data: StreamData, settings: Any, config: Mapping, more: Sequence[Callback] = ()
 ) -> pl.Trainer:
@@ -232,18 +250,8 @@ def fit(
     torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA
     folder = Path(settings.output_dir)
     last = folder / "checkpoints" / "last.ckpt"
-    step, samples = 0, len(data.train)
-    if last.is_file():
-        content = checkpoint.load(last)
-        check_parts(content, last)
-        before = {"samples": samples, **unsaid(settings), **content["settings"]}
-        check_settings(comparable(before), {**comparable(settings), "samples": samples}, MAY_CHANGE, last)
-        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        there = {k: v for k, v in content["state_dict"].items() if isinstance(v, torch.Tensor)}
-        check_weights(trained, there, last)
-        step = content["global_step"]
-        del content  # it is mapped from the file, which is about to be replaced
-        rank_zero_only(print)(f"resuming {last} at step {step}")
+    samples = len(data.train)
+    step = check_resumed(model, settings, samples, last) if last.is_file() else 0
     known = {**plain(settings), "samples": samples}
     about = {"config": dict(config), "base": str(settings.resume_path), "settings": known}
     val_steps = settings.val_steps if data.held_out is not None else 0
@@ -263,7 +271,7 @@ def fit(
         model.learning_rate_factor = partial(learning_rate_factor, settings=settings, steps=steps)
     files = AtomicCheckpointIO()
     trainer = pl.Trainer(
-        accelerator="auto",
+        accelerator=choose_device().type,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=strategy,
@@ -285,7 +293,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         inference_mode=False,  # embeddings made in validation are used in training
-        benchmark=torch.cuda.is_available(),
+        benchmark=True,  # cuDNN's fastest algorithm for crops of one size
         default_root_dir=folder,
     )
     try:

@@ -11,7 +11,7 @@ BatchSize = Annotated[int, tyro.conf.arg(aliases=["--train_batch_size"])]
 Accumulate = Annotated[int, tyro.conf.arg(aliases=["--accumulate", "--gradient_accumulation_steps"])]
 WeightDecay = Annotated[float, tyro.conf.arg(aliases=["--weight_l2_reg"])]
 Precision = Literal["32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed"]
-# Of ControlNets, with accelerate's names; auto is what the card does best, 32 on a CPU.
+# Of ControlNets, with accelerate's names; auto is what the GPU does best, 32 on a CPU; 16 needs a GPU.
 AnyPrecision = Annotated[
     Literal["auto", "32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed", "fp16", "no"],
     tyro.conf.arg(aliases=["--mixed_precision"], metavar="{auto,bf16,16,32}"),

@@ -1,12 +1,17 @@
 """Many pictures through one network: which become which files, what is made already, what is shared out."""
 
+import contextlib
+import errno
 import os
 import re
+import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import cv2
 import numpy as np
 import torch
 import tyro
@@ -15,14 +20,20 @@ from tqdm import tqdm
 from harness.profile import PROFILE, cost_lines, measure, weights_lines, write_profile
 from harness.settings import plain
 from ldm import checkpoint
+from ldm.checkpoint import repository_path
 from ldm.data.image import EXTENSIONS, list_images, over_white, side_by_side, to_8_bit
-from ldm.data.picture import check_fits, make_record, read_picture, read_record, write_picture
-from ldm.util import compute_dtype
+from ldm.data.picture import Picture, check_fits, make_record, read_picture, read_record, write_picture
+from ldm.device import choose_device, describe_start
+from ldm.tiling import fill_hidden
+from ldm.util import listing, settle_precision
 
 Job = tuple[Path, Path]  # a source and its target
 # What a subcommand of infer.py makes: a function from a picture (h, w, 3), uint16 if the file is and the
 # subcommand is DEEP, else uint8, and its path to the restored picture.
 Restorer = Callable[[np.ndarray, Path], np.ndarray]
+# What may be wrong with one picture of many; the errors of torch and OpenCV have no classes of their own.
+PROBLEMS = (ValueError, OSError, RuntimeError, MemoryError, cv2.error)
+VERSION = 2  # of the pictures that this code makes of the same files and options: noted in each result
 
 
 @dataclass(kw_only=True)
@@ -46,6 +57,14 @@ class Files:
     DEEP: ClassVar[bool] = False  # whether 16-bit pictures stay so
     # Options that make no other pixels.
     ELSEWHERE: ClassVar[str] = "output_prefix pattern shard comparison overwrite profile device"
+    # Options that name files of models.
+    MODELS: ClassVar[str] = "checkpoint_path base_path config_path cleaner"
+    MODELS += " pretrained_model_name_or_path lora_path"
+
+    def __post_init__(self) -> None:
+        for name in self.MODELS.split():
+            if path := getattr(self, name, None):
+                setattr(self, name, repository_path(path))
 
     def check(self, jobs: list[Job]) -> None:
         """Raise ValueError or FileNotFoundError for what is wrong before anything is loaded."""
@@ -62,9 +81,9 @@ class Files:
         """Steps of one picture under a progress bar."""
         return tqdm(steps, desc="steps", leave=False)
 
-    def pictures(self) -> list[Path]:
-        """Those below the input folder that may be restored."""
-        return list_images(self.input)
+    def photographs(self, paths: list[Path]) -> list[Path]:
+        """Of the images below the input folder those that are no masks."""
+        return paths
 
     def weights(self) -> Path:
         """The file that a profile names."""
@@ -78,6 +97,7 @@ class Files:
         """What the result of a picture is made from. Raises FileNotFoundError if a file of it is missing."""
         values = {name: value for name, value in vars(self).items() if name not in self.ELSEWHERE.split()}
         options = {name: value for name, value in values.items() if not isinstance(value, Path | Callable)}
+        options["version"] = VERSION
         return make_record(type(self).__name__, options, self.made_from(source))
 
     def result_name(self, name: Path) -> Path:
@@ -94,122 +114,189 @@ class Files:
         return side_by_side([image, restored])
 
     def torch_device(self) -> torch.device:
-        available = torch.cuda.is_available()
-        if self.device == "cuda" and not available:
-            raise ValueError("--device cuda: torch finds no CUDA device here")
-        return torch.device("cuda" if available and self.device != "cpu" else "cpu")
+        return choose_device(self.device)
 
-    def compute_dtype(self) -> torch.dtype | None:
-        """The 16-bit type of the computation. Without one a CUDA device is kept from rounding to TF32."""
-        dtype = compute_dtype(self.precision, self.torch_device())
-        torch.backends.cudnn.allow_tf32 = dtype is not None
-        torch.set_float32_matmul_precision("highest" if dtype is None else "high")
-        return dtype
+    def settled_precision(self) -> str:
+        """The precision of the computation: 32, bf16 or 16."""
+        return settle_precision(self.precision, self.torch_device())
 
 
 def is_result(path: Path, files: Files) -> bool:
     """Whether a picture below the input folder was written by an earlier call."""
     folder = files.output_dir.resolve()
     if folder == files.input.resolve():
-        return bool(files.output_prefix) and path.name.startswith(files.output_prefix)
+        return bool(read_record(path))
     return not {folder, folder.with_name(f"{folder.name}_comparison")}.isdisjoint(path.resolve().parents)
 
 
-def list_jobs(files: Files) -> list[Job]:
-    """Sources and their targets. Raises ValueError if two sources have one target or a target is a source."""
-    if files.input.is_dir():
-        sources = [path for path in files.pictures() if not is_result(path, files)]
-        if files.pattern != Files.pattern:
-            try:
-                wanted = set(files.input.glob(files.pattern))
-            except NotImplementedError as error:
-                raise ValueError(f"--pattern is relative to --input, not {files.pattern}") from error
-            sources = [path for path in sources if path in wanted]
-        names = [path.relative_to(files.input) for path in sources]
-    elif files.input.is_file() and files.input.suffix.lower() in EXTENSIONS:
-        sources, names = [files.input], [Path(files.input.name)]
-    else:
-        raise FileNotFoundError(f"no picture and no folder: {files.input}")
-    targets = [files.output_dir / files.result_name(name) for name in names]
+def find_sources(files: Files) -> tuple[list[Path], dict[Path, str]]:
+    """The images to restore; and those that are left out, each with the reason."""
+    if not files.input.is_dir():
+        check_picture(files.input)
+        return [files.input], {}
+    paths, left_out = list_images(files.input), {}
+    wanted, photographs = set(paths), set(files.photographs(paths))
+    if files.pattern != Files.pattern:
+        try:
+            wanted = set(files.input.glob(files.pattern))
+        except NotImplementedError as error:
+            raise ValueError(f"--pattern is relative to --input, not {files.pattern}") from error
+    for path in paths:
+        if path not in wanted:
+            left_out[path] = f"not of --pattern {files.pattern}"
+        elif path not in photographs:
+            left_out[path] = "a mask"
+        elif is_result(path, files):
+            left_out[path] = "result of an earlier run"
+    return [path for path in paths if path not in left_out], left_out
+
+
+def check_picture(path: Path) -> None:
+    """Raise FileNotFoundError or ValueError if a path is no picture by its name."""
+    if not path.exists():
+        seen_from = "" if path.is_absolute() else f" in the current folder, {Path.cwd()}"
+        raise FileNotFoundError(f"--input {path} does not exist{seen_from}")
+    if path.suffix.lower() not in EXTENSIONS:
+        raise ValueError(
+            f"--input {path} is no image: its name must end with {', '.join(sorted(EXTENSIONS))}"
+        )
+
+
+def list_jobs(files: Files) -> tuple[list[Job], dict[Path, str]]:
+    """Sources and their targets, and what is left out (see `find_sources`).
+
+    Raises ValueError if two sources have one target or a target is a source.
+    """
+    sources, left_out = find_sources(files)
     if not sources:
-        raise FileNotFoundError(f"no picture in {files.input} matches {files.pattern}, results left out")
-    jobs = list(zip(sources, targets, strict=True))
+        raise FileNotFoundError(
+            f"nothing to restore in {files.input}: left out {'; '.join(summed_up(left_out))}"
+        )
+    folder = files.input if files.input.is_dir() else files.input.parent
+    jobs = [(path, files.output_dir / files.result_name(path.relative_to(folder))) for path in sources]
     check_targets(jobs)
-    return jobs
+    return jobs, left_out
 
 
 def is_same(files: Files, source: Path, target: Path) -> bool:
     """Whether a result, and the comparison if that is wanted, is what would be made of the picture now."""
     wanted = [target, files.comparison_path(target)] if files.comparison else [target]
-    return target.exists() and {read_record(path) for path in wanted} == {files.record(source)}
+    try:
+        return os.path.exists(target) and {read_record(path) for path in wanted} == {files.record(source)}
+    except FileNotFoundError:  # a file it is made from is missing: to be found, and told, when it is made
+        return False
 
 
 def restore_files(files: Files) -> None:
-    """Restore one picture, or those of a folder that have no result of the same making yet.
+    """Restore one image, or those of a folder that have no result of the same making yet.
 
-    A broken one is named in the end and stops no other.
+    One that fails stops no other; at the end it says what was made, kept, left out and failed, and raises
+    ValueError if something failed.
     """
-    every = list_jobs(files)
+    every, left_out = list_jobs(files)
     jobs = share_of(every, files.shard)
     files.check(jobs)
     always = files.overwrite or not files.input.is_dir()
     todo = [job for job in jobs if always or not is_same(files, *job)]
-    remade, failures = 0, []
-    restore = files.restorer() if todo or (files.profile and jobs) else None
-    for source, target in (progress := tqdm(todo, "restoring", unit="image")):
-        progress.set_postfix_str(source.name)
-        there = target.exists()
-        problems = restore_one(files, restore, source, target)
-        remade += there and not problems
-        failures += problems
-    made = len(todo) - len(failures) - remade
-    shared = f"; of all {len(every)}, {sum(target.exists() for _, target in every)} are there"
+    restore = open_restorer(files) if todo or (files.profile and jobs) else None
+    failed = restore_all(files, restore, todo)
+    if failed and not files.input.is_dir():
+        raise ValueError(failed[files.input])
+    there = sum(os.path.exists(target) for _, target in every)
+    shared = f"; of all {len(every)}, {there} are there" if len(every) > len(jobs) else ""
     print(
-        f"{made} made, {len(jobs) - len(todo)} same, {remade} remade: {files.output_dir}"
-        f"{shared if len(every) > len(jobs) else ''}"
+        f"{files.output_dir}: {len(todo) - len(failed)} made, {len(jobs) - len(todo)} kept (unchanged), "
+        f"{len(left_out)} left out, {len(failed)} failed{shared}"
     )
-    done = next(((source, target) for source, target in jobs if target.exists()), None)
+    for line in summed_up(left_out):
+        print(f"  left out {line}")
+    for problem in failed.values():
+        print(f"  failed: {problem}")
+    done = next((source for source, target in jobs if os.path.exists(target) and source not in failed), None)
     if files.profile and done:
-        profile = profile_one(files, restore, done[0])
+        profile = profile_one(files, restore, done)
         print("\n".join([*cost_lines(profile), *weights_lines(profile["checkpoint"])]))
-    if failures:
-        raise ValueError(f"{len(failures)} of {len(todo)} could not be restored: {'; '.join(failures[:3])}")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(todo)} images failed: they are listed above")
 
 
-def restore_one(files: Files, restore: Restorer, source: Path, target: Path) -> list[str]:
-    """Restore a picture and write the result; what is wrong if it cannot be read or is too large."""
+def open_restorer(files: Files) -> Restorer:
+    """What `files.restorer` returns, after a line that says what computes."""
+    print(describe_start(files.torch_device(), files.settled_precision(), files.device))
+    return files.restorer()
+
+
+def summed_up(left_out: dict[Path, str]) -> list[str]:
+    """A line for each reason: how many images, the reason, the first names."""
+    names = defaultdict(list)
+    for path, reason in left_out.items():
+        names[reason].append(path.name)
+    return [f"{len(found)}, {reason}: {listing(found, 3)}" for reason, found in names.items()]
+
+
+def restore_all(files: Files, restore: Restorer | None, jobs: Sequence[Job]) -> dict[Path, str]:
+    """Restore images one after the other; what is wrong with those that fail, in a line each."""
+    failed: dict[Path, str] = {}
+    for source, target in (progress := tqdm(jobs, "restoring", unit="image")):
+        progress.set_postfix_str(source.name)
+        try:
+            restore_one(files, restore, source, target)
+        except PROBLEMS as error:
+            if os.environ.get("TRACEBACK") or disk_is_full(error):
+                raise
+            reason = " ".join(str(error).split())
+            failed[source] = reason if str(source) in reason else f"{source}: {reason}"
+    return failed
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether there is no space left, which no other picture would find either."""
+    return errno.ENOSPC in {getattr(each, "errno", None) for each in (error, error.__cause__)}
+
+
+def restore_one(files: Files, restore: Restorer, source: Path, target: Path) -> None:
+    """Restore a picture and write the result. Raises one of PROBLEMS if that fails."""
+    with contextlib.suppress(FileNotFoundError):
+        target.lstat()  # a name that is too long is found before the work
+    record = files.record(source)
+    picture = read_picture(source, files.DEEP and files.format == "png")
+    check_fits(target, *picture.pixels.shape[:2])
+    if files.comparison and files.format != "png":
+        shown = picture.shown()
+        check_fits(target, *files.compare(shown, shown, source).shape[:2])
     try:
-        picture = read_picture(source, files.DEEP and files.format == "png")
-        check_fits(target, *picture.pixels.shape[:2])
-        if files.comparison and files.format != "png":
-            shown = picture.shown()
-            check_fits(target, *files.compare(shown, shown, source).shape[:2])
-    except (ValueError, FileNotFoundError) as error:  # the second of a link that leads nowhere
-        return [str(error)]
-    try:
-        restored = picture.with_alpha(restore(picture.pixels, source))
-    except torch.OutOfMemoryError:
+        restored = run_restorer(restore, picture, source)
+    except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         size = f"{picture.pixels.shape[1]} x {picture.pixels.shape[0]} pixels"
-        return [f"{source}: {size} need more memory than the device has, give {files.LESS_MEMORY}"]
+        raise ValueError(f"{size} need more memory than the device has, give {files.LESS_MEMORY}") from error
     pictures = {target: restored}
     if files.comparison:
         shown = over_white(to_8_bit(restored))
         pictures = {files.comparison_path(target): files.compare(picture.shown(), shown, source), **pictures}
     for path, pixels in pictures.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_picture(path, pixels, picture, files.record(source), files.quality)
-        except ValueError as error:
-            return [str(error)]
-    return []
+        write_picture(path, pixels, picture, record, files.quality)
+
+
+def run_restorer(restore: Restorer, picture: Picture, path: Path) -> np.ndarray:
+    """What a network makes of a picture, with its transparency. The network sees no hidden colours.
+
+    Raises torch.OutOfMemoryError wherever memory is short: main memory has errors of other kinds.
+    """
+    try:
+        return picture.with_alpha(restore(fill_hidden(picture.pixels, picture.alpha), path))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
 
 
 def profile_one(files: Files, restore: Restorer, source: Path) -> dict:
     """Measure the restoration of one picture again, and keep what was found beside the results."""
-    image = read_picture(source, files.DEEP and files.format == "png").pixels
-    about = {"picture": str(source), "size": image.shape[1::-1], "options": plain(files)}
-    profile = about | measure(lambda: restore(image, source), files.torch_device())
+    picture = read_picture(source, files.DEEP and files.format == "png")
+    about = {"picture": str(source), "size": picture.pixels.shape[1::-1], "options": plain(files)}
+    profile = about | measure(lambda: run_restorer(restore, picture, source), files.torch_device())
     profile["checkpoint"] = checkpoint.describe(files.weights())
     write_profile(files.output_dir / PROFILE, profile)
     return profile
@@ -243,7 +330,8 @@ def check_targets(jobs: Sequence[Job]) -> None:
     makers: dict[Path, Path] = {}
     for source, target in jobs:
         place = target.resolve()
-        if place in sources:
+        beside = place.parent == source.resolve().parent and os.path.exists(place)
+        if place in sources or (beside and not read_record(place)):
             raise ValueError(
                 f"the result of {source} would overwrite {target}: "
                 "give another --output_dir or --output_prefix"
@@ -253,3 +341,18 @@ def check_targets(jobs: Sequence[Job]) -> None:
                 f"{makers[place]} and {source} would both become {target}: rename one, or choose by --pattern"
             )
         makers[place] = source
+    spellings: dict[str, Path] = {}
+    for place, source in makers.items():
+        other = spellings.setdefault(str(place).casefold(), source)
+        if other != source and ignores_case(place.parent):
+            raise ValueError(
+                f"{other} and {source} would both become {place.name} in {place.parent}, where capital and "
+                "small letters are the same: rename one, or choose by --pattern"
+            )
+
+
+def ignores_case(folder: Path) -> bool:
+    """Whether the disk of a folder, which need not exist yet, takes `a.png` and `A.png` for one file."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    with tempfile.NamedTemporaryFile(prefix="case_", dir=there) as file:
+        return os.path.exists(there / Path(file.name).name.upper())

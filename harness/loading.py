@@ -4,6 +4,8 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldm.device import choose_device
+
 
 def start_worker(number: int) -> None:
     """A DataLoader's process: OpenCV must not start a thread for every core in each of them."""
@@ -19,7 +21,7 @@ def make_loader(
         batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=choose_device().type == "cuda",
         persistent_workers=num_workers > 0,
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # its own: starting to iterate must not move the global random state

@@ -32,19 +32,28 @@ from harness.settings import check_settings, plain
 from ldm import checkpoint
 from ldm.data.image import write_image
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same
-from ldm.util import flush_denormals
+from ldm.device import choose_device, describe_start
+from ldm.util import flush_denormals, match_layout, settle_precision
 
 CHECK_EVERY = 10  # steps between two looks at the losses: each look waits for the device
 
 
-def start_fabric(devices: int = 1, num_nodes: int = 1, precision: str = "32", seed: int = 0) -> Fabric:
+def start_fabric(
+    devices: int = 1, num_nodes: int = 1, precision: str = "32", seed: int = 0, on_cuda: str = ""
+) -> Fabric:
     """A launched, seeded Fabric: CUDA if there is any, else the CPU; DDP if there are several processes.
 
-    Raises ValueError for a precision other than 32, 16 and bf16, or Lightning's names of these.
+    It says on what and in which precision the run computes: on CUDA `on_cuda`, if the script sees to that
+    itself. Raises ValueError for a precision other than 32, 16 and bf16, or Lightning's names of these, and
+    for 16 on a CPU.
     """
     flush_denormals()
-    fabric = Fabric(devices=devices, num_nodes=num_nodes, precision=lightning_precision(precision))
+    torch.backends.cudnn.benchmark = True  # its fastest algorithm for crops of one size
+    device = choose_device()
+    precision = settle_precision(lightning_precision(precision), device)
+    fabric = Fabric(accelerator=device.type, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
+    fabric.print(describe_start(device, on_cuda if on_cuda and device.type == "cuda" else precision))
     fabric.seed_everything(seed, verbose=False)
     return fabric
 
@@ -261,7 +270,7 @@ class Run:
         path = self.last_checkpoint
         if not path.is_file():
             return
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, mmap=False)  # saving replaces the file, and Windows keeps a mapped one
         lacks = [name for name in (*self.parts, "step", "settings", "processes") if name not in state]
         lacks += [] if isinstance(state.get("settings", {}), dict) else ["settings"]
         if lacks:
@@ -281,6 +290,8 @@ class Run:
     def _restore(self, state: dict) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                match_layout(part)
         self.step, self.best = int(state["step"]), float(state["best"])
         if len(state["processes"]) == self.fabric.world_size:
             own = state["processes"][self.fabric.global_rank]

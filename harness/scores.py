@@ -15,7 +15,8 @@ from skimage.restoration import wiener
 from torch import nn
 
 from harness.profile import peak_resident_memory
-from ldm.data.image import read_image, read_rgba, to_tensor
+from ldm.data.image import read_image, read_rgba, to_tensor, to_uint8
+from ldm.device import choose_device
 from ldm.metrics import DATA_RANGE, psnr, ssim
 from ldm.util import check_package
 
@@ -170,7 +171,7 @@ def load_baseline(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     import spandrel
 
     try:
-        model = spandrel.ModelLoader("cuda" if torch.cuda.is_available() else "cpu").load_from_file(path)
+        model = spandrel.ModelLoader(choose_device()).load_from_file(path)
     except spandrel.UnsupportedModelError as error:
         raise ValueError(f"{path} is no network that spandrel recognises") from error
     if not isinstance(model, spandrel.ImageModelDescriptor) or model.scale != 1 or model.input_channels != 3:
@@ -181,7 +182,7 @@ def load_baseline(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 @torch.no_grad()
 def _run(model: Callable, blurry: np.ndarray) -> np.ndarray:
     x = ((to_tensor(blurry)[None] + 1) / 2).to(model.device)
-    return (model(x)[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return to_uint8(model(x)[0] * 2 - 1)
 
 
 def deconvolve(blurry: np.ndarray, kernel: np.ndarray, balance: float = 0.01) -> np.ndarray:
@@ -197,5 +198,6 @@ def timed(restore: Callable[[np.ndarray], np.ndarray], blurry: np.ndarray) -> tu
     start = time.perf_counter()
     restored = restore(blurry)
     seconds = time.perf_counter() - start
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_memory() or 0
+    cuda = choose_device().type == "cuda"
+    memory = torch.cuda.max_memory_allocated() if cuda else peak_resident_memory() or 0
     return restored, seconds, memory / 2**20

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+MODELS = Path(__file__).resolve().parent.parent / "models"  # of the repository
 SUFFIXES = (".safetensors", ".ckpt", ".pth")
 FULL = 2**20  # bytes: a disk with less space is called full
 # Classes that Stable Diffusion's own .ckpt files mention: read as empty shells, never run.
@@ -24,6 +25,15 @@ _SHELLS = [
     (type("Shell", (), {}), "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"),
     (type("Shell", (), {}), "lightning_fabric.utilities.data.AttributeDict"),
 ]
+
+
+def repository_path(path: str | Path) -> Path:
+    """`path`; where nothing is there, the file of that name in the repository, if it has one.
+
+    So models/srn_deblur.safetensors is found from any folder.
+    """
+    shipped = MODELS.parent / path
+    return shipped if shipped.exists() and not Path(path).exists() else Path(path)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -162,17 +172,24 @@ def describe(path: str | Path) -> dict:
 
 
 def write_weights(path: str | Path, weights: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
-    """Write a state dict as .safetensors, or with torch.save under `state_dict` for any other suffix."""
+    """Write a state dict as .safetensors, or with torch.save under `state_dict` for any other suffix.
+
+    Raises ValueError if a weight is not finite: nothing is written.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{path} is not written: its weight {name} is not finite (NaN or infinity)")
     if Path(path).suffix != ".safetensors":
         return save(path, {"state_dict": weights})
     weights = {name: value.contiguous() for name, value in weights.items()}
     write_atomically(path, lambda temporary: save_file(weights, temporary, about))
 
 
-def write_half(path: str | Path, weights: dict[str, Tensor], settings: dict) -> None:
-    """Write a .safetensors file to use and share: half precision, the settings as json in the metadata."""
+def write_half(path: str | Path, weights: dict[str, Tensor], settings: dict, **facts: str) -> None:
+    """Write a .safetensors file to use and share: half precision, the settings as json in the metadata, and
+    there also `facts` about the file, such as infer.facts_of reads them."""
     half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-    write_weights(path, half, {"settings": json.dumps(settings)})
+    write_weights(path, half, {"settings": json.dumps(settings), **facts})
 
 
 def check_fit(network: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:

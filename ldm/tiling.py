@@ -1,15 +1,15 @@
-"""Images of any size through networks that want multiples, in bounded memory: padding and blended tiles."""
+"""Images of any size through networks that want multiples: padding, blended tiles, filled hidden colours."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.data.image import to_pixels, to_tensor
-from ldm.util import compute_dtype
+from ldm.util import compute_dtype, computing_in
 
 MULTIPLE = 16  # pixels: what tiles are rounded up to, which saves networks their own padding
 
@@ -98,6 +98,40 @@ def restore_tiled(
     return blend_tiles(lambda y, x: restore(image[..., y, x]), rows, columns, 1, image.device, progress)
 
 
+def fill_hidden(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
+    """A uint8 or uint16 picture (h, w, 3) as a network should see it: where `alpha` (h, w) is 0 the hidden
+    colours, black or white in cut-outs, are replaced by those of the visible surroundings.
+
+    A picture that is all hidden stays as it is.
+    """
+    if alpha is None or alpha.all() or not alpha.any():
+        return pixels
+    hidden = alpha == 0
+    filled = fill_smoothly(pixels.astype(np.float32), hidden.astype(np.uint8))
+    return np.where(hidden[..., None], np.rint(filled).astype(pixels.dtype), pixels)
+
+
+def fill_smoothly(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """float32 (h, w, c) with its hole filled from around it, coarsely where it is far (pull-push pyramid).
+
+    A picture that is all hole becomes grey (127.5).
+    """
+    if not hole.any():
+        return image
+    height, width = hole.shape
+    known = (hole == 0).astype(np.float32)
+    if min(height, width) < 2 or not known.any():
+        mean = image[hole == 0].mean(axis=0) if known.any() else 127.5
+        return np.where(hole[..., None] > 0, mean, image).astype(np.float32)
+    half = (max(1, width // 2), max(1, height // 2))
+    weight = cv2.resize(known, half, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(image * known[..., None], half, interpolation=cv2.INTER_AREA)
+    small = small / np.maximum(weight, 1e-6)[..., None]
+    small = fill_smoothly(small, (weight == 0).astype(np.uint8))
+    large = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.where(hole[..., None] > 0, large, image)
+
+
 @torch.inference_mode()
 def restore_picture(
     image: np.ndarray,
@@ -118,7 +152,7 @@ def restore_picture(
     dtype = compute_dtype("32" if deep else precision, device)
 
     def run(part: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        with computing_in(dtype, device):
             return restore(part.to(device, memory_format=torch.channels_last)).float()
 
     whole = to_tensor(image)[None]  # (1, 3, h, w)

@@ -2,14 +2,16 @@
 
 import importlib
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+
+from ldm.device import cpu_computes_in_bf16
 
 
 def get_obj_from_str(string: str) -> Any:
@@ -66,11 +68,20 @@ def flush_denormals() -> None:
     torch.set_flush_denormal(True)
 
 
-def best_precision() -> str:
-    """bf16 where CUDA computes in it, 16 on older cards, 32 on a CPU."""
-    if not torch.cuda.is_available():
-        return "32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "16"
+def settle_precision(precision: str, device: torch.device, older_gpu: str = "32") -> str:
+    """The precision to compute in; `auto` is bf16 where the device has it, else 32, on CUDA `older_gpu`.
+
+    Raises ValueError for 16 on a CPU, which computes in it many times slower than in 32.
+    """
+    if precision == "auto":
+        cuda = device.type == "cuda"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_computes_in_bf16()
+        return "bf16" if has_bf16 else older_gpu if cuda else "32"
+    if precision.startswith("16") and device.type == "cpu":
+        raise ValueError(
+            f"precision {precision} needs a CUDA device, and this run is on the CPU: give bf16 or 32"
+        )
+    return precision
 
 
 def half_dtype(precision: str) -> torch.dtype | None:
@@ -79,25 +90,57 @@ def half_dtype(precision: str) -> torch.dtype | None:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The 16-bit type to restore in on `device`, None for 32; `auto` is bf16 where CUDA has it, else 32."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "32"
-    return half_dtype(precision)
+    """The 16-bit type to restore in on `device`, None for 32 (see `settle_precision`)."""
+    return half_dtype(settle_precision(precision, device))
+
+
+@contextmanager
+def computing_in(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
+    """Within this context pictures of any size are restored: in a 16-bit type, or with None in float32, which
+    CUDA then does not round to TF32."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    cudnn.benchmark = False  # it would try all algorithms again for every new size
+    if dtype is None:
+        cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul = before
+        torch.set_float32_matmul_precision(matmul)
 
 
 def autocast(model: torch.nn.Module) -> AbstractContextManager:
-    """Computing in the 16-bit type that some of a model's weights have; as it is if there are none."""
+    """`computing_in` the 16-bit type that some of a model's weights have, or in float32 if none has."""
     halves = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
-    device = next(model.parameters()).device
-    return torch.autocast(device.type, halves.pop()) if halves else nullcontext()
+    return computing_in(halves.pop() if halves else None, next(model.parameters()).device)
+
+
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay the states of an optimizer out in memory as its parameters are, after they were loaded.
+
+    Fused kernels go through a parameter and its states in the order of memory; a file's may be another
+    (channels_last or not, split over processes or not), which mixes up the states without an error on a CPU.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def make_adamw(
     parameters: Iterable[torch.nn.Parameter], name: str, rate: float, decay: float, fused: bool | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW; "adamw8bit" keeps its states in 8 bits (bitsandbytes, CUDA). ValueError for other names."""
+    """AdamW; "adamw8bit" keeps its states in 8 bits (bitsandbytes, CUDA). ValueError for other names.
+
+    `fused` None leaves the kernels to torch, which on CUDA are for many tensors at once; False's for one.
+    """
     if name == "adamw":
-        return torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=fused)
+        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=fused)
+        optimizer.register_load_state_dict_post_hook(match_layout)
+        return optimizer
     if name != "adamw8bit":
         raise ValueError(f"optimizer must be adamw or adamw8bit, not {name!r}")
     from bitsandbytes.optim import AdamW8bit

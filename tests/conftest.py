@@ -33,6 +33,12 @@ def tiny_arguments() -> dict:
     }
 
 
+@pytest.fixture(autouse=True)
+def _auto_is_32(monkeypatch):
+    """`--precision auto` is 32 on every CPU, also on one that computes in bf16."""
+    monkeypatch.setattr("ldm.util.cpu_computes_in_bf16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def _filled_model() -> ControlLDM:
     return fill(ControlLDM(**tiny_arguments())).eval()

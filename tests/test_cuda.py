@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
+from transformers import T5Config, T5EncoderModel
 
 import infer
 import train_dbgan
@@ -22,8 +24,11 @@ import tutorial_train_inpaint
 from benchmarks import plan
 from benchmarks.fake_cuda import fake_tensors, to_fake
 from cldm.model import create_model
+from cldm.restore import open_restorer
 from ldm.data.image import write_image
-from ldm.models.kontext import FluxAutoencoder
+from ldm.models.kontext import FluxAutoencoder, load_autoencoder
+from ldm.models.prompts import run_by_layers
+from ldm.modules.diffusionmodules.model import AttnBlock
 from ldm.modules.flux import FluxParams
 from ldm.modules.generators import BGANGenerator, DBGANGenerator
 from ldm.modules.swap import BlockSwap
@@ -232,6 +237,54 @@ def test_the_inpainting_controlnet_restores_on_cuda(tmp_path, precision, strengt
     ):
         restore = options(infer.Inpaint, tmp_path, strength=strength, **how).restorer()
         assert restore(image, photo).shape == (90, 150, 3)
+
+
+def test_t5_stays_in_main_memory_and_passes_layer_by_layer():
+    """Its 9.5 GB would not leave room on a card that the swapped transformer fits on."""
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 12, "num_heads": 4}
+    with torch.device("meta"):
+        model = T5EncoderModel(T5Config(vocab_size=40, **sizes)).eval()
+    with fake_tensors() as count:
+        to_fake(model, "cpu")
+        weights = count.held
+        count.peak = weights
+        states = list(run_by_layers(model, torch.zeros(5, 8, dtype=torch.long), "cuda"))
+        assert [state.shape for state in states] == [(1, 8, 64)] * 5
+        assert not any(tensor.is_cuda for tensor in (*states, *model.parameters()))
+        assert count.peak - weights < weights / 3
+
+
+def test_the_controlnet_is_cast_before_the_device_holds_it():
+    """In float32 it takes more of a card than in the precision that it restores in."""
+    model, moved = tiny_control_model("cldm_tiny_deblur.yaml"), []
+    model.to = lambda *where, **how: moved.append(model.control_model.input_blocks[0][0].weight.dtype)
+    with mock.patch("cldm.restore.open_control_model", lambda *files: model):
+        open_restorer(Path(), None, None, torch.device("cuda"), torch.bfloat16)
+    assert moved == [torch.bfloat16]
+
+
+def test_the_autoencoder_of_kontext_is_in_bf16_and_channels_last_on_cuda():
+    with (
+        fake_tensors(),
+        mock.patch("ldm.models.kontext.read_settings", lambda *names: {}),
+        mock.patch("ldm.models.kontext.FluxAutoencoder", lambda config: FluxAutoencoder(AUTOENCODER)),
+        mock.patch("ldm.models.kontext.read_weights", lambda path: FluxAutoencoder(AUTOENCODER).state_dict()),
+    ):
+        weight = load_autoencoder(Path(), "cuda").decoder.conv_in.weight
+        assert weight.is_cuda and weight.dtype == torch.bfloat16
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_autoencoders_attention_gets_what_fused_kernels_take(monkeypatch, layout):
+    real, strides = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *qkv: strides.extend(x.stride(-1) for x in qkv) or real(*qkv),
+    )
+    AttnBlock(32)(torch.ones(1, 32, 4, 4).to(memory_format=layout))
+    assert strides == [1, 1, 1]
 
 
 @pytest.mark.parametrize("base_precision", ["bf16", "fp8"])

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import cv2
 import h5py
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from torchvision.models import vgg19
 
 import infer
 import train_dbgan as script
-from benchmarks.dbgan_quality import blur_scores, deblur_scores, frechet
+from benchmarks.dbgan_quality import blur_scores, deblur_scores
 from harness.run import start_fabric
 from harness.validation import HeldOut, Spectra
 from ldm import checkpoint
@@ -866,23 +865,6 @@ def test_spectra_tell_blurred_from_sharp(data):
     assert scores["spectrum/generated"] == 0 < scores["spectrum/sharp"] and picture.dtype == np.uint8
     scores, _ = check(lambda image, number: image)
     assert scores["spectrum/generated"] == scores["spectrum/sharp"]
-
-
-def test_distance_of_two_sets_of_blur():
-    """Blur of one kind is near itself and farther from others the more they blur; light hardly counts."""
-    rng = np.random.default_rng(0)
-    image = read_image(photographs(("coffee.png",))[0])
-    corners = rng.integers(0, 270, (60, 2))
-
-    def pieces(sigma):
-        blurred = cv2.GaussianBlur(image, None, sigma) if sigma else image
-        return [blurred[y : y + 64, x : x + 64] for y, x in corners]
-
-    sharp, soft, softer = pieces(0), pieces(1), pieces(3)
-    assert frechet(soft, soft) == pytest.approx(0, abs=1e-6)
-    assert 10 * frechet(soft[::2], soft[1::2]) < frechet(soft, sharp) < frechet(softer, sharp)
-    brighter = [(piece // 2 + 60).astype(np.uint8) for piece in soft]
-    assert frechet(soft, brighter) < 0.2 * frechet(soft, sharp)
 
 
 # ---- restoring and blurring

@@ -307,24 +307,55 @@ def test_tracebacks_become_one_line():
     assert stream.getvalue() == "a warning\nrefused: KeyError: 'key'\nrefused: ValueError: a\nb\n"
 
 
-def test_a_small_model_says_so(tmp_path, monkeypatch):
+def test_weights_that_are_included_say_on_what_they_were_trained(tmp_path, monkeypatch):
+    """By their metadata: a user's file may have any name."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "MODELS", tmp_path / "none")
+    models = tmp_path / "models"
     systems = list_systems(Settings())
-    assert "small" not in systems["deblur"].does
-    (tmp_path / "models").mkdir()
+    assert "pixels" not in systems["deblur"].does and systems["deblur"].missing()
+    models.mkdir()
+    about = {"image_size": "128", "sampling_steps": "3"}
     for name in ("small_deblur", "small_diffusion", "dbgan", "bgan"):
-        (tmp_path / "models" / f"{name}.safetensors").touch()
+        checkpoint.write_weights(models / f"{name}.safetensors", {"a": torch.zeros(1)}, about)
     systems = list_systems(Settings())
-    assert "small model that comes along" in systems["deblur"].does and not systems["deblur"].missing()
-    assert systems["deblur"].options.base_path == Path("models/small_diffusion.safetensors")
+    assert "trained on images of 128 pixels" in systems["deblur"].does and not systems["deblur"].missing()
+    assert systems["deblur"].options.num_inference_steps == 3
     assert not systems["dbgan"].missing() and not systems["bgan"].missing() and systems["inpaint"].missing()
     assert systems["kontext"].options.lora_path == Path("outputs/kontext_lora")
-    (tmp_path / "models" / "small_kontext").mkdir()
-    (tmp_path / "models" / "small_kontext_lora.safetensors").touch()
+    (models / "small_kontext").mkdir()
+    transformer = models / "small_kontext" / "flux1-kontext-dev.safetensors"
+    checkpoint.write_weights(transformer, {"a": torch.zeros(1)}, about)
+    (models / "small_kontext_lora.safetensors").touch()
     small = list_systems(Settings())["kontext"]
-    assert "small model that comes along" in small.does and not small.missing()
-    chosen = list_systems(Settings(deblur_path=tmp_path / "own.ckpt"))["deblur"]
-    assert "small" not in chosen.does and chosen.options.base_path is None
+    assert "trained on images of 128 pixels" in small.does and not small.missing()
+    (tmp_path / "small_own.safetensors").touch()
+    chosen = list_systems(Settings(deblur_path=tmp_path / "small_own.safetensors"))["deblur"]
+    assert "pixels" not in chosen.does and chosen.options.num_inference_steps == 50
+
+
+def test_the_page_finds_the_included_weights_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not [name for name, system in list_systems(Settings()).items() if system.missing()]
+
+
+def test_hidden_colours_reach_no_network_and_transparency_comes_back(weights, tmp_path):
+    workshop, alpha = (
+        Workshop(list_systems(make_settings(weights, tmp_path)), tmp_path),
+        np.zeros((32, 48), np.uint8),
+    )
+    alpha[:, :30] = 200
+    results = []
+    for under in (0, 255):
+        picture = np.dstack(
+            [np.where(alpha[..., None] > 0, photograph(32, 48), under).astype(np.uint8), alpha]
+        )
+        write_image(tmp_path / "a.png", picture)
+        with Image.open(
+            workshop.restore("srn", tmp_path / "a.png", {}, "page", lambda *_, **__: None)
+        ) as result:
+            results.append(np.array(result))
+    assert np.array_equal(*results) and np.array_equal(results[0][..., 3], alpha)
 
 
 def test_addresses_are_found_in_requests():

@@ -5,6 +5,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageFile
 
+from cldm.logger import ImageLogger
 from ldm.data.captions import check_captions, read_caption
 from ldm.data.image import (
     image_size,
@@ -254,6 +256,20 @@ def test_tensors_have_the_stated_range_and_round_trip():
     assert np.array_equal(to_uint8(tensor), levels)
     assert np.array_equal(to_uint8(tensor.bfloat16().float() * 0 + 3.0), np.full((16, 16, 3), 255))
     assert to_uint8(torch.full((3, 1, 1), 0.6 / 127.5 - 1)).ravel().tolist() == [1, 1, 1]  # rounds, not cuts
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_no_pixels(value, tmp_path):
+    """Neither of a result, nor of a grid of previews."""
+    image = torch.zeros(3, 4, 4)
+    image[1, 2, 3] = value
+    with pytest.raises(ValueError, match="not finite .* precision 32 or bf16"):
+        to_uint8(image)
+    with pytest.raises(ValueError, match="not finite"):
+        ImageLogger(tmp_path / "images").write(
+            SimpleNamespace(global_step=1, loggers=[]), "train", {"a": image[None]}
+        )
+    assert not (tmp_path / "images").exists()
 
 
 def test_natural_order():

@@ -1,12 +1,15 @@
 import json
+import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import infer
 from harness.jobs import list_jobs
@@ -66,7 +69,7 @@ def test_a_folder_is_restored_with_its_tree(photos, weights, capsys):
     with Image.open(out / "deblurred_grey.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (41, 30))
     assert read_image(photos.parent / "out_comparison/deblurred_a.png").shape == (37, 104, 3)
-    assert "3 made, 0 same, 0 remade" in capsys.readouterr().out
+    assert "3 made, 0 kept (unchanged)" in capsys.readouterr().out
 
 
 def test_results_of_the_same_making_stay_and_all_others_are_made_anew(photos, weights, capsys):
@@ -77,28 +80,28 @@ def test_results_of_the_same_making_stay_and_all_others_are_made_anew(photos, we
     foreign = photos.parent / "out" / "deblurred_a.png"
     foreign.parent.mkdir()
     foreign.write_bytes(b"of something else")
-    assert "2 made, 0 same, 1 remade" in run()
-    assert "0 made, 3 same, 0 remade" in run()
-    assert "0 made, 3 same, 0 remade" in run(pattern="**/*", device="auto")  # no other pixels
-    assert "0 made, 0 same, 3 remade" in run(comparison=True)  # there were none
-    assert "0 made, 3 same, 0 remade" in run(comparison=True)
-    assert "0 made, 0 same, 3 remade" in run(tile=32, overlap=16)  # another option
-    assert "0 made, 3 same, 0 remade" in run(tile=32, overlap=16)
+    assert "3 made, 0 kept (unchanged)" in run()
+    assert "0 made, 3 kept (unchanged)" in run()
+    assert "0 made, 3 kept (unchanged)" in run(pattern="**/*", device="auto")  # no other pixels
+    assert "3 made, 0 kept (unchanged)" in run(comparison=True)  # there were none
+    assert "0 made, 3 kept (unchanged)" in run(comparison=True)
+    assert "3 made, 0 kept (unchanged)" in run(tile=32, overlap=16)  # another option
+    assert "0 made, 3 kept (unchanged)" in run(tile=32, overlap=16)
     image = read_image(photos / "a.png")
     write_image(photos / "a.png", 255 - image)  # another picture of that name
-    assert "0 made, 2 same, 1 remade" in run(tile=32, overlap=16)
+    assert "1 made, 2 kept (unchanged)" in run(tile=32, overlap=16)
     other = weights[0].with_stem("other")
     write_weights(other, {k: v * 0.9 for k, v in weights[1].state_dict().items()}, {"settings": FORM})
-    assert "0 made, 0 same, 3 remade" in run(checkpoint_path=other)
-    assert "0 made, 0 same, 3 remade" in run(checkpoint_path=other, overwrite=True)
+    assert "3 made, 0 kept (unchanged)" in run(checkpoint_path=other)
+    assert "3 made, 0 kept (unchanged)" in run(checkpoint_path=other, overwrite=True)
     with pytest.raises(FileNotFoundError, match="none.safetensors"):
         run(checkpoint_path=other.with_stem("none"))
 
 
 def test_one_picture_is_always_made_anew(photos, weights, capsys):
-    for summary in ("1 made, 0 same, 0 remade", "0 made, 0 same, 1 remade"):
+    for _ in range(2):
         infer.restore_files(command(photos / "a.png", weights))
-        assert summary in capsys.readouterr().out
+        assert "1 made, 0 kept (unchanged), 0 left out, 0 failed" in capsys.readouterr().out
     kept = [path.name for path in (photos / "out").iterdir()]
     assert kept == ["deblurred_a.png"]  # no temporary file stays
 
@@ -108,9 +111,9 @@ def test_shards_have_every_picture_once(photos, weights, capsys):
     for shard in ("1/2", "2/2", "1/2"):
         infer.restore_files(command(photos, weights, shard=shard))
         seen.append(capsys.readouterr().out)
-    assert "2 made, 0 same, 0 remade" in seen[0] and "of all 3, 2 are there" in seen[0]
-    assert "1 made, 0 same, 0 remade" in seen[1] and "of all 3, 3 are there" in seen[1]
-    assert "0 made, 2 same, 0 remade" in seen[2]
+    assert "2 made, 0 kept (unchanged)" in seen[0] and "of all 3, 2 are there" in seen[0]
+    assert "1 made, 0 kept (unchanged)" in seen[1] and "of all 3, 3 are there" in seen[1]
+    assert "0 made, 2 kept (unchanged)" in seen[2]
     for shard in ("3/2", "0/2", "1", "a/b", "-1/2"):
         with pytest.raises(ValueError, match=f"--shard must be i/n .* not {shard}"):
             infer.restore_files(command(photos, weights, shard=shard))
@@ -168,19 +171,27 @@ def test_the_file_says_the_system(weights, tmp_path, model, monkeypatch, capsys)
 
 
 def test_one_picture_and_a_pattern(photos, weights):
-    jobs = list_jobs(command(photos / "a.png", weights, output_dir=photos, output_prefix="new_"))
+    jobs, _ = list_jobs(command(photos / "a.png", weights, output_dir=photos, output_prefix="new_"))
     assert jobs == [(photos / "a.png", photos / "new_a.png")]
-    jobs = list_jobs(command(photos, weights, pattern="*/deep*"))
+    jobs, left_out = list_jobs(command(photos, weights, pattern="*/deep*"))
     assert [source.name for source, _ in jobs] == ["deep.png"]
+    assert set(left_out.values()) == {"not of --pattern */deep*"} and len(left_out) == 2
     within = command(photos, weights, output_dir=photos / "out")
     (photos / "out").mkdir()
     write_image(photos / "out" / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))
     (photos / "out_comparison").mkdir()
     write_image(photos / "out_comparison" / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))
-    assert len(list_jobs(within)) == 3  # earlier results are no input
-    write_image(photos / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))
+    assert len(list_jobs(within)[0]) == 3  # earlier results are no input
+    infer.restore_files(command(photos / "a.png", weights, output_dir=photos))
     beside = command(photos, weights, output_dir=photos, pattern="*.png")
-    assert list_jobs(beside) == [(photos / "a.png", photos / "deblurred_a.png")]
+    jobs, left_out = list_jobs(beside)
+    assert jobs == [(photos / "a.png", photos / "deblurred_a.png")]
+    assert left_out[photos / "deblurred_a.png"] == "result of an earlier run"
+    write_image(photos / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))  # a photo of that name
+    with pytest.raises(ValueError, match="the result of .*a.png would overwrite .*deblurred_a.png"):
+        list_jobs(beside)
+    with pytest.raises(ValueError, match="the result of .*a.png would overwrite .*deblurred_a.png"):
+        list_jobs(command(photos / "a.png", weights, output_dir=photos))
 
 
 def test_a_broken_picture_stops_no_other(photos, weights, monkeypatch, capsys):
@@ -192,9 +203,9 @@ def test_a_broken_picture_stops_no_other(photos, weights, monkeypatch, capsys):
         run_main(infer.restore_files, infer.COMMANDS)
     captured = capsys.readouterr()
     assert stop.value.code == 1 and "3 made" in captured.out
-    last = captured.err.splitlines()[-1]
-    assert last.startswith("error: 2 of 5 could not be restored: ")
-    assert "broken.jpg" in last and "gone.jpg" in last
+    assert captured.err.splitlines()[-1] == "error: 2 of 5 images failed: they are listed above"
+    failures = [line for line in captured.out.splitlines() if line.startswith("  failed: ")]
+    assert len(failures) == 2 and "broken.jpg" in failures[0] and "gone.jpg" in failures[1]
 
 
 def test_a_picture_too_large_for_the_memory_stops_no_other(photos, weights, monkeypatch, capsys):
@@ -204,9 +215,97 @@ def test_a_picture_too_large_for_the_memory_stops_no_other(photos, weights, monk
         return image
 
     monkeypatch.setattr("train_srn.restore_image", short_of_memory)
-    with pytest.raises(ValueError, match="1 of 3 .*a.png: 50 x 37 pixels need more memory .* --tile"):
+    with pytest.raises(ValueError, match="1 of 3 images failed"):
         infer.restore_files(command(photos, weights))
-    assert "2 made" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 made" in printed
+    assert re.search("failed: .*a.png: 50 x 37 pixels need more memory than .*, give a --tile", printed)
+
+
+def test_main_memory_that_is_short_is_told_too(photos, weights, monkeypatch):
+    """numpy raises MemoryError, torch a RuntimeError without a class of its own."""
+    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr("train_srn.restore_image", Mock(side_effect=error))
+        with pytest.raises(ValueError, match="a.png: 50 x 37 pixels need more memory"):
+            infer.restore_files(command(photos / "a.png", weights))
+
+
+def test_one_failure_of_any_kind_stops_no_other(photos, weights, capsys):
+    """A name at the limit is written; one that grows too long is not; a picture is deleted on the way."""
+    write_image(photos / f"{'m' * 241}.png", np.zeros((8, 8, 3), np.uint8))  # 255 with the prefix
+    write_image(photos / f"{'n' * 245}.png", np.zeros((8, 8, 3), np.uint8))
+    options = command(photos, weights)
+    restorer = options.restorer
+
+    def deletes_a_picture():
+        restore = restorer()
+        (photos / "grey.jpg").unlink()
+        return restore
+
+    options.restorer = deletes_a_picture
+    with pytest.raises(ValueError, match="2 of 5 images failed"):
+        infer.restore_files(options)
+    printed = capsys.readouterr().out
+    assert "3 made, 0 kept (unchanged), 0 left out, 2 failed" in printed
+    assert re.search(r"failed: .*grey.jpg", printed) and "File name too long" in printed
+    assert (photos.parent / "out" / f"deblurred_{'m' * 241}.png").is_file()
+
+
+def test_results_that_are_not_finite_are_not_written(photos, weights, tmp_path, capsys):
+    broken = {name: value.clone() for name, value in weights[1].state_dict().items()}
+    next(iter(broken.values())).fill_(float("nan"))
+    with pytest.raises(ValueError, match="nan.safetensors is not written: its weight .* is not finite"):
+        write_weights(tmp_path / "nan.safetensors", broken, {"settings": FORM})
+    save_file(broken, tmp_path / "nan.safetensors", {"settings": FORM})
+    for _ in range(2):  # nothing is kept as the same
+        with pytest.raises(ValueError, match="3 of 3 images failed"):
+            infer.restore_files(command(photos, [tmp_path / "nan.safetensors"]))
+        printed = capsys.readouterr().out
+        assert "0 made, 0 kept (unchanged), 0 left out, 3 failed" in printed
+        assert (
+            "is not finite (NaN or infinity): it overflows in 16 bits (use precision 32 or bf16)" in printed
+        )
+        assert not list(photos.parent.glob("out/**/*.*"))
+
+
+def test_hidden_colours_do_not_harm(tmp_path):
+    """Cut-outs are black under what is transparent: SRN, which looks far, would gain nothing beside that."""
+    sharp = read_image(photographs(("coffee.png",))[0])[40:232, 100:292]
+    blurry = random_blur(sharp, np.random.default_rng(0), ["gaussian_blur"], scale=0.5)[0]
+    visible = np.hypot(*(np.mgrid[:192, :192] - 96)) < 68
+    cut_out = np.dstack([blurry * visible[..., None], 255 * visible.astype(np.uint8)])
+    Image.fromarray(cut_out).save(tmp_path / "a.png")
+    infer.restore_files(infer.SRN(input=tmp_path / "a.png", output_dir=tmp_path / "out", device="cpu"))
+    with Image.open(tmp_path / "out" / "deblurred_a.png") as picture:
+        restored = np.array(picture)
+    assert np.array_equal(restored[..., 3], cut_out[..., 3])
+    errors = [
+        np.square(image[visible].astype(float) - sharp[visible]).mean()
+        for image in (blurry, restored[..., :3])
+    ]
+    assert 10 * np.log10(errors[0] / errors[1]) > 2
+
+
+def test_a_folder_that_is_input_and_output_is_restored_once(photos, weights, capsys):
+    (photos / "a.png").unlink()  # a result without a prefix would be written over it
+    (photos / "trip to 北京" / "deep.png").unlink()
+    for summary in ("1 made, 0 kept", "0 made, 1 kept"):
+        infer.restore_files(command(photos, weights, output_dir=photos, output_prefix=""))
+        assert summary in capsys.readouterr().out
+    infer.restore_files(command(photos, weights, output_dir=photos, output_prefix="", self_ensemble=True))
+    printed = capsys.readouterr().out
+    assert "1 made, 0 kept (unchanged), 1 left out, 0 failed" in printed
+    assert "left out 1, result of an earlier run: grey.png" in printed
+
+
+def test_names_that_differ_in_capitals_alone(photos, weights, monkeypatch):
+    write_image(photos / "A.png", np.zeros((4, 4, 3), np.uint8))
+    assert len(list_jobs(command(photos, weights))[0]) == 4
+    monkeypatch.setattr("harness.jobs.ignores_case", lambda folder: True)
+    with pytest.raises(
+        ValueError, match="would both become deblurred_.*capital and small letters are the same"
+    ):
+        list_jobs(command(photos, weights))
 
 
 def test_tiles_agree_with_the_whole_picture(weights):
@@ -230,11 +329,15 @@ def test_self_ensemble_commutes_with_turning(weights):
 
 
 def test_bad_input(photos, weights, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no picture and no folder: .*notes.txt"):
+    with pytest.raises(ValueError, match="--input .*notes.txt is no image: its name must end with .*png"):
         list_jobs(command(photos / "notes.txt", weights))
+    with pytest.raises(FileNotFoundError, match="--input none does not exist in the current folder, /"):
+        list_jobs(command(Path("none"), weights, output_dir=tmp_path))
     with pytest.raises(FileNotFoundError, match="checkpoint not found: .*none.ckpt; train_srn.py makes one"):
         infer.restore_files(command(photos, weights, checkpoint_path=tmp_path / "none.ckpt"))
-    with pytest.raises(FileNotFoundError, match=r"no picture in .* matches \*.gif"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing to restore in .*: left out 3, not of --pattern \*.gif"
+    ):
         list_jobs(command(photos, weights, pattern="*.gif"))
     with pytest.raises(ValueError, match="--pattern is relative to --input, not /a"):
         list_jobs(command(photos, weights, pattern="/a*.png"))
@@ -250,6 +353,8 @@ def test_bad_input(photos, weights, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--output_dir .*file/out: .*file is no folder that can be written"):
         infer.restore_files(command(photos / "a.png", weights, output_dir=tmp_path / "file" / "out"))
+    with pytest.raises(ValueError, match="--output_dir .*file: .*file is no folder that can be written"):
+        infer.restore_files(command(photos / "a.png", weights, output_dir=tmp_path / "file"))
     other = tmp_path / "other.safetensors"
     write_weights(other, {"unet.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="holds no SRN-DeblurNet: its first key is unet.weight"):
@@ -274,7 +379,9 @@ def test_the_shipped_network_restores_as_recorded():
         assert found > score - 0.05 and found > least, name
 
 
-def test_the_shipped_file_is_the_default(photos):
+def test_the_shipped_file_is_the_default(photos, monkeypatch):
+    """From any folder."""
+    monkeypatch.chdir(photos.parent)
     chosen = infer.SRN(input=photos / "a.png", output_dir=photos.parent / "out", device="cpu")
     assert chosen.checkpoint_path.name == SHIPPED.name
     infer.restore_files(chosen)
@@ -311,7 +418,7 @@ def test_odd_pictures_go_through(weights, tmp_path, capsys):
     deep = rng.integers(0, 65536, (20, 30, 3), dtype=np.uint16)
     cv2.imwrite(str(tmp_path / "in" / "deep.tif"), deep)
     infer.restore_files(command(tmp_path / "in", weights, output_prefix=""))
-    assert "5 made, 0 same, 0 remade" in capsys.readouterr().out
+    assert "5 made, 0 kept (unchanged)" in capsys.readouterr().out
     for name, pixels in pictures.items():
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert picture.size == pixels.shape[1::-1]

@@ -24,8 +24,9 @@ from cldm.inpaint import (
     regions_of,
 )
 from cldm.model import create_model, read_config, widen_input
+from harness.jobs import list_jobs
 from ldm import checkpoint
-from ldm.data.image import photographs, read_image, write_image
+from ldm.data.image import photographs, read_image, to_tensor, write_image
 from ldm.data.inpaint import make_hint
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import instantiate_from_config
@@ -255,6 +256,34 @@ def test_only_masked_works_on_each_hole_by_itself(model, monkeypatch):
     assert np.array_equal(result[mask == 0], image[mask == 0])
 
 
+@pytest.mark.parametrize("size", [(6, 300), (30, 40), (80, 90)])
+def test_a_region_has_no_more_pixels_than_the_resolution_squared_or_its_own(model, monkeypatch, size):
+    seen = []
+
+    def watched(image):
+        seen.append(image.shape[:2])
+        return to_tensor(image)
+
+    monkeypatch.setattr("cldm.inpaint.to_tensor", watched)
+    image, mask = photograph(100, 310), np.zeros((100, 310), np.uint8)
+    mask[5 : 5 + size[0], 5 : 5 + size[1]] = 1
+    options = replace(OPTIONS, only_masked_padding=0, mask_blur=0, steps=1)
+    assert inpaint_image(model, image, mask, options).shape == image.shape
+    pixels = {height * width for height, width in seen}
+    assert len(pixels) == 1 and 0.9 * 64**2 < pixels.pop() <= max(64**2, size[0] * size[1])
+
+
+def test_hidden_colours_do_not_reach_the_network(model):
+    mask, alpha = hole_in(64, 64), np.full((64, 64), 255, np.uint8)
+    alpha[:, 40:] = 0
+    results = []
+    for under in (0, 255):
+        image = np.dstack([np.where(alpha[..., None] > 0, photograph(64, 64), under).astype(np.uint8), alpha])
+        results.append(inpaint_image(model, image, mask, replace(OPTIONS, mask_blur=0)))
+        assert np.array_equal(results[-1][mask == 0], image[mask == 0])
+    assert np.array_equal(results[0][mask > 0], results[1][mask > 0])
+
+
 def test_outpainting_adds_pixels_that_are_hole(model):
     image, mask = photograph(40, 50), np.zeros((40, 50), np.uint8)
     mask[3, 4] = 1
@@ -309,14 +338,20 @@ def test_the_command_fills_a_folder(weights, tmp_path, capsys):
         infer.restore_files(replace(settings, checkpoint_path=Path("none.ckpt")))
     with pytest.warns(UserWarning, match="it is resized"):  # another seed is another picture
         infer.restore_files(replace(settings, seed=1))
-    assert "0 made, 0 same, 2 remade" in capsys.readouterr().out
+    assert "2 made, 0 kept (unchanged)" in capsys.readouterr().out
     write_image(tmp_path / "masks" / "a_mask.png", 255 - hole_in(64, 64))  # another mask
     infer.restore_files(replace(settings, seed=1))
-    assert "0 made, 1 same, 1 remade" in capsys.readouterr().out
+    assert "1 made, 1 kept (unchanged)" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="mask not found: .*gone.png"):
         infer.restore_files(replace(settings, input_mask=tmp_path / "gone.png"))
     with pytest.raises(ValueError, match="give --input_mask, .* or --outpaint"):
         infer.restore_files(replace(settings, input_mask=None))
+    write_image(tmp_path / "masks" / "a_mask.png", hole_in(64, 32))  # one of another shape stops no other
+    with pytest.raises(ValueError, match="1 of 2 images failed"):
+        infer.restore_files(replace(settings, seed=2))
+    printed = capsys.readouterr().out
+    assert "1 made, 0 kept (unchanged), 0 left out, 1 failed" in printed
+    assert "a_mask.png is 32x64, its picture 64x64" in printed
     infer.restore_files(
         replace(settings, input_mask=tmp_path / "masks" / "b.png", output_dir=tmp_path / "one")
     )
@@ -342,8 +377,11 @@ def test_the_command_takes_photographs_and_masks_from_one_folder(weights, tmp_pa
     assert np.array_equal(read_image(tmp_path / "out" / "inpainted.png"), result)
     with pytest.raises(ValueError, match="b_mask001.png: the brightest value of this mask is 1 of 255"):
         infer.restore_files(replace(single, input_mask=tmp_path / "b_mask001.png"))
-    jobs = infer.restore_files.__globals__["list_jobs"](replace(settings, input_mask=tmp_path / "b.png"))
+    jobs, left_out = list_jobs(replace(single, input=tmp_path, input_mask=tmp_path / "b.png"))
     assert [source.name for source, _ in jobs] == ["a.png"]
+    assert {path.name: why for path, why in left_out.items() if path.parent == tmp_path} == dict.fromkeys(
+        ("a_mask.png", "b.png", "b_mask001.png"), "a mask"
+    )
 
 
 def test_the_controlnet_gives_the_same_outputs_in_diffusers(tmp_path):

@@ -267,7 +267,7 @@ def test_any_configuration_of_the_family_is_validated(settings, tmp_path):
 
 
 def test_half_precision_trains_on_finite_numbers(settings):
-    main(replace(settings, precision="16-mixed", max_steps=1, gradient_checkpointing=True, val_samples=0))
+    main(replace(settings, precision="bf16-mixed", max_steps=1, gradient_checkpointing=True, val_samples=0))
     assert all(torch.isfinite(value).all() for value in last(settings)["state_dict"].values())
 
 

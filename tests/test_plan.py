@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from benchmarks import plan
 from benchmarks.fake_cuda import fake_tensors, to_fake
 from harness.settings import read_settings
 from ldm.modules.diffusionmodules.util import GroupNormSiLU
-from tests.test_cuda import DBGAN, SRN, build
+from tests.test_cuda import DBGAN, DEBLUR, SRN, build
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="torch was built without CUDA: it has no fake CUDA tensors"
@@ -122,6 +122,50 @@ def test_the_number_of_blocks_to_swap_that_fits():
 
 def test_an_unknown_card_is_named_with_those_that_are_known():
     with pytest.raises(
-        ValueError, match="--card 5090 is not known: give one of h200, h100, a100, 4090, 3060"
+        ValueError, match="--card 2080 is not known: give one of h200, .*5090, .*4070, .*3080"
     ):
-        plan.main(plan.SRN(card="5090"))
+        plan.main(plan.SRN(card="2080"))
+
+
+def test_cards_of_one_series_are_in_order():
+    """A larger number has no less of anything, and 16 bits run at twice the rate of TF32."""
+    for series in ("30", "40", "50"):
+        names = [name for name in plan.CARDS if name.startswith(series)]
+        assert len(names) >= 4
+        for larger, smaller in pairwise(names):
+            compared = zip(plan.CARDS[larger], plan.CARDS[smaller], strict=True)
+            assert smaller == "3060" or all(a >= b for a, b in compared), (larger, smaller)
+    for card in plan.CARDS.values():
+        assert card.half == pytest.approx(2 * card.tf32, rel=0.02)
+
+
+def layers(fused: bool | None, device: str) -> plan.Work:
+    network = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(20)))
+    optimizer = torch.optim.AdamW(network.parameters(), fused=fused)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        network(torch.empty(1, 4)).sum().backward()
+        optimizer.step()
+
+    return plan.Work(step, {"optimizer": optimizer})
+
+
+def test_the_optimizer_is_counted_as_the_script_chooses_it():
+    """Fused: one kernel and the count of steps. Open: torch's lists on CUDA. Refused: one by one."""
+    kernels = [plan.count_step(partial(layers, fused), "cpu").kernels for fused in (True, None, False)]
+    lists, one_by_one = kernels[1] - kernels[0], kernels[2] - kernels[0]
+    assert 5 < lists < 20
+    assert one_by_one > 40 * 5
+
+
+def test_srn_is_counted_with_the_fused_kernel_that_cuda_takes():
+    with fake_tensors(like_cuda=True):
+        assert build(plan.srn, SRN, "cpu").parts["optimizer"].param_groups[0]["fused"]
+
+
+def test_real_inputs_are_no_zeros():
+    """They are what a GPU is timed on."""
+    batch = plan.control_batch(DEBLUR, plan.control_model(DEBLUR, "cpu"), "cpu")
+    assert all(batch[name].std() > 0.5 for name in ("jpg", "hint", "noise_0"))
+    assert batch["timestep"].float().std() > 100

@@ -92,11 +92,11 @@ def test_what_is_there_is_profiled_too(command, capsys):
     infer.restore_files(command)
     command.profile = True
     infer.restore_files(command)
-    assert "0 made, 2 same, 0 remade" in capsys.readouterr().out
+    assert "0 made, 2 kept (unchanged)" in capsys.readouterr().out
     assert read_profile(command.output_dir / "profile.json")["macs"] == srn_macs(2, 32, 48)
     write_image(command.output_dir / "a.png", np.zeros((30, 40, 3), np.uint8))
     infer.restore_files(command)
-    assert "0 made, 1 same, 1 remade" in capsys.readouterr().out
+    assert "1 made, 1 kept (unchanged)" in capsys.readouterr().out
 
 
 def test_steps_tiles_and_attention_count():

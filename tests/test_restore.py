@@ -226,6 +226,7 @@ def test_without_a_file_the_small_model_is_taken(tmp_path, monkeypatch, capsys):
     (tmp_path / "models" / "small_diffusion.yaml").write_text(config)
     write_image(tmp_path / "a.png", photograph(64, 64))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "MODELS", tmp_path / "models")
     settings = {"input": Path("a.png"), "device": "cpu", "num_inference_steps": 1}
     commands = infer.Deblur(**settings), infer.Inpaint(**settings, outpaint=(0, 0, 8, 0))
     for kind, command in zip(("deblur", "inpaint"), commands, strict=True):
@@ -235,7 +236,8 @@ def test_without_a_file_the_small_model_is_taken(tmp_path, monkeypatch, capsys):
     base = {name: value for name, value in small.items() if name not in control}
     checkpoint.write_weights(tmp_path / "models" / "small_diffusion.safetensors", base)
     for kind, command in zip(("deblur", "inpaint"), commands, strict=True):
-        checkpoint.write_weights(tmp_path / "models" / f"small_{kind}.safetensors", control)
+        about = {"base": "models/small_diffusion.safetensors"}
+        checkpoint.write_weights(tmp_path / "models" / f"small_{kind}.safetensors", control, about)
         infer.restore_files(command)
         assert f"docs/{kind}.md), give --checkpoint_path" in capsys.readouterr().out
     assert read_image("outputs/inference/a.png").shape == (64, 64, 3)
@@ -253,7 +255,7 @@ def test_the_command_restores_a_folder_and_skips_what_is_there(files, tmp_path):
     command += ["--num_inference_steps", "2", "--scheduler", "dpmpp_2m", "--comparison"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert "2 made, 0 same, 0 remade" in run.stdout
+    assert "2 made, 0 kept (unchanged)" in run.stdout
     assert read_image(tmp_path / "out" / "a b.png").shape == (80, 64, 3)
     assert read_image(tmp_path / "out_comparison" / "ü.png").shape[1] > 128
     restorer = infer.Deblur(

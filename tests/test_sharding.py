@@ -1,5 +1,6 @@
 """Training on two processes: resumed runs, and weights that are split over the processes (FSDP)."""
 
+import copy
 import multiprocessing
 import os
 import socket
@@ -9,13 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from cldm.deblur import add_hint_latent
 from cldm.model import open_control_model, read_config
-from cldm.sharding import split_like, whole
+from cldm.sharding import ShardedStrategy, split_like, whole
 from ldm import checkpoint
 from ldm.data.image import read_image
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.util import make_adamw
 from tests.test_deblur import CONFIG, last, make_place, rows, same, small_settings
 from tutorial_train_deblur import Settings, main
 
@@ -107,6 +113,45 @@ def test_one_process_continues_what_two_began(done, tmp_path):
     after = last(settings)["state_dict"]
     assert last(settings)["global_step"] == 4
     assert all(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.fixture
+def mesh():
+    """One process alone, for which weights are split like for many."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("split_first", [True, False])
+def test_optimizer_states_pass_between_split_and_whole_weights(mesh, split_first):
+    """Split weights lie contiguously and whole ones in channels_last; fused kernels mind the difference."""
+
+    def begin(split: bool, weights: dict) -> tuple[nn.Module, torch.optim.Optimizer]:
+        network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        network.load_state_dict(weights)
+        if split:
+            fully_shard(network.to(memory_format=torch.contiguous_format), mesh=mesh)
+        return network, make_adamw(network.parameters(), "adamw", 1e-2, 0.0, fused=True)
+
+    def step(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            network(torch.arange(108.0).sin().view(1, 3, 6, 6)).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    first, optimizer = begin(split_first, nn.Conv2d(3, 4, 3).state_dict())
+    step(first, optimizer)
+    weights, moments = copy.deepcopy((whole(first.state_dict()), whole(optimizer.state_dict())))
+    step(first, optimizer)
+    second, optimizer = begin(not split_first, weights)
+    kind = DDPStrategy if split_first else ShardedStrategy
+    strategy = kind(parallel_devices=[torch.device("cpu")])
+    strategy.optimizers = [optimizer]
+    strategy.load_optimizer_state_dict({"optimizer_states": [moments]})
+    step(second, optimizer)
+    assert torch.allclose(whole(second.weight), whole(first.weight), atol=1e-6)
 
 
 def test_plain_tensors_are_whole_already():

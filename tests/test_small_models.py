@@ -11,7 +11,7 @@ import infer
 from benchmarks import small_holes
 from cldm.inpaint import Inpainting, hole_scores, inpaint_image
 from cldm.restore import fix_color
-from ldm.checkpoint import read_settings, write_weights
+from ldm.checkpoint import read_settings, read_weights, write_weights
 from ldm.data.image import photographs, read_image
 from ldm.metrics import misalignment, psnr
 from ldm.models.kontext import load_restorer
@@ -55,17 +55,27 @@ def test_the_small_controlnet_deblurs(kind, squares):
     assert mean_gain(restore, squares, blurry) > GAINS[kind] - 0.1
 
 
-def test_only_the_small_controlnet_chooses_the_colours(squares, tmp_path):
-    """It has learned them; any other keeps those of the blurry picture."""
-    shutil.copy(MODELS / "small_deblur.safetensors", tmp_path / "other.safetensors")
-    base = MODELS / "small_diffusion.safetensors"
-    files = (None, None), (tmp_path / "other.safetensors", base)
-    pictures, options = [], {"input": Path("a.png"), "device": "cpu", "num_inference_steps": 2}
-    for path, own in files:
-        command = infer.Deblur(checkpoint_path=path, base_path=own, **options)
-        pictures.append(command.restorer()(squares[0], Path("a.png")))
+def test_steps_base_and_colours_are_those_that_the_file_says_whatever_its_name(squares, tmp_path):
+    """The included ControlNet has learned the colours; a file that does not say so gets the input's."""
+    included = MODELS / "small_deblur.safetensors"
+    named, silent = tmp_path / "other.safetensors", tmp_path / "small_deblur.safetensors"
+    shutil.copy(included, named)
+    write_weights(silent, read_weights(included))
+    commands = [
+        infer.Deblur(checkpoint_path=path, input=Path("a.png"), device="cpu") for path in (named, silent)
+    ]
+    assert [command.sampling_steps() for command in commands] == [2, 50]
+    with pytest.raises(
+        ValueError, match="is a ControlNet alone: give its Stable Diffusion file as --base_path"
+    ):
+        commands[1].restorer()
+    commands[1].base_path, commands[1].num_inference_steps = MODELS / "small_diffusion.safetensors", 2
+    pictures = [command.restorer()(squares[0], Path("a.png")) for command in commands]
     kept = fix_color(pictures[0], squares[0])
     assert not np.array_equal(*pictures) and np.abs(kept.astype(int) - pictures[1]).max() <= 1
+    assert infer.Inpaint(input=Path("a.png")).sampling_steps() == 10
+    work = infer.Kontext(input=Path("a.png")).work()
+    assert (work["steps"], work["resolution"], work["tile"]) == (2, 128, 128)
 
 
 def test_the_small_controlnet_fills_holes(squares):

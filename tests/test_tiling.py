@@ -3,7 +3,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.tiling import mean_of_turns, pad_to_multiple, restore_picture, restore_tiled, tile_spans
+from ldm.tiling import fill_hidden, mean_of_turns, pad_to_multiple, restore_picture, restore_tiled, tile_spans
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_hidden_colours_become_those_around_them(dtype):
+    """Whatever they were, and no visible value changes."""
+    top = np.iinfo(dtype).max
+    pixels = np.random.default_rng(0).integers(top // 2, top, (40, 50, 3), dtype=dtype)
+    alpha = np.full((40, 50), top, dtype)
+    alpha[10:30, 15:] = 0
+    alpha[0, 0] = 1  # hardly visible is visible
+    results = []
+    for under in (0, top):
+        pixels[alpha == 0] = under
+        results.append(fill_hidden(pixels, alpha))
+        assert np.array_equal(results[-1][alpha > 0], pixels[alpha > 0]) and results[-1].dtype == dtype
+    assert np.array_equal(*results) and results[0].min() >= top // 2
+    assert fill_hidden(pixels, None) is pixels and fill_hidden(pixels, alpha * 0) is pixels
 
 
 def test_padding_repeats_the_edge():

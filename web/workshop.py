@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from harness.jobs import run_restorer
 from ldm.data.image import image_size, read_image, read_rgba, write_image
 from ldm.data.masks import read_mask, resize_mask
 from ldm.data.picture import read_picture
@@ -165,7 +166,7 @@ class Workshop:
         shown = read_picture(picture)
         try:
             with stoppable(stop, on_layer):
-                restored = shown.with_alpha(self.restorer(shown.pixels, picture))
+                restored = run_restorer(self.restorer, shown, picture)
         except torch.OutOfMemoryError:
             self.free()
             raise

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import secrets
 import struct
 import warnings
 from collections import Counter
@@ -244,7 +245,7 @@ def write_image(path: str | Path, image: np.ndarray, compress_level: int = 6) ->
 def write_whole(path: str | Path, save: Callable[[Path], object]) -> None:
     """Let `save` fill a temporary file, which then gets its name. Raises OSError that names the file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short: the name itself may be at its limit
     try:
         save(temporary)
         os.replace(temporary, path)
@@ -280,9 +281,18 @@ def to_uint8(image: Tensor) -> np.ndarray:
 
 
 def to_pixels(image: Tensor, dtype: np.dtype | type) -> np.ndarray:
-    """Float (c, h, w) in [-1, 1] -> uint8 or uint16 (h, w, c), converted on the tensor's device."""
+    """Float (c, h, w) in [-1, 1] -> uint8 or uint16 (h, w, c), converted on the tensor's device.
+
+    Raises ValueError if a value is not finite: it would silently become a black pixel.
+    """
     half = np.iinfo(dtype).max / 2
-    image = image.detach().float().clamp(-1, 1).add_(1).mul_(half).round_()
+    image = image.detach().float()
+    if not torch.isfinite(image).all():
+        raise ValueError(
+            "the network's output is not finite (NaN or infinity): it overflows in 16 bits (use precision 32 "
+            "or bf16), or the weights hold NaN"
+        )
+    image = image.clamp(-1, 1).add_(1).mul_(half).round_()
     image = image.to(torch.uint8 if dtype == np.uint8 else torch.int32)
     return image.permute(1, 2, 0).cpu().numpy().astype(dtype, copy=False)
 

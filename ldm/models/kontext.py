@@ -52,6 +52,11 @@ class FluxAutoencoder(AutoencoderKL):
         return super().decode(latent.to(self.decoder.conv_in.weight.dtype)).float()
 
 
+def own_dtype(device: str | torch.device) -> torch.dtype:
+    """What FLUX computes in: bfloat16 on CUDA (float16 overflows in it), float32 elsewhere."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
 def load_flux(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -63,7 +68,7 @@ def load_flux(
 ) -> Flux:
     """A frozen transformer from a file; with `fp8` or `nf4` its blocks' linears are stored in 8 or 4 bits.
 
-    Without a `dtype` it computes in bfloat16 on CUDA and in float32 elsewhere.
+    Without a `dtype` it computes in that of `own_dtype`.
     Sizes are Kontext's unless the file's metadata holds "flux_params" (see `save_flux`). `progress` may wrap
     the list of names in a progress bar. The last `blocks_to_swap` blocks stay in (pinned) main memory and are
     fetched when they run, which 4 bits do not allow. Raises FileNotFoundError, ValueError for a damaged or
@@ -71,7 +76,7 @@ def load_flux(
     """
     if nf4 and blocks_to_swap:
         raise ValueError("--base_precision nf4 does not go with --blocks_to_swap")
-    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    dtype = dtype or own_dtype(device)
     weights = read_weights(path)
     sizes = read_settings(path, "flux_params")
     with torch.device("meta"):
@@ -100,22 +105,23 @@ def load_flux(
     return model.requires_grad_(False).eval()
 
 
-def save_flux(path: str | Path, model: Flux) -> None:
-    """Write a transformer whose sizes `load_flux` then reads from the file."""
-    write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params))})
+def save_flux(path: str | Path, model: Flux, **facts: str) -> None:
+    """Write a transformer whose sizes `load_flux` then reads from the file, with `facts` in its metadata."""
+    write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params)), **facts})
 
 
 def load_autoencoder(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> FluxAutoencoder:
-    """The frozen autoencoder, of the usual sizes unless the metadata holds "ddconfig"."""
+    """The frozen autoencoder, of the usual sizes unless the metadata holds "ddconfig"; in `own_dtype`."""
+    dtype = dtype or own_dtype(device)
     weights = read_weights(path)
     config = read_settings(path, "ddconfig")
     with torch.device("meta"):
         model = FluxAutoencoder(config)
     check_fit(model, weights, path)
     model.load_state_dict({name: value.to(device, dtype) for name, value in weights.items()}, assign=True)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def load_restorer(
@@ -160,7 +166,7 @@ def load_restorer(
     return partial(restore_image, model, autoencoder, embeddings)
 
 
-def write_small_folder(folder: str | Path, flux: Flux, autoencoder: FluxAutoencoder) -> None:
+def write_small_folder(folder: str | Path, flux: Flux, autoencoder: FluxAutoencoder, **facts: str) -> None:
     """The two networks of a model folder, of any sizes: these the files name themselves (their metadata).
 
     Written are the transformer (flux1-kontext-dev.safetensors, metadata "flux_params": the fields of
@@ -169,13 +175,13 @@ def write_small_folder(folder: str | Path, flux: Flux, autoencoder: FluxAutoenco
     variance). in_channels of the transformer is 4 z_channels. To embed prompts the folder also needs
     TEXT_FILES: text_encoder/ (CLIP, hidden_size = vec_in_dim), text_encoder_2/ (T5, d_model =
     context_in_dim) and tokenizer_2/, whose sizes their config.json give; without them a run needs
-    prompt.safetensors, as `cached_prompt` writes it, in its output folder. Raises ValueError if the two
-    networks do not fit together.
+    prompt.safetensors, as `cached_prompt` writes it, in its output folder. `facts` go to the transformer's
+    metadata. Raises ValueError if the two networks do not fit together.
     """
     channels = autoencoder.config["z_channels"]
     if flux.params.in_channels != 4 * channels:
         raise ValueError(f"in_channels must be 4 x {channels} z_channels, not {flux.params.in_channels}")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_flux(Path(folder) / TRANSFORMER, flux)
+    save_flux(Path(folder) / TRANSFORMER, flux, **facts)
     metadata = {"ddconfig": json.dumps(dict(autoencoder.config))}
     write_weights(Path(folder) / AUTOENCODER, autoencoder.state_dict(), metadata)

@@ -5,9 +5,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm import tqdm
 
 from ldm.checkpoint import fill, read_metadata, read_weights, write_weights
@@ -21,6 +23,7 @@ TEXT_FILES = (
     "tokenizer_2/tokenizer.json",
 )
 LARGEST = 10**6  # number in a config.json
+ROWS = 4  # prompts that T5 encodes at once
 
 
 def check_folder(folder: str | Path, files: Iterable[str]) -> Path:
@@ -97,12 +100,36 @@ def _encode_t5(folder: Path, prompts: Sequence[str], device: str | torch.device)
     if lacks:
         names = ", ".join(path.name for path in [*files, here / "config.json"])
         raise ValueError(f"T5 in {here} is damaged or not whole ({names}): {'; '.join(sorted(lacks)[:3])}")
-    model.to(device)
-    for row in rows:
-        if max(row, default=0) >= model.config.vocab_size:
-            raise ValueError(f"{words} is not that of the T5 beside it, which knows fewer words")
-        ids = torch.tensor([row + [0] * (length - len(row))], device=device)  # (1, 512)
-        yield model(ids).last_hidden_state.bfloat16().cpu()
+    if max(map(max, filter(None, rows)), default=0) >= model.config.vocab_size:
+        raise ValueError(f"{words} is not that of the T5 beside it, which knows fewer words")
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])  # (prompts, 512)
+    yield from run_by_layers(model, ids, device)
+
+
+class Fetched(nn.Module):
+    """A layer whose weights stay where they are; each call has a copy of them on `device`."""
+
+    def __init__(self, layer: nn.Module, device: str | torch.device):
+        super().__init__()
+        self.layer, self.device = layer, device
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        weights = {name: value.to(self.device) for name, value in self.layer.named_parameters()}
+        return functional_call(self.layer, weights, inputs, named)
+
+
+@torch.no_grad()
+def run_by_layers(model: nn.Module, ids: Tensor, device: str | torch.device) -> Iterator[Tensor]:
+    """The last hidden states of a T5 on the CPU, (1, tokens, dim) in bfloat16 there, for each row of ids.
+
+    Its 9.5 GB do not fit on every GPU: each layer is on `device` only while it computes a few rows.
+    """
+    encoder = model.encoder
+    encoder.block = nn.ModuleList(Fetched(block, device) for block in encoder.block)
+    encoder.final_layer_norm = Fetched(encoder.final_layer_norm, device)
+    for some in ids.split(ROWS):
+        states = model(inputs_embeds=model.shared(some).to(device)).last_hidden_state
+        yield from states.bfloat16().cpu().split(1)
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VGG19_Weights, vgg19
 
-from ldm.checkpoint import fill, read_weights
+from ldm.checkpoint import MODELS, fill, read_weights
 
-FILE = Path("models/vgg19-dcbb9e9d.pth")  # the name torchvision gives it
+FILE = MODELS / "vgg19-dcbb9e9d.pth"  # the name torchvision gives it
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, images in [0, 1]
 RELU1_2, RELU2_2, RELU3_3 = 3, 8, 15  # positions in torchvision's `features`
 

@@ -39,7 +39,10 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (tokens(project(h))[:, None] for project in (self.q, self.k, self.v))  # (b, 1, h * w, c)
+        projected = (tokens(project(h)) for project in (self.q, self.k, self.v))
+        q, k, v = (
+            x.contiguous()[:, None] for x in projected
+        )  # (b, 1, h * w, c), as fused attention wants it
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x + self.proj_out(feature_map(h, x.shape[-2:]))
 
