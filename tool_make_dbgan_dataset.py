@@ -28,7 +28,7 @@ from harness.jobs import parse_shard, share_of
 from harness.settings import check_counts, run_main
 from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, read_image
-from ldm.data.pairs import check_alike, find_pairs, sharp_pairs
+from ldm.data.pairs import check_alike, check_apart, find_pairs, sharp_pairs
 from ldm.data.patches import KEYS, open_patches
 
 CHUNK = 1  # patches in a chunk: they are read one by one, in any order
@@ -77,6 +77,7 @@ def find_sources(blurred: Path | None, gopro: Path, by_focus: bool) -> tuple[dic
         photographs = [pair.sharp for pair in sharp_pairs(gopro)]
         return {"sharp": photographs, "blur": photographs}, False
     if blurred:
+        check_apart(blurred, gopro)
         return {"sharp": [pair.sharp for pair in sharp_pairs(gopro)], "blur": list_images(blurred)}, False
     pairs = find_pairs(gopro)
     return {"sharp": [pair.sharp for pair in pairs], "blur": [pair.blurry for pair in pairs]}, True

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness import flags
-from harness.run import Run, average_gradients, start_fabric, unscale_gradients
+from harness.run import Run, average_gradients, last_checkpoint, start_fabric, unscale_gradients
 from harness.settings import check_counts, check_fractions, plain, run_main
 from harness.training_data import Data, open_data
 from harness.validation import Spectra, line, report
@@ -348,7 +348,7 @@ def make_players(settings: Settings, stage: str, vgg: nn.Module | None, device: 
     makers, judges = (names.split() for names in STAGES[stage][:2])
     width = settings.discriminator_width
     players = Players(
-        nn.ModuleDict({kind: first_generator(kind, settings) for kind in makers}),
+        nn.ModuleDict({kind: first_generator(kind, settings, stage) for kind in makers}),
         nn.ModuleDict({n: gan.initialise(gan.Discriminator(width)) for n in judges}),
         {name: gan.ImagePool(settings.pool_size) for name in judges},
         vgg,
@@ -363,8 +363,11 @@ def make_players(settings: Settings, stage: str, vgg: nn.Module | None, device: 
     return players
 
 
-def first_generator(kind: str, settings: Settings) -> nn.Module:
+def first_generator(kind: str, settings: Settings, stage: str) -> nn.Module:
+    """A generator with its first weights; those of a file are not read where the stage is resumed."""
     path = settings.init_blur_weights if kind == "blur" else settings.init_weights
+    if last_checkpoint(settings.output_dir / stage).is_file():
+        path = None
     return generators.begin(kind, plain(settings), path, settings.init_std)
 
 
@@ -381,8 +384,9 @@ def main(settings: Settings) -> None:
     if settings.demo:
         write_demo(DEMO_DATA, (settings.data, settings.val_data, settings.blur_data))
     data = {stage: open_data(settings, stage) for stage in stages}
-    for kind in {kind for stage in stages for kind in STAGES[stage][0].split()}:
-        first_generator(kind, settings)
+    for stage in stages:
+        for kind in STAGES[stage][0].split():
+            first_generator(kind, settings, stage)
     if settings.mode == "deblur" and settings.generated_fraction and not bgan_path(settings).is_file():
         raise FileNotFoundError(
             f"BGAN not found: {bgan_path(settings)}; train it with `blur`, give --bgan_path, or do without "

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from harness import flags
-from harness.run import Run, average_gradients, first_alone, start_fabric
+from harness.run import Run, average_gradients, first_alone, last_checkpoint, start_fabric
 from harness.settings import check_counts, check_fractions, check_optimizer, plain, run_main
 from ldm.checkpoint import MODELS
 from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
@@ -308,7 +308,7 @@ def add_trained_lora(model: Flux, settings: Settings, device: torch.device) -> n
     """A LoRA on the model, new or from --resume_lora; then the model is sharded and compiled if asked for."""
     how = settings.lora_targets, settings.rank, settings.alpha, settings.dropout
     adapter = make_lora(model, *how).to(device)
-    if settings.resume_lora:
+    if settings.resume_lora and not last_checkpoint(settings.output_dir).is_file():
         start_from(adapter, settings.resume_lora)
     blocks = (*model.double_blocks, *model.single_blocks)
     if settings.shard_base:
@@ -398,7 +398,8 @@ def main(settings: Settings) -> None:
             continue
 
         # Preview, log and save the averaged LoRA
-        report, scores = run.means(), {}
+        report = {f"train/{name}": value for name, value in run.means().items()}
+        scores = {}
         with ema.applied(adapter):
             adapter.eval()
             if fabric.is_global_zero or settings.shard_base:
@@ -409,7 +410,7 @@ def main(settings: Settings) -> None:
             if fabric.is_global_zero:
                 said = {task: part.instance_prompt for task, part in previews.items()}
                 save_outputs(adapter, settings, run.step, scores["val/psnr"] > run.best, said)
-        run.log(report | {"learning_rate": rate})
+        run.log(report | {"train/learning_rate": rate})
         run.save(scores.get("val/psnr"))
         start = time.perf_counter()
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness import flags
-from harness.run import Run, start_fabric, unscale_gradients
+from harness.run import Run, last_checkpoint, start_fabric, unscale_gradients
 from harness.settings import check_counts, check_fractions, plain, run_main
 from harness.training_data import Data, blurred_anew, camera, check_pictures, extra_pairs
 from harness.validation import HeldOut, line, report
@@ -257,9 +257,10 @@ class SRNDeblurNet(nn.Module):
 
 
 def xavier(network: nn.Module) -> None:
-    """Xavier's uniform first weights (Glorot and Bengio 2010), no biases; a residual's last stay zero."""
+    """Xavier's normal first weights (Glorot and Bengio 2010), biases as they are; zero weights stay."""
     for value in network.parameters():
-        nn.init.xavier_uniform_(value) if value.ndim > 1 and value.any() else nn.init.zeros_(value)
+        if value.ndim > 1 and value.any():
+            nn.init.xavier_normal_(value)
 
 
 def double(x: Tensor) -> Tensor:
@@ -433,7 +434,7 @@ def main(settings: Settings) -> None:
     network = SRNDeblurNet(*(getattr(settings, name) for name in FORM))
     if settings.init == "xavier":
         xavier(network)
-    if settings.init_weights:
+    if settings.init_weights and not last_checkpoint(settings.output_dir).is_file():
         start_from(network, settings.init_weights)
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)

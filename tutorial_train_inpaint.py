@@ -32,6 +32,7 @@ from cldm.inpaint import Inpainting, hole_scores, inpaint_image
 from cldm.model import create_filled_model, load_state_dict, read_config, read_control, widen_input
 from cldm.training import StreamData, begin, fit, prepare_model, report
 from harness import flags
+from harness.run import last_checkpoint
 from harness.settings import run_main
 from ldm.checkpoint import write_weights
 from ldm.data.image import photographs, read_image, side_by_side, write_image
@@ -192,7 +193,7 @@ def show_data(settings: Settings, output: Path = Path("data_sample.png")) -> Non
 def starting_weights(settings: Settings) -> dict[str, torch.Tensor]:
     """Stable Diffusion with a ControlNet: the file's own, or the one of `init_control`."""
     weights = load_state_dict(settings.resume_path)
-    if settings.init_control:
+    if settings.init_control and not last_checkpoint(settings.output_dir).is_file():
         control, _ = read_control(settings.init_control)
         control = {name: value for name, value in control.items() if name.startswith("control_model.")}
         if not control:

@@ -47,7 +47,7 @@ def processor() -> str:
 
 def begin() -> None:
     """Print the date, the machine and its load, and warn if others use it too."""
-    load = os.getloadavg()[0]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
     print(f"{datetime.now(UTC):%Y-%m-%d}, {processor()}, {torch.get_num_threads()} threads")
     print(f"torch {torch.__version__}, load before the start {load:.2f}")
     if load > BUSY:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cldm.cldm import ControlLDM
+from harness.loading import make_loader
 from ldm.checkpoint import write_atomically
 from ldm.data.packed import database
 from ldm.device import choose_device
@@ -59,7 +60,7 @@ def cache_latents(
         time.sleep(1)
     if not _is_fresh(path, key):
         path.parent.mkdir(parents=True, exist_ok=True)
-        batches = DataLoader(dataset, settings.batch_size, num_workers=settings.num_workers)
+        batches = make_loader(dataset, settings.batch_size, settings.num_workers)
         write_atomically(path, lambda temporary: _fill(model, batches, temporary, key))
     return CachedLatents(dataset, path)
 

@@ -4,6 +4,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldm.data.stream import Readable
 from ldm.device import choose_device
 
 
@@ -15,9 +16,15 @@ def start_worker(number: int) -> None:
 def make_loader(
     dataset: Dataset, batch_size: int, num_workers: int, sampler: Sampler | None = None
 ) -> DataLoader:
-    """Batches in the order of the sampler, or of the data, read by `num_workers` processes that stay."""
+    """Batches in the order of the sampler, or of the data, read by `num_workers` processes that stay.
+
+    Other samples take the place of those whose images are damaged or missing (ldm.data.stream.Readable).
+    """
+    readable = Readable(dataset)
+    if num_workers:
+        readable.share_reports()
     return DataLoader(
-        dataset,
+        readable,
         batch_size,
         sampler=sampler,
         num_workers=num_workers,

@@ -36,13 +36,14 @@ class MetricsCsv:
     def _rows(self) -> list[dict]:
         if not self.path.is_file():
             return []
-        text = self.path.read_text()
+        text = self.path.read_text(encoding="utf-8")
         reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # without a line cut by a kill
         self.columns = list(reader.fieldnames or [])
         return list(reader)
 
     def _rewrite(self, rows: list[Mapping]) -> None:
-        write_atomically(self.path, lambda temporary: temporary.write_text(as_csv(self.columns, rows)))
+        text = as_csv(self.columns, rows)
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def append(self, row: Mapping[str, float]) -> None:
         """Add a row, which holds a step; a metric that is new becomes a new column.
@@ -55,7 +56,7 @@ class MetricsCsv:
             self.columns += new
             return self._rewrite([*rows, row])
         try:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error  # a full disk names no file

@@ -93,6 +93,12 @@ def unscale_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
         scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
 
 
+def last_checkpoint(output_dir: str | Path) -> Path:
+    """Where a run in this folder has its last checkpoint. If it is there, the run is resumed, and the weights
+    that it started from are not read again."""
+    return Path(output_dir) / "checkpoints" / "last.ckpt"
+
+
 class Run:
     """A training run in `output_dir`, resumed at its last checkpoint if there is one.
 
@@ -114,7 +120,7 @@ class Run:
     ):
         self.fabric, self.parts = fabric, {**parts, "precision": fabric.strategy.precision}
         self.folder, self.settings = Path(output_dir), plain(settings)
-        self.last_checkpoint = self.folder / "checkpoints" / "last.ckpt"
+        self.last_checkpoint = last_checkpoint(output_dir)
         self.best_checkpoint = self.folder / "checkpoints" / "best.ckpt"
         self.step, self.best, self.samples_per_step = 0, -math.inf, 1
         self._sums, self._count = {}, 0  # of the metrics since the last means()

@@ -140,13 +140,31 @@ def plain(settings: Any) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
+DATA_FACTS = ("samples", "blurrer", "tasks")  # what a checkpoint notes beside the settings
+
+
 def check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> None:
     """Raise ValueError if settings `saved` in the checkpoint `path` differ from those of the run now."""
     names = sorted({*saved, *now} - may_change)
-    differ = [(name, saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)]
-    if differ:
-        changes = "; ".join(f"{name} was {before!r}, is {after!r}" for name, before, after in differ)
-        raise ValueError(
-            f"{path} was trained with other settings: {changes}. "
-            "Use the old ones to continue, or another --output_dir to start anew."
+    differ = {name: saved.get(name) for name in names if saved.get(name) != now.get(name)}
+    if not differ:
+        return
+    changes = "; ".join(f"{name} was {before!r}, is {now.get(name)!r}" for name, before in differ.items())
+    ways = [as_flag(name, before) for name, before in differ.items() if name not in DATA_FACTS]
+    if "samples" in differ:
+        ways.append(
+            "the same number of training images (one that is damaged may stay: training passes it over, and "
+            "an empty file in the place of one that is gone)"
         )
+    raise ValueError(
+        f"{path} is of a run with other settings: {changes}. "
+        f"To continue it: {', '.join(ways) or 'the old ones'}. To start anew: another --output_dir"
+    )
+
+
+def as_flag(name: str, value: Any) -> str:
+    """How a value of a setting is given on the command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    words = map(str, value) if isinstance(value, list | tuple) else [str(value)]
+    return " ".join([f"--{name}", *words])

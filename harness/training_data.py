@@ -17,7 +17,7 @@ from ldm.data.paired import (
     PairedDataset,
     Together,
 )
-from ldm.data.pairs import Pair, check_sizes, find_pairs, sharp_pairs, split_pairs
+from ldm.data.pairs import Pair, check_apart, check_sizes, find_pairs, sharp_pairs, split_pairs
 from ldm.data.patches import Patches, Source, SourceDataset, check_paired, is_patches, open_source
 from ldm.data.realistic_blur import RealisticBlurDataset
 
@@ -131,6 +131,9 @@ def open_unpaired(settings: Any, photographs: list[Path]) -> tuple[Source, Sourc
     """Real blurred pictures, and sharp ones: of `sharp_dir`, else of the pairs, else of the same file."""
     if not settings.blur_data:
         raise ValueError("the stage `blur` needs --blur_data: real blurred photographs (or try --demo)")
+    for other in (settings.data, settings.sharp_dir):
+        if other and not is_patches(other):  # a file has both sides
+            check_apart(settings.blur_data, other)
     blurry = open_source(settings.blur_data, "blur", settings.cache)
     if settings.data and settings.sharp_dir:
         photographs = [pair.sharp for pair in sharp_pairs(settings.sharp_dir)]

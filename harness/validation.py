@@ -10,6 +10,7 @@ from harness.run import Run
 from ldm.data.image import read_image, side_by_side
 from ldm.data.paired import at_least
 from ldm.data.pairs import Pair, check_alike
+from ldm.data.stream import readable
 from ldm.metrics import psnr, radial_power, rgb_shift, spectrum_distance, ssim
 from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
 
@@ -68,8 +69,8 @@ class HeldOut:
         """
         rows, shown = [], {k * (len(self) // 4) + k for k in range(4)}  # the shift by k varies the blur type
         mine = range(run.fabric.global_rank, len(self), run.fabric.world_size)
-        for number in tqdm(mine, "evaluating", leave=False, disable=not run.fabric.is_global_zero):
-            blurry, sharp = self[number]
+        mine = tqdm(mine, "evaluating", leave=False, disable=not run.fabric.is_global_zero)
+        for number, (blurry, sharp) in readable(self, mine):
             restored = restore(blurry)
             row = {"number": number, "blur_type": self.pairs[number].blur_type}
             row |= {"psnr": psnr(restored, sharp), "ssim": ssim(restored, sharp)}
@@ -79,6 +80,8 @@ class HeldOut:
                 row["picture"] = side_by_side([middle(image, 320) for image in (blurry, restored, sharp)])
             rows.append(row)
         rows = [row for part in run.gather(rows) for row in part]
+        if not rows:
+            raise ValueError(f"none of the held-out images can be read, such as {self.pairs[0].sharp}")
         rows.sort(key=lambda row: row["number"])
         return _means(rows), _stack([row["picture"] for row in rows if "picture" in row])
 
@@ -90,11 +93,11 @@ class Spectra:
     """
 
     def __init__(self, held_out: HeldOut, real: Sequence[np.ndarray] | None = None):
-        pairs = [held_out[number] for number in range(len(held_out))]
+        pairs = [pair for _, pair in readable(held_out, range(len(held_out)))]
         self.sharp, blurry = [sharp for _, sharp in pairs], [blurry for blurry, _ in pairs]
         if real is not None:
             order = np.random.default_rng(held_out.seed).permutation(len(real))[: len(pairs)]
-            blurry = [real[int(number)] for number in order]
+            blurry = [image for _, image in readable(real, order.tolist())]
         self.real, self.plain = self._powers(blurry), self._powers(self.sharp)
 
     def __call__(self, blur: Callable[[np.ndarray, int], np.ndarray]) -> tuple[dict[str, float], np.ndarray]:

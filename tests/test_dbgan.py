@@ -562,6 +562,13 @@ def test_every_generator_starts_from_weights(name, tmp_path):
     assert all(
         torch.allclose(own[key], value, rtol=1e-2, atol=1e-3) for key, value in first.state_dict().items()
     )
+    gone = replace(chosen, init_weights=tmp_path / "gone", output_dir=tmp_path, generated_fraction=0.0)
+    begun = tmp_path / "deblur" / "checkpoints" / "last.ckpt"
+    begun.parent.mkdir(parents=True)
+    begun.touch()  # a stage that is resumed does not read them
+    script.make_players(gone, "deblur", None, torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        script.make_players(gone, "blur", None, torch.device("cpu"))
     other = GENERATORS[GENERATORS.index(name) - 1]
     for changes, message in (
         ({"generator": other}, f"dbgan.safetensors holds a {type(first).__name__}, this run trains a "),
@@ -765,6 +772,7 @@ def test_nan_stops_the_run(data, monkeypatch):
         ("blur", {"blur_data": None}, "needs --blur_data"),
         ("blur", {"blur_data": "missing"}, "folder not found: .*missing"),
         ("blur", {"blur_data": "missing.h5"}, "file of patches not found"),
+        ("blur", {"blur_data": "data"}, "the blurry and the sharp images are one folder, .*data: give two"),
         ("blur", {"data": None, "val_data": "data"}, "needs sharp photographs"),
         ("deblur", {}, r"BGAN not found: .*run/blur/bgan.safetensors; train it with `blur`"),
         ("deblur", {"data": None, "val_data": "data", "generated_fraction": 0.0}, "`deblur` needs pairs"),

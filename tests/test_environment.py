@@ -1,9 +1,24 @@
 """The one list of pins, and that the documents' commands use it."""
 
+import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
+
+from ldm import checkpoint
+from ldm.data.dead_leaves import DeadLeaves
+from ldm.data.degraded import DegDataset
+from ldm.data.image import photographs, read_image, write_image
+from ldm.data.inpaint import CocoInpaintingDataset
+from ldm.data.paired import BlurDataset, ImageFiles, PairedDataset, Together
+from ldm.data.pairs import Pair
+from ldm.data.stream import Readable
+from ldm.data.tasks import Tasks
+from tutorial_train_deblur import DeblurDataset
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,3 +49,69 @@ def test_ci_runs_the_readmes_second_command():
     commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert "--demo" in commands[0] and "pytest" in commands[1]
     assert commands[1].strip() in (ROOT / ".ci" / "run").read_text()
+
+
+NOT_ON_WINDOWS = """
+import os, pathlib, runpy, signal, sys
+import multiprocessing
+root = sys.argv[1]
+
+def import_scripts():
+    for path in sorted(pathlib.Path(root).glob("*.py")):
+        __import__(path.stem)
+
+if __name__ == "__main__":
+    sys.path.insert(0, root)
+    import_scripts()  # and the packages, whose own use of the names below is none of ours
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", "")).startswith(root):
+            del sys.modules[name]
+    for name in "fork register_at_fork getuid geteuid getloadavg statvfs sched_getaffinity killpg".split():
+        delattr(os, name)
+    for name in "SIGKILL SIGALRM SIGHUP SIGUSR1".split():
+        delattr(signal, name)
+    for name in "resource fcntl pwd grp termios".split():
+        sys.modules[name] = None  # cannot be imported
+    import_scripts()
+    __import__("benchmarks.head").head.begin()
+    multiprocessing.set_start_method("spawn")  # Windows has no other
+    sys.modules["train_srn"].main(sys.modules["train_srn"].Settings(
+        output_dir=pathlib.Path("run"), dead_leaves=4, max_steps=2, crop_size=16, width=2, batch_size=2,
+        val_crop=32, val_images=1, num_workers=1, cache=True, sharp_dir=pathlib.Path("photos"),
+    ))
+"""
+
+
+def test_every_script_runs_without_what_windows_lacks(tmp_path):
+    """They are imported, and one trains two steps with data from spawned processes."""
+    (tmp_path / "photos").mkdir()
+    for number, path in enumerate(photographs(("coffee.png", "rocket.jpg"))):
+        write_image(tmp_path / "photos" / f"{number}.png", read_image(path)[:48, :64])
+    (tmp_path / "windows.py").write_text(NOT_ON_WINDOWS)
+    command = [sys.executable, "windows.py", str(ROOT)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["step"] == 2
+
+
+def test_every_data_set_can_be_sent_to_a_spawned_process(tmp_path):
+    """By pickle, with what its workers share."""
+    photos = photographs(("coffee.png", "rocket.jpg"))
+    (tmp_path / "photos").mkdir()
+    for number, path in enumerate(photos):
+        write_image(tmp_path / "photos" / f"{number}.png", read_image(path)[:96, :128])
+    pairs = [Pair(path, path) for path in photos]
+    options = {"resolution": 32, "degradation_types": ["noise"]}
+    kontext = DegDataset(tmp_path / "photos", "mend", **options)
+    sets = [
+        PairedDataset(pairs, 16, 0, cache=True),
+        BlurDataset(Together((ImageFiles(photos), 1), (DeadLeaves(32, 2, 0), 1)), 16, 0),
+        CocoInpaintingDataset(tmp_path / "photos", size=64),
+        DeblurDataset(PairedDataset(pairs, 16, 0), "", 0.5, {}),
+        kontext,
+        Tasks({"": kontext}, {"": 1}),
+    ]
+    for dataset in sets:
+        again = pickle.loads(pickle.dumps(Readable(dataset)))[(3, 1)]
+        expected = dataset[(3, 1)]
+        assert all(torch.equal(v, again[k]) for k, v in expected.items() if isinstance(v, torch.Tensor))

@@ -29,6 +29,9 @@ QUICK = (
     "infer srn weights",
     "infer kontext weights",
 )
+# A damaged image of each of the five trainers, and a mask.
+IN_TRAINING = ("deblur --data_root", "inpaint --image_dir", "inpaint --mask_dir", "srn --data")
+IN_TRAINING += ("dbgan paired --data", "kontext --hr_root")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,15 @@ def test_malformed_inputs_end_in_a_sentence_or_are_read(ready, tmp_path, number,
     monkeypatch.setattr(bad_inputs, "SLOTS", quick)
     name, problem, result = bad_inputs.try_one(number, 5, ready, tmp_path)
     assert not problem, f"{name}: {result.err}"
+
+
+@pytest.mark.parametrize("name", IN_TRAINING)
+def test_training_passes_over_a_damaged_image_and_names_it(ready, tmp_path, name):
+    case = next(slot for slot in input_slots.SLOTS if slot.name == name).build(tmp_path, ready)
+    damage.truncated(case.victim, np.random.default_rng(0))
+    result = must(run(script(case.arguments), tmp_path / "log"))
+    told = [line for line in result.err.splitlines() if line.startswith("warning: cannot read image")]
+    assert len({*told}) == 1 and f" {case.victim}: " in told[0], result.err
 
 
 # ---- the campaign itself would notice

@@ -161,7 +161,8 @@ def test_what_a_run_leaves_opens_again(finished, tmp_path, capsys):
     )
     # a ControlNet of someone else as the start, with the mask as fourth channel
     more = replace(settings, output_dir=str(tmp_path / "run"), hint_channels=4, max_steps=1)
-    main(replace(more, init_control=str(folder / "final_model" / "controlnet.safetensors")))
+    start = shutil.copy(folder / "final_model" / "controlnet.safetensors", tmp_path / "start.safetensors")
+    main(replace(more, init_control=str(start)))
     wide = last(more)["state_dict"]["control_model.input_hint_block.0.weight"]
     assert wide.shape[1] == 4 and wide[:, 3].abs().max() > 0
     assert (wide[:, :3] - control["control_model.input_hint_block.0.weight"]).abs().max() < 1e-3
@@ -176,8 +177,14 @@ def test_what_a_run_leaves_opens_again(finished, tmp_path, capsys):
     torn = {key: value for key, value in control.items() if key != name}
     for wrong in (torn, {**control, name: torch.zeros(3)}):
         checkpoint.write_weights(tmp_path / "torn.safetensors", wrong)
+        torn_start = replace(
+            more, init_control=str(tmp_path / "torn.safetensors"), output_dir=str(tmp_path / "b")
+        )
         with pytest.raises(ValueError, match="torn.safetensors is no ControlNet for .*zero_convs.0.0.bias$"):
-            main(replace(more, init_control=str(tmp_path / "torn.safetensors")))
+            main(torn_start)
+    start.unlink()  # a run that is resumed does not read it
+    main(replace(more, init_control=str(start), max_steps=2))
+    assert last(more)["global_step"] == 2
 
 
 def test_one_batch_can_be_learnt(place):

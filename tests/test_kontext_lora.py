@@ -558,6 +558,7 @@ def test_the_folder_of_a_run_is_what_diffusers_takes(folder, tmp_path):
     assert _best_guess_weight_name(tmp_path) == _best_guess_weight_name(tmp_path / "best") == LORA_FILE
     header = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"val/psnr", "val/psnr_input", "val/ssim", "val/loss", "val/loss_0.1", "val/loss_0.9"} <= {*header}
+    assert {"train/loss", "train/tokens/s", "train/images/s", "train/learning_rate"} <= {*header}
     restore = load_restorer(folder / "model", tmp_path)  # the prompt of the former layout, beside the LoRA
     assert torch.equal(restore.args[2]["t5"], checkpoint.read_weights(folder / "prompt.safetensors")["t5"])
     cache = prompt_file(tmp_path / "new", "restore")
@@ -574,6 +575,8 @@ def test_training_goes_on_from_a_lora_and_on_8_bit_weights(folder, tmp_path):
     main(make_settings(folder, tmp_path / "second", **more, max_steps=1, lora_dtype="fp32"))
     before, after = (checkpoint.read_weights(tmp_path / n / LORA_FILE) for n in ("first", "second"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+    shutil.rmtree(tmp_path / "first")  # a run that is resumed does not read it
+    main(make_settings(folder, tmp_path / "second", **more, max_steps=1, lora_dtype="fp32"))
 
 
 def test_examples_only(folder, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import train_srn
-from ldm.data.image import image_size, list_images, photographs, read_image, write_image
+from ldm.data.image import image_size, list_images, natural_key, photographs, read_image, write_image
 from ldm.data.pairs import find_pairs, has_pairs, sharp_pairs, split_pairs
 from ldm.data.scenes import place, scenes, side
 
@@ -91,6 +91,81 @@ def test_trees(layout, tmp_path):
         name.split(" ")[1] for name in TREES[layout]
     ]
     assert [pair.group for pair in alone] == GROUPS[layout]
+
+
+def test_srns_own_layout(tmp_path):
+    """Its folders: train/blur_lin and train/deblurred_lin, eval/blur and eval/deblur."""
+    train = [f"train/blur_lin/{n}.png train/deblurred_lin/{n}.png" for n in (1, 2, 10)]
+    held_out = [
+        f"eval/blur/GOPR{s}_00_00000{n}.png eval/deblur/GOPR{s}_00_00000{n}.png"
+        for s in (4, 10)
+        for n in (1, 2)
+    ]
+    make(tmp_path, *train, *held_out)
+    check(tmp_path, train, ["1", "2", "10"], tmp_path / "train")
+    assert [pair.group for pair in find_pairs(tmp_path)] == [
+        "eval/GOPR4_00",
+        "eval/GOPR4_00",
+        "eval/GOPR10_00",
+        "eval/GOPR10_00",
+        "train/1",
+        "train/2",
+        "train/10",
+    ]
+    assert found(tmp_path, tmp_path) == [*held_out, *train]
+    assert [pair.sharp.parent.name for pair in sharp_pairs(tmp_path / "train")] == ["deblurred_lin"] * 3
+    (tmp_path / "list.txt").write_text("\n".join(reversed(train)))  # as its data_list.py writes them
+    assert found(tmp_path, tmp_path / "list.txt") == train
+    assert len({pair.group for pair in find_pairs(tmp_path / "list.txt")}) == 3
+
+
+def test_results_beside_inputs_are_no_sharp_images(tmp_path):
+    make(tmp_path, "input/1.png deblurred/1.png")
+    with pytest.raises(FileNotFoundError, match="no pairs"):
+        find_pairs(tmp_path)
+
+
+def test_links_and_folders_that_programs_leave(tmp_path):
+    """Each real folder is searched once, and what archivers and editors leave is no data."""
+    made = [f"GOPR{s}/blur/{n}.png GOPR{s}/sharp/{n}.png" for s in (1, 2) for n in (1, 2)]
+    make(tmp_path, *made)
+    (tmp_path / "GOPR1" / "again").symlink_to(tmp_path)
+    (tmp_path / "a_link").symlink_to(tmp_path / "GOPR2")
+    (tmp_path / "GOPR2" / "other").symlink_to(tmp_path / "GOPR1")
+    for name in ("__MACOSX", ".ipynb_checkpoints", "@eaDir"):
+        make(tmp_path, f"{name}/blur/1.png {name}/sharp/1.png")
+    pairs = find_pairs(tmp_path)
+    assert (
+        found(tmp_path, tmp_path) == made and [pair.group for pair in pairs] == ["GOPR1"] * 2 + ["GOPR2"] * 2
+    )
+
+
+def test_one_folder_for_both_sides_is_refused(tmp_path):
+    make(tmp_path, "blur/1.png sharp/1.png", "real/1.png real/2.png")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for blurry, sharp in (("real", "real"), ("real", "link"), ("real", "blur/../real")):
+        with pytest.raises(ValueError, match="the blurry and the sharp images are one folder, .*: give two"):
+            find_pairs(tmp_path / blurry, tmp_path / sharp)
+    (tmp_path / "tree").mkdir()
+    for name in ("input", "target"):
+        (tmp_path / "tree" / name).symlink_to(tmp_path / "real")
+    with pytest.raises(ValueError, match="are one folder, .*target: give two"):
+        find_pairs(tmp_path / "tree")
+
+
+NAMES = ("a", "A", "Seq_1", "seq_1", "seq_01", "b")
+
+
+def test_names_that_differ_in_case_alone_have_one_order_everywhere(tmp_path):
+    """Whatever order the disk or a hash gives them: a resumed run must see the same ones held out."""
+    make(tmp_path, *(f"{name}/blur/1.png {name}/sharp/1.png" for name in NAMES))
+    pairs = find_pairs(tmp_path)
+    assert len(pairs) == len(NAMES) and [pair.blurry for pair in pairs] == [
+        Path(str(pair.sharp).replace("/sharp/", "/blur/")) for pair in pairs
+    ]
+    for order in (NAMES, NAMES[::-1]):
+        paths = sorted((Path("data", f"{name}.png") for name in order), key=natural_key)
+        assert [path.stem for path in paths] == ["A", "a", "b", "Seq_1", "seq_01", "seq_1"]
 
 
 def test_hide_has_one_folder_of_all_sharp_pictures(tmp_path):

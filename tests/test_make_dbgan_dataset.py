@@ -144,6 +144,7 @@ def test_held_out_patches(folders):
         ({"deblur_train_data": None}, "give --deblur_train_data"),
         ({"deblur_train_data": "missing"}, "no such data set: .*missing"),
         ({"blur_train_data": "missing"}, "folder not found: .*missing"),
+        ({"blur_train_data": "gopro"}, "the blurry and the sharp images are one folder"),
         ({"blur_valid_path": "train.h5"}, "are one file"),
     ],
 )

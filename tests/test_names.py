@@ -185,6 +185,18 @@ def test_a_name_on_a_hub_is_refused_by_a_sentence_that_names_ours(workplace, mon
         module_of(script).main(read_settings(settings_of(script), words=words))
 
 
+def test_the_chinese_page_has_the_same_names():
+    """What stands in code in each row of its tables."""
+    chinese = (ROOT / "docs" / "names_zh.md").read_text(encoding="utf-8")
+    rows = [
+        sorted(
+            " ".join(sorted(re.findall("`[^`]+`", row))) for row in page.splitlines() if row.startswith("|")
+        )
+        for page in (PAGE, chinese)
+    ]
+    assert [row for row in rows[0] if row not in rows[1]] == [] and len(rows[0]) == len(rows[1])
+
+
 def test_every_script_of_the_page_exists():
     assert len(SCRIPTS) >= 13
     for words in SCRIPTS.values():

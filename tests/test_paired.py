@@ -324,8 +324,10 @@ def test_bad_pairs_are_named(same_pairs, tmp_path):
     same_pairs[2].sharp.write_text("no picture")
     with pytest.raises(ValueError, match="cannot read image .*sharp/2.png"):
         dataset[2]
+    cached = PairedDataset(same_pairs, size=16, seed=0, cache=True)
+    assert torch.equal(cached[0]["sharp"], dataset[0]["sharp"])
     with pytest.raises(ValueError, match="cannot read image .*sharp/2.png"):
-        PairedDataset(same_pairs, size=16, seed=0, cache=True)
+        cached[2]
     with pytest.raises(ValueError, match="empty"):
         PairedDataset([], size=16, seed=0)
     with pytest.raises(ValueError, match="crop size"):

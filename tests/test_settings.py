@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from harness.settings import read_settings
+from harness.settings import check_settings, read_settings
 
 TRAINING = "tutorial_train_deblur tutorial_train_inpaint train_srn train_dbgan train_kontext_lora".split()
 
@@ -62,3 +62,28 @@ def test_the_help_shows_what_is_used_most(capsys):
     assert "--seldom" not in printed[0] and "1 more: --help_all" in printed[0]
     assert "--seldom" in printed[1] and "another" in printed[1]
     assert read_settings(Knobs, words=["--seldom", "5"]) == Knobs(seldom=5)
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "way"),
+    [
+        ({"width": 32}, {"width": 16}, "To continue it: --width 32. To start anew: another --output_dir"),
+        ({"cache": False}, {"cache": True}, "To continue it: --no_cache. To"),
+        ({"sizes": (1, 2)}, {"sizes": ()}, "To continue it: --sizes 1 2. To"),
+        ({"data": "a", "seed": 0}, {"data": None, "seed": 1}, "To continue it: --data a, --seed 0. To"),
+        (
+            {"samples": 12},
+            {"samples": 11},
+            "samples was 12, is 11. To continue it: the same number of training",
+        ),
+        ({"blurrer": "a"}, {"blurrer": "b"}, "blurrer was 'a', is 'b'. To continue it: the old ones"),
+    ],
+)
+def test_other_settings_are_refused_with_both_ways_on(saved, now, way):
+    common = {"epochs": 3, "num_workers": 8}
+    path = Path("run/checkpoints/last.ckpt")
+    check_settings({**common, **saved}, {**common, **saved, "num_workers": 0}, {"num_workers"}, path)
+    with pytest.raises(ValueError) as problem:
+        check_settings({**common, **saved}, {**common, **now}, set(), path)
+    assert str(problem.value).startswith("run/checkpoints/last.ckpt is of a run with other settings: ")
+    assert way in str(problem.value)

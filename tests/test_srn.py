@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,8 +155,9 @@ def test_xavier_keeps_a_residual_at_zero():
     network = SRNDeblurNet(4, residual=True)
     train_srn.xavier(network)
     weight = network.convlstm.conv.weight
-    assert weight.abs().max().item() == pytest.approx((6 / (96 * 25)) ** 0.5, rel=0.05)
-    assert not network.convlstm.conv.bias.any() and not network.outblock.conv[0].weight.any()
+    assert weight.std().item() == pytest.approx((2 / (96 * 25)) ** 0.5, rel=0.05)
+    assert weight.abs().max() > 2.5 * weight.std()  # normal: a uniform distribution ends at 1.7
+    assert network.convlstm.conv.bias.any() and not network.outblock.conv[0].weight.any()
 
 
 def test_learning_rates():
@@ -378,6 +380,8 @@ def test_a_run_starts_from_weights(tmp_path, capsys):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             main(settings(tmp_path / "other", **{**chosen, "init_weights": tmp_path / name}))
+    (tmp_path / "wild.pth").unlink()  # a run that is resumed does not read it
+    main(settings(tmp_path, **{**chosen, "init_weights": tmp_path / "wild.pth"}))
 
 
 def test_max_steps_replaces_epochs(tmp_path, capsys):
@@ -447,10 +451,46 @@ def test_mixed_file_kinds_train(pairs, tmp_path):
     main(settings(tmp_path, data=pairs, val_fraction=0.5, epochs=1))
 
 
+def test_a_damaged_image_is_passed_over_and_the_run_resumes_exactly(pairs, tmp_path, monkeypatch, capsys):
+    """Also with the file replaced by an empty one: there, too, another image takes its place."""
+    chosen = {"data": pairs, "val_data": pairs, "epochs": 2, "num_workers": 1}
+    victim = pairs / "GOPR1" / "sharp" / "000002.png"
+    victim.write_bytes(victim.read_bytes()[:-200])
+    main(settings(tmp_path / "whole", **chosen))
+    advance = train_srn.Run.advance
+
+    def stop(run, *arguments):
+        advance(run, *arguments)
+        if run.step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_srn.Run, "advance", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(settings(tmp_path / "parts", **chosen))
+    monkeypatch.undo()
+    victim.unlink()
+    partner = victim.parents[1] / "blur" / victim.name
+    shutil.move(partner, tmp_path / "kept.png")
+    with pytest.raises(
+        ValueError, match="samples was 6, is 5.*an empty file in the place of one that is gone"
+    ):
+        main(settings(tmp_path / "parts", **chosen))
+    shutil.move(tmp_path / "kept.png", partner)
+    victim.touch()
+    main(settings(tmp_path / "parts", **chosen))
+    whole, parts = (
+        checkpoint.load(tmp_path / name / "run" / "checkpoints" / "last.ckpt") for name in ("whole", "parts")
+    )
+    assert whole["step"] == parts["step"] == 6
+    assert all(torch.equal(value, parts["state_dict"][name]) for name, value in whole["state_dict"].items())
+
+
 def test_other_settings_or_data_do_not_resume(pairs, tmp_path):
     chosen = settings(tmp_path, data=pairs, val_fraction=0.5, epochs=1)
     main(chosen)
-    with pytest.raises(ValueError, match="width was 2, is 4"):
+    with pytest.raises(
+        ValueError, match="width was 2, is 4. To continue it: --width 2. To start anew: another"
+    ):
         main(settings(tmp_path, data=pairs, val_fraction=0.5, epochs=1, width=4))
     for kind in ("blur", "sharp"):
         for sequence in ("GOPR1", "GOPR2"):

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.stream import SampleStream, item_generator, item_seed
+from harness.loading import make_loader
+from ldm.data import stream
+from ldm.data.image import DamagedImage
+from ldm.data.stream import Readable, SampleStream, first_samples, item_generator, item_seed, readable
 
 
 class Echo(Dataset):
@@ -107,3 +110,83 @@ def test_item_seeds_differ_and_fit_in_a_signed_integer():
 def test_generators_repeat():
     one, same, other = (torch.randn(5, generator=item_generator(seed)) for seed in (11, 11, 12))
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+# ---- samples that cannot be read
+
+
+@pytest.fixture(autouse=True)
+def nothing_warned(monkeypatch):
+    monkeypatch.setattr(stream, "_warned", set())
+
+
+class Torn(Echo):
+    """Some of the samples cannot be read."""
+
+    def __init__(self, torn: tuple[int, ...], groups: int = 1):
+        self.torn, self.groups = torn, groups
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        key = key if isinstance(key, tuple) else (0, key)
+        if key[1] in self.torn:
+            raise (DamagedImage if key[1] % 2 else FileNotFoundError)(f"cannot read {key[1]}.png")
+        return super().__getitem__(key)
+
+    def group(self, key: int | tuple[int, int]) -> int:
+        return (key[1] if isinstance(key, tuple) else key) % self.groups
+
+
+def test_another_sample_takes_the_place_and_follows_from_the_key_alone(capsys):
+    torn = Readable(Torn((1, 4)))
+    found = {epoch: [torn[(epoch, index)]["index"] for index in range(7)] for epoch in range(20)}
+    assert all(indices[n] == n for indices in found.values() for n in (0, 2, 3, 5, 6))
+    stand_ins = {indices[n] for indices in found.values() for n in (1, 4)}
+    assert stand_ins == {0, 2, 3, 5, 6}  # not always the same
+    assert torn[(3, 1)]["epoch"] == 3
+    told = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert sorted(told) == [f"warning: cannot read {n}.png: another image takes its place" for n in (1, 4)]
+    again = Readable(Torn((1, 4)))
+    assert [again[(epoch, 1)]["index"] for epoch in reversed(range(20))] == [
+        found[epoch][1] for epoch in reversed(range(20))
+    ]
+
+
+def test_what_takes_the_place_is_of_the_same_group():
+    assert {Readable(Torn((1,), groups=3))[(epoch, 1)]["index"] for epoch in range(20)} == {4}
+
+
+@pytest.mark.parametrize("groups", [1, 7])
+def test_nothing_to_take_the_place_is_an_error(groups):
+    with pytest.raises(ValueError, match=r"none of \d training images can be read; the first: cannot read 3"):
+        Readable(Torn(tuple(range(7)) if groups == 1 else (3,), groups))[(0, 3)]
+
+
+def test_other_errors_pass():
+    dataset = Torn(())
+    dataset.group = None
+    dataset.torn = None
+    with pytest.raises(TypeError):
+        Readable(dataset)[(0, 3)]
+
+
+def test_the_first_samples():
+    assert [item["index"] for item in first_samples(Torn((5,)), 3)] == [0, 1, 2]
+    assert len(first_samples(Torn((5,)), 30)) == 7
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_report_a_file_once_together(method, capfd):
+    loader = make_loader(Torn((1, 4)), 1, 2, SampleStream(7, seed=0, total=28))
+    loader.multiprocessing_context = method
+    found = [batch["index"].tolist() for batch in loader]
+    told = capfd.readouterr().err
+    for number in (1, 4):
+        assert 1 <= told.count(f"cannot read {number}.png") <= 2  # both may meet it at one moment
+    alone = make_loader(Torn((1, 4)), 1, 0, SampleStream(7, seed=0, total=28))
+    assert [batch["index"].tolist() for batch in alone] == found
+
+
+def test_what_is_left_out_is_told_once(capsys):
+    for _ in range(2):
+        assert [number for number, _ in readable(Torn((1, 4)), range(6))] == [0, 2, 3, 5]
+    assert capsys.readouterr().err.count("cannot read 1.png: it is left out") == 1

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from ldm.checkpoint import read_metadata, read_weights, write_weights
@@ -83,6 +82,8 @@ class CocoRecords:
 
     def mask(self, row: int, record: bytes) -> np.ndarray:
         """An object's mask, uint8 (height, width) of 0 and 1."""
+        from pycocotools import mask as coco_mask  # here: only annotations need this package
+
         height, width = self["sizes"][row].tolist()
         return coco_mask.decode({"size": [height, width], "counts": record})
 
@@ -144,6 +145,8 @@ def joined(texts: list[bytes]) -> np.ndarray:
 
 def object_record(annotation: dict, height: int, width: int) -> bytes:
     """The run-length code of a polygon or RLE; empty for crowds and for objects without a shape."""
+    from pycocotools import mask as coco_mask
+
     shape = annotation.get("segmentation")
     if annotation.get("iscrowd") or not shape:
         return b""

@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.data.captions import check_captions, read_caption
-from ldm.data.image import image_size, list_images, read_image, to_tensor, to_uint8
+from ldm.data.image import UNREADABLE, image_size, list_images, read_image, to_tensor, to_uint8
 from ldm.data.pairs import check_alike, find_pairs
-from ldm.data.stream import item_seed
+from ldm.data.stream import first_samples, item_seed
 from ldm.modules.image_degradation.damage import DEGRADATIONS, Value, check_damage, damage_sheet, degrade
 from ldm.util import listing
 
@@ -178,7 +178,7 @@ class DegDataset(Dataset):
 
 def example_sheet(dataset: Dataset, count: int = 6) -> np.ndarray:
     """Rows of control and target, uint8 (rows * h, 2 * w, 3), to hold against one's own damaged pictures."""
-    items = [dataset[index] for index in range(min(count, len(dataset)))]
+    items = first_samples(dataset, count)
     return stack_rows([np.hstack([to_uint8(item["control"]), to_uint8(item["target"])]) for item in items])
 
 
@@ -191,7 +191,7 @@ def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 def kinds_sheet(dataset: DegDataset, side: int = 192) -> np.ndarray:
     """A row for each kind of damage: a picture, then it with less and with more of that kind alone."""
-    clean = to_uint8(dataset[0]["target"])
+    clean = to_uint8(first_samples(dataset, 1)[0]["target"])
     small = cv2.resize(clean, (side, side), interpolation=cv2.INTER_AREA) if len(clean) > side else clean
     return damage_sheet(small, dataset.types, dataset.values) if dataset.types else small
 
@@ -208,7 +208,11 @@ def _cut_sizes(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> list[
     """Height and width of what is cut from each picture: of `sizes` the nearest in shape, which must fit."""
     chosen, small = [], []
     for path in paths:
-        width, height = image_size(path)  # the header alone
+        try:
+            width, height = image_size(path)  # the header alone
+        except UNREADABLE:
+            chosen.append(None)  # training says so
+            continue
         errors = [abs(math.log(height * w / (width * h))) for h, w in sizes]
         chosen.append(sizes[int(np.argmin(errors))])
         if height < chosen[-1][0] or width < chosen[-1][1]:
@@ -219,4 +223,6 @@ def _cut_sizes(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> list[
             f"{len(small)} of {len(paths)} pictures are smaller than {least}: "
             f"{listing(small, 3)}. Take them out or lower --resolution"
         )
-    return chosen
+    counts = Counter(size for size in chosen if size) or Counter(sizes)
+    most, _ = counts.most_common(1)[0]  # in the largest bucket another image can take the place
+    return [size or most for size in chosen]

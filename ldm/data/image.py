@@ -19,7 +19,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
-from ldm.data.packed import database, list_packed, read_packed
+from ldm.data.packed import DamagedDatabase, database, list_packed, read_packed
 from ldm.data.tiff import as_image, count_images, is_tiff, open_tiff, page_orientation, read_page, scale
 
 # What Pillow reads of what photographs come in, and what lies among them but is not read.
@@ -40,6 +40,13 @@ DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, 
 DAMAGED = (*DAMAGED, EOFError, struct.error)
 # Users' own files may have any size; the page, which takes those of others, judges them by `max_megapixels`.
 Image.MAX_IMAGE_PIXELS = None
+
+
+class DamagedImage(ValueError):
+    """An image file that cannot be decoded: training and scores pass it over."""
+
+
+UNREADABLE = (DamagedImage, FileNotFoundError)
 # Photographs that come inside the scikit-image package, for demonstrations and tests.
 PHOTOGRAPHS = tuple("astronaut.png camera.png chelsea.png coffee.png motorcycle_left.png rocket.jpg".split())
 
@@ -117,7 +124,7 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
     """The file of an image, which may lie in an lmdb; errors become a ValueError that names it."""
     path = Path(path)
     if path.suffix.lower() in LEFT_OUT:
-        raise ValueError(
+        raise DamagedImage(
             f"cannot read image {path}: {path.suffix} files are not read, convert it to PNG or JPEG"
         )
     try:
@@ -125,11 +132,11 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
             raise FileNotFoundError(f"image not found: {path}")
         with read_packed(path) if database(path) else open(path, "rb") as file:
             yield file
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedDatabase):
         raise
     except DAMAGED as error:
         reason = re.sub(r" <_io\.\S+ .*>$", "", str(error))  # Pillow's name of a file that is open
-        raise ValueError(f"cannot read image {path}: {reason}") from error
+        raise DamagedImage(f"cannot read image {path}: {reason}") from error
 
 
 def decode(file: BinaryIO, max_megapixels: float | None = None) -> Decoded:

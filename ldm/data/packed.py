@@ -11,6 +11,10 @@ from ldm.util import check_package
 META = "meta_info.txt"  # in it: one picture a line, as `0001_s001.png (480,480,3) 1`
 
 
+class DamagedDatabase(ValueError):
+    """All images of an lmdb are lost, not one."""
+
+
 def database(path: Path) -> Path | None:
     """The lmdb that a path is or lies in, or None."""
     return next((folder for folder in (path, *path.parents) if folder.suffix == ".lmdb"), None)
@@ -58,10 +62,10 @@ def _open(folder: str) -> Any:
             try:
                 handle = lmdb.open(folder, readonly=True, lock=False, readahead=False)
             except lmdb.Error as error:
-                raise ValueError(f"cannot read {file}: {error}") from error
+                raise DamagedDatabase(f"cannot read {file}: {error}") from error
             if file.stat().st_size < (handle.info()["last_pgno"] + 1) * handle.stat()["psize"]:
                 handle.close()  # to read behind the end would end the process
-                raise ValueError(f"cannot read {file}: it is cut off")
+                raise DamagedDatabase(f"cannot read {file}: it is cut off")
             _handles[folder] = handle
         return _handles[folder]
 
@@ -75,4 +79,5 @@ def _close_inherited() -> None:
     _handles.clear()
 
 
-os.register_at_fork(after_in_child=_close_inherited)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_close_inherited)

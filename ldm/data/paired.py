@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data.image import read_image, to_tensor
+from ldm.data.image import UNREADABLE, read_image, to_tensor
 from ldm.data.pairs import Pair, check_alike
 from ldm.data.stream import item_seed
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types, random_blur
@@ -30,7 +30,7 @@ class ImageFiles:
         if cache:
             unique = list(dict.fromkeys(self.paths))
             with ThreadPoolExecutor() as threads:
-                decoded = tqdm(threads.map(read_image, unique), "reading images", len(unique), leave=False)
+                decoded = tqdm(threads.map(_decoded, unique), "reading images", len(unique), leave=False)
                 self.images = dict(zip(unique, decoded, strict=True))
 
     def __len__(self) -> int:
@@ -38,11 +38,20 @@ class ImageFiles:
 
     def __getitem__(self, key: Key) -> np.ndarray:
         path = self.paths[_index(key)]
-        return self.images[path] if self.images else read_image(path)
+        image = self.images[path] if self.images else None
+        return read_image(path) if image is None else image
 
     def name(self, key: Key) -> str:
         """Path of the picture."""
         return str(self.paths[_index(key)])
+
+
+def _decoded(path: Path) -> np.ndarray | None:
+    """The image, or None for one that cannot be read: that is an error only when it is asked for."""
+    try:
+        return read_image(path)
+    except UNREADABLE:
+        return None
 
 
 def _index(key: Key) -> int:

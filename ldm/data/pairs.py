@@ -9,9 +9,17 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.image import EXTENSIONS, image_size, list_images, natural_key, read_image
+from ldm.data.image import (
+    EXTENSIONS,
+    UNREADABLE,
+    image_size,
+    list_images,
+    natural_key,
+    read_image,
+    subfolders,
+)
 from ldm.data.lists import CAPTIONS, read_json_list, read_list
-from ldm.data.scenes import place, scenes, side
+from ldm.data.scenes import place, scenes, side, sides
 from ldm.util import listing
 
 JSONL = "blur_types.json"  # the list that tool_make_deblur_dataset.py writes
@@ -83,8 +91,9 @@ def match_folders(blurry_dir: str | Path, sharp_dir: str | Path) -> tuple[list[P
     """Pairs of the same relative path and stem in two folders, and the pictures that have no partner.
 
     If no two have the same, blur_1 and gt_1 are partners too. A picture's group is its scene
-    (ldm.data.scenes).
+    (ldm.data.scenes). Raises ValueError if the two are one folder.
     """
+    check_apart(blurry_dir, sharp_dir)
     blurry, sharp = _by_stem(Path(blurry_dir)), _by_stem(Path(sharp_dir))
     if not blurry.keys() & sharp.keys():
         blurry, sharp = _by_stem(Path(blurry_dir), place), _by_stem(Path(sharp_dir), place)
@@ -93,6 +102,12 @@ def match_folders(blurry_dir: str | Path, sharp_dir: str | Path) -> tuple[list[P
     both = blurry.keys() & sharp.keys()
     single = [path for stem, path in [*blurry.items(), *sharp.items()] if stem not in both]
     return pairs, single
+
+
+def check_apart(blurry: str | Path, sharp: str | Path) -> None:
+    """Raise ValueError if the folders of blurry and of sharp images are one, perhaps by a link."""
+    if os.path.realpath(blurry) == os.path.realpath(sharp):
+        raise ValueError(f"the blurry and the sharp images are one folder, {sharp}: give two")
 
 
 def _by_stem(folder: Path, name: Callable = lambda path: path.with_suffix("")) -> dict[str, Path]:
@@ -156,16 +171,19 @@ def _tree_pairs(root: Path) -> list[Pair]:
     return _grouped(pairs)
 
 
-def _pair_folders(here: Path) -> list[tuple[Path, Path | None]]:
+def _pair_folders(here: Path, searched: set[str] | None = None) -> list[tuple[Path, Path | None]]:
     """Folders of blurry and of sharp pictures side by side, in `here` or below; None for one that is missing.
 
-    Raises ValueError where there are several of a kind.
+    Links are followed, but no folder is `searched` twice. Raises ValueError for several folders of a kind.
     """
-    with os.scandir(here) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    searched = set() if searched is None else searched
+    if os.path.realpath(here) in searched:
+        return []
+    searched.add(os.path.realpath(here))
+    names = [folder.name for folder in subfolders(here)]
     copies = {name for name in names if name.removesuffix(".lmdb") != name and name[:-5] in names}
-    names = sorted({*names} - copies, key=natural_key)
-    blurry, sharp = ([here / name for name in names if side(name) == kind] for kind in ("blurry", "sharp"))
+    told = sides(sorted({*names} - copies, key=natural_key))
+    blurry, sharp = ([here / name for name in told if told[name] == kind] for kind in ("blurry", "sharp"))
     found = []
     if blurry and sharp:
         if len(blurry) + len(sharp) > 2:
@@ -173,9 +191,9 @@ def _pair_folders(here: Path) -> list[tuple[Path, Path | None]]:
             raise ValueError(f"{here} has several folders of one kind, {several}: give one of each kind")
         found = [(blurry[0], sharp[0])]
     paired = {*found[0]} if found else set()
-    for folder in [here / name for name in names]:
+    for folder in sorted((here / name for name in told), key=Path.is_symlink):  # real folders first
         if folder not in paired and folder.suffix != ".lmdb":
-            found += _pair_folders(folder)
+            found += _pair_folders(folder, searched)
     if blurry and not sharp and not found:
         found = [(blurry[0], None)]
     return found
@@ -224,12 +242,19 @@ def _folders_told(blurry_dir: Path, sharp_dir: Path) -> bool:
 def _refuse_reversed(pairs: Sequence[Pair], source: Path) -> None:
     """Raise ValueError if the blurry pictures are sharper than their partners in most of a sample."""
     sample = [pairs[n] for n in np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs))).astype(int)]
-    sharper = [pair for pair in sample if _gradient(pair.blurry) > 1.05 * _gradient(pair.sharp)]
+    sharper = [pair for pair in sample if _is_sharper(pair.blurry, pair.sharp)]
     if len(sharper) > 0.7 * len(sample):
         raise ValueError(
             f"{source}: the pairs are reversed: in {len(sharper)} of {len(sample)} the blurry picture is "
             f"sharper than its partner, such as {sharper[0].blurry} than {sharper[0].sharp}"
         )
+
+
+def _is_sharper(blurry: Path, sharp: Path) -> bool:
+    try:
+        return _gradient(blurry) > 1.05 * _gradient(sharp)
+    except UNREADABLE:  # training reports it
+        return False
 
 
 def _gradient(path: Path) -> float:
@@ -239,9 +264,13 @@ def _gradient(path: Path) -> float:
 
 
 def check_sizes(pairs: Sequence[Pair]) -> None:
-    """Read all pictures' headers; raises ValueError for one that is no picture or a pair of two sizes."""
+    """Read all headers; raises ValueError for a pair of two sizes. Damaged files are left to training."""
     for pair in tqdm(pairs, "checking sizes", leave=False, disable=len(pairs) < 1000):
-        check_alike(pair.blurry, pair.sharp, *(image_size(path)[::-1] for path in (pair.blurry, pair.sharp)))
+        try:
+            shapes = [image_size(path)[::-1] for path in (pair.blurry, pair.sharp)]
+        except UNREADABLE:
+            continue
+        check_alike(pair.blurry, pair.sharp, *shapes)
 
 
 def check_alike(blurry: Path, sharp: Path, shape: Sequence[int], sharp_shape: Sequence[int]) -> None:
@@ -265,8 +294,13 @@ def sharp_pairs(folder: str | Path | None) -> list[Pair]:
         return []
     top = Path(folder)
     paths = list_images(top)
-    in_tree = [path for path in paths if "sharp" in map(side, path.relative_to(top).parts[:-1])]
-    if in_tree and (len(in_tree) == len(paths) or any(sharp for _, sharp in _pair_folders(top))):
+    sharp_folders = {sharp for _, sharp in _pair_folders(top) if sharp}
+    in_tree = [
+        path
+        for path in paths
+        if "sharp" in map(side, path.relative_to(top).parts[:-1]) or sharp_folders.intersection(path.parents)
+    ]
+    if in_tree and (len(in_tree) == len(paths) or sharp_folders):
         return _grouped([(path, path) for path in in_tree], top)
     names = scenes([PurePosixPath(path.stem) for path in paths])
     return [Pair(path, path, group=str(path.parent / name)) for path, name in zip(paths, names, strict=True)]

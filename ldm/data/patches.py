@@ -6,7 +6,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ldm.data.image import list_images
+from ldm.data.image import DamagedImage, list_images
 from ldm.data.paired import CropDataset, ImageFiles, Key, at_least, sharpness
 
 KEYS = ("sharp", "blur")  # of the file: uint8 (n, size, size, 3) each
@@ -56,7 +56,7 @@ class Patches:
         try:
             return self._file[self.key][index]
         except OSError as error:
-            raise ValueError(f"{self.path} is damaged at {self.key}[{index}]: {error}") from error
+            raise DamagedImage(f"{self.path} is damaged at {self.key}[{index}]: {error}") from error
 
     def name(self, key: Key) -> str:
         """What stands for a path."""

@@ -6,7 +6,9 @@ from pathlib import PurePath, PurePosixPath
 
 SHARP = {"gt", "target", "sharp", "clean", "clear", "hq"}
 BLURRY = {"blur", "blurry", "blurred", "input", "lq"}
-SPLITS = {*"train training val valid validation test testing close ups long shot".split()}
+# SRN's folder of sharp images, beside its blurry ones; elsewhere this may be a data set or a result.
+DEBLURRED = re.compile(r"deblur(red)?(_lin)?", re.IGNORECASE)
+SPLITS = {*"train training val valid validation test testing eval close ups long shot".split()}
 # And of data sets, whose folders are no scenes either: MPRNet's train/GoPro/input.
 SPLITS |= {*"gopro hide realblur dvd reds dataset datasets large j r".split()}
 # What cameras and people call pictures that have nothing in common.
@@ -28,6 +30,16 @@ def side(name: str) -> str:
     return told[0] if len(told) == 1 and "gamma" not in found else ""
 
 
+def sides(names: Sequence[str]) -> dict[str, str]:
+    """The side of each of the folders that lie beside each other: beside blur or blur_lin, deblur and
+    deblurred_lin count as sharp if no other folder does."""
+    found = {name: side(name) for name in names}
+    blurry = any(found[name] == "blurry" and name.lower().startswith("blur") for name in names)
+    if blurry and "sharp" not in found.values():
+        found |= {name: "sharp" for name in names if DEBLURRED.fullmatch(name)}
+    return found
+
+
 def path_side(path: str | PurePath, other: str | PurePath) -> str:
     """The side that a path tells by what `other`, its partner, has not: the nearest folder, then the name."""
     path, others = PurePath(path), PurePath(other).parts
@@ -38,7 +50,8 @@ def path_side(path: str | PurePath, other: str | PurePath) -> str:
 def place(path: PurePath) -> PurePosixPath:
     """A relative path without extension and without what tells its side: s1/gt/gt_2.png becomes s1/2."""
     stem = re.sub(rf"^({AFFIX})[_-]+|[_-]+({AFFIX})$", "", path.stem, flags=re.IGNORECASE)
-    return PurePosixPath(*(part for part in path.parts[:-1] if not side(part)), stem or path.stem)
+    folders = (part for part in path.parts[:-1] if not side(part) and not DEBLURRED.fullmatch(part))
+    return PurePosixPath(*folders, stem or path.stem)
 
 
 def scenes(places: Sequence[PurePosixPath]) -> list[str]:

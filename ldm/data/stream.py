@@ -1,11 +1,19 @@
-"""The order in which training samples are seen, as a pure function of seed and position."""
+"""The order in which training samples are seen, as a pure function of seed and position, and what takes the
+place of a sample that cannot be read."""
 
-from collections.abc import Callable, Hashable, Iterator
+import sys
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import count, islice
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
+
+from ldm.data.image import UNREADABLE
+
+Key = int | tuple[int, int]
 
 
 class SampleStream(Sampler):
@@ -63,7 +71,82 @@ class SampleStream(Sampler):
         return max(0, -(-(self.total - self.start - self.rank) // self.world_size))
 
 
-def item_seed(seed: int, key: int | tuple[int, int]) -> int:
+class Readable(Dataset):
+    """`dataset`, with other samples in the place of those whose images are damaged or missing.
+
+    Which one takes the place follows from the key alone, so that a resumed run sees the same samples. It is
+    of the same group, if the dataset has `group` (see SampleStream). Each file is reported once; call
+    `share_reports` before other processes use this.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        self.reported = torch.zeros(2**20, dtype=torch.bool)  # by checksum of the message
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Any:
+        """A sample. Raises ValueError if no sample that may take its place can be read."""
+        problems = []
+        for candidate in self._candidates(key):
+            try:
+                sample = self.dataset[candidate]
+            except UNREADABLE as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                self._report(problem)
+            return sample
+        raise ValueError(f"none of {len(problems)} training images can be read; the first: {problems[0]}")
+
+    def share_reports(self) -> None:
+        """Let several processes know which files are reported."""
+        self.reported.share_memory_()
+
+    def _candidates(self, key: Key) -> Iterator[Key]:
+        """The key, then all others of its epoch and group in an order that depends on it alone."""
+        yield key
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        group = getattr(self.dataset, "group", None)
+        for other in np.random.default_rng([epoch, index]).permutation(len(self)).tolist():
+            candidate = (epoch, other) if isinstance(key, tuple) else other
+            if other != index and (group is None or group(candidate) == group(key)):
+                yield candidate
+
+    def _report(self, problem: str) -> None:
+        place = zlib.crc32(problem.encode(errors="surrogateescape")) % len(self.reported)
+        if not self.reported[place]:
+            self.reported[place] = True
+            warn(f"{problem}: another image takes its place")
+
+
+def first_samples(dataset: Dataset, count: int) -> list:
+    """The first `count` samples, or all if there are fewer; others take the place of unreadable ones."""
+    source = Readable(dataset)
+    return [source[index] for index in range(min(count, len(dataset)))]
+
+
+def readable(source: Any, numbers: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """Numbers and what `source` has for them, without those whose images are damaged or missing."""
+    for number in numbers:
+        try:
+            yield number, source[number]
+        except UNREADABLE as error:
+            warn(f"{error}: it is left out")
+
+
+_warned: set[str] = set()
+
+
+def warn(text: str) -> None:
+    """Print a warning once, on a line of its own below a progress bar, also from a DataLoader's process."""
+    if text not in _warned:
+        _warned.add(text)
+        print(f"\nwarning: {text}", file=sys.stderr, flush=True)
+
+
+def item_seed(seed: int, key: Key) -> int:
     """The seed in [0, 2^63) of everything random about one sample; a plain index means epoch 0."""
     epoch, index = key if isinstance(key, tuple) else (0, key)
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.data.degraded import DegDataset, stack_rows
 from ldm.data.image import photographs, read_image, to_uint8, write_image
-from ldm.data.stream import item_generator
+from ldm.data.stream import first_samples, item_generator
 from ldm.metrics import psnr, ssim
 from ldm.models.diffusion.flow import restore_image
 from ldm.models.kontext import FluxAutoencoder
@@ -73,7 +73,7 @@ def preview(
     """
     options = {"steps": settings.preview_steps, "guidance": settings.preview_guidance}
     rows, scores = [], []
-    for item in (dataset[index] for index in range(min(settings.preview_images, len(dataset)))):
+    for item in first_samples(dataset, settings.preview_images):
         control, target = (to_uint8(item[name]) for name in ("control", "target"))
         prompt = prompts([item["prompts"]])
         restored = restore(prompt, control, resolution=settings.resolution, **options)
@@ -90,7 +90,7 @@ def held_out_loss(
     """Loss of the first `count` pictures at fixed noise and noise levels, and its mean: it can be compared
     from one save to the next, as the training loss cannot."""
     losses = {f"loss_{sigma}": [] for sigma in SIGMAS}
-    for item in (dataset[index] for index in range(min(count, len(dataset)))):
+    for item in first_samples(dataset, count):
         prompt = prompts([item["prompts"]])
         device = prompt["t5"].device
         images = (item[name][None].to(device) for name in ("target", "control"))

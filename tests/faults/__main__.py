@@ -37,6 +37,7 @@ from ldm.data.image import read_image
 from tests.faults import bad_inputs
 from tests.faults.page import run_page
 from tests.faults.tiny_runs import (  # first: it sees to it that there is one thread
+    PATIENCE,
     RUNS,
     Result,
     command,
@@ -184,7 +185,7 @@ def await_moment(pid: int, folder: Path, kill_at: Kill, seconds: float) -> bool:
     """Wait until it is time to kill; False if the process ends before."""
     if kill_at.at is not None:
         return not _ended(pid, time.monotonic() + kill_at.at * seconds)
-    left, end = half_written(folder), time.monotonic() + 60
+    left, end = half_written(folder), time.monotonic() + PATIENCE
     seen, before = 0, {}
     while time.monotonic() < end:
         now = half_written(folder, left)
@@ -194,6 +195,7 @@ def await_moment(pid: int, folder: Path, kill_at: Kill, seconds: float) -> bool:
             return True
         if _ended(pid, time.monotonic() + 0.0002):
             return False
+    kill(pid)
     raise RuntimeError(f"process {pid} hangs")
 
 

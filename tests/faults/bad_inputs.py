@@ -80,7 +80,8 @@ def judge(case: Case, verdict: str, result: Result) -> str:
         fails = result.code == 1 or bool(case.skips) and case.skips in result.out
         return "refused, though valid" if fails else ""
     if case.skips:
-        named = case.skips in result.out + result.err and case.victim.name in result.out + result.err
+        told = result.code == 1 or case.skips in result.out + result.err
+        named = told and case.victim.name in result.out + result.err
         return "" if named else f"not skipped and counted: {case.skips!r} and the name are not printed"
     if result.code == 0:
         return "not noticed"

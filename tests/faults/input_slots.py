@@ -51,7 +51,7 @@ Build = Callable[[Path, Path], "Case"]
 class Case:
     """A command, the file in it that is damaged, and what is special about the place.
 
-    `skips` is what the script prints instead of failing if the file is bad. `ignores` are kinds of damage
+    `skips` is what the script prints, rather than failing, if the file is bad. `ignores` are kinds of damage
     that need not be noticed there. A file that is `remade` does no harm. `results` are made all the same.
     """
 
@@ -158,7 +158,9 @@ def training(
         arguments = short(name, place, folder / "out", **{flag: copy, **in_place(changes, place)})
         if stage:
             arguments[1] = stage
-        return Case(arguments, copy / victim if victim else copy, ignores=ignores)
+        path = copy / victim if victim else copy
+        skips = "warning: " if path.suffix == ".png" and name != "base" else ""
+        return Case(arguments, path, skips, ignores=ignores)
 
     return build
 

@@ -63,6 +63,9 @@ VARIANTS = {
     "kontext_tasks": ("kontext", {"tasks": "@tasks.yaml", "captions": True, "blocks_to_swap": 3}),
 }
 RUNS = (*TRAINERS, *VARIANTS, "base")  # all that can be killed; base is train_small_base.py
+PATIENCE = (
+    600  # seconds until a run is said to hang: a busy machine takes minutes for one of train_small_base
+)
 PROMPTS = ("remove noise", "a picture")  # of one of Kontext's tasks, of a caption
 
 
@@ -156,7 +159,7 @@ def kill(pid: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def run(work: Callable[[], None], log: Path, seconds: float = 120) -> Result:
+def run(work: Callable[[], None], log: Path, seconds: float = PATIENCE) -> Result:
     """Run `work` to its end, or kill it after so many seconds; workers that outlive it are ended."""
     pid = start(work, log)
     code = wait(pid, seconds)
