@@ -326,10 +326,10 @@ class Inpaint(ControlNet):
     LESS_MEMORY = "--precision 16, or --only_masked_padding 32"
     ELSEWHERE = f"{Files.ELSEWHERE} masks"
 
-    def pictures(self) -> list[Path]:
-        from ldm.data.masks import list_photographs
+    def photographs(self, paths: list[Path]) -> list[Path]:
+        from ldm.data.masks import without_masks
 
-        return list_photographs(self.input, self.input_mask)
+        return without_masks(paths, self.input, self.input_mask)
 
     def check(self, jobs: list[Job]) -> None:
         from ldm.data.masks import MaskFolder, read_mask

@@ -81,9 +81,9 @@ class Files:
         """Steps of one picture under a progress bar."""
         return tqdm(steps, desc="steps", leave=False)
 
-    def pictures(self) -> list[Path]:
-        """Those below the input folder that may be restored."""
-        return list_images(self.input)
+    def photographs(self, paths: list[Path]) -> list[Path]:
+        """Of the images below the input folder those that are no masks."""
+        return paths
 
     def weights(self) -> Path:
         """The file that a profile names."""
@@ -134,8 +134,8 @@ def find_sources(files: Files) -> tuple[list[Path], dict[Path, str]]:
     if not files.input.is_dir():
         check_picture(files.input)
         return [files.input], {}
-    paths, left_out = files.pictures(), {}
-    wanted = set(paths)
+    paths, left_out = list_images(files.input), {}
+    wanted, photographs = set(paths), set(files.photographs(paths))
     if files.pattern != Files.pattern:
         try:
             wanted = set(files.input.glob(files.pattern))
@@ -144,6 +144,8 @@ def find_sources(files: Files) -> tuple[list[Path], dict[Path, str]]:
     for path in paths:
         if path not in wanted:
             left_out[path] = f"not of --pattern {files.pattern}"
+        elif path not in photographs:
+            left_out[path] = "a mask"
         elif is_result(path, files):
             left_out[path] = "result of an earlier run"
     return [path for path in paths if path not in left_out], left_out

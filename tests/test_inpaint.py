@@ -24,6 +24,7 @@ from cldm.inpaint import (
     regions_of,
 )
 from cldm.model import create_model, read_config, widen_input
+from harness.jobs import list_jobs
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, to_tensor, write_image
 from ldm.data.inpaint import make_hint
@@ -376,8 +377,11 @@ def test_the_command_takes_photographs_and_masks_from_one_folder(weights, tmp_pa
     assert np.array_equal(read_image(tmp_path / "out" / "inpainted.png"), result)
     with pytest.raises(ValueError, match="b_mask001.png: the brightest value of this mask is 1 of 255"):
         infer.restore_files(replace(single, input_mask=tmp_path / "b_mask001.png"))
-    jobs = infer.restore_files.__globals__["list_jobs"](replace(settings, input_mask=tmp_path / "b.png"))
+    jobs, left_out = list_jobs(replace(single, input=tmp_path, input_mask=tmp_path / "b.png"))
     assert [source.name for source, _ in jobs] == ["a.png"]
+    assert {path.name: why for path, why in left_out.items() if path.parent == tmp_path} == dict.fromkeys(
+        ("a_mask.png", "b.png", "b_mask001.png"), "a mask"
+    )
 
 
 def test_the_controlnet_gives_the_same_outputs_in_diffusers(tmp_path):

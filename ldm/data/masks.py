@@ -118,13 +118,19 @@ def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 def list_photographs(folder: str | Path, masks: str | Path | None = None) -> list[Path]:
-    """Pictures below `folder` that are not masks.
+    """Images below `folder` that are not masks (see without_masks).
 
-    Masks are NAME_mask and NAME_mask001 beside a picture NAME, and `masks` (a file, or a folder and all below
+    Raises FileNotFoundError if there is no photograph.
+    """
+    return without_masks(list_images(folder), Path(folder), masks)
+
+
+def without_masks(paths: list[Path], folder: Path, masks: str | Path | None = None) -> list[Path]:
+    """The photographs among `paths`, the images below `folder`.
+
+    Masks are NAME_mask and NAME_mask001 beside an image NAME, and `masks` (a file, or a folder and all below
     it) if it lies below `folder`. Raises FileNotFoundError if there is no photograph.
     """
-    folder = Path(folder)
-    paths = list_images(folder)
     names = {path.with_suffix("") for path in paths}
     inside = _seen_from(folder, masks) if masks else None
     if inside not in (None, folder):
