@@ -1,0 +1,44 @@
+"""benchmarks.quality: scores by scene, colour shift, weights of both scripts."""
+
+import numpy as np
+import pytest
+
+from benchmarks import quality
+from ldm.data.image import photographs, read_image, write_image
+from ldm.metrics import psnr
+
+
+def test_scores_are_gains_over_the_input_and_the_largest_colour_shift():
+    sharp = np.full((40, 40, 3), 100, np.uint8)
+    blurry = sharp + np.uint8(10)
+    result = quality.score([(blurry, sharp)] * 2, lambda image: image - np.uint8([7, 8, 12]))
+    restored = sharp + np.uint8([3, 2, 0]) - np.uint8([0, 0, 2])
+    assert result.before == [psnr(blurry, sharp)] * 2 and result.after == [psnr(restored, sharp)] * 2
+    gain = psnr(restored, sharp) - psnr(blurry, sharp)
+    assert f"| scene | 2 | {psnr(blurry, sharp):.2f} -> " in result.line("scene")
+    assert f"| {gain:+.2f} |" in result.line("scene") and result.line("scene").endswith("| 3.00 |")
+    half = quality.score([(blurry, sharp)], lambda image: image[:20, :20], crop=20)
+    assert half.after == half.before
+
+
+def test_scenes_are_rows_of_their_own(tmp_path):
+    image = read_image(photographs()[0])[:40, :40]
+    for scene in ("A", "B"):
+        for side in ("blur", "sharp"):
+            (tmp_path / scene / side).mkdir(parents=True)
+            write_image(tmp_path / scene / side / "1.png", image)
+    rows = quality.scene_rows(tmp_path)
+    assert sorted(rows) == ["A", "B"] and all(len(pairs) == 1 for pairs in rows.values())
+
+
+@pytest.mark.parametrize("name", ["srn_deblur", "dbgan"])
+def test_weights_of_both_scripts_are_opened(name):
+    network, restore = quality.open_network(quality.Path("models") / f"{name}.safetensors")
+    image = np.random.default_rng(0).integers(0, 256, (37, 45, 3), dtype=np.uint8)
+    assert restore(image).shape == image.shape and not network.training
+
+
+def test_synthetic_rows_are_the_four_kinds_of_six_photographs():
+    rows = quality.synthetic_rows(0)
+    assert set(rows) == {"motion_blur", "gaussian_blur", "defocus_blur", "lens_blur"}
+    assert all(len(images) == len(photographs()) for images in rows.values())
