@@ -86,7 +86,7 @@ def check_start(settings: Any) -> None:
     Raises ValueError for a setting out of range or an optimizer that is not installed, and FileNotFoundError
     that says how to get the file that training starts from, if it is missing.
     """
-    settle_precision(lightning_precision(settings.precision), choose_device())
+    precision = lightning_precision(settings.precision)
     check_counts(settings, COUNTS if settings.max_steps > 0 else f"{COUNTS} max_epochs")
     if settings.val_ddim_steps > 1000:
         raise ValueError(f"val_ddim_steps must be at most 1000, not {settings.val_ddim_steps}")
@@ -109,6 +109,7 @@ def check_start(settings: Any) -> None:
             "it into models/, then run `python tool_add_control.py ./models/v1-5-pruned.ckpt "
             f"{settings.resume_path}`. To see everything run without it, give --demo"
         )
+    settle_precision(precision, choose_device())
 
 
 class WithNoise(Dataset):
