@@ -154,7 +154,7 @@ def compared(name: str, make: Callable[[], System], reference: Callable[[], Syst
 
 
 def in_half(kind: type, device: str, side: int) -> list[Row]:
-    """PSNR in dB of what infer.py restores in bf16, against the CPU in float32, after 2 sampling steps."""
+    """PSNR of what infer.py restores in bf16, in dB from that of the CPU in float32; in 2 sampling steps."""
     blurry, sharp = pictures(side)
     with tempfile.TemporaryDirectory() as folder:
         photo = Path(folder) / "photo.png"
