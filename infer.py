@@ -434,7 +434,7 @@ COMMANDS = {
     "bgan": BGAN,
     "inpaint": Inpaint,
 }
-BEST = "dbgan"  # its included weights remove the most real motion blur: docs/weights.md
+BEST = "srn"  # its included weights remove the most real motion blur: docs/weights.md
 
 
 # ---- a command line without a subcommand -------------------------------------------------------------------

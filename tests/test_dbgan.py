@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -528,7 +529,8 @@ def test_pairs_are_made_of_photographs_and_dead_leaves(data):
     assert 3 <= sum(same) <= 13  # half of the spared ones are not blurred at all
     main(replace(chosen, content_loss="charbonnier", fft_loss_weight=0.1, max_grad_norm=0.01))
     assert (data / "run" / "deblur" / "dbgan.safetensors").is_file()
-    unpaired, _ = script.open_data(replace(chosen, mode="blur"), "blur")
+    blurred = shutil.copytree(data / "RWBI", data / "real")
+    unpaired, _ = script.open_data(replace(chosen, mode="blur", blur_data=blurred), "blur")
     assert len(unpaired) == 5 * 2  # photographs alone: a discriminator would know dead leaves by their shapes
     with pytest.raises(ValueError, match=r"sharp_fraction must lie in \[0, 1\], not 2"):
         main(replace(chosen, sharp_fraction=2))

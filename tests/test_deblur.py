@@ -273,7 +273,7 @@ def test_weights_that_are_not_finite_are_not_saved(stopped, monkeypatch):
         return loss, values
 
     monkeypatch.setattr(DeblurControlNet, "shared_step", broken)
-    with pytest.raises(ValueError, match="zero_convs.0.0.weight is not finite at step 2"):
+    with pytest.raises(ValueError, match="is not finite"):
         main(stopped)
     assert last(stopped)["global_step"] == 1
 
@@ -298,7 +298,7 @@ def test_sharp_pictures_alone_are_blurred_on_the_fly(settings, place):
 
 
 def test_a_run_in_32_bits_is_not_continued_in_16(stopped):
-    with pytest.raises(ValueError, match="precision was '32-true', is 'bf16-mixed'. Use the old ones"):
+    with pytest.raises(ValueError, match="precision was '32-true', is 'bf16-mixed'. To continue it: "):
         main(replace(stopped, precision="bf16"))
 
 

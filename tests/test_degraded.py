@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 
 import cv2
 import numpy as np
@@ -58,7 +59,8 @@ def test_nothing_is_degraded_without_types(folder):
 
 @pytest.mark.parametrize("native_crop", [False, True])
 def test_real_pairs_are_cut_alike(folder, tmp_path, native_crop):
-    pairs = DegDataset(folder, "", resolution=96, lr_data_root=folder, native_crop=native_crop)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    pairs = DegDataset(folder, "", resolution=96, lr_data_root=copy, native_crop=native_crop)
     for key in [(epoch, index) for epoch in range(4) for index in range(len(pairs))]:
         assert torch.equal(pairs[key]["control"], pairs[key]["target"])
 
@@ -72,9 +74,10 @@ def test_native_crops_are_pieces_of_the_file(folder):
     assert np.array_equal(image[y : y + 96, x : x + 96], crop)
 
 
-def test_which_latents_may_be_kept(folder):
+def test_which_latents_may_be_kept(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
     plain = {"random_crop": False, "random_flip": False, "resolution": 96}
-    synthetic, real = DegDataset(folder, "", **plain), DegDataset(folder, "", **plain, lr_data_root=folder)
+    synthetic, real = DegDataset(folder, "", **plain), DegDataset(folder, "", **plain, lr_data_root=copy)
     assert synthetic.fixed_targets and not synthetic.fixed_controls
     assert real.fixed_targets and real.fixed_controls
     assert torch.equal(synthetic[(0, 1)]["target"], synthetic[(5, 1)]["target"])
@@ -314,7 +317,7 @@ def test_bad_folders(folder, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="a.png"):
-        DegDataset(tmp_path / "broken", "")
+        DegDataset(tmp_path / "broken", "")[0]
 
 
 def test_pairs_of_unequal_size_are_named(tmp_path):

@@ -390,7 +390,8 @@ def server(weights, tmp_path_factory):
         )
         try:
             ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
-            line = process.stdout.readline() if ready else ""
+            first, line = (process.stdout.readline() if ready else "" for _ in range(2))
+            assert first.startswith("computing on ")
             assert line.startswith(f"open http://127.0.0.1:{port}"), (folder / "errors.txt").read_text()
             yield SimpleNamespace(url=f"http://127.0.0.1:{port}", folder=folder / "out", process=process)
         finally:

@@ -161,8 +161,9 @@ def test_the_file_says_the_system(weights, tmp_path, model, monkeypatch, capsys)
         ValueError, match="vae.safetensors is of none of .*: its first key is decoder.conv_in"
     ):
         infer.system_of(tmp_path / "vae.safetensors")
-    with pytest.raises(ValueError, match="give one of deblur, .*, or --checkpoint_path"):
-        infer.with_subcommand(["--input", "a.png"])
+    assert infer.with_subcommand(["--input", "a.png"]) == [infer.BEST, "--input", "a.png"]
+    with pytest.raises(ValueError, match="give --input, or one of deblur, .* first"):
+        infer.with_subcommand(["--output_dir", "a"])
     write_image(tmp_path / "photo.png", np.zeros((8, 8, 3), np.uint8))
     monkeypatch.setattr(sys, "argv", ["infer.py", "--checkpoint_path", str(weights[0]), "--input_image"])
     sys.argv += [str(tmp_path / "photo.png"), "--output_dir", str(tmp_path / "out")]

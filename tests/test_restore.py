@@ -205,20 +205,6 @@ def test_a_cleaner_goes_first(files, tmp_path):
         infer.Deblur(**settings, cleaner=files / "ours.ckpt").restorer()
 
 
-def test_the_table_of_fidelity_and_cleaner(files, monkeypatch, capsys):
-    from benchmarks import fidelity, quality
-
-    monkeypatch.setattr(quality, "photographs", lambda: photographs(("chelsea.png",)))
-    settings = fidelity.Settings(files / "ours.ckpt", fidelities=(0.0, 1.0), distances=(), crop=64)
-    settings.num_inference_steps = 2
-    fidelity.main(settings)
-    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
-    rows = {name: (float(decibels), float(similar)) for name, decibels, similar in lines[2:]}
-    after = "after srn_deblur.safetensors"
-    assert list(rows) == ["blurry", "srn_deblur.safetensors alone", "0", "1", f"0, {after}", f"1, {after}"]
-    assert len(set(rows.values())) == 6 and rows["1"][0] > rows["0"][0]  # untrained: the input is better
-
-
 def test_without_a_file_the_small_model_is_taken(tmp_path, monkeypatch, capsys):
     small = fill(create_model("models/small_diffusion.yaml")).state_dict()
     config = Path("models/small_diffusion.yaml").read_text()

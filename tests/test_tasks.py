@@ -1,3 +1,4 @@
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_without_a_yaml_it_is_the_one_data_set(settings):
 
 
 def test_folders_of_a_task_leave_those_of_the_command_line_behind(settings, tmp_path):
-    settings.lr_root = settings.validation_root = tmp_path / "many"
+    settings.lr_root = settings.validation_root = shutil.copytree(tmp_path / "many", tmp_path / "copy")
     data, previews, _ = make_data(settings)
     grain, shake = data.datasets.values()
     assert grain.controls is not None and shake.controls is None

@@ -294,7 +294,7 @@ def to_pixels(image: Tensor, dtype: np.dtype | type) -> np.ndarray:
     """
     half = np.iinfo(dtype).max / 2
     image = image.detach().float()
-    if not torch.isfinite(image).all():
+    if not torch.isfinite(image).all().item():
         raise ValueError(
             "the network's output is not finite (NaN or infinity): it overflows in 16 bits (use precision 32 "
             "or bf16), or the weights hold NaN"
