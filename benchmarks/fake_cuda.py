@@ -268,6 +268,7 @@ def fake_tensors(like_cuda: bool = False) -> Iterator[Count]:
         "torch.from_numpy": _from_numpy,
         "torch.Tensor.numpy": _to_numpy,
         "torch.Tensor.pin_memory": lambda tensor: tensor,
+        "ldm.data.image.is_finite": lambda image: True,
         "torch.utils._foreach_utils._foreach_supported_types": [Tensor, nn.Parameter, FakeTensor],
     }
     if like_cuda:

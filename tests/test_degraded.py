@@ -58,8 +58,8 @@ def test_nothing_is_degraded_without_types(folder):
 
 
 @pytest.mark.parametrize("native_crop", [False, True])
-def test_real_pairs_are_cut_alike(folder, tmp_path, native_crop):
-    copy = shutil.copytree(folder, tmp_path / "copy")
+def test_real_pairs_are_cut_alike(folder, tmp_path_factory, native_crop):
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("copies") / "copy")
     pairs = DegDataset(folder, "", resolution=96, lr_data_root=copy, native_crop=native_crop)
     for key in [(epoch, index) for epoch in range(4) for index in range(len(pairs))]:
         assert torch.equal(pairs[key]["control"], pairs[key]["target"])
@@ -74,8 +74,8 @@ def test_native_crops_are_pieces_of_the_file(folder):
     assert np.array_equal(image[y : y + 96, x : x + 96], crop)
 
 
-def test_which_latents_may_be_kept(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "copy")
+def test_which_latents_may_be_kept(folder, tmp_path_factory):
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("copies") / "copy")
     plain = {"random_crop": False, "random_flip": False, "resolution": 96}
     synthetic, real = DegDataset(folder, "", **plain), DegDataset(folder, "", **plain, lr_data_root=copy)
     assert synthetic.fixed_targets and not synthetic.fixed_controls

@@ -72,7 +72,7 @@ def test_steps_base_and_colours_are_those_that_the_file_says_whatever_its_name(s
     commands[1].base_path, commands[1].num_inference_steps = MODELS / "small_diffusion.safetensors", 2
     pictures = [command.restorer()(squares[0], Path("a.png")) for command in commands]
     kept = fix_color(pictures[0], squares[0])
-    assert not np.array_equal(*pictures) and np.abs(kept.astype(int) - pictures[1]).max() <= 1
+    assert not np.array_equal(*pictures) and np.abs(kept.astype(int) - pictures[1]).max() <= 2
     assert infer.Inpaint(input=Path("a.png")).sampling_steps() == 10
     work = infer.Kontext(input=Path("a.png")).work()
     assert (work["steps"], work["resolution"], work["tile"]) == (2, 128, 128)

@@ -287,6 +287,11 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return to_pixels(image, np.uint8)
 
 
+def is_finite(image: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(torch.isfinite(image).all())
+
+
 def to_pixels(image: Tensor, dtype: np.dtype | type) -> np.ndarray:
     """Float (c, h, w) in [-1, 1] -> uint8 or uint16 (h, w, c), converted on the tensor's device.
 
@@ -294,7 +299,7 @@ def to_pixels(image: Tensor, dtype: np.dtype | type) -> np.ndarray:
     """
     half = np.iinfo(dtype).max / 2
     image = image.detach().float()
-    if not torch.isfinite(image).all().item():
+    if not is_finite(image):
         raise ValueError(
             "the network's output is not finite (NaN or infinity): it overflows in 16 bits (use precision 32 "
             "or bf16), or the weights hold NaN"

@@ -1,5 +1,6 @@
 """Mask files: which pixels are the hole, and which mask belongs to which photograph."""
 
+import contextlib
 import re
 import warnings
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.image import decode, list_images, opened, tell_frames
+from ldm.data.image import DamagedImage, decode, list_images, opened, tell_frames
 
 MARK = re.compile(r"_mask\d*$")  # a_mask.png, and a_mask001.png as LaMa's data sets have it
 HOW = "paint the hole white (255) on black, without transparency"
@@ -85,10 +86,14 @@ def read_hole(path: str | Path) -> np.ndarray:
 
 
 def check_masks(paths: Sequence[str | Path]) -> None:
-    """Read up to CHECKED masks, evenly spread. Raises ValueError as `read_hole` does."""
+    """Read up to CHECKED masks, evenly spread. Raises ValueError for a mask without a hole.
+
+    Damaged files are passed over: training reports them when it meets them.
+    """
     chosen = paths[:: max(1, -(-len(paths) // CHECKED))]
     for path in tqdm(chosen, "checking masks", unit="mask", leave=False, delay=2):
-        read_hole(path)
+        with contextlib.suppress(DamagedImage):
+            read_hole(path)
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], path: str | Path) -> np.ndarray:
