@@ -11,7 +11,7 @@ import infer
 from benchmarks import small_holes
 from cldm.inpaint import Inpainting, hole_scores, inpaint_image
 from cldm.restore import fix_color
-from ldm.checkpoint import read_settings, read_weights, write_weights
+from ldm.checkpoint import read_metadata, read_settings, read_weights, write_weights
 from ldm.data.image import photographs, read_image
 from ldm.metrics import misalignment, psnr
 from ldm.models.kontext import load_restorer
@@ -60,7 +60,8 @@ def test_steps_base_and_colours_are_those_that_the_file_says_whatever_its_name(s
     included = MODELS / "small_deblur.safetensors"
     named, silent = tmp_path / "other.safetensors", tmp_path / "small_deblur.safetensors"
     shutil.copy(included, named)
-    write_weights(silent, read_weights(included))
+    settings = {"settings": read_metadata(included)["settings"]}  # the prompt is there
+    write_weights(silent, read_weights(included), settings)
     commands = [
         infer.Deblur(checkpoint_path=path, input=Path("a.png"), device="cpu") for path in (named, silent)
     ]

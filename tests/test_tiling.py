@@ -17,7 +17,7 @@ def test_hidden_colours_become_those_around_them(dtype):
     results = []
     for under in (0, top):
         pixels[alpha == 0] = under
-        results.append(fill_hidden(pixels, alpha))
+        results.append(fill_hidden(pixels.copy(), alpha))
         assert np.array_equal(results[-1][alpha > 0], pixels[alpha > 0]) and results[-1].dtype == dtype
     assert np.array_equal(*results) and results[0].min() >= top // 2
     assert fill_hidden(pixels, None) is pixels and fill_hidden(pixels, alpha * 0) is pixels
