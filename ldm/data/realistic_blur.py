@@ -15,8 +15,8 @@ from ldm.modules.image_degradation.shake import camera_shake
 class RealisticBlur:
     """How photos are degraded to train for real cameras; fractions of the samples, sizes in pixels.
 
-    The choices follow what RSBlur measured (Rim et al., ECCV 2022, table 4): noise matters most, then the
-    sRGB curve, saturated highlights and the camera's processing.
+    The choices follow what Rim et al. measured (Realistic Blur Synthesis for Learning Image Deblurring, ECCV
+    2022): noise matters most, then the sRGB curve, saturated highlights and the camera's processing.
     """
 
     shake: float = 0.5  # varying camera shake
