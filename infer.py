@@ -239,7 +239,7 @@ class Kontext(Files):
     overlap: int = 128  # pixels over which the squares are blended, at most half of one
     # storage of the transformer; fp8 halves it, nf4 halves that (bitsandbytes)
     base_precision: Literal["bf16", "fp8", "nf4"] = "bf16"
-    blocks_to_swap: int = 0  # the last so many blocks wait in main memory: less of the GPU's, slower
+    blocks_to_swap: int = 0  # the last so many blocks wait in CPU memory: less of the GPU's, slower
 
     LESS_MEMORY = "a smaller --resolution or --tile, or --blocks_to_swap"
 

@@ -83,7 +83,7 @@ class Settings:
 
     # storage of the frozen network: fp8 halves it, nf4 halves that (bitsandbytes)
     base_precision: Literal["bf16", "fp8", "nf4"] = "bf16"
-    blocks_to_swap: int = 0  # the last so many blocks wait in main memory: less of the GPU's, slower
+    blocks_to_swap: int = 0  # the last so many blocks wait in CPU memory: less of the GPU's, slower
     devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
 
     MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too

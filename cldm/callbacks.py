@@ -23,7 +23,7 @@ from ldm.modules.ema import EMA
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes through ldm.checkpoint: a file is whole or not there; reads without running pickled code.
 
-    A thread writes a copy in main memory while training goes on. One file at a time: `wait` returns when it
+    A thread writes a copy in CPU memory while training goes on. One file at a time: `wait` returns when it
     is there, and raises what went wrong. Saving waits first; so does the process before it exits.
     """
 

@@ -282,7 +282,7 @@ def restore_one(files: Files, restore: Restorer, source: Path, target: Path) -> 
 def run_restorer(restore: Restorer, picture: Picture, path: Path) -> np.ndarray:
     """What a network makes of a picture, with its transparency. The network sees no hidden colours.
 
-    Raises torch.OutOfMemoryError wherever memory is short: main memory has errors of other kinds.
+    Raises torch.OutOfMemoryError wherever memory is short: CPU memory has errors of other kinds.
     """
     try:
         return picture.with_alpha(restore(fill_hidden(picture.pixels, picture.alpha), path))

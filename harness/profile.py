@@ -60,7 +60,7 @@ def count_macs(compute: Callable[[], object]) -> int:
 
 
 def peak_resident_memory() -> int | None:
-    """Bytes of main memory the process held at most; None where the system does not tell."""
+    """Bytes of CPU memory the process held at most; None where the system does not tell."""
     try:
         import resource
     except ImportError:  # Windows

@@ -87,7 +87,7 @@ def describe_start(device: torch.device, precision: str, wanted: str = "auto") -
 
 
 def main_memory() -> int:
-    """Bytes of main memory; 0 where the system does not say (Windows)."""
+    """Bytes of CPU memory; 0 where the system does not say (Windows)."""
     if not hasattr(os, "sysconf"):
         return 0
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -70,7 +70,7 @@ def load_flux(
 
     Without a `dtype` it computes in that of `own_dtype`.
     Sizes are Kontext's unless the file's metadata holds "flux_params" (see `save_flux`). `progress` may wrap
-    the list of names in a progress bar. The last `blocks_to_swap` blocks stay in (pinned) main memory and are
+    the list of names in a progress bar. The last `blocks_to_swap` blocks stay in (pinned) CPU memory and are
     fetched when they run, which 4 bits do not allow. Raises FileNotFoundError, ValueError for a damaged or
     foreign file, or if nf4 lacks its package.
     """

@@ -1,4 +1,4 @@
-"""Blocks whose frozen weights wait in main memory until they are used."""
+"""Blocks whose frozen weights wait in CPU memory until they are used."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 
 class BlockSwap:
-    """Runs blocks one after another, the last `count` of them on weights fetched from main memory.
+    """Runs blocks one after another, the last `count` of them on weights fetched from CPU memory.
 
     A block is fetched while the one before it runs, on a stream of its own (CUDA), and its copy is let go
     once nothing needs it: after a forward, or after the block's backward. Host to device only: the weights
