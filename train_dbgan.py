@@ -79,7 +79,7 @@ class Settings:
     pairs_fraction: float = 0.1  # fraction of the crops that come from --pairs
     realistic_blur: bool = False  # blur on the fly as real cameras do: varying shake, noise, JPEG
     blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # blur types made on the fly, without --realistic_blur
-    blur_scale: float = 1.0  # and their size
+    blur_scale: float = 1.0  # scale of the blur sizes, without --realistic_blur
     jpeg_probability: float = 0.0  # part of the images blurred on the fly that went through a JPEG file
     sharp_fraction: float = 0.0  # part of them that is not, or hardly, blurred: do no harm
     photo_crops: int = 1  # crops of each photograph of --sharp_dir in an epoch: its ratio to --dead_leaves
