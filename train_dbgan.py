@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -67,8 +67,6 @@ class Settings:
 
     precision: flags.Precision = "32"  # bf16 or 16: mixed, faster on GPUs
     devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
-
-    MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
 
     dead_leaves: int = 0  # without it: generated pictures in every epoch, beside --sharp_dir or alone
     val_blur_data: Path | None = None  # real blurred photographs to compare BGAN's with; None: --blur_data

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -86,8 +86,6 @@ class Settings:
     blocks_to_swap: int = 0  # the last so many blocks wait in CPU memory: less of the GPU's, slower
     devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
 
-    MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
-
     validation_root: Path | None = None  # clean photographs for previews; without it, those of hr_root
     captions: bool = False  # a picture's prompt is NAME.txt beside it, where there is one
     caption_dropout: float = 0.0  # part of the samples whose prompt is empty
@@ -97,11 +95,14 @@ class Settings:
     random_flip: bool = True  # left and right
     native_crop: bool = False  # cut at full scale instead of shrinking to `resolution` first
     repeats: int = 1  # how often each picture comes in an epoch
-    lr_scale: flags.Range = 8  # factor of the downsampling; it and the next may be ranges: LOW,HIGH
-    noise_level: flags.Range = 0.05  # standard deviation, 1 = white
-    blur_radius: flags.Range = 1.0  # standard deviation in pixels
-    jpeg_quality: flags.Range = 75  # 1 to 100
-    damage_strength: flags.Range = (0.2, 0.8)  # of those from motion_blur on: 0 (next to nothing) to 1
+    lr_scale: flags.NumberOrRange = 8  # factor of the downsampling; it and the next may be ranges: LOW,HIGH
+    noise_level: flags.NumberOrRange = 0.05  # standard deviation, 1 = white
+    blur_radius: flags.NumberOrRange = 1.0  # standard deviation in pixels
+    jpeg_quality: flags.NumberOrRange = 75  # 1 to 100
+    damage_strength: flags.NumberOrRange = (
+        0.2,
+        0.8,
+    )  # of those from motion_blur on, 0 to 1
     degradation_order: Literal["fixed", "given", "random"] = "fixed"  # given: as in --degradation_types
     degradation_rounds: int = 1  # how often the chain of damage is run through
     examples_only: bool = False  # write images/examples.png (damaged | clean), images/kinds.png, and stop

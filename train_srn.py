@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,8 +64,6 @@ class Settings:
 
     precision: flags.Precision = "32"  # bf16 or 16: mixed, faster on GPUs
     devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
-
-    MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
 
     val_fraction: float = 0.05  # without the two: the part of the data that is held out (whole sequences)
     val_images: int = 32  # evaluate on at most that many, drawn once

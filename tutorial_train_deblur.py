@@ -15,7 +15,6 @@ Judge by the grids and val/psnr, not by the training loss. After a stop the same
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -65,8 +64,6 @@ class Settings:
     precision: flags.AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
     devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
-
-    MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
 
     val_fraction: float = 0.05  # part of the source photographs held out for validation, 0 for none
     val_samples: int = 16  # validate on at most that many pairs

@@ -18,7 +18,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -72,8 +72,6 @@ class Settings:
     precision: flags.AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
     devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
-
-    MORE: ClassVar[None] = None  # --help shows what is above, --help_all what is below too
 
     captions_file: str = ""  # COCO's captions_*.json, for prompts
     use_augmentation: bool = True  # crops anywhere, flipped half the time; else from the middle

@@ -1,15 +1,47 @@
 """Settings that go by more than one name, or are read in a way of their own: types, and what they mean."""
 
+import math
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-Devices = Annotated[int, tyro.conf.arg(aliases=["--gpus"])]
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a setting may have, as part of its type: harness.settings.check_ranges checks it."""
+
+    least: float
+    most: float = math.inf
+    include_most: bool = True
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ValueError that names the setting and the value; NaN and infinity lie in no range."""
+        below = value <= self.most if self.include_most else value < self.most
+        if math.isfinite(value) and value >= self.least and below:
+            return
+        limits = f"finite and at least {self.least}"
+        if self.most < math.inf:
+            limits = f"in [{self.least}, {self.most}{']' if self.include_most else ')'}"
+        elif math.isfinite(value):
+            limits = f"at least {self.least}"
+        raise ValueError(f"{name} must be {limits}, not {value}")
+
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]  # a count that may be 0
+Weight = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 1, include_most=False)]
+
+Devices = Annotated[int, Range(1), tyro.conf.arg(aliases=["--gpus"])]
 MaxEpochs = Annotated[int, tyro.conf.arg(aliases=["--num_epochs"])]
 MaxSteps = Annotated[int, tyro.conf.arg(aliases=["--max_train_steps"])]
-BatchSize = Annotated[int, tyro.conf.arg(aliases=["--train_batch_size"])]
-Accumulate = Annotated[int, tyro.conf.arg(aliases=["--accumulate", "--gradient_accumulation_steps"])]
-WeightDecay = Annotated[float, tyro.conf.arg(aliases=["--weight_l2_reg"])]
+BatchSize = Annotated[int, Range(1), tyro.conf.arg(aliases=["--train_batch_size"])]
+Accumulate = Annotated[
+    int, Range(1), tyro.conf.arg(aliases=["--accumulate", "--gradient_accumulation_steps"])
+]
+WeightDecay = Annotated[float, Range(0), tyro.conf.arg(aliases=["--weight_l2_reg"])]
 Precision = Literal["32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed"]
 # Of ControlNets, with accelerate's names; auto is what the GPU does best, 32 on a CPU; 16 needs a GPU.
 AnyPrecision = Annotated[
@@ -31,7 +63,7 @@ def _read_range(words: list[str]) -> float | tuple[float, float]:
 
 
 # A number, or LOW,HIGH: drawn from there anew for every picture.
-Range = Annotated[
+NumberOrRange = Annotated[
     float | tuple[float, float],
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,

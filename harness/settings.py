@@ -5,14 +5,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import tyro
 from tqdm import tqdm
 
+from harness.flags import Range
 from ldm.util import check_package
 
 
@@ -76,29 +77,23 @@ def read_settings(
 ) -> Any:
     """The settings that the command line (or `words`) gives; SystemExit with a message if it cannot be read.
 
-    Where it has --demo, the values of `demo` are the defaults: every flag beside it counts. Settings that
-    stand below a class variable MORE are left to --help_all.
+    Where it has --demo, the values of `demo` are the defaults: every flag beside it counts.
     """
     if isinstance(settings, dict):
         return tyro.extras.subcommand_cli_from_dict(settings, args=words, use_underscores=True)
     words = list(sys.argv[1:] if words is None else words)
-    if hasattr(settings, "MORE") and {"-h", "--help"} & {*words}:
-        settings = first_of(settings)
-    words = ["--help" if word in ("--help_all", "--help-all") else word for word in words]
     chosen = tyro.cli(settings, args=words, use_underscores=True)
     if demo and chosen.demo:
         return tyro.cli(settings, args=words, default=settings(demo=True, **demo), use_underscores=True)
     return chosen
 
 
-def first_of(settings: type) -> type:
-    """A class of settings whose help leaves out those below MORE."""
-    hints, names = get_type_hints(settings, include_extras=True), list(settings.__annotations__)
-    rest = names[names.index("MORE") + 1 :]
-    body = {"__annotations__": {name: Annotated[hints[name], tyro.conf.Suppress] for name in rest}}
-    body |= {name: vars(settings)[name] for name in rest} | {"__module__": settings.__module__}
-    body["__doc__"] = f"{settings.__doc__} These settings are used most; {len(rest)} more: --help_all"
-    return dataclass(type(settings.__name__, (settings,), body))
+def check_ranges(values: Any) -> None:
+    """Raise ValueError that names the first field of a settings dataclass outside the Range of its type."""
+    for name, hint in get_type_hints(type(values), include_extras=True).items():
+        for range_ in getattr(hint, "__metadata__", ()):
+            if isinstance(range_, Range):
+                range_.check(name, getattr(values, name))
 
 
 def check_counts(settings: Any, names: str, least: int = 1) -> None:

@@ -47,10 +47,10 @@ def settings_of(script):
 
 
 def explanations(settings):
-    """Name of each option -> its line in --help_all."""
+    """Name of each option -> its line in --help."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-        read_settings(settings, words=["--help_all"])
+        read_settings(settings, words=["--help"])
     lines = text.getvalue().splitlines()
     column = next(line.index("show this help") for line in lines if "show this help" in line)
     found, option = {}, None
@@ -82,7 +82,7 @@ def commands():
         yield from ((page.name, " ".join(line.split())) for line in found)
 
 
-NO_WORK = ([], ["--help"], ["--help_all"])  # nothing behind the script's name, or a question
+NO_WORK = ([], ["--help"])  # nothing behind the script's name, or a question
 
 
 def split(line):
@@ -111,8 +111,8 @@ def test_every_command_in_the_pages_is_understood(line, page):
 def flags_of(settings):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-        read_settings(settings, words=["--help_all"])
-    return {"--help_all", *re.findall(r"--\w+", text.getvalue())}
+        read_settings(settings, words=["--help"])
+    return {*re.findall(r"--\w+", text.getvalue())}
 
 
 OTHERS = """python torch-backend no-project allow-existing logdir nodes ntasks-per-node gpus-per-node nnodes

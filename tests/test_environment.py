@@ -64,7 +64,8 @@ if __name__ == "__main__":
     sys.path.insert(0, root)
     import_scripts()  # and the packages, whose own use of the names below is none of ours
     for name, module in [*sys.modules.items()]:
-        if str(getattr(module, "__file__", "")).startswith(root):
+        file = str(getattr(module, "__file__", ""))
+        if file.startswith(root) and "site-packages" not in file:  # the environment may lie in the root
             del sys.modules[name]
     for name in "fork register_at_fork getuid geteuid getloadavg statvfs sched_getaffinity killpg".split():
         delattr(os, name)

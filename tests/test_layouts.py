@@ -232,6 +232,7 @@ def test_two_folders_of_a_kind_are_named(tmp_path):
             "GOPRO_Large/train/GOPR4/1 GOPRO_Large/train/GOPR4/2",
             "GOPRO_Large/train/GOPR4 GOPRO_Large/train/GOPR4",
         ),
+        ("reds_train_001/1 train2017/1 train2017/2", "reds_train_001 train2017/1 train2017/2"),
         ("test-close-ups/3fromG1 test-close-ups/4fromG1", "test-close-ups/G1 test-close-ups/G1"),
     ],
 )

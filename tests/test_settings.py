@@ -3,11 +3,11 @@
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
-from harness.settings import check_settings, read_settings
+from harness import flags
+from harness.settings import check_ranges, check_settings, read_settings
 
 TRAINING = "tutorial_train_deblur tutorial_train_inpaint train_srn train_dbgan train_kontext_lora".split()
 
@@ -44,24 +44,28 @@ def test_flags_beside_demo_count_from_python_too(tmp_path, monkeypatch, capsys):
 
 
 @dataclass
-class Knobs:
-    """Turn knobs."""
+class Ranges:
+    count: flags.Count = 1
+    fraction: flags.Fraction = 0.5
+    decay: flags.Decay = 0.9
+    weight: flags.Weight = 1.0
 
-    often: int = 1  # the one that is turned
-    MORE: ClassVar[None] = None
-    seldom: int = 2  # another
 
-
-def test_the_help_shows_what_is_used_most(capsys):
-    printed = []
-    for word in ("--help", "--help_all"):
-        with pytest.raises(SystemExit):
-            read_settings(Knobs, words=[word])
-        printed.append(capsys.readouterr().out)
-    assert all("--often" in text and "the one that is turned" in text for text in printed)
-    assert "--seldom" not in printed[0] and "1 more: --help_all" in printed[0]
-    assert "--seldom" in printed[1] and "another" in printed[1]
-    assert read_settings(Knobs, words=["--seldom", "5"]) == Knobs(seldom=5)
+@pytest.mark.parametrize(
+    ("name", "value", "limits"),
+    [
+        ("count", 0, "at least 1"),
+        ("fraction", 1.5, r"in \[0, 1\]"),
+        ("fraction", float("nan"), r"in \[0, 1\]"),
+        ("decay", 1.0, r"in \[0, 1\)"),
+        ("weight", -1.0, "at least 0"),
+        ("weight", float("inf"), "finite and at least 0"),
+    ],
+)
+def test_values_out_of_their_range_are_named(name, value, limits):
+    check_ranges(Ranges())
+    with pytest.raises(ValueError, match=f"{name} must be .*{limits}, not {value}"):
+        check_ranges(Ranges(**{name: value}))
 
 
 @pytest.mark.parametrize(

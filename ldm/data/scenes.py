@@ -65,13 +65,18 @@ def scenes(places: Sequence[PurePosixPath]) -> list[str]:
     known = {sequence for sequence in sequences if sequence}
     result = []
     for where, sequence in zip(places, sequences, strict=True):
-        if any(words(part) - SPLITS or not words(part) for part in where.parts[:-1]):
+        if any(_is_scene(part) for part in where.parts[:-1]):
             result.append(where.parent.as_posix())
             continue
         alone = len(known) == 1 and not re.search(r"\d", sequence)  # one word tells nothing
         name = re.sub(r"_s\d+$", "", where.name) if alone or not sequence else sequence
         result.append((where.parent / name).as_posix())
     return result
+
+
+def _is_scene(folder: str) -> bool:
+    """If a folder holds one scene, not a split or a data set: reds_train_001 does, train2017 does not."""
+    return bool(words(folder) - SPLITS or not words(folder) or re.search(r"[_-]\d{2,}$", folder))
 
 
 def _sequence(stem: str) -> str:
