@@ -35,14 +35,17 @@ def camera_shake(
 ) -> tuple[np.ndarray, Parameters]:
     """Blur uint8 RGB (h, w, 3) by a shaking camera; returns the blurred image and the parameters drawn.
 
-    The mean path of the image's points is `scale * length` pixels long, drawn log-uniformly. On the fraction
+    The mean path of the image's points is `scale * length` pixels long, drawn log-uniformly; its `shake` as in
+    `motion_path`. On the fraction
     `moving_object` of the images a soft-edged region moves on its own. One half of the images is averaged in
     linear light, with clipped highlights restored so that lights leave streaks; the other half in sRGB,
     as GoPro's `blur` folder. `camera` are the options of `record`.
     """
     check_image(image)
     pixels = scale * float(np.exp(rng.uniform(*np.log(length))))
-    roughness = rng.uniform(*shake)
+    # During the short exposure of a video frame or a photo the camera moves smoothly: most paths are almost
+    # straight lines, few are tangles.
+    roughness = shake[0] + (shake[1] - shake[0]) * rng.random() ** 3
     in_linear_light = rng.random() < 0.5
     if in_linear_light:
         light = restore_highlights(srgb_to_linear(image), rng.uniform(1, 4))
