@@ -76,5 +76,5 @@ def test_mistakes_are_named():
             random_mask(64, 64, rng, ratio=ratio)
     with pytest.raises(ValueError, match="no hole that could be grown"):
         fit_area(np.zeros((8, 8), np.uint8), (0.1, 0.3))
-    with pytest.raises(ValueError, match="no hole in a picture of 8x8"):
+    with pytest.raises(ValueError, match="no hole in an image of 8x8"):
         random_mask(8, 8, rng, ratio=(0.11, 0.12))

@@ -16,7 +16,7 @@ from ldm.data.image import photographs, read_image
 from ldm.metrics import misalignment, psnr
 from ldm.models.kontext import load_restorer
 from ldm.modules.image_degradation.blur import random_blur
-from ldm.modules.image_degradation.damage import degrade
+from ldm.modules.image_degradation.degrade import degrade
 from ldm.modules.image_degradation.masks import random_mask
 from train_small_base import KEEP, square
 

@@ -7,10 +7,9 @@ from ldm.util import check_package
 
 
 def store_in_nf4(model: nn.Module, linears: dict[str, nn.Linear], dtype: torch.dtype) -> dict[str, nn.Linear]:
-    """Replace the linears, given by name, with empty ones of bitsandbytes (NF4) that compute in `dtype`:
-    these by their weights' names.
+    """Replace the linears, given by name, with empty ones of bitsandbytes (NF4) that compute in `dtype`.
 
-    Raises ValueError if bitsandbytes is not installed.
+    Returns these by their weights' names. Raises ValueError if bitsandbytes is not installed.
     """
     check_package("bitsandbytes", "nf4")
     from bitsandbytes.nn import Linear4bit
@@ -24,7 +23,7 @@ def store_in_nf4(model: nn.Module, linears: dict[str, nn.Linear], dtype: torch.d
 
 
 def nf4_weight(weight: Tensor) -> nn.Parameter:
-    """(out, in) as the parameter of such a linear, on its device: blocks of 64 numbers share a scale."""
+    """Convert (out, in) to the parameter of such a linear, on its device: 64 numbers share a scale."""
     from bitsandbytes.nn import Params4bit
 
     return Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4").to(weight.device)
