@@ -349,7 +349,7 @@ def show(title: str, count: Count, images: int, precision: str, card: str) -> No
 
 
 def swap_that_fits(peak: float, fp8: bool, room: float) -> int | None:
-    """The fewest blocks of Kontext to offload for a peak within `room` GB; None if no number of them is enough.
+    """The fewest blocks of Kontext to offload for a peak within `room` GB; None if no number is enough.
 
     Two blocks' copies are on the device at once.
     """

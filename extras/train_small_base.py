@@ -6,7 +6,7 @@
 Latent diffusion (Rombach et al. 2022) and rectified flow (Esser et al. 2024) on images of 128 pixels. The
 encoder is not learned but computed: the 32 strongest principal components of 8 x 8 blocks, each divided by
 the root of its deviation, written exactly into the layers of an AutoencoderKL. A decoder is trained
-to undo it; meanwhile the UNet and the transformer can be trained on its latents. The same command again resumes.
+to undo it; meanwhile the UNet and the transformer can be trained on its latents. The same command resumes.
 """
 
 import json

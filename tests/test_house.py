@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = "ldm cldm harness web benchmarks tests docs".split()
+ROOMS = "ldm cldm harness web extras benchmarks tests docs".split()
 # What may import what: only something lower. tests and benchmarks may import all, and nothing imports them.
 LEVELS = {
     **{"ldm": 0, "harness": 1, "cldm": 2, "web": 2},
     **{"tool_": 3, "train_": 4, "tutorial_train_": 4, "tool_export_onnx": 5},
-    **{"infer": 5, "evaluate": 5, "gradio_restore": 6},
+    **{"infer": 5, "evaluate": 5, "gradio_restore": 6, "extras": 7},
 }
 PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"]
 # Names of what users make, and of other people's files.
@@ -21,7 +21,9 @@ NOT_OURS |= {"srn.md": {"data_list.py"}, "names.md": {"config.py"}, "names_zh.md
 
 
 def sources() -> list[Path]:
-    rooms = (path for room in ("ldm", "cldm", "harness", "web") for path in (ROOT / room).rglob("*.py"))
+    rooms = (
+        path for room in ("ldm", "cldm", "harness", "web", "extras") for path in (ROOT / room).rglob("*.py")
+    )
     return [*ROOT.glob("*.py"), *rooms]
 
 
@@ -50,7 +52,7 @@ def imported(path: Path) -> set[str]:
 def test_arrows_point_one_way(path):
     """docs/contributing.md draws them."""
     here = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    ours = {"ldm", "cldm", "harness", "web", *(script.stem for script in ROOT.glob("*.py"))}
+    ours = {"ldm", "cldm", "harness", "web", "extras", *(script.stem for script in ROOT.glob("*.py"))}
     found = imported(path)
     assert not found & {"tests", "benchmarks"}
     wrong = [name for name in found & ours - {here} if level(name) >= level(here)]

@@ -73,7 +73,7 @@ def test_fp8_storage_halves_the_blocks_and_stays_close(tmp_path):
 
 def test_nf4_storage_stays_close_where_its_package_is_installed(tmp_path):
     save_flux(tmp_path / "flux.safetensors", tiny_flux())
-    with pytest.raises(ValueError, match="nf4 does not go with --blocks_to_swap"):
+    with pytest.raises(ValueError, match="nf4 cannot be swapped: blocks_to_swap must be 0"):
         load_flux(tmp_path / "flux.safetensors", nf4=True, blocks_to_swap=1)
     pytest.importorskip("bitsandbytes")
     exact, four = (
