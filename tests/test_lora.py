@@ -8,7 +8,6 @@ from ldm.modules.lora import (
     LORA_FILE,
     MODELSPEC,
     LoRA,
-    block_linears,
     kohya_name,
     load_lora,
     make_lora,

@@ -88,7 +88,7 @@ def restore_image(
     grid = [tile_spans(n // TOKEN, tile_tokens, overlap_tokens) for n in padded.shape[:2]]
 
     def blend(compute: Callable[[tuple], Tensor], inside: int, outside: int) -> Tensor:
-        """Blend compute(place) of all tiles; a token is `inside` points of the input, `outside` of the output."""
+        """Blend compute(place) of all tiles. A token is `inside` input points and `outside` output points."""
 
         def part(rows: slice, columns: slice) -> Tensor:
             rows = slice(rows.start * inside, rows.stop * inside)
