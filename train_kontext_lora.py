@@ -33,7 +33,7 @@ from harness import flags
 from harness.run import Run, average_gradients, first_alone, last_checkpoint, start_fabric
 from harness.settings import check_ranges, plain, run_main
 from ldm.checkpoint import MODELS
-from ldm.data.degraded import DegDataset, degradation_sheet, example_sheet, stack_rows
+from ldm.data.degraded import DegDataset, example_sheet, stack_rows
 from ldm.data.image import photographs, read_image, to_uint8, write_image
 from ldm.data.stream import first_samples, item_generator
 from ldm.data.tasks import Task, Tasks, make_data
@@ -45,7 +45,7 @@ from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity
 from ldm.modules.lora import LORA_FILE, load_lora, make_lora, save_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
-from ldm.util import check_package, learning_rate_factor, make_adamw
+from ldm.util import learning_rate_factor, make_adamw
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -79,8 +79,9 @@ class Settings:
     rank: flags.Count = 16  # rank of the LoRA: more learns more and takes more memory
     lora_targets: Literal["attn", "attn_mlp", "all"] = "attn_mlp"  # linear layers that get a LoRA
     resume_lora: Path | None = None  # LoRA file to start from, of the same rank and targets
-    # storage of the frozen network: fp8 halves bf16, nf4 halves fp8 (needs bitsandbytes)
-    base_precision: Literal["bf16", "fp8", "nf4"] = "bf16"
+    base_precision: Literal["bf16", "fp8"] = (
+        "bf16"  # storage of the frozen network; fp8 takes half the memory
+    )
     blocks_to_swap: flags.Whole = 0  # number of blocks offloaded to CPU memory: less GPU memory, slower
     shard_base: bool = False  # split the frozen network over the devices (FSDP) instead of copying it
 
@@ -104,7 +105,7 @@ class Settings:
     # number of steps between previews, checkpoints and snapshots of the LoRA
     save_steps: Annotated[flags.Count, tyro.conf.arg(aliases=["--save_every"])] = 500
     preview_steps: flags.Count = 20  # number of sampling steps of a preview
-    examples_only: bool = False  # write images/examples.png and images/kinds.png to look at, then stop
+    examples_only: bool = False  # write images/examples.png (degraded | clean) to look at, then stop
 
 
 DEMO_DIR = Path("outputs/kontext_demo")
@@ -151,8 +152,6 @@ def check(settings: Settings) -> None:
     check_ranges(settings)
     if not settings.tasks and not settings.hr_root.exists():
         raise FileNotFoundError(f"no clean photographs at {settings.hr_root}: give --hr_root (or try --demo)")
-    if settings.base_precision == "nf4":
-        check_package("bitsandbytes", "--base_precision nf4")
     processes = settings.devices * settings.num_nodes
     if settings.shard_base and (processes < 2 or settings.base_precision != "bf16"):
         raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
@@ -228,7 +227,6 @@ def load_models(settings: Settings, device: torch.device) -> tuple[kontext.FluxA
         fp8=settings.base_precision == "fp8",
         progress=partial(tqdm, desc="loading the transformer", unit="tensors"),
         blocks_to_swap=settings.blocks_to_swap,
-        nf4=settings.base_precision == "nf4",
     )
     model.checkpointing = settings.gradient_checkpointing
     return autoencoder, model
@@ -419,9 +417,9 @@ def main(settings: Settings) -> None:
     check(settings)
     fabric = start_fabric(settings.devices, settings.num_nodes, seed=settings.seed, on_cuda="bf16")
 
-    # Data, and sheets of examples: degradation should look like that of your own photographs
+    # Data, and examples to look at: the degradation should look like that of your own photographs
     dataset, previews, tasks = load_data(settings)
-    write_sheets(dataset, settings)
+    write_examples(dataset, settings)
     if settings.examples_only:
         return
 
@@ -491,16 +489,14 @@ def load_data(settings: Settings) -> tuple[Tasks, dict[str, DegDataset], dict]:
     return make_data(base, settings.tasks, settings.resolution, settings.buckets, settings.seed)
 
 
-def write_sheets(dataset: Tasks, settings: Settings) -> None:
-    """Write examples of every task; with --examples_only also a sheet of each kind of degradation."""
-    images = settings.output_dir / "images"
-    images.mkdir(parents=True, exist_ok=True)
+def write_examples(dataset: Tasks, settings: Settings) -> None:
+    """Write degraded and clean samples of every task."""
     for task, part in dataset.datasets.items():
-        suffix = f"_{task}.png" if task else ".png"
-        write_image(images / f"examples{suffix}", example_sheet(part))
+        path = settings.output_dir / "images" / (f"examples_{task}.png" if task else "examples.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_image(path, example_sheet(part))
         if settings.examples_only:
-            write_image(images / f"kinds{suffix}", degradation_sheet(part))
-            print(f"{images}: degraded | clean: examples{suffix}; kind by kind: kinds{suffix}")
+            print(f"{path}: degraded | clean")
 
 
 # ---- demonstration -----------------------------------------------------------------------------------------

@@ -551,13 +551,6 @@ def test_bad_values(folder, tmp_path, values, message):
         main(make_settings(folder, tmp_path, **values))
 
 
-def test_a_package_that_is_missing_is_named_before_anything_is_loaded(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.util.find_spec", lambda name: None)
-    monkeypatch.setattr("train_kontext_lora.load_models", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="--base_precision nf4 needs a package: pip install bitsandbytes"):
-        main(make_settings(folder, tmp_path, base_precision="nf4"))
-
-
 def test_bad_files(folder, tmp_path):
     with pytest.raises(
         FileNotFoundError, match="flux1-kontext-dev.safetensors MISSING; ae.safetensors MISSING"

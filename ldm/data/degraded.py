@@ -14,13 +14,7 @@ from ldm.data.captions import read_caption
 from ldm.data.image import UNREADABLE, image_size, list_images, read_image, to_tensor, to_uint8
 from ldm.data.pairs import check_alike, find_pairs
 from ldm.data.stream import first_samples, item_seed
-from ldm.modules.image_degradation.degrade import (
-    DEGRADATIONS,
-    Value,
-    check_degradation,
-    degrade,
-    kinds_sheet,
-)
+from ldm.modules.image_degradation.degrade import DEGRADATIONS, Value, check_degradation, degrade
 from ldm.util import listing
 
 TOKEN = 16  # pixels along a side
@@ -187,14 +181,6 @@ def example_sheet(dataset: Dataset, count: int = 6) -> np.ndarray:
     """Rows of control and target, uint8 (rows * h, 2 * w, 3), to compare with one's own degraded images."""
     items = first_samples(dataset, count)
     return stack_rows([np.hstack([to_uint8(item["control"]), to_uint8(item["target"])]) for item in items])
-
-
-def degradation_sheet(dataset: DegDataset, side: int = 192) -> np.ndarray:
-    """A row for each kind of degradation: an image, then it with less and with more of that kind alone."""
-    image = to_uint8(first_samples(dataset, 1)[0]["target"])
-    if len(image) > side:
-        image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-    return kinds_sheet(image, dataset.types, dataset.values) if dataset.types else image
 
 
 def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:

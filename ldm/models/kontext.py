@@ -21,7 +21,6 @@ from ldm.models.prompts import cached_prompt, check_folder, prompt_file
 from ldm.modules.flux import Flux, FluxParams
 from ldm.modules.fp8 import quantize, store_in_fp8
 from ldm.modules.lora import block_linears, load_lora, lora_file
-from ldm.modules.nf4 import nf4_weight, store_in_nf4
 from ldm.modules.swap import BlockSwap
 
 TRANSFORMER = "flux1-kontext-dev.safetensors"
@@ -65,17 +64,14 @@ def load_flux(
     fp8: bool = False,
     progress: Callable[[list], Iterable] = iter,
     blocks_to_swap: int = 0,
-    nf4: bool = False,
 ) -> Flux:
-    """Load a frozen transformer; with `fp8` or `nf4` the linears of its blocks are stored in 8 or 4 bits.
+    """Load a frozen transformer; with `fp8` the linears of its blocks are stored in 8 bits.
 
     Without a `dtype` it computes in that of `own_dtype`. Sizes are Kontext's unless the file's metadata holds
     "flux_params" (see `save_flux`). `progress` may wrap the list of names in a progress bar. The last
-    `blocks_to_swap` blocks are offloaded to (pinned) CPU memory and fetched when they run, which 4 bits do
-    not allow. Raises FileNotFoundError, or ValueError for a damaged or foreign file or a missing package.
+    `blocks_to_swap` blocks are offloaded to (pinned) CPU memory and fetched when they run.
+    Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
-    if nf4 and blocks_to_swap:
-        raise ValueError("blocks stored in nf4 cannot be swapped: blocks_to_swap must be 0")
     dtype = dtype or own_dtype(device)
     weights = read_weights(path)
     sizes = read_settings(path, "flux_params")
@@ -83,7 +79,6 @@ def load_flux(
         model = Flux(FluxParams(**sizes))
         check_fit(model, weights, path)
         eight_bit = store_in_fp8(model, block_linears(model)) if fp8 else {}
-        four_bit = store_in_nf4(model, block_linears(model), dtype) if nf4 else {}
         if blocks_to_swap:
             model.swap = BlockSwap([*model.double_blocks, *model.single_blocks], blocks_to_swap)
     offloaded = model.swap.parameter_names(model) if model.swap else set()
@@ -93,15 +88,11 @@ def load_flux(
         value = weights.pop(name).to(device)
         if name in eight_bit:
             state[name], eight_bit[name].scale = quantize(value)
-        elif name in four_bit:
-            state[name] = nf4_weight(value.to(dtype))
         else:
             state[name] = value.to(dtype)
         if name in offloaded and on_cuda:
             state[name] = state[name].cpu().pin_memory()
-    for name, linear in four_bit.items():
-        linear.weight = state.pop(name)
-    model.load_state_dict(state, strict=not nf4, assign=True)  # the names were checked above
+    model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
 
 
@@ -136,7 +127,7 @@ def load_restorer(
     """Fill in `restore_image`'s model, autoencoder and prompt from a model folder and a LoRA.
 
     The LoRA is a file or the folder of a run. Without `prompt` it is the LoRA's own, whose embedding the run
-    keeps; that of another prompt goes to `prompt_cache`. `storage` is that of the transformer: `fp8`, `nf4`
+    keeps; that of another prompt goes to `prompt_cache`. `storage` is that of the transformer: `fp8`
     and `blocks_to_swap` of `load_flux`. Raises ValueError if there is no prompt, or if the LoRA was trained
     with several, which it lists.
     """

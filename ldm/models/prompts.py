@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ TEXT_FILES = (
     "text_encoder_2/model*.safetensors",
     "tokenizer_2/tokenizer.json",
 )
-LARGEST = 10**6  # no number in a config.json is larger: a damaged one would take all memory
+LARGEST = 10**6  # number in a config.json
 ROWS = 4  # prompts that T5 encodes at once
 
 
@@ -54,63 +55,73 @@ def encode_prompts(
 ) -> Iterator[dict[str, Tensor]]:
     """Encode several prompts one after the other, each as `encode_prompt` does."""
     folder = check_folder(folder, TEXT_FILES)
-    pooled = _encode_clip(folder, prompts, device)
-    for number, t5 in enumerate(_encode_t5(folder, prompts, device)):
-        yield {"t5": t5, "pooled": pooled[number]}
+    with _naming(folder / "text_encoder"):
+        pooled = _encode_clip(folder / "text_encoder", prompts, device)
+    with _naming(folder / "text_encoder_2"):
+        t5, ids = _load_t5(folder, prompts)
+    for number, states in enumerate(run_by_layers(t5, ids, device)):
+        yield {"t5": states, "pooled": pooled[number]}
 
 
-def _read_sizes(path: Path, *names: str) -> dict:
-    """Read a text encoder's config.json. Raises ValueError unless the named values are sizes."""
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Turn errors of json, tokenizers and transformers, which are of every kind, into one that says where."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: it is no dictionary")
-    for name in names:
-        if not isinstance(config.get(name), int) or config[name] < 1:
-            raise ValueError(f"{path} is damaged: {name} cannot be {config.get(name)}")
-    for name, value in config.items():
-        if isinstance(value, int) and value > LARGEST:
-            raise ValueError(f"{path} is damaged: {name} cannot be {value}")
-    return config
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{folder} is damaged or not complete: {reason[0]}") from error
 
 
 @torch.no_grad()
-def _encode_t5(folder: Path, prompts: Sequence[str], device: str | torch.device) -> Iterator[Tensor]:
+def _load_t5(folder: Path, prompts: Sequence[str]) -> tuple[nn.Module, Tensor]:
+    """T5 on the CPU and the token ids (prompts, 512). Raises errors of every kind."""
     from tokenizers import Tokenizer
     from transformers import T5EncoderModel
 
-    here, words = folder / "text_encoder_2", folder / "tokenizer_2" / "tokenizer.json"
-    length = _read_sizes(here / "config.json").get("n_positions", 512)
-    files = sorted(here.glob("model*.safetensors*"))
-    for path in files:  # transformers' own errors do not name the file
-        if path.suffix == ".json":
-            _read_sizes(path)
-        else:
-            read_metadata(path)
-    try:
-        tokenizer = Tokenizer.from_file(str(words))
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(length)
-        rows = [tokenizer.encode(prompt).ids for prompt in prompts]
-    except Exception as error:  # the package raises nothing more special
-        raise ValueError(f"{words} is damaged: {error}") from error
-    try:
-        model, found = T5EncoderModel.from_pretrained(
-            here, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
-        )
-        problems = sorted(found["missing_keys"])
-    except Exception as error:  # transformers raises errors of every kind
-        problems = [str(error) or type(error).__name__]
-    if problems:
-        names = ", ".join(path.name for path in [*files, here / "config.json"])
-        raise ValueError(f"T5 in {here} is damaged or not whole ({names}): {'; '.join(problems[:3])}")
-    largest = max((max(row) for row in rows if row), default=0)
-    if largest >= model.config.vocab_size:
-        raise ValueError(f"{words} is not that of the T5 beside it, which knows fewer words")
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])  # (prompts, 512)
-    yield from run_by_layers(model, ids, device)
+    here = folder / "text_encoder_2"
+    length = _read_config(here).get("n_positions", 512)
+    for path in sorted(here.glob("model*.safetensors")):
+        read_metadata(path)  # transformers' own errors do not name the file
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer_2" / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    model, found = T5EncoderModel.from_pretrained(
+        here, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise ValueError(f"{min(found['missing_keys'])} is missing")
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    if ids.max() >= model.config.vocab_size:
+        raise ValueError("tokenizer_2/tokenizer.json is not of this T5, which knows fewer words")
+    return model, ids
+
+
+@torch.no_grad()
+def _encode_clip(here: Path, prompts: Sequence[str], device: str | torch.device) -> list[Tensor]:
+    """CLIP's pooled output (1, 768) of each prompt, bfloat16 on the CPU."""
+    config = _read_config(here)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    model = CLIPTextModel(*(config[name] for name in names))
+    path = here / "model.safetensors"
+    weights = read_weights(path)
+    for name, value in model.state_dict().items():
+        if name.endswith("position_ids"):  # not every file has them
+            weights.setdefault(name, value)
+    fill(model, weights, path).to(device).float()
+    return [model(tokenize([prompt]).to(device))[1].bfloat16().cpu() for prompt in prompts]
+
+
+def _read_config(folder: Path) -> dict:
+    """The config.json of a text encoder. Raises ValueError for numbers that would take all memory."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, value in config.items():
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"{name} in config.json cannot be {value}")
+    return config
 
 
 class Fetched(nn.Module):
@@ -137,24 +148,6 @@ def run_by_layers(model: nn.Module, ids: Tensor, device: str | torch.device) -> 
     for some in ids.split(ROWS):
         states = model(inputs_embeds=model.shared(some).to(device)).last_hidden_state
         yield from states.bfloat16().cpu().split(1)
-
-
-@torch.no_grad()
-def _encode_clip(folder: Path, prompts: Sequence[str], device: str | torch.device) -> list[Tensor]:
-    here = folder / "text_encoder"
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    sizes = _read_sizes(here / "config.json", *names)
-    width, hidden, layers, heads = (sizes[name] for name in names)
-    if width % heads:
-        raise ValueError(f"{here / 'config.json'} is damaged: {heads} heads do not divide {width} channels")
-    model = CLIPTextModel(width, hidden, layers, heads)
-    path = here / "model.safetensors"
-    weights = read_weights(path)
-    for name, value in model.state_dict().items():
-        if name.endswith("position_ids"):  # not every file has them
-            weights.setdefault(name, value)
-    fill(model, weights, path).to(device).float()
-    return [model(tokenize([prompt]).to(device))[1].bfloat16().cpu() for prompt in prompts]
 
 
 def cached_prompt(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import read_metadata, read_weights, write_weights
+from ldm.checkpoint import check_fit, fill, read_metadata, read_weights, write_weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 # What Forge and other file browsers show (Stability AI's ModelSpec 1.0.0).
@@ -125,28 +125,20 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> tuple[nn.ModuleDict, dict[str, str]]:
     """Add the LoRA of a file, whatever its targets, ranks and alphas; return it and its metadata.
 
-    Raises ValueError if it belongs to a network of other sizes.
+    Raises ValueError if it is not complete, or belongs to a network of other sizes.
     """
     weights, metadata = read_lora(path)
-    linears = {kohya_name(name): (name, linear) for name, linear in block_linears(model).items()}
+    names = {kohya_name(name): name for name in block_linears(model)}
     ranks = {}
     for stem in dict.fromkeys(key.partition(".")[0] for key in weights):
-        name, linear = linears.get(stem, ("", None))
-        down, up = weights.get(f"{stem}.lora_down.weight"), weights.get(f"{stem}.lora_up.weight")
-        if linear is None or down is None or up is None or down.ndim != 2 or up.ndim != 2:
+        down = weights.get(f"{stem}.lora_down.weight")
+        if stem not in names or down is None:
             raise ValueError(f"{path} is a LoRA of another base, or not complete: {stem}")
-        rank = len(down)
-        if up.shape[1] != rank:
-            raise ValueError(f"{path} is damaged: {stem} is of rank {rank} and of {up.shape[1]}")
-        if (down.shape[1], len(up)) != (linear.in_features, linear.out_features):
-            there, here = f"{down.shape[1]} -> {len(up)}", f"{linear.in_features} -> {linear.out_features}"
-            raise ValueError(f"{path} is a LoRA of another base: {stem} is {there}, here it is {here}")
-        alpha = weights.setdefault(f"{stem}.alpha", torch.tensor(float(rank)))
+        alpha = weights.setdefault(f"{stem}.alpha", torch.tensor(float(len(down))))
         if alpha.numel() != 1:
             raise ValueError(f"{path} is damaged: {stem}.alpha is no number")
-        ranks[name] = (rank, alpha.item())
-    adapter = add_lora(model, ranks)
-    adapter.load_state_dict(weights)
+        ranks[names[stem]] = (len(down), alpha.item())
+    adapter = fill(add_lora(model, ranks), weights, path)
     for lora in adapter.values():
         lora.strength = strength
     return adapter.requires_grad_(False).eval(), metadata
@@ -154,12 +146,8 @@ def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> tuple[nn.M
 
 def start_from(adapter: nn.ModuleDict, path: Path) -> None:
     """Copy the LoRA of a file into a new one. Raises ValueError if targets, rank or base differ."""
-    weights, expected = read_lora(path)[0], adapter.state_dict()
-    for name in [*expected, *weights]:
-        if name not in weights or name not in expected:
-            raise ValueError(f"{path} has other targets or another base than this run: {name}")
-        if weights[name].shape != expected[name].shape:
-            raise ValueError(f"{path} has another rank or base: {name} is {tuple(weights[name].shape)}")
+    weights = read_lora(path)[0]
+    check_fit(adapter, weights, path)
     for stem, lora in adapter.items():
         # alpha may differ: the up matrix takes the factor, so that the change of the weight stays the same
         factor = weights[f"{stem}.alpha"].item() / lora.alpha.item()

@@ -164,18 +164,3 @@ def check_degradation(types: Sequence[str], values: dict[str, Value]) -> None:
             raise ValueError(f"{name} must lie in {least} ... {most}, not {text}")
         if low > high:
             raise ValueError(f"{name} {text} is reversed: write {high:g},{low:g} (lowest, highest)")
-
-
-def kinds_sheet(image: np.ndarray, types: Sequence[str], values: dict[str, Value]) -> np.ndarray:
-    """A row for each kind: uint8 `image`, then degraded by it from the lowest to the highest of its range."""
-    rows = []
-    for name in types:
-        setting = VALUES.get(name, STRENGTH)
-        value = values[setting]
-        low, high = value if isinstance(value, tuple) else (value, value)
-        row = [image]
-        for amount in np.linspace(low, high, 4):
-            row.append(degrade(image, np.random.default_rng(0), (name,), **{setting: amount}))
-        label = cv2.putText(np.hstack(row), name, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 0))
-        rows.append(label)
-    return np.vstack(rows)
