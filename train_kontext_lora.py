@@ -76,17 +76,15 @@ class Settings:
 
     # ---- model
     pretrained_model_name_or_path: Path = Path("models/FLUX.1-Kontext-dev")  # folder of the FLUX weights
-    rank: flags.Count = 16  # rank of the LoRA: more learns more and takes more memory
+    rank: flags.Count = 16  # rank of the LoRA (also its alpha): more learns more and takes more memory
     lora_targets: Literal["attn", "attn_mlp", "all"] = "attn_mlp"  # linear layers that get a LoRA
     resume_lora: Path | None = None  # LoRA file to start from, of the same rank and targets
-    base_precision: Literal["bf16", "fp8"] = (
-        "bf16"  # storage of the frozen network; fp8 takes half the memory
-    )
+    base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the frozen network; fp8 halves its memory
     blocks_to_swap: flags.Whole = 0  # number of blocks offloaded to CPU memory: less GPU memory, slower
     shard_base: bool = False  # split the frozen network over the devices (FSDP) instead of copying it
 
     # ---- training
-    batch_size: flags.BatchSize = 4  # batch size of each device in memory at once
+    batch_size: flags.BatchSize = 4  # batch size of each device, which memory must hold
     accumulate_grad_batches: flags.Accumulate = 4  # number of batches per optimizer step
     max_steps: Annotated[flags.MaxSteps, flags.Range(1)] = 3000  # number of optimizer steps to train
     learning_rate: flags.Weight = 1e-4  # peak learning rate, reached after warmup
@@ -136,14 +134,14 @@ INCLUDED_LORA = MODELS / "small_kontext_lora.safetensors"
 # What may differ when a run is resumed: it changes speed or reports, not the weights (beyond rounding).
 MAY_CHANGE = """num_workers compile gradient_checkpointing blocks_to_swap shard_base save_steps examples_only
 validation_root preview_steps""".split()
-GUIDANCE = 1.0  # guidance scale that the network is told in training: 1 adds nothing to the velocity
+GUIDANCE = 1.0  # guidance scale that the network gets in training
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 PERCEPTUAL_WEIGHT = 0.1
 PERCEPTUAL_EVERY = 4  # steps: decoding is expensive
 PERCEPTUAL_CROP = 256  # pixels
 PREVIEW_IMAGES = 6  # of each task
-PREVIEW_GUIDANCE = 2.5
+PREVIEW_GUIDANCE = 2.5  # the default of infer.py
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
 
 

@@ -169,7 +169,7 @@ def test_foreign_files(tmp_path):
     save_file({"unet.down_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 8)}, path)
     with pytest.raises(ValueError, match="not a LoRA of FLUX"):
         load_lora(tiny_flux(), path)
-    sizes = FluxParams(64, 64, 24, 40, 128, 4.0, 4, depth=1, depth_single_blocks=3, axes_dim=(8, 12, 12))
+    sizes = FluxParams(64, 64, 24, 40, 128, 4.0, 4, depth=1, depth_single_blocks=1, axes_dim=(8, 12, 12))
     save_lora(path, random_lora(Flux(sizes)), {})
     with pytest.raises(
         ValueError, match=r"does not fit ModuleDict: .*lora_down.weight is \(4, 128\), not \(4, 64\)"

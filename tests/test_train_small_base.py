@@ -1,6 +1,7 @@
 """The script that trains the small base: its computed encoder, its stages, its files."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -74,7 +75,11 @@ def trained(tmp_path_factory) -> Settings:
         photos=folder / "photos", output_dir=folder / "run", models=folder / "models", pieces=12, batch_size=2
     )
     settings = replace(settings, **steps, save_steps=1, warmup=1, precision="32")
-    main(settings)
+    squares = script.held_out_squares()[:8]
+    with pytest.MonkeyPatch.context() as patch:  # fewer images to score and to sample
+        patch.setattr(script, "held_out_squares", lambda: squares)
+        patch.setattr(script, "unconditional", partial(script.unconditional, count=1))
+        main(settings)
     return settings
 
 
