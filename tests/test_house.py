@@ -1,4 +1,4 @@
-"""The house: what imports what, and that the pages name no file that is not there."""
+"""Check the structure: import directions, `settings` only in scripts, and file names in the pages."""
 
 import ast
 import re
@@ -8,11 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = "ldm cldm harness web extras benchmarks tests docs".split()
-# What may import what: only something lower. tests and benchmarks may import all, and nothing imports them.
+LIBRARY = "ldm cldm harness web".split()
+# A file imports only from lower levels. tests, benchmarks and extras import all, and nothing imports them.
 LEVELS = {
     **{"ldm": 0, "harness": 1, "cldm": 2, "web": 2},
     **{"tool_": 3, "train_": 4, "tutorial_train_": 4, "tool_export_onnx": 5},
-    **{"infer": 5, "evaluate": 5, "gradio_restore": 6, "extras": 7},
+    **{"infer": 5, "evaluate": 5, "gradio_restore": 6},
 }
 PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"]
 # Names of what users make, and of other people's files.
@@ -21,10 +22,11 @@ NOT_OURS |= {"srn.md": {"data_list.py"}, "names.md": {"config.py"}, "names_zh.md
 
 
 def sources() -> list[Path]:
-    rooms = (
-        path for room in ("ldm", "cldm", "harness", "web", "extras") for path in (ROOT / room).rglob("*.py")
-    )
-    return [*ROOT.glob("*.py"), *rooms]
+    return [*ROOT.glob("*.py"), *library()]
+
+
+def library() -> list[Path]:
+    return [path for room in LIBRARY for path in (ROOT / room).rglob("*.py")]
 
 
 def level(name: str) -> int:
@@ -52,11 +54,36 @@ def imported(path: Path) -> set[str]:
 def test_arrows_point_one_way(path):
     """docs/contributing.md draws them."""
     here = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    ours = {"ldm", "cldm", "harness", "web", "extras", *(script.stem for script in ROOT.glob("*.py"))}
+    ours = {"ldm", "cldm", "harness", "web", *(script.stem for script in ROOT.glob("*.py"))}
     found = imported(path)
-    assert not found & {"tests", "benchmarks"}
+    assert not found & {"tests", "benchmarks", "extras"}
     wrong = [name for name in found & ours - {here} if level(name) >= level(here)]
     assert not wrong, f"{here} imports {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize("path", library(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_library_takes_values_not_settings(path):
+    """Nor do the messages of ldm and cldm name command-line flags: other scripts have other flags."""
+    if path == ROOT / "harness" / "settings.py":  # it reads the command line
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    assert "settings" not in names
+    if path.relative_to(ROOT).parts[0] in ("ldm", "cldm"):
+        flags = [text for text in messages(tree) if re.search(r"(?<![\w-])--[a-z]", text)]
+        assert not [text for text in flags if not text.startswith("uv pip install")]
+
+
+def messages(tree: ast.Module) -> list[str]:
+    """All string constants that are not docstrings."""
+    described = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, described) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return [node.value for node in constants if isinstance(node.value, str) and id(node) not in docstrings]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
