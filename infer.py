@@ -237,8 +237,7 @@ class Kontext(Files):
     # says, else 0
     tile: int | None = None
     overlap: int = 128  # pixels over which the squares are blended, at most half of one
-    # storage of the transformer; fp8 halves it, nf4 halves that (bitsandbytes)
-    base_precision: Literal["bf16", "fp8", "nf4"] = "bf16"
+    base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the transformer; fp8 takes half the memory
     blocks_to_swap: int = 0  # the last so many blocks wait in CPU memory: less of the GPU's, slower
 
     LESS_MEMORY = "a smaller --resolution or --tile, or --blocks_to_swap"
@@ -283,7 +282,6 @@ class Kontext(Files):
             device=self.torch_device(),
             fp8=self.base_precision == "fp8",
             blocks_to_swap=self.blocks_to_swap,
-            nf4=self.base_precision == "nf4",
         )
         return lambda image, path: restore(image, **self.work())
 

@@ -1,8 +1,8 @@
-"""FLUX.1 Kontext [dev] taught to undo your own kind of damage: a LoRA, trained and explained in one file.
+"""FLUX.1 Kontext [dev] fine-tuned to undo your own kind of degradation: a LoRA, explained in one file.
 
 Black Forest Labs: FLUX.1 Kontext, 2025; Hu et al.: LoRA, 2021; Lipman et al.: Flow Matching, 2022.
 
-    python train_kontext_lora.py --hr_root my_photos                        # damage is made on the fly
+    python train_kontext_lora.py --hr_root my_photos                        # degraded on the fly
     python train_kontext_lora.py --hr_root clean --lr_root damaged          # real pairs
     python train_kontext_lora.py --tasks tasks.yaml                         # several tasks, by prompt
     python train_kontext_lora.py --demo                                     # minutes on two CPU cores
@@ -11,14 +11,15 @@ The same command again resumes a stopped run. The result, pytorch_lora_weights.s
 (by the name of its folder), ComfyUI and Forge. What the model folder needs, memory and time: docs/kontext.md.
 """
 
-import math
+import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import cv2
 import numpy as np
 import torch
 import tyro
@@ -30,28 +31,21 @@ from tqdm import tqdm
 
 from harness import flags
 from harness.run import Run, average_gradients, first_alone, last_checkpoint, start_fabric
-from harness.settings import check_counts, check_fractions, check_optimizer, plain, run_main
+from harness.settings import check_ranges, plain, run_main
 from ldm.checkpoint import MODELS
-from ldm.data.degraded import DegDataset, example_sheet, kinds_sheet
-from ldm.data.image import write_image
-from ldm.data.stream import item_generator
-from ldm.data.tasks import make_data
-from ldm.models.diffusion.flow import restore_image, shift_timesteps
-from ldm.models.kontext import (
-    AUTOENCODER,
-    TRANSFORMER,
-    FluxAutoencoder,
-    load_autoencoder,
-    load_flux,
-    own_dtype,
-)
-from ldm.models.kontext_lora import encode, make_demo, peak_memory, preview, save_outputs, validate
+from ldm.data.degraded import DegDataset, example_sheet, stack_rows
+from ldm.data.image import photographs, read_image, to_uint8, write_image
+from ldm.data.stream import first_samples, item_generator
+from ldm.data.tasks import Task, Tasks, make_data
+from ldm.metrics import psnr, ssim
+from ldm.models import kontext
+from ldm.models.diffusion.flow import restore_image
 from ldm.models.prompts import Prompts, check_folder
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity
-from ldm.modules.lora import load_lora, make_lora, start_from
+from ldm.modules.lora import LORA_FILE, load_lora, make_lora, save_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
-from ldm.util import check_package, learning_rate_factor, make_adamw
+from ldm.util import learning_rate_factor, make_adamw
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -60,85 +54,56 @@ from ldm.util import check_package, learning_rate_factor, make_adamw
 class Settings:
     """Train a LoRA of FLUX.1 Kontext on photographs."""
 
-    demo: bool = False  # the small model that comes along, scikit-image's photographs, minutes on a CPU
-    pretrained_model_name_or_path: Path = Path("models/FLUX.1-Kontext-dev")  # the model folder
+    demo: bool = False  # fine-tune the included small model on scikit-image's photographs, minutes on a CPU
 
-    hr_root: Path = Path("training/photos")  # clean photographs
-    lr_root: Path | None = None  # their damaged versions; without it damage is made on the fly
-    tasks: Path | None = None  # a yaml of several tasks: folders, prompts, damage (ldm/data/tasks.py)
-    output_dir: Path = Path("outputs/kontext_lora")  # an old run in it is resumed
-    instance_prompt: str = "restore this degraded photograph"  # used in training and in restoring
-
-    resolution: int = 512  # of the square training pictures, a multiple of 16
-    # downsample, noise, blur, jpeg; motion_blur, colour_noise, film_grain, scratches, fading, low_light, haze
+    # ---- data
+    hr_root: Path = Path("training/photos")  # folder of clean photographs
+    lr_root: Path | None = None  # folder of their degraded versions; None degrades them on the fly
+    instance_prompt: str = "restore this degraded photograph"  # prompt to train and to restore with
+    resolution: int = 512  # side of the square training crops in pixels, a multiple of 16
+    # any of downsample, noise, blur, jpeg, motion_blur, low_light, film_grain, fading, scratches
     degradation_types: str = "downsample,noise,blur"
+    lr_scale: flags.NumberOrRange = 8  # downsampling factor, 1 to 64; LOW,HIGH draws it for each image
+    noise_level: flags.NumberOrRange = 0.05  # standard deviation of the noise (1 = white), or LOW,HIGH
+    blur_radius: flags.NumberOrRange = 1.0  # standard deviation of the blur in pixels, or LOW,HIGH
+    jpeg_quality: flags.NumberOrRange = 75  # quality of JPEG compression, 1 to 100, or LOW,HIGH
+    validation_root: Path | None = None  # clean photographs for previews and scores; None takes hr_root
+    tasks: Path | None = None  # yaml of several tasks, each with its folders, prompt and degradation
+    captions: bool = False  # take an image's prompt from NAME.txt beside it, where there is one
+    native_crop: bool = False  # crop at full scale instead of shrinking to the resolution first
+    buckets: bool = False  # crop to the image's own shape instead of squares, at as many pixels
+    num_workers: int = 4  # number of processes that prepare batches
 
-    rank: int = 16  # of the LoRA: more learns more and takes more memory
-    resume_lora: Path | None = None  # start from this LoRA file
-
-    batch_size: flags.BatchSize = 4  # of each device
-    accumulate_grad_batches: flags.Accumulate = 4  # batches to one optimizer step
-    max_steps: flags.MaxSteps = 3000  # optimizer steps
-    learning_rate: float = 1e-4  # the highest, at the end of the warm-up
-
-    # storage of the frozen network: fp8 halves it, nf4 halves that (bitsandbytes)
-    base_precision: Literal["bf16", "fp8", "nf4"] = "bf16"
-    blocks_to_swap: int = 0  # the last so many blocks wait in CPU memory: less of the GPU's, slower
-    devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
-
-    validation_root: Path | None = None  # clean photographs for previews; without it, those of hr_root
-    captions: bool = False  # a picture's prompt is NAME.txt beside it, where there is one
-    caption_dropout: float = 0.0  # part of the samples whose prompt is empty
-
-    buckets: bool = False  # no squares: sizes near to the pictures' shapes, of as many pixels
-    random_crop: bool = True  # without it the middle is cut
-    random_flip: bool = True  # left and right
-    native_crop: bool = False  # cut at full scale instead of shrinking to `resolution` first
-    repeats: int = 1  # how often each picture comes in an epoch
-    lr_scale: flags.NumberOrRange = 8  # factor of the downsampling; it and the next may be ranges: LOW,HIGH
-    noise_level: flags.NumberOrRange = 0.05  # standard deviation, 1 = white
-    blur_radius: flags.NumberOrRange = 1.0  # standard deviation in pixels
-    jpeg_quality: flags.NumberOrRange = 75  # 1 to 100
-    damage_strength: flags.NumberOrRange = (
-        0.2,
-        0.8,
-    )  # of those from motion_blur on, 0 to 1
-    degradation_order: Literal["fixed", "given", "random"] = "fixed"  # given: as in --degradation_types
-    degradation_rounds: int = 1  # how often the chain of damage is run through
-    examples_only: bool = False  # write images/examples.png (damaged | clean), images/kinds.png, and stop
-
-    alpha: float = 16.0  # the LoRA is scaled by alpha / rank
-    dropout: float = 0.0  # part of the LoRA's input that is left out in training
-    lora_targets: Literal["attn", "attn_mlp", "all"] = "attn_mlp"  # linears: see ldm/modules/lora.py
-
-    lr_scheduler: flags.LRScheduler = "constant"  # its course after the warm-up
-    lr_warmup_steps: int = 0  # steps over which the learning rate rises
-    optimizer: flags.AdamW = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
-    weight_decay: float = 0.01  # of AdamW
-    max_grad_norm: float = 1.0  # highest global norm of the gradients
-    ema_decay: float = 0.99  # of the averaged LoRA, which previews use and files hold; 0 for none
-    # noise levels trained most
-    timestep_sampling: Literal["logit_normal", "uniform", "shifted"] = "logit_normal"
-    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"  # of the noise levels' losses
-    guidance: float = 1.0  # the value the network is told in training
-    perceptual_loss: bool = False  # VGG-19 distance of the decoded estimate, at little noise
-    perceptual_weight: float = 0.1  # of the VGG-19 distance
-    perceptual_every: int = 4  # steps from one to the next
-    perceptual_crop: int = 256  # pixels, a multiple of 8
-    seed: int = 0  # of the data's order, first weights and noise
-
-    gradient_checkpointing: bool = True  # less memory, a third more time
-    compile: bool = False  # torch.compile of the blocks: minutes at the start, faster steps
+    # ---- model
+    pretrained_model_name_or_path: Path = Path("models/FLUX.1-Kontext-dev")  # folder of the FLUX weights
+    rank: flags.Count = 16  # rank of the LoRA (also its alpha): more learns more and takes more memory
+    lora_targets: Literal["attn", "attn_mlp", "all"] = "attn_mlp"  # linear layers that get a LoRA
+    resume_lora: Path | None = None  # LoRA file to start from, of the same rank and targets
+    base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the frozen network; fp8 halves its memory
+    blocks_to_swap: flags.Whole = 0  # number of blocks offloaded to CPU memory: less GPU memory, slower
     shard_base: bool = False  # split the frozen network over the devices (FSDP) instead of copying it
-    num_nodes: int = 1  # machines
-    num_workers: int = 4  # processes that prepare pictures
 
-    # steps to a preview, a checkpoint and a snapshot of the LoRA
-    save_steps: Annotated[int, tyro.conf.arg(aliases=["--save_every"])] = 500
-    lora_dtype: Literal["fp32", "bf16"] = "bf16"  # of these files
-    preview_images: int = 4  # pictures in a preview
-    preview_steps: int = 20  # sampling steps of a preview
-    preview_guidance: float = 2.5  # guidance of a preview
+    # ---- training
+    batch_size: flags.BatchSize = 4  # batch size of each device, which memory must hold
+    accumulate_grad_batches: flags.Accumulate = 4  # number of batches per optimizer step
+    max_steps: Annotated[flags.MaxSteps, flags.Range(1)] = 3000  # number of optimizer steps to train
+    learning_rate: flags.Weight = 1e-4  # peak learning rate, reached after warmup
+    lr_scheduler: flags.LRScheduler = "constant"  # learning-rate schedule after the warmup
+    lr_warmup_steps: flags.Whole = 0  # number of steps over which the learning rate rises
+    ema_decay: flags.Decay = 0.99  # decay of the EMA weights, used for previews and files; 0 turns EMA off
+    perceptual_loss: bool = False  # add the VGG-19 distance of the decoded estimate to the loss
+    gradient_checkpointing: bool = True  # recompute activations: much less memory, a third more time
+    compile: bool = False  # compile the blocks: minutes at the start, then faster steps
+    devices: flags.Devices = 1  # number of GPUs of each machine (processes on a CPU)
+    num_nodes: flags.Count = 1  # number of machines that train together
+    seed: int = 0  # random seed of data order, degradation, weight init and noise
+
+    # ---- logging
+    output_dir: Path = Path("outputs/kontext_lora")  # folder of the run; an old run in it is resumed
+    # number of steps between previews, checkpoints and snapshots of the LoRA
+    save_steps: Annotated[flags.Count, tyro.conf.arg(aliases=["--save_every"])] = 500
+    preview_steps: flags.Count = 20  # number of sampling steps of a preview
+    examples_only: bool = False  # write images/examples.png (degraded | clean) to look at, then stop
 
 
 DEMO_DIR = Path("outputs/kontext_demo")
@@ -149,7 +114,6 @@ DEMO = {
     "validation_root": DEMO_DIR / "held_out",
     "resolution": 128,
     "native_crop": True,
-    "repeats": 50,
     "degradation_types": "downsample,noise",
     "lr_scale": 2,
     "noise_level": 0.1,
@@ -164,159 +128,119 @@ DEMO = {
     "num_workers": 0,
     "save_steps": 200,
     "preview_steps": 2,
-    "preview_guidance": 1.0,
-    "preview_images": 6,
 }
-SHIPPED = MODELS / "small_kontext_lora.safetensors"
+HELD_OUT = ("chelsea", "coffee")  # photographs that the demo does not train on
+INCLUDED_LORA = MODELS / "small_kontext_lora.safetensors"
 # What may differ when a run is resumed: it changes speed or reports, not the weights (beyond rounding).
-MAY_CHANGE = (
-    "num_workers compile gradient_checkpointing blocks_to_swap shard_base save_steps lora_dtype "
-    "examples_only validation_root preview_images preview_steps preview_guidance"
-).split()
+MAY_CHANGE = """num_workers compile gradient_checkpointing blocks_to_swap shard_base save_steps examples_only
+validation_root preview_steps""".split()
+GUIDANCE = 1.0  # guidance scale that the network gets in training
+WEIGHT_DECAY = 0.01
+MAX_GRAD_NORM = 1.0
+PERCEPTUAL_WEIGHT = 0.1
+PERCEPTUAL_EVERY = 4  # steps: decoding is expensive
+PERCEPTUAL_CROP = 256  # pixels
+PREVIEW_IMAGES = 6  # of each task
+PREVIEW_GUIDANCE = 2.5  # the default of infer.py
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
+
+
+def check(settings: Settings) -> None:
+    """Raise ValueError or FileNotFoundError for a value that would fail only later."""
+    check_ranges(settings)
+    if not settings.tasks and not settings.hr_root.exists():
+        raise FileNotFoundError(f"no clean photographs at {settings.hr_root}: give --hr_root (or try --demo)")
+    processes = settings.devices * settings.num_nodes
+    if settings.shard_base and (processes < 2 or settings.base_precision != "bf16"):
+        raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
+    # without checkpointing the backward pass would keep the fetched copies of all blocks
+    if settings.blocks_to_swap and not settings.gradient_checkpointing:
+        raise ValueError("--blocks_to_swap needs --gradient_checkpointing")
+    if settings.blocks_to_swap and (settings.shard_base or settings.compile):
+        raise ValueError("--blocks_to_swap goes neither with --shard_base nor with --compile")
+
 
 # ---- loss --------------------------------------------------------------------------------------------------
 
 
-def draw_noise(seeds: Iterable[int], shape: tuple, sampling: str) -> tuple[Tensor, Tensor]:
-    """Sigma (b,) in [0.001, 1] and noise (b, *shape) of samples, from their own seeds, on the CPU."""
+def draw_noise(seeds: Iterable[int], shape: tuple) -> tuple[Tensor, Tensor]:
+    """Draw sigma (b,) in [0.001, 1] and noise (b, *shape) from the samples' own seeds, on the CPU.
+
+    Sigma is logit-normal: most training goes to the middle noise levels (Esser et al. 2024, section 3.1).
+    """
     sigmas, noises = [], []
     for seed in seeds:
         generator = item_generator(int(seed))
-        if sampling == "uniform":
-            sigma = torch.rand((), generator=generator)
-        else:
-            sigma = torch.randn((), generator=generator).sigmoid()
-        if sampling == "shifted":
-            sigma = shift_timesteps(sigma, shape[-2] * shape[-1] // 4)
-        sigmas.append(sigma.clamp(min=1e-3))
+        sigmas.append(torch.randn((), generator=generator).sigmoid().clamp(min=1e-3))
         noises.append(torch.randn(shape, generator=generator))
     return torch.stack(sigmas), torch.stack(noises)
 
 
-def loss_weight(sigma: Tensor, weighting: str) -> Tensor:
-    """(b,) weights of the noise levels (Esser et al. 2024, section 3.1)."""
-    if weighting == "sigma_sqrt":
-        return sigma**-2.0
-    if weighting == "cosmap":
-        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
-    return torch.ones_like(sigma)
-
-
 def flow_loss(
-    model: Callable, target: Tensor, control: Tensor, prompt: dict, sigma: Tensor, noise: Tensor, s: Settings
+    model: Callable, target: Tensor, control: Tensor, prompt: dict, sigma: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weighted flow-matching loss, averaged per item, and the estimate of the clean latents (b, 16, h, w).
+    """Flow-matching loss, and the estimate of the clean latents (b, 16, h, w).
 
     On the straight line x = (1 - sigma) target + sigma noise the velocity is noise - target.
     """
     level = sigma[:, None, None, None]
     x = (1 - level) * target + level * noise
-    velocity = predict_velocity(model, x, control, prompt["t5"], prompt["pooled"], sigma, s.guidance)
+    velocity = predict_velocity(model, x, control, prompt["t5"], prompt["pooled"], sigma, GUIDANCE)
     error = (velocity - (noise - target)).square().mean(dim=(1, 2, 3))  # (b,)
-    return (loss_weight(sigma, s.weighting) * error).mean(), x - level * velocity
+    return error.mean(), x - level * velocity
 
 
 def perceptual_term(
-    autoencoder: nn.Module, distance: nn.Module, estimate: Tensor, batch: dict, sigma: Tensor, crop: int
+    autoencoder: nn.Module, distance: nn.Module, estimate: Tensor, batch: dict, sigma: Tensor
 ) -> Tensor:
-    """(1 - sigma) * VGG distance of a crop of the decoded estimate, of the items with sigma < 0.5 alone."""
+    """VGG-19 distance of a crop of the decoded estimate, weighted by 1 - sigma.
+
+    Only samples with sigma < 0.5 count: at more noise the estimate is a blur that has no detail to compare.
+    """
     keep = sigma < 0.5
     if not keep.any():
         return estimate.new_zeros(())
-    n = min(crop // 8, *estimate.shape[-2:])
+    height, width = estimate.shape[-2:]
+    side = min(PERCEPTUAL_CROP // 8, height, width)
     generator = item_generator(int(batch["seed"][0]))
-    y, x = (int(torch.randint(size - n + 1, (), generator=generator)) for size in estimate.shape[-2:])
-    restored = autoencoder.decode(estimate[keep, :, y : y + n, x : x + n])
-    clean = batch["target"][keep, :, 8 * y : 8 * (y + n), 8 * x : 8 * (x + n)]
+    y = int(torch.randint(height - side + 1, (), generator=generator))
+    x = int(torch.randint(width - side + 1, (), generator=generator))
+    restored = autoencoder.decode(estimate[keep, :, y : y + side, x : x + side])
+    clean = batch["target"][keep, :, 8 * y : 8 * (y + side), 8 * x : 8 * (x + side)]
     return ((1 - sigma[keep]) * distance(restored, clean)).sum() / len(sigma)
-
-
-# ---- data and previews -------------------------------------------------------------------------------------
-
-
-def check(settings: Settings) -> None:
-    """Raise ValueError for a value that would fail only later."""
-    check_counts(settings, "rank batch_size accumulate_grad_batches max_steps save_steps devices num_nodes")
-    check_counts(settings, "perceptual_every preview_images preview_steps")
-    check_optimizer(settings.optimizer)
-    check_fractions(settings, "ema_decay dropout", whole=False)
-    if settings.base_precision == "nf4":
-        check_package("bitsandbytes", "--base_precision nf4")
-    processes = settings.devices * settings.num_nodes
-    if settings.shard_base and (processes < 2 or settings.base_precision != "bf16"):
-        raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
-    whole = settings.gradient_checkpointing and not (settings.shard_base or settings.compile)
-    if settings.blocks_to_swap and not whole:
-        need = "--gradient_checkpointing, and neither --shard_base nor --compile"
-        raise ValueError(f"--blocks_to_swap needs {need}")
-    if settings.perceptual_crop < 16 or settings.perceptual_crop % 8:
-        raise ValueError(f"perceptual_crop must be 16, 24, 32, ..., not {settings.perceptual_crop}")
 
 
 # ---- networks and training step ----------------------------------------------------------------------------
 
 
-def load_models(folder: Path, settings: Settings, device: torch.device) -> tuple[FluxAutoencoder, Flux]:
-    """The frozen autoencoder and transformer."""
-    autoencoder = load_autoencoder(folder / AUTOENCODER, device)
+def load_models(settings: Settings, device: torch.device) -> tuple[kontext.FluxAutoencoder, Flux]:
+    """Load the frozen autoencoder and transformer."""
+    folder = settings.pretrained_model_name_or_path
+    autoencoder = kontext.load_autoencoder(folder / kontext.AUTOENCODER, device)
     autoencoder.decoder.use_checkpoint = True
-    model = load_flux(
-        folder / TRANSFORMER,
+    model = kontext.load_flux(
+        folder / kontext.TRANSFORMER,
         "cpu" if settings.shard_base else device,
-        own_dtype(device),
+        kontext.own_dtype(device),
         fp8=settings.base_precision == "fp8",
         progress=partial(tqdm, desc="loading the transformer", unit="tensors"),
         blocks_to_swap=settings.blocks_to_swap,
-        nf4=settings.base_precision == "nf4",
     )
     model.checkpointing = settings.gradient_checkpointing
     return autoencoder, model
 
 
-def train_step(
-    model: Callable,
-    autoencoder: FluxAutoencoder,
-    distance: PerceptualLoss | None,
-    prompt: dict[str, Tensor],
-    batch: dict,
-    caches: tuple[dict | None, dict | None],
-    settings: Settings,
-) -> dict[str, Tensor]:
-    """Gradients of one step's pictures, `batch_size` at a time; the mean losses. `prompt` is one for all, or
-    has a row for each picture."""
-    batch = batch | {name: batch[name].cpu() for name in ("seed", "index")}
-    losses = []
-    for rows in torch.arange(len(batch["seed"])).split(settings.batch_size):
-        part = {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
-        words = {name: value[rows] if len(value) > 1 else value for name, value in prompt.items()}
-        share = len(rows) / len(batch["seed"])
-        target = encode(autoencoder, part["target"], part["index"], caches[0])
-        control = encode(autoencoder, part["control"], part["index"], caches[1])
-        drawn = draw_noise(part["seed"], target.shape[1:], settings.timestep_sampling)
-        sigma, noise = (values.to(target.device) for values in drawn)
-        loss, estimate = flow_loss(model, target, control, words, sigma, noise, settings)
-        terms = {"loss": loss}
-        if distance is not None:
-            crop = settings.perceptual_crop
-            terms["perceptual"] = perceptual_term(autoencoder, distance, estimate, part, sigma, crop)
-            loss = loss + settings.perceptual_weight * terms["perceptual"]
-        (share * loss).backward()
-        losses.append({name: share * value.detach() for name, value in terms.items()})
-    return {name: sum(terms[name] for terms in losses) for name in losses[0]}
-
-
 def add_trained_lora(model: Flux, settings: Settings, device: torch.device) -> nn.ModuleDict:
-    """A LoRA on the model, new or from --resume_lora; then the model is sharded and compiled if asked for."""
-    how = settings.lora_targets, settings.rank, settings.alpha, settings.dropout
-    adapter = make_lora(model, *how).to(device)
+    """Add a new LoRA (or that of --resume_lora) to the model, then shard and compile the model on request."""
+    adapter = make_lora(model, settings.lora_targets, settings.rank, alpha=settings.rank).to(device)
     if settings.resume_lora and not last_checkpoint(settings.output_dir).is_file():
         start_from(adapter, settings.resume_lora)
     blocks = (*model.double_blocks, *model.single_blocks)
     if settings.shard_base:
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        for part in (*blocks, model):  # each process keeps a part of the frozen weights; the LoRA stays whole
-            whole = set(adapter.parameters())
-            fully_shard(part, mesh=mesh, reshard_after_forward=part is not model, ignored_params=whole)
+        lora_weights = set(adapter.parameters())  # these stay whole in each process
+        for part in (*blocks, model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=part is not model, ignored_params=lora_weights)
         model.to(device)
     if settings.compile:
         for block in blocks:
@@ -324,56 +248,193 @@ def add_trained_lora(model: Flux, settings: Settings, device: torch.device) -> n
     return adapter
 
 
-def update(
-    fabric: Fabric, adapter: nn.ModuleDict, optimizer: torch.optim.Optimizer, rate: float, s: Settings
-) -> None:
-    """One optimizer step. The base is frozen, so that only the LoRA's gradients pass between processes."""
+def train_step(
+    model: Callable,
+    autoencoder: kontext.FluxAutoencoder,
+    distance: PerceptualLoss | None,
+    prompt: dict[str, Tensor],
+    batch: dict,
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """Accumulate the gradients of one optimizer step, `batch_size` samples at a time; return the mean losses.
+
+    `prompt` has one row for all samples, or a row for each.
+    """
+    seeds = batch["seed"].cpu()
+    means: dict[str, Tensor] = {}
+    for rows in torch.arange(len(seeds)).split(batch_size):
+        share = len(rows) / len(seeds)
+        part = {"seed": seeds[rows], "target": batch["target"][rows], "control": batch["control"][rows]}
+        words = {name: value[rows] if len(value) > 1 else value for name, value in prompt.items()}
+
+        # Latents of both images, noise of each sample's own seed
+        with torch.no_grad():
+            target = autoencoder.encode(part["target"])  # (b, 16, h / 8, w / 8)
+            control = autoencoder.encode(part["control"])
+        sigma, noise = draw_noise(part["seed"], target.shape[1:])
+        sigma, noise = sigma.to(target.device), noise.to(target.device)
+
+        # Losses and gradients
+        loss, estimate = flow_loss(model, target, control, words, sigma, noise)
+        terms = {"loss": loss}
+        if distance is not None:
+            terms["perceptual"] = perceptual_term(autoencoder, distance, estimate, part, sigma)
+            loss = loss + PERCEPTUAL_WEIGHT * terms["perceptual"]
+        (share * loss).backward()
+        for name, value in terms.items():
+            means[name] = means.get(name, 0) + share * value.detach()
+    return means
+
+
+def update(fabric: Fabric, adapter: nn.ModuleDict, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Take one optimizer step. The base is frozen: processes exchange the LoRA's gradients alone."""
     average_gradients(fabric, optimizer)
-    nn.utils.clip_grad_norm_(adapter.parameters(), s.max_grad_norm)
+    nn.utils.clip_grad_norm_(adapter.parameters(), MAX_GRAD_NORM)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
 
 
+# ---- validation and files ----------------------------------------------------------------------------------
+
+
+def validate(
+    run: Run,
+    model: Callable,
+    autoencoder: kontext.FluxAutoencoder,
+    prompts: Prompts,
+    previews: dict[str, DegDataset],
+    settings: Settings,
+) -> dict[str, float]:
+    """Restore the first images of every task, log them, and return the scores, which the first process has.
+
+    Scores are val/psnr and the like; of several tasks val/TASK/psnr, and val/psnr is their mean. A sharded
+    base needs all processes in each forward pass: then all of them restore the same images.
+    """
+    if not (run.fabric.is_global_zero or settings.shard_base):
+        return {}
+    images, scores = [], {}
+    for task, dataset in previews.items():
+        image, found = preview(model, autoencoder, prompts, dataset, settings)
+        found |= validation_loss(model, autoencoder, prompts, dataset)
+        images.append(image)
+        prefix = f"val/{task}" if task else "val"
+        scores |= {f"{prefix}/{name}": value for name, value in found.items()}
+    if "" not in previews:
+        for name in found:
+            scores[f"val/{name}"] = float(np.mean([scores[f"val/{task}/{name}"] for task in previews]))
+    run.picture("preview", stack_rows(images))
+    return scores
+
+
+def preview(
+    model: Callable,
+    autoencoder: kontext.FluxAutoencoder,
+    prompts: Prompts,
+    dataset: DegDataset,
+    settings: Settings,
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Rows of degraded, restored and clean images, and the mean scores of the restored ones."""
+    rows, scores = [], []
+    for item in first_samples(dataset, PREVIEW_IMAGES):
+        control, target = to_uint8(item["control"]), to_uint8(item["target"])
+        restored = restore_image(
+            model,
+            autoencoder,
+            prompts([item["prompts"]]),
+            control,
+            steps=settings.preview_steps,
+            guidance=PREVIEW_GUIDANCE,
+            resolution=settings.resolution,
+        )
+        rows.append(np.hstack([control, restored, target]))
+        scores.append((psnr(restored, target), psnr(control, target), ssim(restored, target)))
+    means = np.mean(scores, axis=0).tolist()
+    return stack_rows(rows), dict(zip(("psnr", "psnr_input", "ssim"), means, strict=True))
+
+
+@torch.no_grad()
+def validation_loss(
+    model: Callable, autoencoder: kontext.FluxAutoencoder, prompts: Prompts, dataset: DegDataset
+) -> dict[str, float]:
+    """Loss of the preview's images at fixed noise and noise levels, and its mean over the levels.
+
+    Unlike the training loss, which draws new noise at every step, it can be compared from save to save.
+    """
+    losses = {f"loss_{sigma}": [] for sigma in SIGMAS}
+    for item in first_samples(dataset, PREVIEW_IMAGES):
+        prompt = prompts([item["prompts"]])
+        device = prompt["t5"].device
+        target = autoencoder.encode(item["target"][None].to(device))
+        control = autoencoder.encode(item["control"][None].to(device))
+        noise = torch.randn(target.shape, generator=item_generator(item["seed"])).to(device)
+        for sigma in SIGMAS:
+            level = torch.tensor([sigma], device=device)
+            loss, _ = flow_loss(model, target, control, prompt, level, noise)
+            losses[f"loss_{sigma}"].append(loss.item())
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    return means | {"loss": sum(means.values()) / len(means)}
+
+
+def save_outputs(
+    adapter: nn.ModuleDict, settings: Settings, step: int, is_best: bool, previews: dict[str, DegDataset]
+) -> None:
+    """Write the LoRA (its EMA weights): the latest, a snapshot, and best/ if no preview had a higher PSNR.
+
+    The latest is the only LoRA at the top of the folder, where diffusers looks.
+    """
+    prompts = {task: dataset.instance_prompt for task, dataset in previews.items()}
+    metadata = {
+        "base": "FLUX.1-Kontext-dev",
+        "prompt": next(iter(prompts.values())),
+        "steps": step,
+        "rank": settings.rank,
+        "alpha": settings.rank,
+        "lora_targets": settings.lora_targets,
+        "resolution": settings.resolution,
+    }
+    if len(set(prompts.values())) > 1:
+        metadata["tasks"] = json.dumps(prompts)
+    names = [f"snapshots/lora_{step:07d}.safetensors", LORA_FILE]
+    if is_best:
+        names.append(f"best/{LORA_FILE}")
+    for name in names:
+        path = settings.output_dir / name
+        path.parent.mkdir(exist_ok=True)
+        save_lora(path, adapter, metadata)
+
+
 # ---- the whole run -----------------------------------------------------------------------------------------
 
 
 def main(settings: Settings) -> None:
+    # Checks, seed and devices
     if settings.demo:
-        make_demo(settings, DEMO)
+        make_demo(settings)
     check(settings)
-
-    # Seed and devices
     fabric = start_fabric(settings.devices, settings.num_nodes, seed=settings.seed, on_cuda="bf16")
-    (images := settings.output_dir / "images").mkdir(parents=True, exist_ok=True)
 
-    # Data
-    dataset, previews, tasks = make_data(settings)
-    for task, part in dataset.datasets.items():
-        suffix = f"_{task}.png" if task else ".png"
-        write_image(images / f"examples{suffix}", example_sheet(part))
-        if settings.examples_only:
-            write_image(images / f"kinds{suffix}", kinds_sheet(part))
-            print(f"{images}: damaged | clean: examples{suffix}; kind by kind: kinds{suffix}")
+    # Data, and examples to look at: the degradation should look like that of your own photographs
+    dataset, previews, tasks = load_data(settings)
+    write_examples(dataset, settings)
     if settings.examples_only:
         return
 
-    # The prompts, and the network with everything frozen but the LoRA
-    folder = check_folder(settings.pretrained_model_name_or_path, (TRANSFORMER, AUTOENCODER))
+    # Prompts first, while no transformer takes memory; then the networks, all frozen but the LoRA
+    folder = check_folder(settings.pretrained_model_name_or_path, (kontext.TRANSFORMER, kontext.AUTOENCODER))
     texts = [*dataset.prompts, *(text for part in previews.values() for text in part.prompts)]
     prompts = first_alone(fabric, partial(Prompts, settings.output_dir, folder, texts, fabric.device))
     distance = PerceptualLoss().to(fabric.device) if settings.perceptual_loss else None
-    autoencoder, model = load_models(folder, settings, fabric.device)
+    autoencoder, model = load_models(settings, fabric.device)
     adapter = add_trained_lora(model, settings, fabric.device)
 
-    # Optimizer, average, resume
-    how = settings.optimizer, settings.learning_rate, settings.weight_decay
-    optimizer = make_adamw(adapter.parameters(), *how)
+    # Optimizer, EMA, resume
+    optimizer = make_adamw(adapter.parameters(), "adamw", settings.learning_rate, WEIGHT_DECAY)
     ema = EMA(adapter, settings.ema_decay)
     parts = {"state_dict": adapter, "optimizer": optimizer, "ema": ema}
-    known = {**plain(settings), "samples": len(dataset), "tasks": tasks}
-    run = Run(fabric, settings.output_dir, known, parts, MAY_CHANGE, {**plain(Settings()), "tasks": {}})
+    about = {**plain(settings), "samples": len(dataset), "tasks": tasks}
+    run = Run(fabric, settings.output_dir, about, parts, MAY_CHANGE)
     count = sum(parameter.numel() for parameter in adapter.parameters())
     run.say(f"{dataset.describe()}\n{count / 1e6:.2f} M LoRA parameters on {len(adapter)} layers")
 
@@ -381,39 +442,35 @@ def main(settings: Settings) -> None:
     steps = settings.max_steps
     batch_size = settings.batch_size * settings.accumulate_grad_batches
     loader = run.loader(dataset, batch_size, steps, settings.seed, settings.num_workers)
-    caches = tuple({} if fixed else None for fixed in dataset.fixed)
     start = time.perf_counter()
     for batch in run.batches(loader, steps):
         adapter.train()
-        use = distance if run.step % settings.perceptual_every == 0 else None
         prompt = prompts(batch["prompts"])
-        metrics = train_step(model, autoencoder, use, prompt, batch, caches, settings)
+        perceptual = distance if run.step % PERCEPTUAL_EVERY == 0 else None
+        metrics = train_step(model, autoencoder, perceptual, prompt, batch, settings.batch_size)
         rate = settings.learning_rate * learning_rate_factor(run.step, settings, steps)
-        update(fabric, adapter, optimizer, rate, settings)
+        update(fabric, adapter, optimizer, rate)
         ema.update(adapter)
-        seconds, start = time.perf_counter() - start, time.perf_counter()
-        pixels = batch["target"][0, 0].numel()
-        tokens = run.samples_per_step * (prompt["t5"].shape[1] + 2 * pixels // 16**2)
-        run.advance({**metrics, "tokens/s": tokens / seconds, **peak_memory(fabric.device)}, batch["name"])
-        if run.step % settings.save_steps and run.step != steps:
-            continue
 
-        # Preview, log and save the averaged LoRA
-        report = {f"train/{name}": value for name, value in run.means().items()}
-        scores = {}
-        with ema.applied(adapter):
-            adapter.eval()
-            if fabric.is_global_zero or settings.shard_base:
-                loss = partial(flow_loss, s=replace(settings, weighting="none"))
-                picture, scores = validate(model, autoencoder, prompts, previews, loss, settings)
-                run.picture("preview", picture)
-                report |= scores
-            if fabric.is_global_zero:
-                said = {task: part.instance_prompt for task, part in previews.items()}
-                save_outputs(adapter, settings, run.step, scores["val/psnr"] > run.best, said)
-        run.log(report | {"train/learning_rate": rate})
-        run.save(scores.get("val/psnr"))
-        start = time.perf_counter()
+        now = time.perf_counter()
+        tokens = prompt["t5"].shape[1] + 2 * batch["target"][0, 0].numel() // 16**2  # of one sample
+        metrics["tokens/s"] = run.samples_per_step * tokens / (now - start)
+        if fabric.device.type == "cuda":
+            metrics["memory_gb"] = torch.cuda.max_memory_allocated(fabric.device) / 2**30
+        start = now
+        run.advance(metrics, batch["name"])
+
+        # Preview, files and checkpoint: of the EMA weights
+        if run.step % settings.save_steps == 0 or run.step == steps:
+            report = {f"train/{name}": value for name, value in run.means().items()}
+            with ema.applied(adapter):
+                adapter.eval()
+                scores = validate(run, model, autoencoder, prompts, previews, settings)
+                if fabric.is_global_zero:
+                    save_outputs(adapter, settings, run.step, scores["val/psnr"] > run.best, previews)
+            run.log(report | scores | {"train/learning_rate": rate})
+            run.save(scores.get("val/psnr"))
+            start = time.perf_counter()
 
     if settings.demo and fabric.is_global_zero:
         show_demo(settings, previews[""], run)
@@ -423,29 +480,66 @@ def main(settings: Settings) -> None:
     )
 
 
+def load_data(settings: Settings) -> tuple[Tasks, dict[str, DegDataset], dict]:
+    """Make the data sets: one task of the settings' values, or those of --tasks, which may replace them."""
+    names = [field.name for field in fields(Task) if hasattr(settings, field.name)]
+    base = Task(**{name: getattr(settings, name) for name in names})
+    return make_data(base, settings.tasks, settings.resolution, settings.buckets, settings.seed)
+
+
+def write_examples(dataset: Tasks, settings: Settings) -> None:
+    """Write degraded and clean samples of every task."""
+    for task, part in dataset.datasets.items():
+        path = settings.output_dir / "images" / (f"examples_{task}.png" if task else "examples.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_image(path, example_sheet(part))
+        if settings.examples_only:
+            print(f"{path}: degraded | clean")
+
+
 # ---- demonstration -----------------------------------------------------------------------------------------
 
 
-def show_demo(settings: Settings, previews: DegDataset, run: Run) -> None:
-    """Restore the held-out pictures with the run's LoRA and with the one that comes along.
+def make_demo(settings: Settings) -> None:
+    """Write scikit-image's photographs at half size: four to train on, three squares of each of two others.
 
-    Prints their scores and writes images/demo.png: damaged, restored by the first and the second, clean.
+    Folders that the user gave instead are left alone.
     """
-    folder, text = settings.pretrained_model_name_or_path, settings.instance_prompt
-    loras = {"these minutes": settings.output_dir / "best", "the one that comes along": SHIPPED}
-    pictures = []
+    side = settings.resolution
+    for path in photographs():
+        folder = DEMO["validation_root"] if path.stem in HELD_OUT else DEMO["hr_root"]
+        if folder not in (settings.hr_root, settings.validation_root):
+            continue
+        image = cv2.resize(read_image(path), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        parts = [image]
+        if path.stem in HELD_OUT:
+            height, width = image.shape[:2]
+            rows = image[(height - side) // 2 :][:side]
+            parts = [rows[:, x : x + side] for x in (0, (width - side) // 2, width - side)]
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, part in enumerate(parts):
+            write_image(folder / f"{path.stem}_{number}.png", part)
+
+
+def show_demo(settings: Settings, dataset: DegDataset, run: Run) -> None:
+    """Restore the held-out images with the run's LoRA and with the included one.
+
+    Prints their scores and writes images/demo.png: degraded, restored by the first and the second, clean.
+    """
+    folder, device = settings.pretrained_model_name_or_path, run.fabric.device
+    prompts = Prompts(settings.output_dir, folder, [settings.instance_prompt], device)
+    loras = {"this run's LoRA": settings.output_dir / "best", "the included LoRA": INCLUDED_LORA}
+    columns = []
     for name, lora in loras.items():
-        autoencoder, model = load_models(folder, settings, run.fabric.device)
+        autoencoder, model = load_models(settings, device)
         load_lora(model, lora)
-        prompts = Prompts(settings.output_dir, folder, [text], run.fabric.device)
-        restore = partial(restore_image, model, autoencoder)
-        picture, scores = preview(restore, prompts, previews, settings)
+        image, scores = preview(model, autoencoder, prompts, dataset, settings)
         run.say(f"  {name}: {', '.join(f'{key} {value:.2f}' for key, value in scores.items())}")
-        pictures.append(np.hsplit(picture, 3))
-    damaged, ours, clean = pictures[0]
+        columns.append(np.hsplit(image, 3))
+    degraded, restored, clean = columns[0]
     path = settings.output_dir / "images" / "demo.png"
-    write_image(path, np.hstack([damaged, ours, pictures[1][1], clean]))
-    run.say(f"  damaged, these two, clean: {path}")
+    write_image(path, np.hstack([degraded, restored, columns[1][1], clean]))
+    run.say(f"  degraded, restored by each, clean: {path}")
 
 
 if __name__ == "__main__":

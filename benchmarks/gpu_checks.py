@@ -126,7 +126,7 @@ def kontext(device: str, side: int, compiled: str = "", **storage) -> System:
         model.single_blocks[0].compile(backend=compiled)
 
     def run() -> tuple[Tensor, Tensor]:
-        loss, estimate = train_kontext_lora.flow_loss(model, *data, train_kontext_lora.Settings())
+        loss, estimate = train_kontext_lora.flow_loss(model, *data)
         return estimate, loss
 
     return System(list(adapter.parameters()), run)

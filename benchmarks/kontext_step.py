@@ -21,7 +21,6 @@ from ldm.modules.flux import Flux, FluxParams, pack, token_ids
 from ldm.modules.fp8 import store_in_fp8
 from ldm.modules.lora import block_linears, make_lora
 from ldm.modules.swap import BlockSwap
-from train_kontext_lora import Settings as Training
 from train_kontext_lora import draw_noise, flow_loss
 
 SMALL = FluxParams(64, 64, 128, 256, 512, 4.0, 4, depth=3, depth_single_blocks=6)
@@ -29,29 +28,28 @@ SMALL = FluxParams(64, 64, 128, 256, 512, 4.0, 4, depth=3, depth_single_blocks=6
 
 @dataclass
 class Settings:
-    repeats: int = 10  # of each step
-    compile: bool = False  # our blocks, as the training script's --compile does it
+    repeats: int = 10  # number of times that each step is measured
+    compile: bool = False  # compile our blocks, as the training script's --compile does
 
 
 def random_flux(
     params: FluxParams, device: str, dtype: torch.dtype, fp8: bool = False, blocks_to_swap: int = 0
 ) -> Flux:
-    """A frozen network of random weights, made on the device; the last blocks may wait in main memory."""
+    """A frozen network of random weights, made on the device; the last blocks may be offloaded to the CPU."""
     with torch.device("meta"):
         model = Flux(params)
         if fp8:
             store_in_fp8(model, block_linears(model))
-    state, waiting = {}, set()
+    state, offloaded = {}, set()
     if blocks_to_swap:
         model.swap = BlockSwap([*model.double_blocks, *model.single_blocks], blocks_to_swap)
-        waiting = {id(weight) for block in model.swap.blocks for weight in block.parameters()}
-    waiting = {name for name, weight in model.named_parameters() if id(weight) in waiting}
+        offloaded = model.swap.parameter_names(model)
     for name, value in model.state_dict().items():
         kind = value.dtype if value.dtype == torch.float8_e4m3fn else dtype
         std = value[0].numel() ** -0.5 if value.ndim > 1 else 0.0  # scales are 1, biases 0
         filled = torch.randn(value.shape, device=device, dtype=dtype).mul_(std).add_(name.endswith("scale"))
         state[name] = filled.to(kind)
-        if name in waiting and device == "cuda":
+        if name in offloaded and device == "cuda":
             state[name] = state[name].cpu().pin_memory()
     model.load_state_dict(state, assign=True)
     model.checkpointing = True
@@ -59,7 +57,7 @@ def random_flux(
 
 
 def inputs(params: FluxParams, resolution: int, words: int, device: str) -> tuple:
-    """Target and control latents, prompt, sigma and noise of one picture."""
+    """Target and control latents, prompt, sigma and noise of one image."""
     side = resolution // 8
     channels = params.in_channels // 4
     target, control = torch.randn(2, 1, channels, side, side, device=device)
@@ -67,7 +65,7 @@ def inputs(params: FluxParams, resolution: int, words: int, device: str) -> tupl
         "t5": torch.randn(1, words, params.context_in_dim, device=device),
         "pooled": torch.randn(1, params.vec_in_dim, device=device),
     }
-    sigma, noise = draw_noise([0], (channels, side, side), "logit_normal")
+    sigma, noise = draw_noise([0], (channels, side, side))
     return target, control, prompt, sigma.to(device), noise.to(device)
 
 
@@ -77,7 +75,7 @@ def our_work(model: Flux, data: tuple) -> Work:
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-4)
 
     def step() -> None:
-        flow_loss(model, *data, Training())[0].backward()
+        flow_loss(model, *data)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -235,38 +235,37 @@ def dbgan(settings: train_dbgan.Settings, device: str, stage: str = "blur", phas
 def kontext(settings: train_kontext_lora.Settings, device: str) -> Work:
     """A step of the Kontext LoRA."""
     if settings.perceptual_loss:
-        raise ValueError("--perceptual_loss cannot be counted: what it decodes depends on the noise drawn")
+        raise ValueError("the perceptual loss cannot be counted: what it decodes depends on the noise drawn")
     script = train_kontext_lora
-    autoencoder, model = script.load_models(
-        settings.pretrained_model_name_or_path, settings, torch.device("cuda")
-    )
+    autoencoder, model = script.load_models(settings, torch.device("cuda"))
     to_fake(model, device), to_fake(autoencoder, device)
     adapter = script.add_trained_lora(model, replace(settings, compile=False), torch.device(device))
-    how = settings.optimizer, settings.learning_rate, settings.weight_decay
-    optimizer = make_adamw(adapter.parameters(), *how)
+    optimizer = make_adamw(adapter.parameters(), "adamw", settings.learning_rate, script.WEIGHT_DECAY)
     ema = EMA(adapter, settings.ema_decay)
-    params, count, side = model.params, settings.batch_size, settings.resolution
-    count *= settings.accumulate_grad_batches
+    params, side = model.params, settings.resolution
+    count = settings.batch_size * settings.accumulate_grad_batches
     prompt = {
         "t5": torch.empty(1, 512, params.context_in_dim, dtype=torch.bfloat16, device=device),
         "pooled": torch.empty(1, params.vec_in_dim, dtype=torch.bfloat16, device=device),
     }
     images = torch.empty(2, count, 3, side, side, device=device)
-    numbers = torch.randint(9, (count,), generator=torch.Generator())
-    batch = {"target": images[0], "control": images[1], "seed": numbers, "index": numbers}
+    seeds = torch.randint(9, (count,), generator=torch.Generator())
+    batch = {"target": images[0], "control": images[1], "seed": seeds}
     fabric = fake_fabric("32", device)
 
     def step() -> None:
-        script.train_step(model, autoencoder, None, prompt, batch, (None, None), settings)
-        script.update(fabric, adapter, optimizer, settings.learning_rate, settings)
+        script.train_step(model, autoencoder, None, prompt, batch, settings.batch_size)
+        script.update(fabric, adapter, optimizer, settings.learning_rate)
         ema.update(adapter)
 
     parts = {"state_dict": adapter, "optimizer": optimizer, "ema": ema}
-    return Work(step, parts | ({"waiting": waiting_weights(model)} if model.swap else {}))
+    if model.swap:
+        parts["offloaded"] = offloaded_weights(model)
+    return Work(step, parts)
 
 
-def waiting_weights(model: Flux) -> list[torch.Tensor]:
-    """The frozen weights of the blocks that wait in main memory."""
+def offloaded_weights(model: Flux) -> list[torch.Tensor]:
+    """The frozen weights of the blocks that are offloaded to CPU memory."""
     parameters = (parameter for block in model.swap.blocks for parameter in block.parameters())
     return [parameter for parameter in parameters if not parameter.requires_grad]
 
@@ -304,7 +303,7 @@ def count_step(make: Callable[..., Work], *arguments: Any) -> Count:
     """What the second of two steps of make(*arguments, "cpu") costs on CUDA."""
     with fake_tensors(like_cuda=True) as count:
         step, parts = without_files(make, *arguments)
-        count.leave_on_host(parts.get("waiting", ()))
+        count.leave_on_host(parts.get("offloaded", ()))
         for group in parts["optimizer"].param_groups:
             count.trained += sum(p.numel() for p in group["params"] if p.requires_grad)
             if group.get("fused", True) is None and group["foreach"] is None:
@@ -350,7 +349,7 @@ def show(title: str, count: Count, images: int, precision: str, card: str) -> No
 
 
 def swap_that_fits(peak: float, fp8: bool, room: float) -> int | None:
-    """The fewest blocks of Kontext that must wait in main memory for a peak within `room` GB; None: never.
+    """The fewest blocks of Kontext to offload for a peak within `room` GB; None if no number is enough.
 
     Two blocks' copies are on the device at once.
     """
@@ -363,8 +362,8 @@ def swap_that_fits(peak: float, fp8: bool, room: float) -> int | None:
         for block in (*model.double_blocks, *model.single_blocks)
     ]
     for count in range(1, len(sizes) + 1):
-        waiting = sizes[-count:]
-        if peak - sum(waiting) + 2 * max(waiting) <= room:
+        offloaded = sizes[-count:]
+        if peak - sum(offloaded) + 2 * max(offloaded) <= room:
             return count
     return None
 

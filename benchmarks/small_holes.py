@@ -20,9 +20,9 @@ import tyro
 
 import infer
 from cldm.inpaint import Inpainting, fill_smoothly, hole_scores, inpaint_image
+from extras.train_small_base import square
 from ldm.data.image import photographs, read_image
 from ldm.modules.image_degradation.masks import random_mask
-from train_small_base import square
 
 SAMPLINGS = {
     "4 steps": {"steps": 4},

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tutorial_train_deblur
 from harness.settings import read_settings
 from ldm import checkpoint
 from ldm.data import demo
 from ldm.data.image import write_image
+from ldm.models.prompts import prompt_file
 from tests.faults import tiny_runs
 from tests.tiny_flux import write_tiny_folder
 from train_srn import SRNDeblurNet
@@ -30,7 +32,7 @@ PAGES = [
 ]
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in [*ROOT.glob("*.py"), *(ROOT / "ldm" / "data").glob("*.py")]
+    for path in [*ROOT.glob("*.py"), *(ROOT / "ldm" / "data").glob("*.py"), *(ROOT / "extras").glob("*.py")]
     if "    run_main(" in path.read_text(encoding="utf-8")
 )
 
@@ -76,7 +78,7 @@ def commands():
     """(page, command) of every command line for this project's scripts, in the pages' order."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        script = r"python (?:[\w/.]+\.py\b|-m (?:benchmarks|ldm|tests)\.[\w.]*\w)"
+        script = r"python (?:[\w/.]+\.py\b|-m (?:benchmarks|extras|ldm|tests)\.[\w.]*\w)"
         found = re.findall(rf"^(?: {{4}}|.*&& .*)?.*?(?<!`){script}.*$", text, re.M)
         found += re.findall(rf"`({script}[^`]*)`", text)
         yield from ((page.name, " ".join(line.split())) for line in found)
@@ -157,9 +159,10 @@ SMALL = {
     "train_dbgan.py": f"{PLAIN} --width 4 --blocks 1 --blur_blocks 1 --discriminator_width 2 --accumulate 1 "
     "--perceptual_loss_weight 0",
     "train_kontext_lora.py": "--max_steps 1 --resolution 32 --rank 2 --batch_size 1 --accumulate 1 "
-    "--num_workers 0 --preview_images 1 --preview_steps 1",
-    "train_small_base.py": "--photos PHOTOS --pieces 6 --autoencoder_steps 1 --unet_steps 1 --flux_steps 1 "
-    "--warmup 1 --batch_size 2 --precision 32 --models written",
+    "--num_workers 0 --preview_steps 1",
+    "extras.train_small_base": "--photos PHOTOS --pieces 6 --autoencoder_steps 1 --unet_steps 1 "
+    "--flux_steps 1 --warmup 1 --batch_size 2 --precision 32 --models written",
+    "extras.convert_lora": "--overwrite",
     "tool_add_control.py": f"--config {TINY} --overwrite",
     "tool_export_control.py": "--overwrite",
     "infer.py": "--overwrite",
@@ -216,8 +219,12 @@ def workplace(tmp_path_factory):
     (folder / "outputs" / "kontext_lora").mkdir(parents=True)
     for path in (ROOT / "models").glob("small_*"):
         (folder / "models" / path.name).symlink_to(path)
-    for path in ("outputs/kontext_lora/prompt.safetensors", "restored/.prompt.safetensors"):
-        write_tiny_folder(flux, folder / path, prompt)
+    run = folder / "outputs" / "kontext_lora"
+    write_tiny_folder(flux, run, prompt)
+    shutil.copy(prompt_file(run, prompt), folder / "restored" / ".prompt.safetensors")
+    foreign = {"lora_A": torch.zeros(2, 128), "lora_B": torch.zeros(128, 2)}
+    names = {name: f"transformer.transformer_blocks.0.attn.to_q.{name}.weight" for name in foreign}
+    checkpoint.write_weights(folder / "other.safetensors", {names[name]: foreign[name] for name in foreign})
     return folder
 
 

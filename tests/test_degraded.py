@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.degraded import DegDataset, bucket_sizes, example_sheet, kinds_sheet
+from ldm.data.degraded import DegDataset, bucket_sizes, example_sheet
 from ldm.data.image import photographs, read_image, write_image
 from ldm.metrics import misalignment
-from ldm.modules.image_degradation.damage import DEGRADATIONS, KINDS, degrade
+from ldm.modules.image_degradation.degrade import DEGRADATIONS, KINDS, degrade
 
 
 @pytest.fixture
@@ -30,11 +30,11 @@ def test_contract(folder):
     dataset = DegDataset(folder, "restore", resolution=96, repeats=3)
     assert len(dataset) == 18
     item = dataset[(2, 7)]
-    assert set(item) == {"control", "target", "prompts", "name", "index", "seed"}
+    assert set(item) == {"control", "target", "prompts", "name", "seed"}
     for name in ("control", "target"):
         assert item[name].shape == (3, 96, 96) and item[name].dtype == torch.float32
         assert -1 <= item[name].min() < item[name].max() <= 1
-    assert item["prompts"] == "restore" and item["index"] == 1
+    assert item["prompts"] == "restore"
     assert item["name"] == str(dataset.targets[1])
 
 
@@ -74,21 +74,15 @@ def test_native_crops_are_pieces_of_the_file(folder):
     assert np.array_equal(image[y : y + 96, x : x + 96], crop)
 
 
-def test_which_latents_may_be_kept(folder, tmp_path_factory):
-    copy = shutil.copytree(folder, tmp_path_factory.mktemp("copies") / "copy")
-    plain = {"random_crop": False, "random_flip": False, "resolution": 96}
-    synthetic, real = DegDataset(folder, "", **plain), DegDataset(folder, "", **plain, lr_data_root=copy)
-    assert synthetic.fixed_targets and not synthetic.fixed_controls
-    assert real.fixed_targets and real.fixed_controls
-    assert torch.equal(synthetic[(0, 1)]["target"], synthetic[(5, 1)]["target"])
-    assert not torch.equal(synthetic[(0, 1)]["control"], synthetic[(5, 1)]["control"])
-    moving = DegDataset(folder, "", resolution=96, random_crop=False)
-    assert not moving.fixed_targets
-    flips = {moving[(epoch, 0)]["target"].numpy().tobytes() for epoch in range(8)}
-    assert len(flips) == 2
+def test_without_random_crop_and_flip_the_target_stays_the_same(folder):
+    plain = DegDataset(folder, "", resolution=96, random_crop=False, random_flip=False)
+    assert torch.equal(plain[(0, 1)]["target"], plain[(5, 1)]["target"])
+    assert not torch.equal(plain[(0, 1)]["control"], plain[(5, 1)]["control"])
+    flipped = DegDataset(folder, "", resolution=96, random_crop=False)
+    assert len({flipped[(epoch, 0)]["target"].numpy().tobytes() for epoch in range(8)}) == 2
 
 
-def test_buckets_have_the_pictures_shapes(tmp_path):
+def test_buckets_have_the_images_shapes(tmp_path):
     sizes = {"wide": (200, 120), "tall": (120, 200), "square": (130, 128), "panorama": (400, 90)}
     for name, (width, height) in sizes.items():
         ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))
@@ -107,25 +101,24 @@ def test_buckets_have_the_pictures_shapes(tmp_path):
     ratios = [width / height for height, width in bucket_sizes(512)]
     assert len(ratios) == 13 and max(ratios) > 2.3 and min(ratios) < 0.43 and 1 in ratios
     assert example_sheet(dataset).shape[1] == 2 * 144
-    with pytest.raises(ValueError, match=r"1 of 4 pictures are smaller than their buckets: .*\(130x128\)"):
+    with pytest.raises(ValueError, match=r"1 of 4 images are smaller than their buckets: .*\(130x128\)"):
         DegDataset(tmp_path, "", resolution=144, buckets=True)
 
 
 def test_captions_beside_pictures(folder):
     (folder / "coffee.txt").write_text("a cup,\nscratched\n")
-    dataset = DegDataset(folder, "restore", resolution=96, captions=True, caption_dropout=0.3)
+    dataset = DegDataset(folder, "restore", resolution=96, captions=True)
     place = [path.stem for path in dataset.targets].index("coffee")
-    said = [dataset[(epoch, place)]["prompts"] for epoch in range(60)]
-    assert {*said} == {"a cup, scratched", ""} and 8 < said.count("") < 30
+    assert dataset[(3, place)]["prompts"] == "a cup, scratched"
     assert dataset.prompts[place - 1] == "restore" and dataset.captioned == 1
-    assert dataset.describe() == "6 pictures; 5 without a caption take the prompt"
+    assert dataset.describe() == "6 images; 5 without a caption take the prompt"
     plain = DegDataset(folder, "restore", resolution=96)
     assert {plain[index]["prompts"] for index in range(6)} == {"restore"}
-    assert torch.equal(dataset[(1, 2)]["control"], plain[(1, 2)]["control"])  # the damage is what it was
+    assert torch.equal(dataset[(1, 2)]["control"], plain[(1, 2)]["control"])  # the same degradation
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_damage_moves_the_picture(kind):
+def test_no_degradation_moves_the_image(kind):
     """A LoRA would learn to move it back."""
     image = photograph(192)
     seeds = range(4)
@@ -173,13 +166,6 @@ def test_jpeg_is_the_last_and_of_the_given_quality():
     assert np.array_equal(*in_any_order)
 
 
-def test_channels_stay_in_order():
-    red = np.zeros((64, 64, 3), np.uint8)
-    red[..., 0] = 200
-    result = degrade(red, np.random.default_rng(0))
-    assert result[..., 0].mean() > 150 and result[..., 1:].mean() < 50
-
-
 def photograph(size: int = 128) -> np.ndarray:
     image = read_image(photographs(("coffee.png",))[0])[:, :400]
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
@@ -193,37 +179,33 @@ def test_other_kinds_do_more_with_more_strength(kind):
     image = photograph()
     errors = []
     for strength in (0.02, 0.4, 1.0):
-        made = [degrade(image, np.random.default_rng(4), [kind], damage_strength=strength) for _ in range(2)]
+        made = [
+            degrade(image, np.random.default_rng(4), [kind], degradation_strength=strength) for _ in range(2)
+        ]
         assert made[0].shape == image.shape and np.array_equal(*made)
         errors.append(np.abs(made[0].astype(float) - image).mean())
     assert errors[0] < errors[1] < errors[2] and errors[0] < 6 and errors[2] > 1.5
-    other = degrade(image, np.random.default_rng(5), [kind], damage_strength=1.0)
+    other = degrade(image, np.random.default_rng(5), [kind], degradation_strength=1.0)
     assert not np.array_equal(other, made[0])
     assert degrade(image[:16, :20], np.random.default_rng(0), [kind]).shape == (16, 20, 3)
 
 
-def damaged(kind: str, value: int = 128, strength: float = 1.0) -> np.ndarray:
+def degraded(kind: str, value: int = 128, strength: float = 1.0) -> np.ndarray:
     grey = np.full((200, 200, 3), value, np.uint8)
-    return degrade(grey, np.random.default_rng(1), [kind], damage_strength=strength).astype(float)
+    return degrade(grey, np.random.default_rng(1), [kind], degradation_strength=strength).astype(float)
 
 
 def test_what_makes_each_kind_what_it_is():
-    image = photograph()
-    moved = degrade(image, np.random.default_rng(1), ["colour_noise"], damage_strength=0.5)
-    luma = (np.array([0.299, 0.587, 0.114]) * (moved - image.astype(float))).sum(axis=2)
-    assert np.abs(luma).mean() < 0.2 * np.abs(moved - image.astype(float)).mean()  # colours, not brightness
-    grain = damaged("film_grain")
+    grain = degraded("film_grain")
     assert np.ptp(grain, axis=2).max() == 0 and grain.std() == pytest.approx(0.08 * 255, rel=0.05)
-    assert damaged("film_grain", 5).std() < 0.4 * grain.std() and np.ptp(damaged("film_grain", 0)) == 0
-    faded = [damaged("fading", value) for value in (0, 255)]
+    assert degraded("film_grain", 5).std() < 0.4 * grain.std() and np.ptp(degraded("film_grain", 0)) == 0
+    faded = [degraded("fading", value) for value in (0, 255)]
     assert faded[0].min() == pytest.approx(0.3 * 255, abs=1) and faded[1].max() == pytest.approx(
         0.9 * 255, abs=1
     )
-    dark = damaged("low_light")
-    assert 20 < dark.mean() < 50 < damaged("low_light", strength=0.3).mean() < 110 and dark.std() > 2
-    veil = damaged("haze", 0)
-    assert veil[:60].mean() > veil[-60:].mean() > 30  # the far is above
-    torn = damaged("scratches")
+    dark = degraded("low_light")
+    assert 20 < dark.mean() < 50 < degraded("low_light", strength=0.3).mean() < 110 and dark.std() > 2
+    torn = degraded("scratches")
     assert 0.5 < (torn == 128).mean() < 0.995 and torn.max() > 200 and torn.min() < 60
     point = np.zeros((129, 129, 3), np.uint8)
     point[64, 64] = 255
@@ -252,7 +234,7 @@ def test_values_are_drawn_from_ranges_and_orders_from_the_sample():
     assert np.abs(twice.astype(float) - once).mean() < 0.5  # two blurs are one of both variances
 
 
-def test_the_usual_damage_is_to_the_bit_what_it_always_was():
+def test_the_usual_degradation_is_to_the_bit_what_it_always_was():
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     made = degrade(image, np.random.default_rng(1), ("downsample", "noise", "blur"))
     assert hashlib.sha256(made.tobytes()).hexdigest()[:16] == "2e56531f9f364efd"
@@ -261,24 +243,12 @@ def test_the_usual_damage_is_to_the_bit_what_it_always_was():
 
 
 def test_the_documents_name_for_it(folder):
-    dataset = DegDataset(folder, "", resolution=96, degradation_types=["noise", "haze"])
+    dataset = DegDataset(folder, "", resolution=96, degradation_types=["noise", "fading"])
     picture = Image.fromarray(photograph())
     result = dataset.apply_degradation(picture)
     assert isinstance(result, Image.Image) and result.size == picture.size
     rng = np.random.default_rng(3)
     assert np.asarray(dataset.apply_degradation(np.asarray(picture), rng)).std() > 0
-    assert kinds_sheet(dataset).shape == (2 * 96, 5 * 96, 3)
-
-
-def test_example_sheet(folder):
-    assert example_sheet(DegDataset(folder, "", resolution=96), 4).shape == (4 * 96, 2 * 96, 3)
-
-
-def test_any_mode_is_read(tmp_path):
-    Image.new("L", (40, 40), 100).save(tmp_path / "grey.png")
-    Image.new("RGBA", (40, 40), (255, 0, 0, 128)).save(tmp_path / "transparent.png")
-    dataset = DegDataset(tmp_path, "", resolution=32)
-    assert dataset[0]["target"].shape == dataset[1]["target"].shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -290,15 +260,11 @@ def test_any_mode_is_read(tmp_path):
         ({"lr_scale": 0}, "lr_scale"),
         ({"noise_level": -1}, "noise_level"),
         ({"repeats": 0}, "repeats"),
-        (
-            {"degradation_types": ["rain"]},
-            "choose from downsample, noise, blur, jpeg, haze, low_light, motion_",
-        ),
+        ({"degradation_types": ["rain"]}, "choose from downsample, noise, blur, jpeg, low_light, motion_"),
         ({"noise_level": (0.1, 0.01)}, "noise_level 0.1,0.01 is reversed: write 0.01,0.1"),
-        ({"damage_strength": (0.5, 1.5)}, "damage_strength must lie in 0 ... 1, not 0.5,1.5"),
-        ({"degradation_rounds": 0}, "degradation_rounds must be at least 1, not 0"),
-        ({"degradation_order": "any"}, "degradation_order must be fixed, given or random, not 'any'"),
-        ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\), not 1.0"),
+        ({"degradation_strength": (0.5, 1.5)}, "degradation_strength must lie in 0 ... 1, not 0.5,1.5"),
+        ({"degradation_rounds": 0}, "degradation_rounds must be at least 1, not 1, 0"),
+        ({"degradation_order": "any"}, "degradation_order must be one of .*, not 'any'"),
     ],
 )
 def test_bad_values(folder, values, message):
@@ -309,10 +275,7 @@ def test_bad_values(folder, values, message):
 def test_bad_folders(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         DegDataset(tmp_path / "absent", "")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no images"):
-        DegDataset(tmp_path / "empty", "")
-    with pytest.raises(ValueError, match=r"6 of 6 pictures are smaller than 512 px: .*\d+x\d+"):
+    with pytest.raises(ValueError, match=r"6 of 6 images are smaller than 512 px: .*\d+x\d+"):
         DegDataset(folder, "")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")

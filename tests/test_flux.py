@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from ldm.models.diffusion.flow import sample, schedule, shift_timesteps
+from ldm.models.diffusion.flow import sample, schedule
 from ldm.modules.attention import Rotate, rotary_embedding
 from ldm.modules.flux import (
     Flux,
@@ -110,14 +110,6 @@ def test_pack_is_undone_by_unpack_and_orders_as_documented():
         tokens[0, 1, :4], latent[0, 0, :2, 2:].flatten()
     )  # second token: same rows, next columns
     assert token_ids(latent, 1)[1].tolist() == [[1, y, x] for y in range(3) for x in range(2)]
-
-
-def test_shift_leaves_the_ends_and_moves_the_middle():
-    t = torch.tensor([0.0, 0.5, 1.0])
-    few, many = shift_timesteps(t, 256), shift_timesteps(t, 4096)
-    assert few[[0, 2]].tolist() == many[[0, 2]].tolist() == [0.0, 1.0]
-    assert few[1].item() == pytest.approx(np.exp(0.5) / (np.exp(0.5) + 1))
-    assert many[1].item() == pytest.approx(np.exp(1.15) / (np.exp(1.15) + 1))
 
 
 def test_rotation_is_exact_at_the_largest_picture():

@@ -71,25 +71,6 @@ def test_fp8_storage_halves_the_blocks_and_stays_close(tmp_path):
     assert error / np.linalg.norm(ARRAYS["flux.out_full"]) < 0.1
 
 
-def test_nf4_storage_stays_close_where_its_package_is_installed(tmp_path):
-    save_flux(tmp_path / "flux.safetensors", tiny_flux())
-    with pytest.raises(ValueError, match="nf4 does not go with --blocks_to_swap"):
-        load_flux(tmp_path / "flux.safetensors", nf4=True, blocks_to_swap=1)
-    pytest.importorskip("bitsandbytes")
-    exact, four = (
-        load_flux(tmp_path / "flux.safetensors", dtype=torch.float32, nf4=n) for n in (False, True)
-    )
-    linears = [model.double_blocks[0].img_attn.qkv for model in (exact, four)]
-    assert (
-        linears[1].weight.dtype == torch.uint8 and linears[1].weight.numel() * 2 == linears[0].weight.numel()
-    )
-    x = torch.randn(3, linears[0].in_features, requires_grad=True)
-    outputs = [linear(x) for linear in linears]
-    assert 0 < relative_error(outputs[1], outputs[0]) < 0.4
-    outputs[1].sum().backward()
-    assert x.grad.abs().max() > 0
-
-
 def test_fp8_gradients_reach_the_input_through_checkpoints(tmp_path):
     save_flux(tmp_path / "flux.safetensors", tiny_flux())
     model = load_flux(tmp_path / "flux.safetensors", dtype=torch.float32, fp8=True)

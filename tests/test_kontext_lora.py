@@ -17,9 +17,7 @@ import infer
 import train_kontext_lora as script
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
-from ldm.data.tasks import make_data
 from ldm.metrics import misalignment
-from ldm.models.diffusion.flow import shift_timesteps
 from ldm.models.kontext import (
     TRANSFORMER,
     load_autoencoder,
@@ -28,12 +26,11 @@ from ldm.models.kontext import (
     restore_image,
     write_small_folder,
 )
-from ldm.models.kontext_lora import MODELSPEC, SIGMAS, held_out_loss
 from ldm.models.prompts import prompt_file
 from ldm.modules.flux import pack, unpack
-from ldm.modules.lora import LORA_FILE, load_lora, make_lora
+from ldm.modules.lora import LORA_FILE, MODELSPEC, load_lora, make_lora
 from tests.tiny_flux import write_tiny_folder
-from train_kontext_lora import Settings, draw_noise, flow_loss, learning_rate_factor, loss_weight, main
+from train_kontext_lora import SIGMAS, Settings, draw_noise, flow_loss, learning_rate_factor, main
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +40,12 @@ def folder(tmp_path_factory) -> Path:
     (folder / "photos").mkdir()
     for path in photographs(("chelsea.png", "coffee.png")):
         write_image(folder / "photos" / path.name, cv2.resize(read_image(path), None, fx=0.2, fy=0.2))
-    write_tiny_folder(folder / "model", folder / "prompt.safetensors", "restore")
+    write_tiny_folder(folder / "model", folder, "restore")
     return folder
 
 
 def make_settings(folder: Path, output_dir: Path, **values) -> Settings:
-    output_dir.mkdir(exist_ok=True)
-    shutil.copy(folder / "prompt.safetensors", output_dir)
+    shutil.copytree(folder / "cache", output_dir / "cache", dirs_exist_ok=True)
     settings = Settings(
         pretrained_model_name_or_path=folder / "model",
         hr_root=folder / "photos",
@@ -62,10 +58,8 @@ def make_settings(folder: Path, output_dir: Path, **values) -> Settings:
         max_steps=4,
         learning_rate=3e-3,
         save_steps=4,
-        preview_images=1,
         preview_steps=1,
         num_workers=0,
-        dropout=0.1,
     )
     return replace(settings, **values)
 
@@ -82,22 +76,25 @@ def distance(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) 
     return ((ours - theirs).norm() / ours.norm()).item()
 
 
-def test_a_killed_run_resumes_exactly(folder, tmp_path):
-    main(make_settings(folder, tmp_path / "whole", save_steps=2))
-    broken = make_settings(folder, tmp_path / "broken", save_steps=2)
-    steps = script.Run.advance
+def kill_at(step: int, settings: Settings, monkeypatch) -> None:
+    """Run until `step` steps are done, then stop it from outside."""
+    advance = script.Run.advance
 
     def killed(run, *arguments):
-        if run.step == 3:
+        if run.step == step:
             raise KeyboardInterrupt
-        steps(run, *arguments)
+        advance(run, *arguments)
 
-    script.Run.advance = killed
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "advance", killed)
         with pytest.raises(KeyboardInterrupt):
-            main(broken)
-    finally:
-        script.Run.advance = steps
+            main(settings)
+
+
+def test_a_killed_run_resumes_exactly(folder, tmp_path, monkeypatch):
+    main(make_settings(folder, tmp_path / "whole", save_steps=2))
+    broken = make_settings(folder, tmp_path / "broken", save_steps=2)
+    kill_at(3, broken, monkeypatch)
     torch.manual_seed(12345)  # whatever happened in between
     main(broken)
     whole, resumed = trained(tmp_path / "whole"), trained(tmp_path / "broken")
@@ -113,7 +110,7 @@ def test_a_killed_run_resumes_exactly(folder, tmp_path):
 def test_a_base_of_other_sizes_is_trained_and_used(folder, tmp_path):
     settings = make_settings(folder, tmp_path / "run", max_steps=1)
     settings.pretrained_model_name_or_path = tmp_path / "model"
-    write_tiny_folder(tmp_path / "model", settings.output_dir / "prompt.safetensors", "restore", channels=6)
+    write_tiny_folder(tmp_path / "model", settings.output_dir, "restore", channels=6)
     main(settings)
     restore = load_restorer(tmp_path / "model", settings.output_dir / LORA_FILE)
     image = read_image(folder / "photos" / "coffee.png")
@@ -125,16 +122,16 @@ def test_a_base_of_other_sizes_is_trained_and_used(folder, tmp_path):
 
 TASKS = """
 grain: {instance_prompt: remove the grain, degradation_types: film_grain}
-haze: {instance_prompt: clear the air, degradation_types: haze, weight: 3}
+fading: {instance_prompt: restore the colours, degradation_types: fading, weight: 3}
 """
 
 
 def tasks_settings(folder: Path, output_dir: Path, **values) -> Settings:
-    """Two tasks in buckets, some prompts unsaid; all of them are embedded already."""
-    settings = make_settings(folder, output_dir, buckets=True, caption_dropout=0.2, save_steps=2, **values)
+    """Two tasks in buckets, whose prompts are embedded already."""
+    settings = make_settings(folder, output_dir, buckets=True, save_steps=2, **values)
     (output_dir.parent / "tasks.yaml").write_text(TASKS)
     generator = torch.Generator().manual_seed(0)
-    for text in ("remove the grain", "clear the air", ""):
+    for text in ("remove the grain", "restore the colours"):
         cache = prompt_file(output_dir, text)
         cache.parent.mkdir(exist_ok=True)
         found = {"t5": torch.randn(1, 16, 48, generator=generator)}
@@ -149,80 +146,37 @@ def test_several_tasks_in_buckets_resume_exactly_and_are_told_by_their_prompts(f
     main(tasks_settings(folder, tmp_path / "whole"))
     shapes = {tuple(target.shape[2:]) for target, *_ in seen}
     assert {len(prompt["t5"]) for _, _, prompt, *_ in seen} == {1, 2} and len(shapes) == 1 != (4, 4)
-    steps = script.Run.advance
-
-    def killed(run, *arguments):
-        if run.step == 3:
-            raise KeyboardInterrupt
-        steps(run, *arguments)
-
-    monkeypatch.setattr(script.Run, "advance", killed)
-    with pytest.raises(KeyboardInterrupt):
-        main(tasks_settings(folder, tmp_path / "broken"))
-    monkeypatch.setattr(script.Run, "advance", steps)
+    kill_at(3, tasks_settings(folder, tmp_path / "broken"), monkeypatch)
     main(tasks_settings(folder, tmp_path / "broken"))
     whole, resumed = trained(tmp_path / "whole"), trained(tmp_path / "broken")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
     row = list(csv.DictReader((tmp_path / "whole" / "logs" / "metrics.csv").open()))[-1]
     for name in ("psnr", "psnr_input", "loss", "loss_0.1"):
-        both = [float(row[f"val/{task}/{name}"]) for task in ("grain", "haze")]
+        both = [float(row[f"val/{task}/{name}"]) for task in ("grain", "fading")]
         assert both[0] != both[1] and float(row[f"val/{name}"]) == pytest.approx(np.mean(both))
     assert {path.name for path in (tmp_path / "whole" / "images").glob("examples*")} == {
         "examples_grain.png",
-        "examples_haze.png",
+        "examples_fading.png",
     }
     with pytest.raises(
-        ValueError, match=r"give a --prompt: .*several \(grain: 'remove the grain'; haze: 'cle"
+        ValueError, match=r"prompt is needed: .*several \(grain: 'remove the grain'; fading: 'restore"
     ):
         load_restorer(folder / "model", tmp_path / "whole")
     image = read_image(folder / "photos" / "coffee.png")
     pictures = [
         load_restorer(folder / "model", tmp_path / "whole", prompt)(image, steps=1)
-        for prompt in ("remove the grain", "clear the air")
+        for prompt in ("remove the grain", "restore the colours")
     ]
     assert not np.array_equal(*pictures)
     changed = tasks_settings(folder, tmp_path / "whole")
     changed.tasks.write_text(TASKS.replace("3}", "2}"))
-    with pytest.raises(ValueError, match="tasks was .*'weight': '3.0'.* is .*'weight': '2.0'"):
+    with pytest.raises(ValueError, match="tasks was .*'weight': '3'.* is .*'weight': '2'"):
         main(changed)
 
 
-def test_a_run_from_before_tasks_goes_on(folder, tmp_path):
-    settings = make_settings(folder, tmp_path, max_steps=2, save_steps=1)
-    steps = script.Run.advance
-
-    def killed(run, *arguments):
-        if run.step == 1:
-            raise KeyboardInterrupt
-        steps(run, *arguments)
-
-    script.Run.advance = killed
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            main(settings)
-    finally:
-        script.Run.advance = steps
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    state = checkpoint.load(last)
-    for name in ("tasks", "buckets", "captions", "caption_dropout"):
-        del state["settings"][name]
-    checkpoint.save(last, state)
-    main(settings)
-    assert checkpoint.load(last)["step"] == 2
-
-
-def test_other_data_do_not_continue_a_run(folder, tmp_path):
-    photos = shutil.copytree(folder / "photos", tmp_path / "photos")
-    settings = make_settings(folder, tmp_path / "run", hr_root=photos, max_steps=1)
-    main(settings)
-    shutil.copy(photos / "coffee.png", photos / "again.png")
-    with pytest.raises(ValueError, match="samples was 2, is 3"):
-        main(settings)
-
-
 def test_accumulated_steps_equal_one_large_batch(folder, tmp_path):
-    common = {"dropout": 0.0, "max_steps": 2}
+    common = {"max_steps": 2}
     main(make_settings(folder, tmp_path / "a", batch_size=4, **common))
     main(make_settings(folder, tmp_path / "b", batch_size=1, accumulate_grad_batches=4, **common))
     assert (
@@ -263,7 +217,7 @@ def test_a_run_with_swapped_blocks_leaves_the_same_weights(folder, tmp_path):
 
 
 def test_two_processes_with_a_sharded_base_equal_one(folder, tmp_path):
-    common = {"dropout": 0.0, "max_steps": 2}
+    common = {"max_steps": 2}
     main(make_settings(folder, tmp_path / "one", batch_size=2, **common))
     settings = make_settings(folder, tmp_path / "two", batch_size=1, devices=2, **common)
     values = {name: value for name, value in vars(settings).items() if not isinstance(value, bool)}
@@ -280,12 +234,12 @@ def test_one_batch_is_learnt(folder):
     model = load_flux(folder / "model" / TRANSFORMER)
     adapter = make_lora(model, "all", 16, 16)
     optimizer = torch.optim.AdamW(adapter.parameters(), 3e-3)
-    prompt = checkpoint.read_weights(folder / "prompt.safetensors")
+    prompt = checkpoint.read_weights(prompt_file(folder, "restore"))
     target, control = torch.randn(2, 4, 16, 4, 4)
-    sigma, noise = draw_noise(range(4), (16, 4, 4), "logit_normal")
+    sigma, noise = draw_noise(range(4), (16, 4, 4))
     losses = []
     for _ in range(60):
-        loss, _ = flow_loss(model, target, control, prompt, sigma, noise, Settings())
+        loss, _ = flow_loss(model, target, control, prompt, sigma, noise)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -295,7 +249,7 @@ def test_one_batch_is_learnt(folder):
 
 def test_loss_of_a_perfect_network_is_zero():
     target, control = torch.randn(2, 3, 16, 4, 4)
-    sigma, noise = draw_noise([5, 6, 7], (16, 4, 4), "uniform")
+    sigma, noise = draw_noise([5, 6, 7], (16, 4, 4))
     prompt = {"t5": torch.zeros(1, 2, 8), "pooled": torch.zeros(1, 8)}
 
     def perfect(img, timesteps, guidance, **_):
@@ -306,23 +260,19 @@ def test_loss_of_a_perfect_network_is_zero():
         velocity = noise - target
         return torch.cat([pack(velocity), torch.full_like(img[:, :4], 1e9)], dim=1)
 
-    loss, estimate = flow_loss(perfect, target, control, prompt, sigma, noise, Settings())
+    loss, estimate = flow_loss(perfect, target, control, prompt, sigma, noise)
     assert loss < 1e-10
     torch.testing.assert_close(estimate, target, rtol=1e-4, atol=1e-4)
-    wrong, _ = flow_loss(lambda **k: perfect(**k) + 0.5, target, control, prompt, sigma, noise, Settings())
+    wrong, _ = flow_loss(lambda **k: perfect(**k) + 0.5, target, control, prompt, sigma, noise)
     assert wrong.item() == pytest.approx(0.25, rel=1e-4)
 
 
-def test_the_held_out_loss_is_the_same_each_time_and_falls_with_training(folder, tmp_path):
-    settings = make_settings(folder, tmp_path, weighting="cosmap", preview_images=2)
-    prompt = checkpoint.read_weights(folder / "prompt.safetensors")
-    autoencoder, model = script.load_models(folder / "model", settings, torch.device("cpu"))
-    data = make_data(settings)[1][""]
-
-    def loss(*arguments):
-        return flow_loss(model, *arguments, replace(settings, weighting="none"))
-
-    before, again = (held_out_loss(loss, autoencoder, lambda texts: prompt, data, 2) for _ in range(2))
+def test_the_validation_loss_is_the_same_each_time_and_falls_with_training(folder, tmp_path):
+    settings = make_settings(folder, tmp_path)
+    prompt = checkpoint.read_weights(prompt_file(folder, "restore"))
+    autoencoder, model = script.load_models(settings, torch.device("cpu"))
+    data = script.load_data(settings)[1][""]
+    before, again = (script.validation_loss(model, autoencoder, lambda texts: prompt, data) for _ in range(2))
     assert before == again and len(before) == 6
     assert before["loss"] == pytest.approx(np.mean([before[f"loss_{s}"] for s in SIGMAS]))
     main(replace(settings, max_steps=12, save_steps=6, ema_decay=0.0, batch_size=4))
@@ -331,26 +281,10 @@ def test_the_held_out_loss_is_the_same_each_time_and_falls_with_training(folder,
 
 
 def test_timesteps_and_noise_belong_to_their_sample():
-    together = draw_noise([1, 2, 3], (16, 4, 4), "logit_normal")
-    alone = draw_noise([2], (16, 4, 4), "logit_normal")
+    together, alone = draw_noise([1, 2, 3], (16, 4, 4)), draw_noise([2], (16, 4, 4))
     assert torch.equal(together[0][1:2], alone[0]) and torch.equal(together[1][1:2], alone[1])
-    sigmas = {
-        name: draw_noise(range(2000), (1, 8, 8), name)[0] for name in ("logit_normal", "uniform", "shifted")
-    }
-    assert sigmas["logit_normal"].logit().mean().abs() < 0.07
-    assert sigmas["logit_normal"].logit().std() == pytest.approx(1, abs=0.05)
-    assert sigmas["uniform"].mean() == pytest.approx(0.5, abs=0.02)
-    assert sigmas["uniform"].std() == pytest.approx(12**-0.5, abs=0.02)
-    torch.testing.assert_close(sigmas["shifted"], shift_timesteps(sigmas["logit_normal"], 16).clamp(min=1e-3))
-
-
-def test_weights_of_the_noise_levels():
-    sigma = torch.tensor([0.1, 0.5, 1.0])
-    assert loss_weight(sigma, "none").tolist() == [1, 1, 1]
-    torch.testing.assert_close(loss_weight(sigma, "sigma_sqrt"), torch.tensor([100.0, 4.0, 1.0]))
-    uniform = torch.linspace(0, 1, 10_001)
-    assert loss_weight(uniform, "cosmap").mean() == pytest.approx(1, abs=1e-3)  # a density on [0, 1]
-    assert loss_weight(uniform, "cosmap").max() == pytest.approx(4 / np.pi)  # in the middle
+    sigmas, _ = draw_noise(range(2000), (1, 2, 2))
+    assert sigmas.logit().mean().abs() < 0.07 and sigmas.logit().std() == pytest.approx(1, abs=0.05)
 
 
 def test_learning_rates():
@@ -367,23 +301,8 @@ def test_learning_rates():
     assert rates["cosine"] == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0.000247], abs=1e-5)
 
 
-def test_latents_are_kept_by_picture_not_by_step():
-    class Counting(nn.Module):
-        seen = 0
-
-        def encode(self, images):
-            self.seen += len(images)
-            return images.mean(dim=(2, 3), keepdim=True)
-
-    images, cache, autoencoder = torch.randn(4, 3, 8, 8), {}, Counting()
-    for rows in ([0, 1], [1, 3, 1], [2, 3], [3, 2, 1, 0]):
-        rows = torch.tensor(rows)
-        latents = script.encode(autoencoder, images[rows], rows, cache)
-        assert torch.equal(latents, images[rows].mean(dim=(2, 3), keepdim=True))
-    assert autoencoder.seen == 4
-
-
-def test_perceptual_term_sees_small_noise_alone_and_has_gradients(folder):
+def test_perceptual_term_sees_small_noise_alone_and_has_gradients(folder, monkeypatch):
+    monkeypatch.setattr(script, "PERCEPTUAL_CROP", 32)
     autoencoder = load_autoencoder(folder / "model" / "ae.safetensors")
     sizes = []
 
@@ -394,7 +313,7 @@ def test_perceptual_term_sees_small_noise_alone_and_has_gradients(folder):
     target = torch.randn(3, 3, 64, 64).tanh()
     batch, sigma = {"target": target, "seed": torch.tensor([3, 4, 5])}, torch.tensor([0.2, 0.9, 0.4])
     estimate = torch.randn(3, 16, 8, 8, requires_grad=True)
-    term = script.perceptual_term(autoencoder, distance, estimate, batch, sigma, crop=32)
+    term = script.perceptual_term(autoencoder, distance, estimate, batch, sigma)
     term.backward()
     assert sizes == [(2, 3, 32, 32)]
     assert (
@@ -403,11 +322,12 @@ def test_perceptual_term_sees_small_noise_alone_and_has_gradients(folder):
         and estimate.grad[2].abs().max() > 0
     )
     assert (estimate.grad[0] != 0).any(dim=0).sum() == 16  # the crop's 4 x 4 latent pixels
-    whole = script.perceptual_term(autoencoder, distance, estimate, batch, sigma, crop=256)
+    monkeypatch.setattr(script, "PERCEPTUAL_CROP", 256)
+    whole = script.perceptual_term(autoencoder, distance, estimate, batch, sigma)
     with torch.no_grad():
         parts = distance(autoencoder.decode(estimate[[0, 2]]), target[[0, 2]])
     assert whole.item() == pytest.approx(((0.8 * parts[0] + 0.6 * parts[1]) / 3).item(), rel=1e-4)
-    assert script.perceptual_term(autoencoder, distance, estimate, batch, torch.ones(3), 32) == 0
+    assert script.perceptual_term(autoencoder, distance, estimate, batch, torch.ones(3)) == 0
 
 
 def test_training_with_perceptual_loss(folder, tmp_path, monkeypatch):
@@ -416,9 +336,7 @@ def test_training_with_perceptual_loss(folder, tmp_path, monkeypatch):
             return (restored - clean).square().mean(dim=(1, 2, 3))
 
     monkeypatch.setattr(script, "PerceptualLoss", Distance)
-    main(
-        make_settings(folder, tmp_path, perceptual_loss=True, perceptual_every=2, timestep_sampling="uniform")
-    )
+    main(make_settings(folder, tmp_path, perceptual_loss=True, max_steps=1))
     assert "perceptual" in (tmp_path / "logs" / "metrics.csv").read_text().splitlines()[0]
 
 
@@ -489,15 +407,6 @@ def test_restoring_refuses_nonsense(options):
         restore_image(copy_control, PixelAutoencoder(), PROMPT, np.zeros((32, 32, 3), np.uint8), **options)
 
 
-def test_shrunk_pictures_come_back_in_size_and_place():
-    image = read_image(photographs(("coffee.png",))[0])
-    smooth = cv2.GaussianBlur(image, (0, 0), 4)
-    restored = restore_image(copy_control, PixelAutoencoder(), PROMPT, smooth, steps=2, resolution=200)
-    assert restored.shape == smooth.shape
-    assert np.abs(restored.astype(int) - smooth).mean() < 1
-    assert max(misalignment(restored, smooth)) < 0.1
-
-
 @pytest.mark.parametrize("options", [{}, {"resolution": 120}, {"resolution": 64, "tile": 64, "overlap": 32}])
 def test_pictures_come_back_without_shift_or_zoom(options):
     image = cv2.resize(read_image(photographs(("coffee.png",))[0]), (211, 137), interpolation=cv2.INTER_AREA)
@@ -527,58 +436,54 @@ def test_restoring_from_the_command_line(folder, tmp_path, monkeypatch):
 
 
 def test_restorer_needs_a_prompt(folder, tmp_path):
-    with pytest.raises(ValueError, match="give a --prompt"):
+    with pytest.raises(ValueError, match="a prompt is needed: there is no LoRA"):
         load_restorer(folder / "model")
     with pytest.raises(FileNotFoundError, match="text_encoder/config.json MISSING"):
         load_restorer(folder / "model", prompt="never embedded", prompt_cache=tmp_path / "prompt.safetensors")
 
 
 def test_metadata_says_how_it_was_made(folder, tmp_path):
-    main(make_settings(folder, tmp_path, lora_targets="attn", max_steps=1, lora_dtype="fp32"))
+    main(make_settings(folder, tmp_path, lora_targets="attn", max_steps=1))
     _, metadata = load_lora(load_flux(folder / "model" / TRANSFORMER), tmp_path / LORA_FILE)
     assert metadata == {
         "base": "FLUX.1-Kontext-dev",
         "prompt": "restore",
         "steps": "1",
         "rank": "4",
-        "alpha": "16.0",
+        "alpha": "4",
         "lora_targets": "attn",
         "resolution": "32",
-        **{f"modelspec.{name}": value for name, value in MODELSPEC.items()},
+        **MODELSPEC,
     }
     assert metadata["modelspec.architecture"] == "flux-1-dev/lora"
 
 
 def test_the_folder_of_a_run_is_what_diffusers_takes(folder, tmp_path):
-    """One LoRA at the top; more are below. A run of the former layout goes on and is read as well."""
+    """One LoRA at the top; more are below, and each finds the embedded prompt."""
     from diffusers.loaders.lora_base import _best_guess_weight_name
 
-    main(make_settings(folder, tmp_path, save_steps=2, lora_targets="attn_mlp"))
+    main(make_settings(folder, tmp_path, save_steps=2))
     assert [path.name for path in tmp_path.glob("*lora*.safetensors")] == [LORA_FILE]
-    assert len([*(tmp_path / "snapshots").iterdir()]) == 2 and (tmp_path / "best" / LORA_FILE).is_file()
-    (tmp_path / "lora_0000001.safetensors").write_bytes(b"of an old run")
+    snapshots = sorted((tmp_path / "snapshots").iterdir())
+    assert len(snapshots) == 2 and (tmp_path / "best" / LORA_FILE).is_file()
     assert _best_guess_weight_name(tmp_path) == _best_guess_weight_name(tmp_path / "best") == LORA_FILE
     header = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"val/psnr", "val/psnr_input", "val/ssim", "val/loss", "val/loss_0.1", "val/loss_0.9"} <= {*header}
     assert {"train/loss", "train/tokens/s", "train/images/s", "train/learning_rate"} <= {*header}
-    restore = load_restorer(folder / "model", tmp_path)  # the prompt of the former layout, beside the LoRA
-    assert torch.equal(restore.args[2]["t5"], checkpoint.read_weights(folder / "prompt.safetensors")["t5"])
-    cache = prompt_file(tmp_path / "new", "restore")
-    cache.parent.mkdir(parents=True)
-    shutil.move(tmp_path / "prompt.safetensors", cache)
-    (tmp_path / LORA_FILE).rename(tmp_path / "new" / LORA_FILE)
-    load_restorer(folder / "model", tmp_path / "new" / LORA_FILE)
+    prompt = checkpoint.read_weights(prompt_file(folder, "restore"))
+    for lora in (tmp_path, tmp_path / "best", snapshots[0]):
+        assert torch.equal(load_restorer(folder / "model", lora).args[2]["t5"], prompt["t5"])
 
 
-def test_training_goes_on_from_a_lora_and_on_8_bit_weights(folder, tmp_path):
-    main(make_settings(folder, tmp_path / "first", lora_dtype="fp32", max_steps=1))
+def test_training_starts_from_a_lora_and_on_8_bit_weights(folder, tmp_path):
+    main(make_settings(folder, tmp_path / "first", max_steps=1))
     lora = tmp_path / "first" / LORA_FILE
-    more = {"resume_lora": lora, "base_precision": "fp8", "learning_rate": 0.0, "weight_decay": 0.0}
-    main(make_settings(folder, tmp_path / "second", **more, max_steps=1, lora_dtype="fp32"))
+    more = {"resume_lora": lora, "base_precision": "fp8", "learning_rate": 0.0, "max_steps": 1}
+    main(make_settings(folder, tmp_path / "second", **more))
     before, after = (checkpoint.read_weights(tmp_path / n / LORA_FILE) for n in ("first", "second"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     shutil.rmtree(tmp_path / "first")  # a run that is resumed does not read it
-    main(make_settings(folder, tmp_path / "second", **more, max_steps=1, lora_dtype="fp32"))
+    main(make_settings(folder, tmp_path / "second", **more))
 
 
 def test_examples_only(folder, tmp_path):
@@ -587,15 +492,13 @@ def test_examples_only(folder, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-ROOTS = "validation_root", "hr_root"
-
-
 def test_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    few = {"max_steps": 2, "save_steps": 2, "batch_size": 2, "preview_images": 2}
+    few = {"max_steps": 2, "save_steps": 2, "batch_size": 2}
+    monkeypatch.setattr(script, "PREVIEW_IMAGES", 2)
     main(Settings(demo=True, **script.DEMO | few))
     printed = capsys.readouterr().out
-    assert "these minutes: psnr" in printed and "the one that comes along: psnr" in printed
+    assert "this run's LoRA: psnr" in printed and "the included LoRA: psnr" in printed
     assert "python infer.py kontext" in printed and "lora_path" in printed
     assert read_image("outputs/kontext_demo/images/demo.png").shape == (2 * 128, 4 * 128, 3)
     held_out = {path.name for path in Path("outputs/kontext_demo/held_out").iterdir()}
@@ -609,35 +512,25 @@ def test_demo(tmp_path, monkeypatch, capsys):
     [
         ({"rank": 0}, "rank must be at least 1, not 0"),
         ({"resolution": 100}, "resolution must be a multiple of 16, not 100"),
-        ({"resolution": 512}, "2 of 2 pictures are smaller than 512 px"),
+        ({"resolution": 512}, "2 of 2 images are smaller than 512 px"),
         (
             {"degradation_types": "noise,rain"},
             "unknown degradation rain: choose from downsample",
         ),
-        ({"dropout": 1.0}, "dropout"),
-        ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), not 1.0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), not 1.0"),
         ({"preview_steps": 0}, "preview_steps must be at least 1"),
-        ({"perceptual_crop": 100}, "perceptual_crop"),
         ({"blocks_to_swap": 7}, r"blocks_to_swap must lie in 0 ... 6 \(all blocks\), not 7"),
-        ({"blocks_to_swap": 2, "compile": True}, "blocks_to_swap needs --gradient_checkpointing"),
+        ({"blocks_to_swap": 2, "compile": True}, "blocks_to_swap goes neither with --shard_base nor"),
+        ({"blocks_to_swap": 2, "gradient_checkpointing": False}, "needs --gradient_checkpointing"),
         ({"shard_base": True}, "--shard_base needs --devices 2"),
         ({"rank": 500}, "rank must lie in 1 ... 128, not 500"),
         ({"hr_root": Path("absent")}, "no clean photographs at absent: give --hr_root"),
-        ({"captions": True}, "no picture in .*photos has a caption"),
+        ({"captions": True}, "no image in .*photos has a caption"),
     ],
 )
 def test_bad_values(folder, tmp_path, values, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(make_settings(folder, tmp_path, **values))
-
-
-def test_an_optimizer_that_is_not_installed_is_said_before_anything_is_loaded(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.util.find_spec", lambda name: None)
-    monkeypatch.setattr("train_kontext_lora.load_models", lambda *_: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="adamw8bit needs a package: pip install bitsandbytes"):
-        main(make_settings(folder, tmp_path, optimizer="adamw8bit"))
-    with pytest.raises(ValueError, match="--base_precision nf4 needs a package: pip install bitsandbytes"):
-        main(make_settings(folder, tmp_path, base_precision="nf4"))
 
 
 def test_bad_files(folder, tmp_path):
@@ -655,5 +548,3 @@ def test_bad_files(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no images"):
         main(make_settings(folder, tmp_path / "d", hr_root=tmp_path / "empty"))
-    with pytest.raises(FileNotFoundError, match="no clean photographs at .*nowhere: give --hr_root"):
-        main(make_settings(folder, tmp_path / "e", hr_root=tmp_path / "nowhere"))

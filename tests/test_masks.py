@@ -7,22 +7,22 @@ import pytest
 from ldm.modules.image_degradation.masks import MASK_KINDS, fit_area, pixel_limits, random_mask
 
 
-def draws(kind: str, count: int = 2000, size: int = 128, **options) -> np.ndarray:
+def draws(kind: str, count: int = 600, size: int = 64, **options) -> np.ndarray:
     return np.stack(
         [random_mask(size, size, np.random.default_rng(n), kind, **options) for n in range(count)]
     )
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
-def test_statistics_of_two_thousand(kind):
+def test_statistics_of_many(kind):
     masks = draws(kind)
     areas = masks.mean((1, 2))
     assert masks.dtype == np.uint8 and set(np.unique(masks)) == {0, 1}
     assert areas.min() >= 0.1 and areas.max() <= 0.3
     assert np.ptp(areas) > 0.19 and 0.18 < areas.mean() < 0.26  # the whole band is used
-    assert (np.histogram(areas, 4, (0.1, 0.3))[0] > 200).all()
+    assert (np.histogram(areas, 4, (0.1, 0.3))[0] > 60).all()
     everywhere = masks.mean(0)  # every pixel is in the hole now and then, none always
-    assert everywhere[8:-8, 8:-8].min() > 0.005 and everywhere.max() < 0.6
+    assert everywhere[4:-4, 4:-4].min() > 0.001 and everywhere.max() < 0.6
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
@@ -30,8 +30,8 @@ def test_statistics_of_two_thousand(kind):
     "ratio", [(0.1, 0.101), (0.0, 0.02), (0.7, 0.95), (0.5, 0.5), (1.0, 1.0), (0.0, 1.0)]
 )
 def test_any_band_is_kept(kind, ratio):
-    for shape in ((64, 64), (40, 70), (512, 384)):
-        for seed in range(10):
+    for shape in ((64, 64), (40, 70), (96, 72)):
+        for seed in range(3):
             area = random_mask(*shape, np.random.default_rng(seed), kind, ratio).sum()
             low, high = pixel_limits(*shape, ratio)
             assert 1 <= low <= area <= high <= ratio[1] * shape[0] * shape[1]
@@ -76,5 +76,5 @@ def test_mistakes_are_named():
             random_mask(64, 64, rng, ratio=ratio)
     with pytest.raises(ValueError, match="no hole that could be grown"):
         fit_area(np.zeros((8, 8), np.uint8), (0.1, 0.3))
-    with pytest.raises(ValueError, match="no hole in a picture of 8x8"):
+    with pytest.raises(ValueError, match="no hole in an image of 8x8"):
         random_mask(8, 8, rng, ratio=(0.11, 0.12))

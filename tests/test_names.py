@@ -126,7 +126,7 @@ def workplace(tmp_path_factory):
     """The documents' data, tiny."""
     place = tmp_path_factory.mktemp("names") / "place"
     tiny_runs.make_place(place)
-    write_tiny_folder(place / "flux", place / "prompt.safetensors", PROMPT)
+    write_tiny_folder(place / "flux", place, PROMPT)
     images, objects = [], []
     for number, path in enumerate(list_images(place / "photos")):
         width, height = image_size(path)
@@ -168,8 +168,7 @@ def test_the_documents_commands_run(line, about, workplace, monkeypatch):
     settings = read_settings(settings_of(script), words=words)
     if script == "train_kontext_lora.py":
         shutil.rmtree(settings.output_dir, ignore_errors=True)
-        settings.output_dir.mkdir(parents=True)
-        shutil.copy("prompt.safetensors", settings.output_dir)
+        shutil.copytree("cache", settings.output_dir / "cache")
     module = module_of(script)
     (module.restore_files if module is infer else module.main)(settings)
     if module is infer:

@@ -27,7 +27,7 @@ LONG = {
 SHORT = {
     "deblur": {"max_steps": 3, "logger_freq": 9, "val_fraction": 0.0, "save_steps": 3},
     "srn": {"epochs": 2},
-    "kontext": {"max_train_steps": 3, "save_every": 3, "dropout": 0.0},
+    "kontext": {"max_train_steps": 3, "save_every": 3},
 }
 
 

@@ -11,18 +11,18 @@ import infer
 from benchmarks import small_holes
 from cldm.inpaint import Inpainting, hole_scores, inpaint_image
 from cldm.restore import fix_color
+from extras.train_small_base import KEEP, square
 from ldm.checkpoint import read_metadata, read_settings, read_weights, write_weights
 from ldm.data.image import photographs, read_image
 from ldm.metrics import misalignment, psnr
 from ldm.models.kontext import load_restorer
 from ldm.modules.image_degradation.blur import random_blur
-from ldm.modules.image_degradation.damage import degrade
+from ldm.modules.image_degradation.degrade import degrade
 from ldm.modules.image_degradation.masks import random_mask
-from train_small_base import KEEP, square
 
 MODELS = Path("models")
 # dB, means over the two squares; this gaussian blur is slight, and slight blur becomes worse
-GAINS = {"gaussian_blur": -0.65, "motion_blur": 1.26, "damage": 4.55}
+GAINS = {"gaussian_blur": -0.65, "motion_blur": 1.26, "degradation": 4.55}
 FILLED = -0.14  # dB above Telea in the holes
 
 
@@ -106,11 +106,11 @@ def test_the_table_of_holes_has_the_default_and_telea(monkeypatch, capsys):
     assert len(shown) == 10 == len(set(shown.values()))
 
 
-def test_the_small_lora_undoes_damage(squares, tmp_path):
+def test_the_small_lora_undoes_degradation(squares, tmp_path):
     kinds = {"types": ("downsample", "noise"), "lr_scale": 2, "noise_level": 0.1}
-    damaged = [degrade(sharp, np.random.default_rng(5), **kinds) for sharp in squares]
+    degraded = [degrade(sharp, np.random.default_rng(5), **kinds) for sharp in squares]
     command = infer.Kontext(input=Path("a.png"), output_dir=tmp_path, num_inference_steps=2, device="cpu")
-    assert mean_gain(command.restorer(), squares, damaged) > GAINS["damage"] - 0.1
+    assert mean_gain(command.restorer(), squares, degraded) > GAINS["degradation"] - 0.1
 
 
 def test_the_small_transformer_keeps_a_picture_where_it_is(squares, tmp_path):

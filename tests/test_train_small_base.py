@@ -1,17 +1,16 @@
-"""The script that teaches the small base: its computed encoder, its stages, its files."""
+"""The script that trains the small base: its computed encoder, its stages, its files."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-import train_small_base as script
 from cldm.model import add_control, load_state_dict, read_config
-from ldm.data.image import photographs, to_tensor, write_image
-from ldm.models.kontext import load_autoencoder, load_restorer
-from train_small_base import (
+from extras import train_small_base as script
+from extras.train_small_base import (
     CHANNELS,
     CONFIG,
     KEEP,
@@ -22,6 +21,8 @@ from train_small_base import (
     main,
     piece,
 )
+from ldm.data.image import photographs, to_tensor, write_image
+from ldm.models.kontext import load_autoencoder, load_restorer
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_pieces_are_the_same_again_and_differ_from_each_other():
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory) -> Settings:
+def trained(tmp_path_factory) -> Settings:
     """All stages for two steps, and their files."""
     folder = tmp_path_factory.mktemp("base")
     (folder / "photos").mkdir()
@@ -74,36 +75,42 @@ def taught(tmp_path_factory) -> Settings:
         photos=folder / "photos", output_dir=folder / "run", models=folder / "models", pieces=12, batch_size=2
     )
     settings = replace(settings, **steps, save_steps=1, warmup=1, precision="32")
-    main(settings)
+    squares = script.held_out_squares()[:8]
+    with pytest.MonkeyPatch.context() as patch:  # fewer images to score and to sample
+        patch.setattr(script, "held_out_squares", lambda: squares)
+        patch.setattr(script, "unconditional", partial(script.unconditional, count=1))
+        main(settings)
     return settings
 
 
-def test_what_is_written_opens_as_the_real_models_do(taught):
+def test_what_is_written_opens_as_the_real_models_do(trained):
     config = read_config(CONFIG)
-    weights = load_state_dict(taught.models / "small_diffusion.safetensors")
+    weights = load_state_dict(trained.models / "small_diffusion.safetensors")
     assert {value.dtype for name, value in weights.items() if "position_ids" not in name} == {torch.float16}
     started, counts, _ = add_control(weights, config, "the base")
     assert counts["kept"] and counts["copied"] and not counts["ignored"]
     image = np.full((40, 52, 3), 128, np.uint8)
-    restore = load_restorer(taught.models / "small_kontext", None, KEEP, taught.output_dir / "p.safetensors")
+    restore = load_restorer(
+        trained.models / "small_kontext", None, KEEP, trained.output_dir / "p.safetensors"
+    )
     assert restore(image, steps=1).shape == image.shape
 
 
-def test_both_layouts_hold_the_same_autoencoder(taught, pictures):
+def test_both_layouts_hold_the_same_autoencoder(trained, pictures):
     """Stable Diffusion's 1x1 convolutions and scale do what FLUX's shift and scale do."""
     model = base_model()
-    weights = load_state_dict(taught.models / "small_diffusion.safetensors")
+    weights = load_state_dict(trained.models / "small_diffusion.safetensors")
     model.load_state_dict(
         {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, strict=False
     )
-    flux = load_autoencoder(taught.models / "small_kontext" / "ae.safetensors")
+    flux = load_autoencoder(trained.models / "small_kontext" / "ae.safetensors")
     latents = model.scale_factor * model.encode_first_stage(pictures[:2]).mode()
     assert torch.allclose(latents, flux.encode(pictures[:2]), atol=1e-4)
     assert torch.allclose(model.decode_first_stage(latents), flux.decode(latents), atol=1e-4)
 
 
-def test_a_stage_resumes(taught, capsys):
-    main(replace(taught, stage="unet"))
+def test_a_stage_resumes(trained, capsys):
+    main(replace(trained, stage="unet"))
     assert "resuming" in capsys.readouterr().out
     with pytest.raises(ValueError, match="learning_rate was 0.001"):
-        main(replace(taught, stage="unet", learning_rate=0.5))
+        main(replace(trained, stage="unet", learning_rate=0.5))

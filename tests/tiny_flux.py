@@ -7,15 +7,14 @@ from torch import nn
 
 from ldm.checkpoint import write_weights
 from ldm.models.kontext import FluxAutoencoder, write_small_folder
+from ldm.models.prompts import prompt_file
 from ldm.modules.flux import Flux, FluxParams
 
 
-def write_tiny_folder(
-    folder: str | Path, cache: str | Path, prompt: str, seed: int = 0, channels: int = 16
-) -> None:
-    """A transformer and an autoencoder of random weights and toy sizes.
+def write_tiny_folder(folder: str | Path, run: Path, prompt: str, seed: int = 0, channels: int = 16) -> None:
+    """Write a transformer and an autoencoder of random weights and toy sizes.
 
-    `cache` is what `cached_prompt` then finds for `prompt`: 16 random tokens instead of text encoders.
+    The folder `run` of a run gets an embedding of `prompt`: 16 random tokens instead of text encoders.
     """
     generator = torch.Generator().manual_seed(seed)
     width = 4 * channels
@@ -31,4 +30,6 @@ def write_tiny_folder(
             nn.init.constant_(parameter, float((parameter == 1).all()))
     write_small_folder(folder, flux, autoencoder)
     t5, pooled = (torch.randn(shape, generator=generator) for shape in ((1, 16, 48), (1, 32)))
+    cache = prompt_file(run, prompt)
+    cache.parent.mkdir(parents=True, exist_ok=True)
     write_weights(cache, {"t5": t5, "pooled": pooled}, {"prompt": prompt})

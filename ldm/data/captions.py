@@ -1,4 +1,4 @@
-"""Captions beside pictures: NAME.txt next to NAME.jpg, as most trainers have them."""
+"""Captions beside images: NAME.txt next to NAME.jpg, as most trainers have them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 
-def read_caption(*pictures: str | Path) -> str:
-    """What the first NAME.txt (or NAME.TXT) beside one of the pictures says, in one line; else "".
+def read_caption(*images: str | Path) -> str:
+    """The text of the first NAME.txt (or NAME.TXT) beside one of the images, in one line; else "".
 
     Raises ValueError that names the file if it is not text in UTF-8.
     """
-    for path in [Path(picture).with_suffix(suffix) for picture in pictures for suffix in (".txt", ".TXT")]:
+    for path in [Path(image).with_suffix(suffix) for image in images for suffix in (".txt", ".TXT")]:
         if path.is_file():
             try:
                 return " ".join(path.read_text(encoding="utf-8-sig").split())
@@ -20,9 +20,10 @@ def read_caption(*pictures: str | Path) -> str:
     return ""
 
 
-def check_captions(pictures: Iterable[str | Path]) -> bool:
-    """Whether any picture has a caption beside it; all are read, so that one that cannot be is found now."""
-    pictures = [Path(picture) for picture in pictures]
-    folders = {folder for folder in {path.parent for path in pictures} if any(folder.glob("*.[tT][xX][tT]"))}
-    beside = [path for path in pictures if path.parent in folders]
-    return any([read_caption(path) for path in tqdm(beside, "reading captions", leave=False)])
+def check_captions(images: Iterable[str | Path]) -> bool:
+    """Tell whether any image has a caption beside it. All are read: a bad one raises now, not in training."""
+    paths = [Path(image) for image in images]
+    folders = {folder for folder in {path.parent for path in paths} if any(folder.glob("*.[tT][xX][tT]"))}
+    beside = [path for path in paths if path.parent in folders]
+    captions = [read_caption(path) for path in tqdm(beside, "reading captions", leave=False)]
+    return any(captions)

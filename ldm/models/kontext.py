@@ -21,7 +21,6 @@ from ldm.models.prompts import cached_prompt, check_folder, prompt_file
 from ldm.modules.flux import Flux, FluxParams
 from ldm.modules.fp8 import quantize, store_in_fp8
 from ldm.modules.lora import block_linears, load_lora, lora_file
-from ldm.modules.nf4 import nf4_weight, store_in_nf4
 from ldm.modules.swap import BlockSwap
 
 TRANSFORMER = "flux1-kontext-dev.safetensors"
@@ -32,7 +31,7 @@ AUTOENCODER_CONFIG = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "
 class FluxAutoencoder(AutoencoderKL):
     """Image (b, 3, 8h, 8w) in [-1, 1] <-> latent (b, 16, h, w) of about unit variance.
 
-    `config` are the arguments of Encoder and Decoder, if they are not FLUX's.
+    `config` holds the arguments of Encoder and Decoder if they are not FLUX's.
     """
 
     scale_factor, shift_factor = 0.3611, 0.1159
@@ -43,17 +42,18 @@ class FluxAutoencoder(AutoencoderKL):
         self.config = config
 
     def encode(self, image: Tensor) -> Tensor:
-        """The mode of the posterior, shifted and scaled: float32, computed in the dtype of the weights."""
+        """Return the posterior's mode, shifted and scaled: float32, computed in the dtype of the weights."""
         mode = super().encode(image.to(self.encoder.conv_in.weight.dtype)).mode()
         return self.scale_factor * (mode.float() - self.shift_factor)
 
     def decode(self, latent: Tensor) -> Tensor:
+        """Return the image of a latent: float32, computed in the dtype of the weights."""
         latent = latent / self.scale_factor + self.shift_factor
         return super().decode(latent.to(self.decoder.conv_in.weight.dtype)).float()
 
 
 def own_dtype(device: str | torch.device) -> torch.dtype:
-    """What FLUX computes in: bfloat16 on CUDA (float16 overflows in it), float32 elsewhere."""
+    """The dtype that FLUX computes in: bfloat16 on CUDA (float16 overflows in it), float32 elsewhere."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
@@ -64,18 +64,14 @@ def load_flux(
     fp8: bool = False,
     progress: Callable[[list], Iterable] = iter,
     blocks_to_swap: int = 0,
-    nf4: bool = False,
 ) -> Flux:
-    """A frozen transformer from a file; with `fp8` or `nf4` its blocks' linears are stored in 8 or 4 bits.
+    """Load a frozen transformer; with `fp8` the linears of its blocks are stored in 8 bits.
 
-    Without a `dtype` it computes in that of `own_dtype`.
-    Sizes are Kontext's unless the file's metadata holds "flux_params" (see `save_flux`). `progress` may wrap
-    the list of names in a progress bar. The last `blocks_to_swap` blocks stay in (pinned) CPU memory and are
-    fetched when they run, which 4 bits do not allow. Raises FileNotFoundError, ValueError for a damaged or
-    foreign file, or if nf4 lacks its package.
+    Without a `dtype` it computes in that of `own_dtype`. Sizes are Kontext's unless the file's metadata holds
+    "flux_params" (see `save_flux`). `progress` may wrap the list of names in a progress bar. The last
+    `blocks_to_swap` blocks are offloaded to (pinned) CPU memory and fetched when they run.
+    Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
-    if nf4 and blocks_to_swap:
-        raise ValueError("--base_precision nf4 does not go with --blocks_to_swap")
     dtype = dtype or own_dtype(device)
     weights = read_weights(path)
     sizes = read_settings(path, "flux_params")
@@ -83,37 +79,32 @@ def load_flux(
         model = Flux(FluxParams(**sizes))
         check_fit(model, weights, path)
         eight_bit = store_in_fp8(model, block_linears(model)) if fp8 else {}
-        four_bit = store_in_nf4(model, block_linears(model), dtype) if nf4 else {}
         if blocks_to_swap:
             model.swap = BlockSwap([*model.double_blocks, *model.single_blocks], blocks_to_swap)
-    waiting = {id(p) for block in model.swap.blocks for p in block.parameters()} if model.swap else set()
-    waiting = {name for name, p in model.named_parameters() if id(p) in waiting}
-    state, cuda = {}, torch.device(device).type == "cuda"
+    offloaded = model.swap.parameter_names(model) if model.swap else set()
+    on_cuda = torch.device(device).type == "cuda"
+    state = {}
     for name in progress(list(weights)):
         value = weights.pop(name).to(device)
         if name in eight_bit:
             state[name], eight_bit[name].scale = quantize(value)
-        elif name in four_bit:
-            state[name] = nf4_weight(value.to(dtype))
         else:
             state[name] = value.to(dtype)
-        if name in waiting and cuda:
+        if name in offloaded and on_cuda:
             state[name] = state[name].cpu().pin_memory()
-    for name, linear in four_bit.items():
-        linear.weight = state.pop(name)
-    model.load_state_dict(state, strict=not nf4, assign=True)  # what there is was checked above
+    model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
 
 
 def save_flux(path: str | Path, model: Flux, **facts: str) -> None:
-    """Write a transformer whose sizes `load_flux` then reads from the file, with `facts` in its metadata."""
+    """Write a transformer with its sizes, which `load_flux` reads, and `facts` in the metadata."""
     write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params)), **facts})
 
 
 def load_autoencoder(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> FluxAutoencoder:
-    """The frozen autoencoder, of the usual sizes unless the metadata holds "ddconfig"; in `own_dtype`."""
+    """Load the frozen autoencoder, of FLUX's sizes unless the metadata holds "ddconfig"; in `own_dtype`."""
     dtype = dtype or own_dtype(device)
     weights = read_weights(path)
     config = read_settings(path, "ddconfig")
@@ -133,50 +124,53 @@ def load_restorer(
     device: str | torch.device = "cpu",
     **storage: Any,
 ) -> Callable[..., np.ndarray]:
-    """`restore_image` with model, autoencoder and prompt filled in from a model folder and a LoRA file.
-
-    `storage` is that of the transformer: `fp8`, `nf4` and `blocks_to_swap` of `load_flux`.
+    """Fill in `restore_image`'s model, autoencoder and prompt from a model folder and a LoRA.
 
     The LoRA is a file or the folder of a run. Without `prompt` it is the LoRA's own, whose embedding the run
-    keeps; that of another prompt goes to `prompt_cache`. Raises ValueError if there is no prompt at all, or
-    if the LoRA was trained with several, which it lists.
+    keeps; that of another prompt goes to `prompt_cache`. `storage` is that of the transformer: `fp8`
+    and `blocks_to_swap` of `load_flux`. Raises ValueError if there is no prompt, or if the LoRA was trained
+    with several, which it lists.
     """
     folder = check_folder(folder, (TRANSFORMER, AUTOENCODER))
     if lora_path and not lora_file(lora_path).is_file():
         raise FileNotFoundError(f"LoRA not found: {lora_file(lora_path)}")
-    about = read_metadata(lora_file(lora_path)) if lora_path and not prompt else {}
-    if "tasks" in about:
-        known = "; ".join(f"{task}: {text!r}" for task, text in json.loads(about["tasks"]).items())
-        raise ValueError(f"give a --prompt: {lora_file(lora_path)} was trained with several ({known})")
-    prompt = prompt or about.get("prompt", "")
-    if not prompt:
-        silent = (
-            f"{lora_file(lora_path)} names none; is it a LoRA of FLUX?" if lora_path else "there is no LoRA"
-        )
-        raise ValueError(f"give a --prompt: {silent}")
+    prompt = prompt or lora_prompt(lora_path)
     runs = [Path(lora_path), *list(Path(lora_path).parents)[:2]] if lora_path else []
     kept = [path for path in (prompt_file(run, prompt) for run in runs) if path.is_file()]
     embeddings = cached_prompt(kept[0] if kept else prompt_cache, folder, prompt, device)
     embeddings = {name: value.to(device) for name, value in embeddings.items()}
     autoencoder = load_autoencoder(folder / AUTOENCODER, device)
-    bar = partial(tqdm, desc="loading")
-    model = load_flux(folder / TRANSFORMER, device, progress=bar, **storage)
+    model = load_flux(folder / TRANSFORMER, device, progress=partial(tqdm, desc="loading"), **storage)
     if lora_path:
         load_lora(model, lora_path, lora_scale)
     return partial(restore_image, model, autoencoder, embeddings)
 
 
-def write_small_folder(folder: str | Path, flux: Flux, autoencoder: FluxAutoencoder, **facts: str) -> None:
-    """The two networks of a model folder, of any sizes: these the files name themselves (their metadata).
+def lora_prompt(lora_path: str | Path | None) -> str:
+    """The prompt that a LoRA was trained with. Raises ValueError if there is none, or more than one."""
+    if not lora_path:
+        raise ValueError("a prompt is needed: there is no LoRA that could name one")
+    path = lora_file(lora_path)
+    about = read_metadata(path)
+    if "tasks" in about:
+        known = "; ".join(f"{task}: {text!r}" for task, text in json.loads(about["tasks"]).items())
+        raise ValueError(f"a prompt is needed: {path} was trained with several ({known})")
+    if not about.get("prompt"):
+        raise ValueError(f"a prompt is needed: {path} names none; is it a LoRA of FLUX?")
+    return about["prompt"]
 
-    Written are the transformer (flux1-kontext-dev.safetensors, metadata "flux_params": the fields of
+
+def write_small_folder(folder: str | Path, flux: Flux, autoencoder: FluxAutoencoder, **facts: str) -> None:
+    """Write the two networks of a model folder, of any sizes, which their metadata hold.
+
+    These are the transformer (flux1-kontext-dev.safetensors, metadata "flux_params": the fields of
     `FluxParams`) and the autoencoder (ae.safetensors, "ddconfig": the arguments of its Encoder, with any
-    z_channels; 8 pixels are one of the latent's, which the scale and shift of FLUX must bring to about unit
+    z_channels; a latent pixel is 8 x 8 pixels, and FLUX's scale and shift must bring it to about unit
     variance). in_channels of the transformer is 4 z_channels. To embed prompts the folder also needs
     TEXT_FILES: text_encoder/ (CLIP, hidden_size = vec_in_dim), text_encoder_2/ (T5, d_model =
-    context_in_dim) and tokenizer_2/, whose sizes their config.json give; without them a run needs
-    prompt.safetensors, as `cached_prompt` writes it, in its output folder. `facts` go to the transformer's
-    metadata. Raises ValueError if the two networks do not fit together.
+    context_in_dim) and tokenizer_2/, with their sizes in config.json; without them a run needs its prompts
+    embedded already (`prompt_file`). `facts` go to the transformer's metadata. Raises ValueError if the two
+    networks do not fit together.
     """
     channels = autoencoder.config["z_channels"]
     if flux.params.in_channels != 4 * channels:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ ROWS = 4  # prompts that T5 encodes at once
 
 
 def check_folder(folder: str | Path, files: Iterable[str]) -> Path:
-    """The folder as a Path. Raises FileNotFoundError that lists every expected file and which are there."""
-    folder, files = Path(folder), list(files)
+    """Return the folder as a Path. Raises FileNotFoundError that lists which expected files are missing."""
+    folder = Path(folder)
     found = {name: any(folder.glob(name)) for name in files}
     if not all(found.values()):
-        listing = "; ".join(f"{name} {'found' if found[name] else 'MISSING'}" for name in files)
+        listing = "; ".join(f"{name} {'found' if there else 'MISSING'}" for name, there in found.items())
         raise FileNotFoundError(
             f"the model folder {folder} is not complete: {listing}. Expected is a download of "
             "black-forest-labs/FLUX.1-Kontext-dev (see docs/kontext.md)"
@@ -40,74 +41,91 @@ def check_folder(folder: str | Path, files: Iterable[str]) -> Path:
 
 
 def encode_prompt(folder: str | Path, prompt: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The prompt as {"t5": (1, 512, 4096), "pooled": (1, 768)}, bfloat16 on the CPU.
+    """Encode a prompt as {"t5": (1, 512, 4096), "pooled": (1, 768)}, bfloat16 on the CPU.
 
     T5's sizes and its number of tokens (n_positions) are those of its config.json. It sees the padding too
-    (no attention mask), as in the original. The encoders are freed before it returns.
+    (no attention mask), as in the original.
     """
-    [embeddings] = encode_prompts(folder, [prompt], device)  # to its end: that frees the encoders
+    [embeddings] = encode_prompts(folder, [prompt], device)
     return embeddings
 
 
 def encode_prompts(
     folder: str | Path, prompts: Sequence[str], device: str | torch.device = "cpu"
 ) -> Iterator[dict[str, Tensor]]:
-    """What `encode_prompt` returns for each, one after the other."""
+    """Encode several prompts one after the other, each as `encode_prompt` does."""
     folder = check_folder(folder, TEXT_FILES)
-    pooled = _encode_clip(folder, prompts, device)
-    for number, t5 in enumerate(_encode_t5(folder, prompts, device)):
-        yield {"t5": t5, "pooled": pooled[number]}
+    with _naming(folder / "text_encoder"):
+        pooled = _encode_clip(folder / "text_encoder", prompts, device)
+    with _naming(folder / "text_encoder_2"):
+        t5, ids = _load_t5(folder, prompts)
+    for number, states in enumerate(run_by_layers(t5, ids, device)):
+        yield {"t5": states, "pooled": pooled[number]}
 
 
-def _read_sizes(path: Path, *names: str) -> dict:
-    """A text encoder's config.json. Raises ValueError unless these of its values are sizes."""
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Turn errors of json, tokenizers and transformers, which are of every kind, into one that says where."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    values = config.values() if isinstance(config, dict) else ()
-    wrong = [name for name in names if not isinstance(config, dict) or not isinstance(config.get(name), int)]
-    wrong += [name for name in names if not wrong and config[name] < 1]
-    if wrong or any(isinstance(value, int) and value > LARGEST for value in values):
-        raise ValueError(f"{path} is damaged: {', '.join(wrong) or 'one of its numbers'} cannot be a size")
-    return config
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{folder} is damaged or not complete: {reason[0]}") from error
 
 
 @torch.no_grad()
-def _encode_t5(folder: Path, prompts: Sequence[str], device: str | torch.device) -> Iterator[Tensor]:
+def _load_t5(folder: Path, prompts: Sequence[str]) -> tuple[nn.Module, Tensor]:
+    """T5 on the CPU and the token ids (prompts, 512). Raises errors of every kind."""
     from tokenizers import Tokenizer
     from transformers import T5EncoderModel
 
-    here, words = folder / "text_encoder_2", folder / "tokenizer_2" / "tokenizer.json"
-    length = {"n_positions": 512, **_read_sizes(here / "config.json")}["n_positions"]
-    files = sorted(here.glob("model*.safetensors*"))
-    for path in files:
-        _read_sizes(path) if path.suffix == ".json" else read_metadata(path)
-    try:
-        tokenizer = Tokenizer.from_file(str(words))
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(length)
-        rows = [tokenizer.encode(prompt).ids for prompt in prompts]
-    except Exception as error:  # the package raises nothing more special
-        raise ValueError(f"{words} is damaged: {error}") from error
-    try:
-        model, found = T5EncoderModel.from_pretrained(
-            here, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
-        )
-        lacks = found["missing_keys"]
-    except Exception as error:  # of every kind that Python has
-        lacks = [str(error) or type(error).__name__]
-    if lacks:
-        names = ", ".join(path.name for path in [*files, here / "config.json"])
-        raise ValueError(f"T5 in {here} is damaged or not whole ({names}): {'; '.join(sorted(lacks)[:3])}")
-    if max(map(max, filter(None, rows)), default=0) >= model.config.vocab_size:
-        raise ValueError(f"{words} is not that of the T5 beside it, which knows fewer words")
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])  # (prompts, 512)
-    yield from run_by_layers(model, ids, device)
+    here = folder / "text_encoder_2"
+    length = _read_config(here).get("n_positions", 512)
+    for path in sorted(here.glob("model*.safetensors")):
+        read_metadata(path)  # transformers' own errors do not name the file
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer_2" / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    model, found = T5EncoderModel.from_pretrained(
+        here, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise ValueError(f"{min(found['missing_keys'])} is missing")
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    if ids.max() >= model.config.vocab_size:
+        raise ValueError("tokenizer_2/tokenizer.json is not of this T5, which knows fewer words")
+    return model, ids
+
+
+@torch.no_grad()
+def _encode_clip(here: Path, prompts: Sequence[str], device: str | torch.device) -> list[Tensor]:
+    """CLIP's pooled output (1, 768) of each prompt, bfloat16 on the CPU."""
+    config = _read_config(here)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    model = CLIPTextModel(*(config[name] for name in names))
+    path = here / "model.safetensors"
+    weights = read_weights(path)
+    for name, value in model.state_dict().items():
+        if name.endswith("position_ids"):  # not every file has them
+            weights.setdefault(name, value)
+    fill(model, weights, path).to(device).float()
+    return [model(tokenize([prompt]).to(device))[1].bfloat16().cpu() for prompt in prompts]
+
+
+def _read_config(folder: Path) -> dict:
+    """The config.json of a text encoder. Raises ValueError for numbers that would take all memory."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, value in config.items():
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"{name} in config.json cannot be {value}")
+    return config
 
 
 class Fetched(nn.Module):
-    """A layer whose weights stay where they are; each call has a copy of them on `device`."""
+    """Run a layer on `device` with a copy of its weights, which stay where they are."""
 
     def __init__(self, layer: nn.Module, device: str | torch.device):
         super().__init__()
@@ -120,7 +138,7 @@ class Fetched(nn.Module):
 
 @torch.no_grad()
 def run_by_layers(model: nn.Module, ids: Tensor, device: str | torch.device) -> Iterator[Tensor]:
-    """The last hidden states of a T5 on the CPU, (1, tokens, dim) in bfloat16 there, for each row of ids.
+    """Compute the last hidden states of a T5, (1, tokens, dim) in bfloat16 on the CPU, for each row of ids.
 
     Its 9.5 GB do not fit on every GPU: each layer is on `device` only while it computes a few rows.
     """
@@ -132,27 +150,10 @@ def run_by_layers(model: nn.Module, ids: Tensor, device: str | torch.device) -> 
         yield from states.bfloat16().cpu().split(1)
 
 
-@torch.no_grad()
-def _encode_clip(folder: Path, prompts: Sequence[str], device: str | torch.device) -> list[Tensor]:
-    here = folder / "text_encoder"
-    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
-    width, hidden, layers, heads = map(_read_sizes(here / "config.json", *names).get, names)
-    if width % heads:
-        raise ValueError(f"{here / 'config.json'} is damaged: {heads} heads do not divide {width} channels")
-    model = CLIPTextModel(width, hidden, layers, heads)
-    path = here / "model.safetensors"
-    position_ids = {
-        name: value for name, value in model.state_dict().items() if name.endswith("position_ids")
-    }
-    weights = {**position_ids, **read_weights(path)}
-    fill(model, weights, path).to(device).float()
-    return [model(tokenize([prompt]).to(device))[1].bfloat16().cpu() for prompt in prompts]
-
-
 def cached_prompt(
     cache: str | Path, folder: str | Path, prompt: str, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """What `encode_prompt` returns, from the file `cache` if that is of the same prompt, else put into it."""
+    """Read the embeddings from the file `cache` if it holds this prompt; else encode it and write them."""
     found = _read_cache(Path(cache), prompt, folder)
     if found is None:
         found = encode_prompt(folder, prompt, device)
@@ -161,7 +162,7 @@ def cached_prompt(
 
 
 def _encoders(folder: str | Path) -> str:
-    """What tells a folder's text encoders from those of another model; "" if they are not there."""
+    """An identifier of a folder's text encoders; "" where it has none."""
     path = Path(folder) / "text_encoder_2" / "config.json"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ""
 
@@ -172,10 +173,10 @@ def _read_cache(cache: Path, prompt: str, folder: str | Path) -> dict[str, Tenso
         return None
     made_by, here = about.get("encoders"), _encoders(folder)
     if made_by and here and made_by != here:
-        return None  # another model's: it is made anew
+        return None  # of another model
     found = read_weights(cache)
-    whole = {name: value.ndim for name, value in found.items()} == {"t5": 3, "pooled": 2}
-    return found if whole else None  # damaged: it is made anew
+    is_whole = {name: value.ndim for name, value in found.items()} == {"t5": 3, "pooled": 2}
+    return found if is_whole else None
 
 
 def _write_cache(cache: Path, prompt: str, folder: str | Path, embeddings: dict[str, Tensor]) -> None:
@@ -184,17 +185,14 @@ def _write_cache(cache: Path, prompt: str, folder: str | Path, embeddings: dict[
 
 
 def prompt_file(run: Path, prompt: str) -> Path:
-    """Where the folder of a run keeps the embedding of a prompt: cache/, or as it was, beside the LoRA."""
-    old = run / "prompt.safetensors"
-    if old.is_file() and read_metadata(old).get("prompt") == prompt:
-        return old
+    """The file in a run's folder that keeps the embedding of a prompt."""
     return run / "cache" / f"prompt_{hashlib.sha256(prompt.encode()).hexdigest()[:12]}.safetensors"
 
 
 class Prompts:
     """The embeddings of several prompts, each encoded once and kept in the folder `run` of a run.
 
-    prompts(texts) gives {"t5": (b, tokens, dim), "pooled": (b, dim)} of b texts on the device, b = 1 if all
+    prompts(texts) returns {"t5": (b, tokens, dim), "pooled": (b, dim)} of b texts on the device, b = 1 if all
     are the same. Raises what `encode_prompt` does.
     """
 
@@ -203,15 +201,20 @@ class Prompts:
     ):
         self.run, self.device = run, device
         self.read = lru_cache(maxsize=32)(self._read)  # of FLUX's own 4 MB each
-        new = [t for t in dict.fromkeys(texts) if _read_cache(prompt_file(run, t), t, folder) is None]
+        new = [
+            text for text in dict.fromkeys(texts) if _read_cache(prompt_file(run, text), text, folder) is None
+        ]
         if new:
             made = tqdm(encode_prompts(folder, new, device), "encoding prompts", len(new), leave=False)
             for text, embeddings in zip(new, made, strict=True):
                 _write_cache(prompt_file(run, text), text, folder, embeddings)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        found = [self.read(text) for text in (texts[:1] if len({*texts}) == 1 else texts)]
-        return {name: torch.cat([one[name] for one in found]) for name in ("t5", "pooled")}
+        if len(set(texts)) == 1:
+            return self.read(texts[0])
+        found = [self.read(text) for text in texts]
+        return {name: torch.cat([each[name] for each in found]) for name in ("t5", "pooled")}
 
     def _read(self, text: str) -> dict[str, Tensor]:
-        return {n: v.to(self.device) for n, v in read_weights(prompt_file(self.run, text)).items()}
+        embeddings = read_weights(prompt_file(self.run, text))
+        return {name: value.to(self.device) for name, value in embeddings.items()}

@@ -174,7 +174,7 @@ class Flux(nn.Module):
     def __init__(self, params: FluxParams):
         super().__init__()
         self.params, self.checkpointing = params, False
-        self.swap: BlockSwap | None = None  # runs the blocks if some wait in CPU memory
+        self.swap: BlockSwap | None = None  # runs the blocks if some are offloaded to CPU memory
         dim, heads, ratio = params.hidden_size, params.num_heads, params.mlp_ratio
         self.img_in = nn.Linear(params.in_channels, dim)
         self.time_in = MLPEmbedder(256, dim)

@@ -1,4 +1,4 @@
-"""Linear layers stored in 8 bits: half the memory of bfloat16, for weights that stay as they are."""
+"""Linear layers stored in 8 bits: half the memory of bfloat16, for frozen weights."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 class Fp8Linear(nn.Module):
     """A frozen linear layer in float8 e4m3 with one scale, computed in the input's dtype.
 
-    Widening to bfloat16 is exact and the scale, a power of two, is the product's own factor: only the storage
-    rounds, and nothing is read twice. The widened weight is kept for the gradient of the input: with
-    activation checkpointing those of one block at a time.
+    Converting to bfloat16 is exact, and the scale is a power of two that the product applies: only storage
+    rounds. The converted weight is kept for the gradient of the input; with activation checkpointing those of
+    one block at a time.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
@@ -29,7 +29,7 @@ class Fp8Linear(nn.Module):
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, float]:
-    """(out, in) -> float8 e4m3 (out, in) and a power of two with weight = float8 * scale, nearly.
+    """Round (out, in) to float8 e4m3 (out, in) and a power of two, so that weight is about float8 * scale.
 
     Three bits of mantissa are kept down to 2^-14 of the largest value: scales of rows would gain nothing.
     """
@@ -40,7 +40,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, float]:
 
 
 def store_in_fp8(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, Fp8Linear]:
-    """Replace the linears, given by name, with empty `Fp8Linear` ones: these by their weights' names."""
+    """Replace the linears, given by name, with empty `Fp8Linear` ones; return them by weight name."""
     stored = {}
     for name, linear in linears.items():
         stored[f"{name}.weight"] = Fp8Linear(linear.in_features, linear.out_features, linear.bias is not None)

@@ -11,10 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import read_metadata, read_weights, write_weights
-from ldm.modules.foreign_lora import to_kohya
+from ldm.checkpoint import check_fit, fill, read_metadata, read_weights, write_weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
+# What Forge and other file browsers show (Stability AI's ModelSpec 1.0.0).
+MODELSPEC = {
+    "modelspec.sai_model_spec": "1.0.0",
+    "modelspec.architecture": "flux-1-dev/lora",
+    "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+    "modelspec.title": "restoration LoRA of FLUX.1 Kontext",
+}
+KEY = re.compile(r"lora_unet_(double|single)_blocks_\d+_\w+\.(lora_down\.weight|lora_up\.weight|alpha)")
 
 # Fused linears by name. A single block's linear1 holds q, k, v and half of its MLP, linear2 the other halves.
 ATTENTION = r"_attn\.(qkv|proj)$|\.linear[12]$"
@@ -25,7 +32,7 @@ TARGETS = {"attn": ATTENTION, "attn_mlp": f"{ATTENTION}|{MLP}", "all": f"{ATTENT
 class LoRA(nn.Module):
     """The low-rank part of one linear layer; named and stored as in kohya's files, float32."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float):
         super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(f"rank must lie in 1 ... {min(in_features, out_features)}, not {rank}")
@@ -33,11 +40,11 @@ class LoRA(nn.Module):
         self.lora_up = nn.Linear(rank, out_features, bias=False)
         nn.init.zeros_(self.lora_up.weight)  # at the start nothing changes
         self.register_buffer("alpha", torch.tensor(float(alpha)))
-        self.dropout, self.rank, self.scale, self.strength = dropout, rank, alpha / rank, 1.0
+        self.scale = alpha / rank
+        self.strength = 1.0
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + scale * up(down(x)) in the dtype of x, the sum fused into the last product (Hu et al. 2021)."""
-        x = F.dropout(x, self.dropout, self.training)
         h = F.linear(x, self.lora_down.weight.to(x.dtype)).flatten(0, -2)  # (tokens, rank)
         up = self.lora_up.weight.to(x.dtype).T
         return torch.addmm(y.flatten(0, -2), h, up, alpha=self.strength * self.scale).view_as(y)
@@ -63,28 +70,31 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if "_blocks." in n and hasattr(m, "in_features")}
 
 
-def add_lora(model: nn.Module, ranks: dict[str, tuple[int, float]], dropout: float = 0.0) -> nn.ModuleDict:
-    """Wrap the linears that `ranks` names (rank, alpha); the LoRAs, whose state dict is that of a file."""
+def add_lora(model: nn.Module, ranks: dict[str, tuple[int, float]]) -> nn.ModuleDict:
+    """Wrap the linears that `ranks` names (rank, alpha); return the LoRAs, whose state dict is a file's."""
     adapter, linears = nn.ModuleDict(), block_linears(model)
     for name, (rank, alpha) in ranks.items():
         base = linears[name]
-        lora = LoRA(base.in_features, base.out_features, rank, alpha, dropout).to(base.weight.device)
+        lora = LoRA(base.in_features, base.out_features, rank, alpha).to(base.weight.device)
         model.set_submodule(name, LoRALinear(base, lora))
         adapter[kohya_name(name)] = lora
     return adapter
 
 
-def make_lora(model: nn.Module, targets: str, rank: int, alpha: float, dropout: float = 0.0) -> nn.ModuleDict:
-    """A new LoRA on the linears that TARGETS[targets] matches."""
+def make_lora(model: nn.Module, targets: str, rank: int, alpha: float) -> nn.ModuleDict:
+    """Add a new LoRA to the linears that TARGETS[targets] matches."""
     names = [name for name in block_linears(model) if re.search(TARGETS[targets], name)]
-    return add_lora(model, dict.fromkeys(names, (rank, alpha)), dropout)
+    return add_lora(model, dict.fromkeys(names, (rank, alpha)))
 
 
 def save_lora(path: Path, lora: nn.ModuleDict, metadata: dict, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write a kohya file: `lora_unet_*.{lora_down.weight, lora_up.weight, alpha}` and text metadata."""
-    weights = {name: value.detach().cpu() for name, value in lora.state_dict().items()}
-    weights = {name: value if name.endswith("alpha") else value.to(dtype) for name, value in weights.items()}
-    write_weights(path, weights, {name: str(value) for name, value in metadata.items()})
+    weights = {}
+    for name, value in lora.state_dict().items():
+        value = value.detach().cpu()
+        weights[name] = value if name.endswith("alpha") else value.to(dtype)
+    texts = {name: str(value) for name, value in metadata.items()}
+    write_weights(path, weights, texts | MODELSPEC)
 
 
 def lora_file(path: str | Path) -> Path:
@@ -92,72 +102,55 @@ def lora_file(path: str | Path) -> Path:
     return Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
 
 
-def read_lora(
-    path: Path, sizes: dict[str, tuple[int, int]] | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights and metadata of a LoRA file, or of the one in the folder of a run.
 
-    With `sizes`, (out, in) of the model's linears, those of other trainers are read too, by kohya's names.
-    Raises ValueError if it is not a LoRA of FLUX.
+    Raises ValueError if it is not a LoRA of FLUX with kohya's names.
     """
     path = lora_file(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a LoRA file: its name must end in .safetensors")
     weights = read_weights(path)
-    form = re.compile(r"lora_unet_(double|single)_blocks_\d+_\w+\.(lora_down\.weight|lora_up\.weight|alpha)")
-    foreign = [name for name in weights if not form.fullmatch(name)]
-    if foreign and sizes is not None:
-        try:
-            known = to_kohya(weights, sizes, read_metadata(path))
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        weights, foreign = known or weights, [] if known else foreign
-    if foreign:
-        raise ValueError(f"{path} is not a LoRA of FLUX with kohya's names: it holds {foreign[0]}")
+    for name in weights:
+        if name.startswith(("transformer.", "diffusion_model.")):
+            raise ValueError(
+                f"{path} has the names of another trainer ({name}): "
+                "convert it first with python -m extras.convert_lora IN OUT"
+            )
+        if not KEY.fullmatch(name):
+            raise ValueError(f"{path} is not a LoRA of FLUX with kohya's names: it holds {name}")
     return weights, read_metadata(path)
 
 
 def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> tuple[nn.ModuleDict, dict[str, str]]:
-    """Add the LoRA of a file, whatever its targets, ranks and alphas; also its metadata.
+    """Add the LoRA of a file, whatever its targets, ranks and alphas; return it and its metadata.
 
-    Raises ValueError if it belongs to a network of other sizes.
+    Raises ValueError if it is not complete, or belongs to a network of other sizes.
     """
-    linears = block_linears(model)
-    weights, metadata = read_lora(path, {n: (m.out_features, m.in_features) for n, m in linears.items()})
-    names = {kohya_name(name): name for name in linears}
+    weights, metadata = read_lora(path)
+    names = {kohya_name(name): name for name in block_linears(model)}
     ranks = {}
     for stem in dict.fromkeys(key.partition(".")[0] for key in weights):
-        down, up = weights.get(f"{stem}.lora_down.weight"), weights.get(f"{stem}.lora_up.weight")
-        linear = linears.get(names.get(stem))
-        if linear is None or down is None or up is None or down.ndim != 2 or up.ndim != 2:
+        down = weights.get(f"{stem}.lora_down.weight")
+        if stem not in names or down is None:
             raise ValueError(f"{path} is a LoRA of another base, or not complete: {stem}")
-        if up.shape[1] != len(down):
-            raise ValueError(f"{path} is damaged: {stem} is of rank {len(down)} and of {up.shape[1]}")
-        if (down.shape[1], up.shape[0]) != (linear.in_features, linear.out_features):
-            there, here = f"{down.shape[1]} -> {len(up)}", f"{linear.in_features} -> {linear.out_features}"
-            raise ValueError(f"{path} is a LoRA of another base: {stem} is {there}, here it is {here}")
         alpha = weights.setdefault(f"{stem}.alpha", torch.tensor(float(len(down))))
         if alpha.numel() != 1:
             raise ValueError(f"{path} is damaged: {stem}.alpha is no number")
         ranks[names[stem]] = (len(down), alpha.item())
-    adapter = add_lora(model, ranks)
-    adapter.load_state_dict(weights)
+    adapter = fill(add_lora(model, ranks), weights, path)
     for lora in adapter.values():
         lora.strength = strength
     return adapter.requires_grad_(False).eval(), metadata
 
 
 def start_from(adapter: nn.ModuleDict, path: Path) -> None:
-    """Copy the LoRA of a file into a new one. Raises ValueError if targets, rank or alpha differ."""
-    weights, expected = read_lora(path)[0], adapter.state_dict()
-    name = next((name for name in expected if name not in weights), None)
-    name = name or next((name for name in weights if name not in expected), None)
-    if name:
-        raise ValueError(f"{path} has other targets than --lora_targets, or another base: {name}")
-    for name, value in expected.items():
-        if value.shape != weights[name].shape:
-            rank = len(weights[name]) if "down" in name else weights[name].shape[-1]
-            raise ValueError(f"{path} has another rank or base: {name} is of rank {rank}, not as --rank asks")
-        if name.endswith("alpha") and not torch.isclose(value.cpu(), weights[name].float()):
-            raise ValueError(f"{path} has alpha {weights[name].item():g}, --alpha is {value.item():g}")
+    """Copy the LoRA of a file into a new one. Raises ValueError if targets, rank or base differ."""
+    weights = read_lora(path)[0]
+    check_fit(adapter, weights, path)
+    for stem, lora in adapter.items():
+        # alpha may differ: the up matrix takes the factor, so that the change of the weight stays the same
+        factor = weights[f"{stem}.alpha"].item() / lora.alpha.item()
+        weights[f"{stem}.lora_up.weight"] = weights[f"{stem}.lora_up.weight"].float() * factor
+        weights[f"{stem}.alpha"] = lora.alpha
     adapter.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""Blocks whose frozen weights wait in CPU memory until they are used."""
+"""Block swapping: frozen weights offloaded to CPU memory, fetched to the GPU when their block runs."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from torch.func import functional_call
 
 
 class BlockSwap:
-    """Runs blocks one after another, the last `count` of them on weights fetched from CPU memory.
+    """Run blocks one after another, the last `count` of them on weights fetched from CPU memory.
 
-    A block is fetched while the one before it runs, on a stream of its own (CUDA), and its copy is let go
-    once nothing needs it: after a forward, or after the block's backward. Host to device only: the weights
-    are frozen. What is trained stays where it is. A backward pass must recompute the blocks (activation
-    checkpointing), else it keeps the copies of them all. Copies are memory of the stream that computes, and
-    a fetch waits for what computes already: two are on the device however far ahead the program is.
+    A block is fetched on a CUDA stream of its own while the block before it runs. Its copy is freed when
+    nothing needs it: after a forward pass, or after the block's backward pass. The weights are frozen, so
+    they are copied to the device only; trained parameters stay there. The backward pass must recompute the
+    blocks (activation checkpointing), else it keeps the copies of all. Copies are allocated on the computing
+    stream, and a fetch waits for the kernels queued before it: at most two copies exist at a time.
     Raises ValueError for a count outside 0 ... len(blocks).
     """
 
@@ -23,21 +23,26 @@ class BlockSwap:
             raise ValueError(f"blocks_to_swap must lie in 0 ... {len(blocks)} (all blocks), not {count}")
         self.blocks = list(blocks)[len(blocks) - count :]
         self.places = {block: place for place, block in enumerate(self.blocks)}
-        self._ready: dict[int, dict[str, Tensor]] = {}  # copies that have been asked for
+        self._ready: dict[int, dict[str, Tensor]] = {}  # copies that are on their way, by place
         self._stream: torch.cuda.Stream | None = None
-        self._direction = 1  # where the next block is: ahead in a forward, behind in a backward
+        self._direction = 1  # of the next block: 1 in a forward pass, -1 in a backward pass
+
+    def parameter_names(self, model: nn.Module) -> set[str]:
+        """Names of the swapped blocks' parameters in `model`."""
+        swapped = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        return {name for name, parameter in model.named_parameters() if id(parameter) in swapped}
 
     def start(self, device: torch.device) -> None:
-        """A forward pass on `device` begins."""
+        """Prepare for a forward pass on `device`."""
         if device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(device)
-            torch.cuda.current_stream(device).wait_stream(self._stream)  # for copies that nobody came for
+            torch.cuda.current_stream(device).wait_stream(self._stream)  # of copies that were never used
         self._direction = 1
         self._ready.clear()
         self._fetch(0, device)
 
     def run(self, block: nn.Module, *inputs: Tensor):
-        """block(*inputs)."""
+        """Return block(*inputs), on fetched weights if the block is swapped."""
         place, device = self.places.get(block), inputs[0].device
         if place is None:
             return block(*inputs)
@@ -47,7 +52,7 @@ class BlockSwap:
             torch.cuda.current_stream(device).wait_stream(self._stream)
         self._fetch(place + self._direction, device)
         if place == len(self.blocks) - 1:
-            self._direction = -1  # what comes next, if anything does, is the backward pass
+            self._direction = -1  # a backward pass may follow
         return functional_call(block, weights, inputs)
 
     def _fetch(self, place: int, device: torch.device) -> None:
@@ -56,12 +61,12 @@ class BlockSwap:
         frozen = {n: p.data for n, p in self.blocks[place].named_parameters() if not p.requires_grad}
         self._ready[place] = copies = {name: self.room(weight, device) for name, weight in frozen.items()}
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(device))  # who had that room may compute yet
-        with torch.cuda.stream(self._stream):  # of None: as it is
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # kernels may still use that memory
+        with torch.cuda.stream(self._stream):  # None: the current stream
             for name, weight in frozen.items():
                 copies[name].copy_(weight, non_blocking=True)
 
     @staticmethod
     def room(weight: Tensor, device: torch.device) -> Tensor:
-        """An empty tensor on the device for a waiting weight."""
+        """An empty tensor on the device for a swapped weight."""
         return torch.empty_like(weight, device=device)

@@ -15,6 +15,7 @@ from cldm.model import read_config
 from ldm import checkpoint
 from ldm.data.coco import CocoRecords
 from ldm.data.image import write_image
+from ldm.models.prompts import prompt_file
 from tests.faults.damage import (
     ANY,
     CAPTION,
@@ -43,6 +44,7 @@ from tests.faults.tiny_runs import (
 
 SMALL_BASE = {"config_path": ROOT / "models" / "small_diffusion.yaml", "max_steps": 1, "val_steps": 1}
 SMALL_KONTEXT = ROOT / "models" / "small_kontext"
+PROMPT_FILE = str(prompt_file(Path(), "restore"))  # in the folder of a run
 IN_EMA = ("shape_changed", "tensor_missing")  # the averaged weights are used, not those that are damaged
 Build = Callable[[Path, Path], "Case"]
 
@@ -219,7 +221,7 @@ def restoring(name: str, victim: str, weights: str = "") -> Build:
         if name == "inpaint":
             arguments += ["--input_mask", files["mask"], "--resolution", 64]
         if name == "kontext":
-            copied(place / "prompt.safetensors", folder / "prompt.safetensors")
+            copied(place / PROMPT_FILE, folder / PROMPT_FILE)
             arguments += ["--pretrained_model_name_or_path", copied(place / "flux", folder / "flux")]
         averaged = victim == "weights" and source.suffix == ".ckpt"
         path = files[victim] if victim in files else folder / victim
@@ -406,7 +408,7 @@ SLOTS = [
     Slot("infer srn checkpoint", WEIGHTS, restoring("srn", "weights", "runs/srn/checkpoints/last.ckpt")),
     Slot("infer kontext transformer", WEIGHTS, restoring("kontext", "flux/flux1-kontext-dev.safetensors")),
     Slot("infer kontext autoencoder", WEIGHTS, restoring("kontext", "flux/ae.safetensors")),
-    Slot("infer kontext prompt", WEIGHTS_MAY, restoring("kontext", "prompt.safetensors")),
+    Slot("infer kontext prompt", WEIGHTS_MAY, restoring("kontext", PROMPT_FILE)),
     Slot("deblur --resume_path", WEIGHTS, training("deblur", "resume_path", "deblur.safetensors")),
     Slot("inpaint --resume_path", WEIGHTS, training("inpaint", "resume_path", "inpaint.safetensors")),
     Slot("inpaint --init_control", WEIGHTS, training("inpaint", "init_control", CONTROL)),

@@ -35,9 +35,9 @@ import tool_export_control  # noqa: F401
 import tool_export_onnx  # noqa: F401
 import tool_make_dbgan_dataset
 import tool_make_mask  # noqa: F401
-import train_small_base  # noqa: F401
 import tutorial_train_deblur  # noqa: F401
 from cldm.model import create_model
+from extras import train_small_base  # noqa: F401
 from ldm import checkpoint
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.packed import META
@@ -62,7 +62,7 @@ VARIANTS = {
     ),
     "kontext_tasks": ("kontext", {"tasks": "@tasks.yaml", "captions": True, "blocks_to_swap": 3}),
 }
-RUNS = (*TRAINERS, *VARIANTS, "base")  # all that can be killed; base is train_small_base.py
+RUNS = (*TRAINERS, *VARIANTS, "base")  # all that can be killed; base is extras/train_small_base.py
 PATIENCE = (
     600  # seconds until a run is said to hang: a busy machine takes minutes for one of train_small_base
 )
@@ -214,7 +214,7 @@ def make_place(place: Path) -> None:
             patch_size=32,
         )
     )
-    write_tiny_folder(place / "flux", place / "prompt.safetensors", "restore")
+    write_tiny_folder(place / "flux", place, "restore")
     _make_starts(place)
 
 
@@ -230,7 +230,6 @@ def _make_starts(place: Path) -> None:
         weights = make_generator(kind, form).state_dict()
         named = {f"{kind}.{key}": value for key, value in weights.items()}
         checkpoint.write_half(place / f"{name}.safetensors", named, form)
-    (place / "cache").mkdir()
     (place / "captioned").mkdir()
     for prompt in PROMPTS:
         embeddings = {"t5": torch.randn(1, 16, 48), "pooled": torch.randn(1, 32)}
@@ -297,7 +296,7 @@ def command(name: str, place: Path, output_dir: Path, workers: int = 0, **change
     kontext = {"hr_root": place / "photos", "pretrained_model_name_or_path": place / "flux"}
     kontext |= {"instance_prompt": "restore", "resolution": 32, "rank": 2, "train_batch_size": 2}
     kontext |= {"gradient_accumulation_steps": 1, "max_train_steps": 6, "learning_rate": 3e-3}
-    kontext |= {"save_every": 1, "preview_images": 1, "preview_steps": 1, "dropout": 0.1}
+    kontext |= {"save_every": 1, "preview_steps": 1}
     base = {"photos": place / "photos", "models": output_dir / "models", "pieces": 8, "batch_size": 1}
     base |= {"warmup": 1, "precision": 32, "save_steps": 1}
     base |= {"autoencoder_steps": 2, "unet_steps": 3, "flux_steps": 3}
@@ -307,7 +306,7 @@ def command(name: str, place: Path, output_dir: Path, workers: int = 0, **change
         "srn": ["train_srn.py"],
         "dbgan": ["train_dbgan.py", "all"],
         "kontext": ["train_kontext_lora.py"],
-        "base": ["train_small_base.py", "all"],
+        "base": ["extras/train_small_base.py", "all"],
     }[name]
     flags = {
         "deblur": control
@@ -339,5 +338,4 @@ def prepare_output(name: str, place: Path, output_dir: Path) -> None:
     """What a tiny run expects in its folder: Kontext's prompts, for want of text encoders."""
     output_dir.mkdir(parents=True, exist_ok=True)
     if name.startswith("kontext"):
-        shutil.copy(place / "prompt.safetensors", output_dir)
         shutil.copytree(place / "cache", output_dir / "cache", dirs_exist_ok=True)

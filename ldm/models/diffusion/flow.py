@@ -1,4 +1,4 @@
-"""Flow matching: timesteps, Euler's method, and whole pictures restored by it, in tiles if they are large."""
+"""Flow matching: timesteps, Euler's method, and restoring images with it, in tiles if they are large."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ TOKEN = 16  # pixels along a side
 
 
 def shift_timesteps(timesteps: Tensor, num_tokens: int) -> Tensor:
-    """Move timesteps towards noise, further for larger pictures; `num_tokens` counts target tokens alone.
+    """Move timesteps towards noise, further for larger images; `num_tokens` counts target tokens alone.
 
     t' = e^mu / (e^mu + 1/t - 1) with mu on the line through (256 tokens, 0.5) and (4096 tokens, 1.15).
     """
@@ -63,11 +63,11 @@ def restore_image(
     tile: int = 0,
     overlap: int = 128,
 ) -> np.ndarray:
-    """Restore a uint8 picture (h, w, 3) of any size: the same size comes back, aligned to the pixel.
+    """Restore a uint8 image (h, w, 3) of any size: the output has the same size, aligned to the pixel.
 
-    Pictures of more than resolution^2 pixels are restored at that many and scaled back, or at full size in
-    tiles of at most `tile` pixels, whose velocities are blended at every step. Sides are made multiples of
-    16 by reflection, which is cut off again: nothing is stretched and nothing is lost.
+    Images of more than resolution^2 pixels are restored at that many and scaled back, or at full size in
+    tiles of at most `tile` pixels, whose velocities are blended at every step. Sides are padded to multiples
+    of 16 by reflection, which is cropped off again: nothing is stretched and nothing is lost.
     Raises ValueError for fewer than 1 step, a resolution below 16, tiles that are no multiples of 16.
     """
     if steps < 1 or resolution < TOKEN:
@@ -77,19 +77,23 @@ def restore_image(
     height, width = image.shape[:2]
     scale = 1.0 if tile else min(1.0, resolution / math.sqrt(height * width))
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
-    small = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA) if (h, w) != (height, width) else image
+    small = image
+    if (h, w) != (height, width):
+        small = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA)
     padded = cv2.copyMakeBorder(small, 0, -h % TOKEN, 0, -w % TOKEN, cv2.BORDER_REFLECT)
     device = prompt["t5"].device
     pixels = to_tensor(padded)[None].to(device)  # (1, 3, 16 rows, 16 columns)
     side = tile if tile and height * width > resolution**2 else max(padded.shape)
-    cut = side // TOKEN, min(overlap, side - TOKEN) // TOKEN
-    grid = [tile_spans(n // TOKEN, *cut) for n in padded.shape[:2]]
+    tile_tokens, overlap_tokens = side // TOKEN, min(overlap, side - TOKEN) // TOKEN
+    grid = [tile_spans(n // TOKEN, tile_tokens, overlap_tokens) for n in padded.shape[:2]]
 
     def blend(compute: Callable[[tuple], Tensor], inside: int, outside: int) -> Tensor:
-        """compute(place) of each tile, whose `inside` points to a token become `outside`, blended."""
+        """Blend compute(place) of all tiles. A token is `inside` input points and `outside` output points."""
 
-        def part(*spans: slice) -> Tensor:
-            return compute((..., *(slice(span.start * inside, span.stop * inside) for span in spans)))
+        def part(rows: slice, columns: slice) -> Tensor:
+            rows = slice(rows.start * inside, rows.stop * inside)
+            columns = slice(columns.start * inside, columns.stop * inside)
+            return compute((..., rows, columns))
 
         return blend_tiles(part, *grid, outside)
 
@@ -97,11 +101,11 @@ def restore_image(
 
     def velocity(latent: Tensor, t: Tensor) -> Tensor:
         def part(here: tuple) -> Tensor:
-            return predict_velocity(model, latent[here], control[here], *text, t, guidance)
+            parts = latent[here], control[here]
+            return predict_velocity(model, *parts, prompt["t5"], prompt["pooled"], t, guidance)
 
         return blend(part, 2, 2)
 
-    text = prompt["t5"], prompt["pooled"]
     noise = torch.randn(control.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     tokens = math.prod(spans[0].stop for spans in grid)  # of one tile
     latent = sample(velocity, noise, schedule(steps, tokens), progress)

@@ -1,6 +1,6 @@
 """Random holes for inpainting: rectangles, brush strokes or both, of an area within given limits.
 
-Masks are uint8 (height, width): 1 in the hole, 0 where the picture is kept.
+Masks are uint8 (height, width): 1 in the hole, 0 where the image is kept.
 """
 
 import math
@@ -11,8 +11,8 @@ import numpy as np
 MASK_KINDS = ("rectangle", "irregular", "mixed")
 ASPECT = 2.5  # rectangles are at most that much wider than high, or the other way round
 STROKE = (20 / 512, 200 / 512)  # width of a brush, in parts of the shorter side
-TRIES = 60  # strokes, and
-RETRIES = 5  # whole holes that are drawn before one is grown or shrunk into the limits
+TRIES = 60  # strokes of one hole
+RETRIES = 5  # holes that are drawn before one is grown or shrunk into the limits
 
 Ratio = tuple[float, float]
 
@@ -20,7 +20,7 @@ Ratio = tuple[float, float]
 def random_mask(
     height: int, width: int, rng: np.random.Generator, kind: str = "mixed", ratio: Ratio = (0.1, 0.3)
 ) -> np.ndarray:
-    """A hole that covers between ratio[0] and ratio[1] of the picture, drawn with `rng`; never empty.
+    """A hole that covers between ratio[0] and ratio[1] of the image, drawn with `rng`; never empty.
 
     "rectangle" is one rectangle, "irregular" are strokes of a brush (after Suvorov et al. 2022, sec. 2.3),
     "mixed" is one of these or both together. Raises ValueError for another kind or ratios that cannot be.
@@ -40,7 +40,7 @@ def random_mask(
 def draw_hole(
     height: int, width: int, rng: np.random.Generator, kind: str, target: int, least: int, most: int
 ) -> np.ndarray:
-    """A hole of about `target` pixels, hardly ever fewer than `least` or more than `most`."""
+    """A hole of about `target` pixels, rarely fewer than `least` or more than `most`."""
     if kind == "mixed":
         kind = ("rectangle", "irregular", "both")[rng.integers(3)]
     mask = np.zeros((height, width), np.uint8)
@@ -59,7 +59,7 @@ def pixel_limits(height: int, width: int, ratio: Ratio) -> tuple[int, int]:
     area = height * width
     least, most = max(1, math.ceil(ratio[0] * area)), math.floor(ratio[1] * area)
     if least > most:
-        raise ValueError(f"no hole in a picture of {width}x{height} pixels covers {ratio[0]} to {ratio[1]}")
+        raise ValueError(f"no hole in an image of {width}x{height} pixels covers {ratio[0]} to {ratio[1]}")
     return least, most
 
 
@@ -94,7 +94,7 @@ def draw_strokes(mask: np.ndarray, target: int, most: int, rng: np.random.Genera
 
 
 def stroke(shape: tuple[int, int], length: float, rng: np.random.Generator) -> np.ndarray:
-    """Straight pieces with random turns, inside the picture: int32 (n, 1, 2), x first."""
+    """Straight pieces with random turns, inside the image: int32 (n, 1, 2), x first."""
     height, width = shape
     pieces = int(rng.integers(2, 9))
     at = rng.uniform(0, [width - 1, height - 1])
@@ -122,7 +122,7 @@ def fit_area(mask: np.ndarray, ratio: Ratio) -> np.ndarray:
     if area == 0:
         raise ValueError("the mask has no hole that could be grown")
     outside = cv2.distanceTransform((mask == 0).astype(np.uint8), cv2.DIST_L2, 5)
-    framed = np.pad(mask, 1)  # the picture's border is an edge of the hole too
+    framed = np.pad(mask, 1)  # the image's border is an edge of the hole too
     inside = cv2.distanceTransform(framed, cv2.DIST_L2, 5)[1:-1, 1:-1]
     count = least if area < least else most
     order = np.argpartition((outside - inside).ravel(), count - 1)

@@ -1,12 +1,12 @@
-"""Teach the small base models: Stable Diffusion's and FLUX's layouts at a size that two CPU cores can learn.
+"""Train the small base models: Stable Diffusion's and FLUX's layouts at a size that two CPU cores can learn.
 
-    python train_small_base.py all --photos MY_PHOTOS      # hours; or stage by stage: autoencoder, unet, flux
-    python train_small_base.py export                      # small_diffusion.safetensors, small_kontext/
+    python -m extras.train_small_base all --photos MY_PHOTOS   # hours; or by stage: autoencoder, unet, flux
+    python -m extras.train_small_base export                   # small_diffusion.safetensors, small_kontext/
 
-Latent diffusion (Rombach et al. 2022) and rectified flow (Esser et al. 2024) on pictures of 128 pixels. The
+Latent diffusion (Rombach et al. 2022) and rectified flow (Esser et al. 2024) on images of 128 pixels. The
 encoder is not learned but computed: the 32 strongest principal components of 8 x 8 blocks, each divided by
-the root of its deviation, written exactly into the layers of an AutoencoderKL. A decoder learns to undo it;
-meanwhile the UNet and the transformer can learn on its latents already. The same command again resumes.
+the root of its deviation, written exactly into the layers of an AutoencoderKL. A decoder is trained
+to undo it; meanwhile the UNet and the transformer can be trained on its latents. The same command resumes.
 """
 
 import json
@@ -34,7 +34,7 @@ from transformers import T5Config, T5EncoderModel
 from cldm.model import read_config
 from harness import flags
 from harness.run import Run, average_gradients, start_fabric
-from harness.settings import check_counts, plain, run_main
+from harness.settings import check_ranges, plain, run_main
 from ldm.checkpoint import MODELS, read_trained, write_atomically, write_half
 from ldm.data.dead_leaves import dead_leaves
 from ldm.data.image import list_images, photographs, read_image, to_tensor, to_uint8, write_image
@@ -59,35 +59,40 @@ from ldm.modules.lora import LORA_FILE
 
 @dataclass
 class Settings:
-    """Teach the small base models."""
+    """Train the small base models."""
 
-    # what to do; all: the first three in turn, then export
+    # stage to run; all: the three trainings in turn, then export
     stage: Annotated[Literal["autoencoder", "unet", "flux", "all", "export"], tyro.conf.Positional] = "all"
-    photos: Path = Path("training/photos")  # sharp photographs, here and below
-    output_dir: Path = Path("outputs/small_base")  # a folder for each stage; old runs in it are resumed
-    models: Path = Path("models")  # where export writes
 
-    pieces: int = 12000  # pictures of 128 pixels cut from the photographs and generated, once
-    leaves: float = 0.15  # part of them that are dead leaves
-    blurred: float = 0.2  # part of them that are blurred and captioned so
-    batch_size: int = 16  # of each device
-    autoencoder_steps: int = 6000  # of the decoder, on squares of 64 pixels
-    unet_steps: int = 12000  # of the UNet
-    flux_steps: int = 8000  # of the transformer
-    learning_rate: float = 1e-3  # the highest, after the warm-up; it falls to 0 along a cosine
-    warmup: int = 200  # steps over which the learning rate rises
-    ema_decay: float = 0.999  # of the averaged weights, which are written
-    seed: int = 0  # of pictures, first weights and noise
+    # ---- data
+    photos: Path = Path("training/photos")  # folder of sharp photographs, with its subfolders
+    pieces: flags.Count = 12000  # number of 128-pixel images cut from the photographs and generated, once
+    leaves: flags.Fraction = 0.15  # fraction of the images that are generated dead leaves
+    blurred: flags.Fraction = 0.2  # fraction of the photographs that are blurred, with a caption that says so
 
-    precision: flags.Precision = "bf16"  # of the computation; 32 where the processor has no bfloat16
-    devices: flags.Devices = 1  # GPUs (processes on a CPU)
-    save_steps: int = 500  # steps to a checkpoint, scores and pictures
+    # ---- training
+    batch_size: flags.Count = 16  # batch size of each device
+    autoencoder_steps: flags.Count = 6000  # number of steps of the decoder, on crops of 64 pixels
+    unet_steps: flags.Count = 12000  # number of steps of the UNet
+    flux_steps: flags.Count = 8000  # number of steps of the transformer
+    learning_rate: flags.Weight = 1e-3  # peak learning rate, reached after warmup; then cosine to 0
+    warmup: flags.Count = 200  # number of steps over which the learning rate rises
+    ema_decay: flags.Decay = 0.999  # decay of the EMA weights, which are exported
+    precision: flags.Precision = "bf16"  # computing precision; 32 where the processor has no bfloat16
+    devices: flags.Devices = 1  # number of GPUs (processes on a CPU)
+    seed: int = 0  # random seed of images, weight init and noise
+
+    # ---- logging
+    output_dir: Path = Path("outputs/small_base")  # folder with one run for each stage; old runs are resumed
+    models: Path = Path("models")  # folder that export writes to
+    save_steps: flags.Count = 500  # number of steps between checkpoints and scores
 
 
-# With more steps a run goes on: its learning rate is then that of the longer cosine.
-MAY_CHANGE = ["stage", "photos", "models", "devices", "save_steps", "precision"]
-MAY_CHANGE += ["autoencoder_steps", "unet_steps", "flux_steps"]
-SIZE, CHANNELS = 128, 32  # pixels of a picture; components of an 8 x 8 block
+# A run may be continued with more steps: its learning rate is then that of the longer cosine.
+MAY_CHANGE = """stage photos models devices save_steps precision autoencoder_steps unet_steps
+flux_steps""".split()
+SIZE = 128  # side of an image in pixels
+CHANNELS = 32  # components of an 8 x 8 block
 CONFIG = MODELS / "small_diffusion.yaml"
 # What infer.py reads in the metadata of the files (infer.facts_of).
 FACTS = {
@@ -97,43 +102,43 @@ FACTS = {
 }
 BASE = {"base": "models/small_diffusion.safetensors", "image_size": str(SIZE)}  # of both ControlNets
 SHARP, LEAVES, NOTHING = "a sharp photograph", "dead leaves", ""
-KEEP, OTHER = "keep this photograph", "another photograph"  # what the transformer learns to follow
+KEEP, OTHER = "keep this photograph", "another photograph"  # prompts of the transformer
 BLURS = ("motion_blur", "gaussian_blur", "defocus_blur", "lens_blur")
 CAPTIONS = (NOTHING, SHARP, LEAVES, *(f"a photograph with {name.replace('_', ' ')}" for name in BLURS))
 FLUX = FluxParams(4 * CHANNELS, 4 * CHANNELS, 16, 16, 160, 4.0, 4, 1, 4, axes_dim=(8, 16, 16))
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------
 
 
 def make_pieces(settings: Settings, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 (n, 128, 128, 3) and the index of each one's caption, made once and kept in `folder`."""
-    files, note = (folder / "pieces.npy", folder / "captions.npy"), folder / "pieces.json"
+    """Images uint8 (n, 128, 128, 3) and the index of each one's caption, made once and kept in `folder`."""
+    images_file, captions_file, note = folder / "pieces.npy", folder / "captions.npy", folder / "pieces.json"
     about = {name: plain(settings)[name] for name in ("photos", "pieces", "leaves", "blurred", "seed")}
-    if not kept_pieces(files, note, about):
+    if not are_pieces_whole(images_file, captions_file, note, about):
         note.unlink(missing_ok=True)  # until the others are whole
         paths = list_images(settings.photos)
         photos = [at_least(read_image(path), SIZE) for path in tqdm(paths, "reading photographs")]
         made = [piece(photos, settings, index) for index in tqdm(range(settings.pieces), "cutting pieces")]
-        np.save(files[0], np.stack([image for image, _ in made]))
-        np.save(files[1], [caption for _, caption in made])
+        np.save(images_file, np.stack([image for image, _ in made]))
+        np.save(captions_file, [caption for _, caption in made])
         write_atomically(note, lambda temporary: temporary.write_text(json.dumps(about)))
-    return np.load(files[0], mmap_mode="c"), np.load(files[1])
+    return np.load(images_file, mmap_mode="c"), np.load(captions_file)
 
 
-def kept_pieces(files: tuple[Path, Path], note: Path, about: dict) -> bool:
-    """Whether the files of `make_pieces` are there, whole and of these settings."""
+def are_pieces_whole(images_file: Path, captions_file: Path, note: Path, about: dict) -> bool:
+    """Check that the files of `make_pieces` exist, are whole and were made with these settings."""
     try:
-        images, captions = np.load(files[0], mmap_mode="r"), np.load(files[1])
-        whole = images.shape == (len(captions), SIZE, SIZE, 3) and images.dtype == np.uint8
-        known = {*captions.tolist()} <= {*range(len(CAPTIONS))}
-        return whole and known and json.loads(note.read_text()) == about
+        images, captions = np.load(images_file, mmap_mode="r"), np.load(captions_file)
+        is_whole = images.shape == (len(captions), SIZE, SIZE, 3) and images.dtype == np.uint8
+        is_known = set(captions.tolist()) <= set(range(len(CAPTIONS)))
+        return is_whole and is_known and json.loads(note.read_text()) == about
     except (OSError, ValueError, EOFError, TypeError):
         return False
 
 
 def piece(photos: list[np.ndarray], settings: Settings, index: int) -> tuple[np.ndarray, int]:
-    """Picture `index` and its caption: leaves, or the sharper of two random squares of one photograph."""
+    """Image `index` and its caption: leaves, or the sharper of two random squares of one photograph."""
     rng = np.random.default_rng([settings.seed, index])
     if rng.random() < settings.leaves:
         return dead_leaves(SIZE, rng), CAPTIONS.index(LEAVES)
@@ -155,7 +160,7 @@ def square(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 class Squares(Dataset):
-    """Random squares of 64 pixels, (3, 64, 64) in [-1, 1], of the pictures: a decoder has no larger view."""
+    """Random squares of 64 pixels, (3, 64, 64) in [-1, 1], of the images: a decoder sees no more at once."""
 
     def __init__(self, pieces: np.ndarray, seed: int):
         self.pieces, self.seed = pieces, seed
@@ -169,7 +174,7 @@ class Squares(Dataset):
 
 
 class Latents(Dataset):
-    """The latents (32, 16, 16) of all pictures, held in memory, with the index of their captions."""
+    """The latents (32, 16, 16) of all images, held in memory, with the index of their captions."""
 
     def __init__(self, latents: Tensor, captions: np.ndarray):
         self.latents, self.captions = latents, torch.from_numpy(captions)
@@ -186,9 +191,9 @@ class Latents(Dataset):
 
 @torch.no_grad()
 def start_linear(decoder: nn.Module) -> None:
-    """Begin as a linear map that keeps what it sees: residual branches at zero, convolutions orthogonal.
+    """Initialise as a linear map that keeps its input: residual branches at zero, convolutions orthogonal.
 
-    The usual initialisation shrinks the image below the biases on its way: a few steps teach it nothing.
+    The usual initialisation shrinks the image below the biases on its way: a few steps change nothing then.
     """
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d):
@@ -210,7 +215,7 @@ def compute_encoder(autoencoder: AutoencoderKL, images: Tensor) -> None:
     """Make the encoder the linear map to the principal components of `images` (n, 3, h, w) in [-1, 1].
 
     Each level folds 2 x 2 pixels into channels by its strided convolution: 3 -> 12 -> 32 of 48 -> 32 of 128
-    components. Residual branches add nothing. The last norm would divide by the picture's own deviation: each
+    components. Residual branches add nothing. The last norm would divide by the image's own deviation: each
     of its groups is (x, -x, 30), whose deviation is that of the constant, and silu(x) - silu(-x) = x.
     """
     encoder = autoencoder.encoder
@@ -257,24 +262,26 @@ def identity(convolution: nn.Conv2d, count: int) -> None:
 
 
 def held_out_squares() -> Tensor:
-    """Squares of photographs that nothing here is taught with: (n, 3, 128, 128) in [-1, 1]."""
-    rng, images = np.random.default_rng(0), [read_image(path) for path in photographs()]
+    """Squares of photographs that nothing here is trained on: (n, 3, 128, 128) in [-1, 1]."""
+    rng = np.random.default_rng(0)
+    images = [read_image(path) for path in photographs()]
     return torch.stack([to_tensor(square(image, rng)) for image in images for _ in range(8)])
 
 
 @torch.no_grad()
 def mean_psnr(autoencoder: AutoencoderKL, images: Tensor) -> float:
+    """PSNR of images that were encoded and decoded, in dB."""
     device = next(autoencoder.parameters()).device
     restored = [autoencoder.decode(autoencoder.encode(part.to(device)).mode()) for part in images.split(16)]
     pairs = zip(torch.cat(restored).cpu(), images, strict=True)
-    return float(np.mean([psnr(to_uint8(ours), to_uint8(truth)) for ours, truth in pairs]))
+    return float(np.mean([psnr(to_uint8(output), to_uint8(image)) for output, image in pairs]))
 
 
 # ---- stages ------------------------------------------------------------------------------------------------
 
 
 class Stage:
-    """One network that learns: its optimizer, its schedule, its averages and its run."""
+    """One network in training: its optimizer, schedule, EMA weights and run."""
 
     def __init__(self, fabric: Fabric, settings: Settings, name: str, network: nn.Module, steps: int):
         self.fabric, self.settings, self.network, self.steps = fabric, settings, network, steps
@@ -283,8 +290,12 @@ class Stage:
         self.trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, settings.learning_rate, weight_decay=0.01)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.learning_rate_factor)
-        parts = {"state_dict": network, "optimizer": self.optimizer}
-        parts |= {"scheduler": self.scheduler, "ema": self.ema}
+        parts = {
+            "state_dict": network,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "ema": self.ema,
+        }
         self.run = Run(fabric, settings.output_dir / name, settings, parts, MAY_CHANGE)
 
     def learning_rate_factor(self, step: int) -> float:
@@ -296,7 +307,7 @@ class Stage:
         return self.run.batches(loader, self.steps)
 
     def update(self, loss: Tensor) -> bool:
-        """One step down `loss`; whether it is time to save."""
+        """Take one optimizer step; return True when it is time to save."""
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         average_gradients(self.fabric, self.optimizer)
@@ -318,12 +329,12 @@ def base_model() -> LatentDiffusion:
     """The whole small model without a ControlNet; everything in it is still random."""
     params = read_config(CONFIG)["params"]
     names = "unet_config first_stage_config cond_stage_config parameterization timestep_spacing scale_factor"
-    torch.manual_seed(0)  # the text tower is never taught: its random directions tell prompts apart
+    torch.manual_seed(0)  # the text tower is never trained: its random directions tell prompts apart
     return LatentDiffusion(**{name: params[name] for name in names.split()})
 
 
 def with_encoder(model: LatentDiffusion, pieces: np.ndarray) -> LatentDiffusion:
-    """The model with its encoder computed from the pictures."""
+    """Compute the encoder of the model from the images; return the model."""
     start_linear(model.first_stage_model.decoder)
     compute_encoder(model.first_stage_model, torch.stack([to_tensor(p) for p in pieces[::4]]))
     return model
@@ -331,7 +342,7 @@ def with_encoder(model: LatentDiffusion, pieces: np.ndarray) -> LatentDiffusion:
 
 @torch.no_grad()
 def encode_all(model: LatentDiffusion, pieces: np.ndarray) -> Tensor:
-    """Scaled latents (n, 32, 16, 16) of all pictures in half precision."""
+    """Scaled latents (n, 32, 16, 16) of all images in half precision."""
     parts = [
         model.scale_factor
         * model.encode_first_stage(torch.stack([to_tensor(p) for p in pieces[i : i + 64]])).mode()
@@ -340,7 +351,7 @@ def encode_all(model: LatentDiffusion, pieces: np.ndarray) -> Tensor:
     return torch.cat(parts).half()
 
 
-def teach_autoencoder(fabric: Fabric, settings: Settings, pieces: np.ndarray, _: np.ndarray) -> None:
+def train_autoencoder(fabric: Fabric, settings: Settings, pieces: np.ndarray, _: np.ndarray) -> None:
     autoencoder = with_encoder(base_model(), pieces).first_stage_model
     autoencoder.decoder.requires_grad_(True)
     held_out = held_out_squares()
@@ -353,7 +364,7 @@ def teach_autoencoder(fabric: Fabric, settings: Settings, pieces: np.ndarray, _:
                 stage.save({"val/psnr": mean_psnr(autoencoder, held_out)})
 
 
-def teach_unet(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions: np.ndarray) -> None:
+def train_unet(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions: np.ndarray) -> None:
     model = with_encoder(base_model(), pieces)
     data = Latents(encode_all(model, pieces), captions)
     embeddings = model.get_learned_conditioning(CAPTIONS).to(fabric.device)  # (captions, 77, 16)
@@ -369,9 +380,9 @@ def teach_unet(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions:
             stage.save({})
 
 
-def teach_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions: np.ndarray) -> None:
-    """Flow matching with a second picture in the context: half of the time the picture itself, with the
-    prompt to keep it, else another one, with the prompt to make a new one."""
+def train_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions: np.ndarray) -> None:
+    """Flow matching with a control image: half of the time the target itself, with the prompt to keep it,
+    else another image, with the prompt to make a new one."""
     model = with_encoder(base_model(), pieces)
     sharp = captions < 3  # no blurred ones
     data = Latents(encode_all(model, pieces[sharp]), captions[sharp])
@@ -388,14 +399,14 @@ def teach_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions:
     stage = Stage(fabric, settings, "flux", flux, settings.flux_steps)
     for batch in stage.batches(data):
         target, b = batch["latent"], len(batch["latent"])
-        other = (torch.rand(b, device=fabric.device) < 0.5).long()
-        control = torch.where(other[:, None, None, None] == 1, target.roll(1, dims=0), target)
+        is_other = (torch.rand(b, device=fabric.device) < 0.5).long()
+        control = torch.where(is_other[:, None, None, None] == 1, target.roll(1, dims=0), target)
         sigma = torch.sigmoid(0.5 + torch.randn(b, device=fabric.device)).clamp(min=1e-3)
         level, noise = sigma[:, None, None, None], torch.randn_like(target)
         guidance = 1 + 3 * torch.rand(b, device=fabric.device)  # learned to mean nothing
-        x, text = (1 - level) * target + level * noise, (t5[other], pooled[other])
+        x = (1 - level) * target + level * noise
         with fabric.autocast():
-            velocity = predict_velocity(flux, x, control, *text, sigma, guidance)
+            velocity = predict_velocity(flux, x, control, t5[is_other], pooled[is_other], sigma, guidance)
         if stage.update(F.mse_loss(velocity, noise - target)):
             stage.save({})
 
@@ -405,7 +416,7 @@ def teach_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions:
 
 def write_text_encoders(folder: Path, clip: FrozenCLIPEmbedder) -> None:
     """The two text encoders of a FLUX folder, with random weights: CLIP is the Stable Diffusion model's own,
-    T5 has one layer and reads characters. Prompts differ, and that is all that they tell."""
+    T5 has one layer and reads characters. All that they do is to tell prompts apart."""
     tower = clip.transformer
     width = tower.text_model.final_layer_norm.normalized_shape[0]
     (folder / "text_encoder").mkdir(parents=True, exist_ok=True)
@@ -425,8 +436,8 @@ def write_text_encoders(folder: Path, clip: FrozenCLIPEmbedder) -> None:
 
 
 def export(settings: Settings) -> None:
-    """Write what was learned in half precision: models/small_diffusion.safetensors, models/small_kontext/,
-    and pictures of what the autoencoder keeps and of what the UNet makes of noise alone."""
+    """Write the trained models in half precision: models/small_diffusion.safetensors, models/small_kontext/,
+    and images of what the autoencoder keeps and of what the UNet samples from noise alone."""
     settings.models.mkdir(parents=True, exist_ok=True)
     trained = {}
     for name in ("autoencoder", "unet", "flux"):
@@ -435,13 +446,15 @@ def export(settings: Settings) -> None:
             trained[name], content = read_trained(checkpoint)
             print(f"{name}: step {content['step']}")
         elif name != "flux":
-            raise FileNotFoundError(f"{checkpoint} is missing: teach it first (train_small_base.py {name})")
+            raise FileNotFoundError(
+                f"{checkpoint} is missing: train it first (python -m extras.train_small_base {name})"
+            )
     model = base_model()
     model.first_stage_model.load_state_dict(trained["autoencoder"])
     model.model.load_state_dict(trained["unet"])
     held_out = held_out_squares()
     scores = {"autoencoder_psnr": round(mean_psnr(model.first_stage_model, held_out), 2)}
-    about = {"command": "python train_small_base.py all", **plain(settings), **scores}
+    about = {"command": "python -m extras.train_small_base all", **plain(settings), **scores}
     tensors = {name: value for name, value in model.state_dict().items() if "." in name}
     write_half(settings.models / "small_diffusion.safetensors", tensors, about)
     kept = model.decode_first_stage(model.scale_factor * model.encode_first_stage(held_out[::4]).mode())
@@ -463,7 +476,7 @@ def export(settings: Settings) -> None:
 
 
 def export_runs(settings: Settings) -> None:
-    """Write what the other scripts taught on the base, in the folders deblur, inpaint and kontext_lora of
+    """Write what the other scripts trained on the base, in the folders deblur, inpaint and kontext_lora of
     `output_dir`: ControlNets in half precision with their settings, the LoRA as it is."""
     for kind in ("deblur", "inpaint"):
         checkpoint = settings.output_dir / kind / "checkpoints" / "best.ckpt"
@@ -478,29 +491,29 @@ def export_runs(settings: Settings) -> None:
 
 @torch.no_grad()
 def unconditional(model: LatentDiffusion, caption: str, count: int = 12) -> Tensor:
-    """Pictures made from noise and a caption alone, (count, 3, 128, 128)."""
+    """Images sampled from noise and a caption alone, (count, 3, 128, 128)."""
     text = model.get_learned_conditioning([caption]).expand(count, -1, -1)
     noise = torch.randn(count, CHANNELS, SIZE // 8, SIZE // 8, generator=item_generator(0))
     latents = DDIMSampler(model).sample(50, count, noise.shape[1:], {"c_crossattn": [text]}, x_T=noise)[0]
     return model.decode_first_stage(latents)
 
 
-def rows(pictures: list[Tensor]) -> np.ndarray:
-    """Each (n, 3, h, w) in [-1, 1] as one row of a picture, uint8."""
-    return np.vstack([np.hstack([to_uint8(image) for image in row]) for row in pictures])
+def rows(batches: list[Tensor]) -> np.ndarray:
+    """One image with a row for each batch (n, 3, h, w) in [-1, 1], uint8."""
+    return np.vstack([np.hstack([to_uint8(image) for image in batch]) for batch in batches])
 
 
-TEACH = {"autoencoder": teach_autoencoder, "unet": teach_unet, "flux": teach_flux}
+TRAINERS = {"autoencoder": train_autoencoder, "unet": train_unet, "flux": train_flux}
 
 
 def main(settings: Settings) -> None:
-    check_counts(settings, "pieces batch_size autoencoder_steps unet_steps flux_steps warmup save_steps")
+    check_ranges(settings)
     if settings.stage != "export":
         fabric = start_fabric(settings.devices, 1, settings.precision, settings.seed)
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         pieces, captions = make_pieces(settings, settings.output_dir)
-        for name in TEACH if settings.stage == "all" else [settings.stage]:
-            TEACH[name](fabric, settings, pieces, captions)
+        for name in TRAINERS if settings.stage == "all" else [settings.stage]:
+            TRAINERS[name](fabric, settings, pieces, captions)
     if settings.stage in ("all", "export"):
         export(settings)
 

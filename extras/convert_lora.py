@@ -1,0 +1,137 @@
+"""Convert a FLUX LoRA of another trainer for this project: kohya's names on the original's fused linears.
+
+    python -m extras.convert_lora other.safetensors ours.safetensors
+    python infer.py kontext --lora_path ours.safetensors --prompt "what it was trained with" --input PHOTOS
+
+Read are peft's names below `transformer.` (diffusers, ai-toolkit, SimpleTuner: q, k and v apart) and below
+`diffusion_model.` (the original's own fused linears), with lora_A / lora_B or lora_down / lora_up. What comes
+out also opens in ComfyUI, Forge and diffusers.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from harness.settings import check_new, run_main
+from ldm.checkpoint import read_metadata, read_weights, write_weights
+from ldm.modules.lora import kohya_name
+
+# The parts of each fused linear, in order, and what stands alone: diffusers' name -> the original's.
+FUSED = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+}
+ALONE = {
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "proj_out": "linear2",
+    "norm.linear": "modulation.lin",
+}
+WIDTHS = {"qkv": 3, "linear1": 7}  # outputs of a fused linear, in inputs: q, k, v, and FLUX's MLP of 4
+BLOCKS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
+KEY = re.compile(
+    r"(?:transformer|diffusion_model)\.(\w+_blocks|transformer_blocks)\.(\d+)\.(.+?)\."
+    r"(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))"
+)
+KINDS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", None: "alpha"}
+
+
+@dataclass
+class Settings:
+    """Convert a FLUX LoRA of another trainer."""
+
+    source: tyro.conf.Positional[Path]  # LoRA file of another trainer (.safetensors)
+    output: tyro.conf.Positional[Path]  # file to write (.safetensors)
+    overwrite: bool = False  # replace the output file if it exists
+
+
+def convert(weights: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
+    """Rename a foreign LoRA to kohya's names and fuse its linears.
+
+    LoRAs of q, k, v become one whose up matrix is block-diagonal: the same change of the weight, of rank up
+    to the sum of theirs. Where a file has no alpha, peft's own in diffusers' `metadata` counts, else it is
+    the rank. Raises ValueError for other names, for DoRA (the direction and length of weights apart), which
+    is no sum, and for a LoRA that is not complete.
+    """
+    peft = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    scale = peft.get("transformer.lora_alpha", 1) / peft.get("transformer.r", 1) if peft else 1.0
+    if any("dora_scale" in name or "lora_magnitude" in name for name in weights):
+        raise ValueError("it is a DoRA, which scales the base's weights as well: only plain LoRAs are read")
+    parts: dict[str, dict[int, dict[str, Tensor]]] = {}  # by fused linear, by its part: down, up, alpha
+    for key, value in weights.items():
+        match = KEY.fullmatch(key)
+        place = find_place(match[1], match[2], match[3]) if match else None
+        if place is None:
+            raise ValueError(f"its names are not known: it holds {key}")
+        linear, part = place
+        parts.setdefault(linear, {}).setdefault(part, {})[KINDS[match[4]]] = value
+    converted = {}
+    for linear, found in parts.items():
+        stem = kohya_name(linear)
+        down, up = fuse(linear, found, scale)
+        converted[f"{stem}.lora_down.weight"] = down.contiguous()
+        converted[f"{stem}.lora_up.weight"] = up.contiguous()
+        converted[f"{stem}.alpha"] = torch.tensor(float(len(down)))  # the scales are in the up matrices
+    return converted
+
+
+def find_place(block: str, number: str, name: str) -> tuple[str, int] | None:
+    """The fused linear that a foreign name means, and which part of it; part -1 is the whole."""
+    if block in BLOCKS.values():
+        return f"{block}.{number}.{name}", -1
+    if block not in BLOCKS:
+        return None
+    beginning = f"{BLOCKS[block]}.{number}"
+    is_single = block.startswith("single")
+    for linear, parts in FUSED.items():
+        if name in parts and is_single == (linear == "linear1"):
+            return f"{beginning}.{linear}", parts.index(name)
+    return (f"{beginning}.{ALONE[name]}", -1) if name in ALONE else None
+
+
+def fuse(linear: str, found: dict[int, dict[str, Tensor]], scale: float) -> tuple[Tensor, Tensor]:
+    """Down (rank, in) and up (out, rank) of a fused linear, whose change of the weight is up @ down."""
+    downs, ups = [], []
+    for part, lora in sorted(found.items()):
+        if "down" not in lora or "up" not in lora:
+            raise ValueError(f"it is not complete: a half of {linear} is missing")
+        down, up = lora["down"].float(), lora["up"].float()
+        up = up * (lora["alpha"].item() / len(down) if "alpha" in lora else scale)
+        if part >= 0:  # q, k, v are as wide as the input, the MLP is the rest
+            width = down.shape[1]
+            rows = torch.zeros(WIDTHS[linear.rpartition(".")[2]] * width, up.shape[1])
+            start = part * width
+            if rows[start : start + len(up)].shape != up.shape:
+                raise ValueError(f"it is not of FLUX: part {part} of {linear} has {len(up)} outputs")
+            rows[start : start + len(up)] = up
+            up = rows
+        downs.append(down)
+        ups.append(up)
+    return torch.cat(downs), torch.cat(ups, dim=1)
+
+
+def main(settings: Settings) -> None:
+    output = check_new(settings.output, settings.overwrite, ".safetensors")
+    metadata = read_metadata(settings.source)
+    try:
+        weights = convert(read_weights(settings.source), metadata)
+    except ValueError as error:
+        raise ValueError(f"{settings.source} cannot be converted: {error}") from error
+    write_weights(output, weights, {"converted_from": settings.source.name})
+    print(f"{output}: a LoRA of {len(weights) // 3} layers")
+
+
+if __name__ == "__main__":
+    run_main(main, Settings)
