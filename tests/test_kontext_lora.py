@@ -18,7 +18,7 @@ import train_kontext_lora as script
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.tasks import make_data
-from ldm.metrics import misalignment
+from tests.alignment import misalignment
 from ldm.models.diffusion.flow import shift_timesteps
 from ldm.models.kontext import (
     TRANSFORMER,
