@@ -16,6 +16,7 @@ of the same image, weights and options are not made again. `--profile` also meas
 for evaluate.py. `python infer.py srn --help` lists the options.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,7 +27,7 @@ import torch
 import tyro
 
 from harness.flags import Count, Fraction, Range, Whole
-from harness.jobs import Command, Restorer, restore_files
+from harness.jobs import Command, Restorer, restore_files, show_steps
 from harness.settings import run_main
 from ldm import checkpoint
 from ldm.checkpoint import repository_path
@@ -87,8 +88,7 @@ class OnePass(Command):
 
     def tiling(self) -> dict[str, Any]:
         """Return these options as ldm.tiling.restore_picture takes them."""
-        names = ("precision", "tile", "overlap", "progress")
-        return {name: getattr(self, name) for name in names}
+        return {"precision": self.precision, "tile": self.tile, "overlap": self.overlap}
 
 
 @dataclass(kw_only=True)
@@ -109,7 +109,11 @@ class SRN(OnePass):
                 "give its srn_deblur.safetensors as --checkpoint_path"
             )
         network = self.place(load_network(self.checkpoint_path))
-        return lambda image, path: restore_image(network, image, self.self_ensemble, **self.tiling())
+
+        def restore(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
+            return restore_image(network, image, self.self_ensemble, progress=progress, **self.tiling())
+
+        return restore
 
 
 @dataclass(kw_only=True)
@@ -124,7 +128,11 @@ class DBGAN(OnePass):
         from ldm.modules.generators import load_generator, restore_image
 
         network = self.place(load_generator(self.checkpoint_path, "deblur"))
-        return lambda image, path: restore_image(network, image, **self.tiling())
+
+        def restore(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
+            return restore_image(network, image, progress=progress, **self.tiling())
+
+        return restore
 
 
 @dataclass(kw_only=True)
@@ -141,9 +149,9 @@ class BGAN(OnePass):
 
         network = self.place(load_generator(self.checkpoint_path, "blur"))
 
-        def blur(image: np.ndarray, path: Path) -> np.ndarray:
+        def blur(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
             seed = item_seed(self.seed, crc32(path.name.encode()))
-            return blur_image(network, image, seed, **self.tiling())
+            return blur_image(network, image, seed, progress=progress, **self.tiling())
 
         return blur
 
@@ -232,7 +240,7 @@ class Deblur(ControlNet):
         model = self.open()
         clean = self.open_cleaner() if self.cleaner else None
 
-        def restore(image: np.ndarray, path: Path) -> np.ndarray:
+        def restore(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
             sampling = self.options_for(Sampling)
             if "keeps_colors" in facts_of(self.weights()):
                 sampling.color_fix = False
@@ -240,7 +248,7 @@ class Deblur(ControlNet):
                 sampling.prompt = model.prompt.replace("{blur_type}", "blur")
             with autocast(model):
                 cleaned = clean(image, path) if clean else image
-                return deblur_image(model, cleaned, sampling, self.progress)
+                return deblur_image(model, cleaned, sampling, progress)
 
         return restore
 
@@ -339,11 +347,10 @@ class Inpaint(ControlNet):
 
         model = self.open()
 
-        def restore(image: np.ndarray, path: Path) -> np.ndarray:
+        def restore(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
+            image, mask = self.task(image, path)
             with autocast(model):
-                return inpaint_image(
-                    model, *self.task(image, path), self.options_for(Inpainting), self.progress
-                )
+                return inpaint_image(model, image, mask, self.options_for(Inpainting), progress)
 
         return restore
 
@@ -420,7 +427,11 @@ class Kontext(Command):
             blocks_to_swap=self.blocks_to_swap,
             nf4=self.base_precision == "nf4",
         )
-        return lambda image, path: restore(image, **self.work())
+
+        def run(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
+            return restore(image, progress=progress, **self.work())
+
+        return run
 
     def work(self) -> dict[str, Any]:
         """Return these options, as they are now, for ldm.models.diffusion.flow.restore_image."""
@@ -433,7 +444,6 @@ class Kontext(Command):
             "seed": self.seed,
             "tile": tile,
             "overlap": min(self.overlap, tile // 2) if tile else self.overlap,
-            "progress": self.progress,
         }
 
 

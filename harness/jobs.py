@@ -28,9 +28,10 @@ from ldm.tiling import fill_hidden
 from ldm.util import listing, settle_precision
 
 Job = tuple[Path, Path]  # a source and its target
-# A loaded network: restore(image, path) takes an image (h, w, 3) and the path it was read from, and returns
-# the restored image. It is uint16 if the file is and the subcommand is DEEP, else uint8.
-Restorer = Callable[[np.ndarray, Path], np.ndarray]
+# A loaded network: restore(image, path, progress) takes an image (h, w, 3) and the path it was read from, and
+# returns the restored image. It is uint16 if the file is and the subcommand is DEEP, else uint8. `progress`
+# wraps the list of steps or tiles, as show_steps does.
+Restorer = Callable[..., np.ndarray]
 # What may be wrong with one image of many; the errors of torch and OpenCV have no classes of their own.
 PROBLEMS = (ValueError, OSError, RuntimeError, MemoryError, cv2.error)
 
@@ -92,10 +93,6 @@ class Command:
     def photographs(self, paths: list[Path]) -> list[Path]:
         """Return those of the images below the input folder that are no masks."""
         return paths
-
-    def progress(self, steps: list) -> Iterable:
-        """Return the steps of one image, under a progress bar."""
-        return tqdm(steps, desc="steps", leave=False)
 
     def result_name(self, name: Path) -> Path:
         """Return where the result of an image goes, below the output folder."""
@@ -305,14 +302,21 @@ def restore_one(command: Command, restore: Restorer, source: Path, target: Path,
         write_picture(path, pixels, picture, note, command.quality)
 
 
-def run_restorer(restore: Restorer, picture: Picture, path: Path, sees_alpha: bool = False) -> np.ndarray:
+def show_steps(steps: list) -> Iterable:
+    """Return the steps of one image, under a progress bar."""
+    return tqdm(steps, desc="steps", leave=False)
+
+
+def run_restorer(
+    restore: Restorer, picture: Picture, path: Path, sees_alpha: bool, progress: Callable = show_steps
+) -> np.ndarray:
     """Restore a picture with its transparency. The network sees no hidden colours.
 
     Raises torch.OutOfMemoryError wherever memory is short: CPU memory has errors of other kinds.
     """
     image = picture.with_alpha(picture.pixels) if sees_alpha else fill_hidden(picture.pixels, picture.alpha)
     try:
-        return picture.with_alpha(restore(image, path))
+        return picture.with_alpha(restore(image, path, progress))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
             raise torch.OutOfMemoryError(str(error)) from error
