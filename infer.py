@@ -217,7 +217,7 @@ class ControlNet(Command):
 class Deblur(ControlNet):
     """Deblur with a ControlNet of tutorial_train_deblur.py on Stable Diffusion (docs/deblur.md)."""
 
-    scheduler: Sampler = "ddim"  # sampling algorithm; the others need 20 steps
+    scheduler: Sampler = "ddim"  # sampling algorithm; ddim and ddpm need 50 steps, the others 20
     guidance_scale: float = 1.0  # guidance scale; above 1 follows the prompt more, in twice the time
     strength: Fraction = 1.0  # noise level to start from; below 1 starts from the blurry image
     fidelity: Fraction = 0.0  # how far every step is pulled to the input's low frequencies, 0 to 1
@@ -274,7 +274,7 @@ class Inpaint(ControlNet):
     input_mask: Path | None = None
     outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)  # pixels to add at left, top, right and bottom
     comparison: bool = True  # also show input, mask and output side by side
-    scheduler: Sampler = "ddpm"  # sampling algorithm; the others need 20 steps
+    scheduler: Sampler = "ddpm"  # sampling algorithm; ddim and ddpm need 50 steps, the others 20
     seed: int = 42  # random seed; the same seed gives the same image
     prompt: str = ""  # text that describes what the hole should hold
     guidance_scale: float = 7.5  # guidance scale; above 1 follows the prompt more, in twice the time

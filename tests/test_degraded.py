@@ -9,8 +9,8 @@ from PIL import Image
 
 from ldm.data.degraded import DegDataset, bucket_sizes, example_sheet, kinds_sheet
 from ldm.data.image import photographs, read_image, write_image
-from tests.alignment import misalignment
 from ldm.modules.image_degradation.damage import DEGRADATIONS, KINDS, degrade
+from tests.alignment import misalignment
 
 
 @pytest.fixture

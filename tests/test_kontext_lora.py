@@ -18,7 +18,6 @@ import train_kontext_lora as script
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.tasks import make_data
-from tests.alignment import misalignment
 from ldm.models.diffusion.flow import shift_timesteps
 from ldm.models.kontext import (
     TRANSFORMER,
@@ -32,6 +31,7 @@ from ldm.models.kontext_lora import MODELSPEC, SIGMAS, held_out_loss
 from ldm.models.prompts import prompt_file
 from ldm.modules.flux import pack, unpack
 from ldm.modules.lora import LORA_FILE, load_lora, make_lora
+from tests.alignment import misalignment
 from tests.tiny_flux import write_tiny_folder
 from train_kontext_lora import Settings, draw_noise, flow_loss, learning_rate_factor, loss_weight, main
 

@@ -14,11 +14,11 @@ from cldm.restore import fix_color
 from ldm.checkpoint import read_metadata, read_settings, read_weights, write_weights
 from ldm.data.image import photographs, read_image
 from ldm.metrics import psnr
-from tests.alignment import misalignment
 from ldm.models.kontext import load_restorer
 from ldm.modules.image_degradation.blur import random_blur
 from ldm.modules.image_degradation.damage import degrade
 from ldm.modules.image_degradation.masks import random_mask
+from tests.alignment import misalignment
 from train_small_base import KEEP, square
 
 MODELS = Path("models")

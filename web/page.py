@@ -166,7 +166,7 @@ class Page:
             with sentences():
                 for name, file in self.compare(data, request, progress):
                     found[name] = str(file)
-                    sides = (gr.Dropdown(list(found), value=value) for value in ("picture", name))
+                    sides = (gr.Dropdown(list(found), value=value) for value in ("input", name))
                     yield dict(found), [(path, caption) for caption, path in found.items()], *sides
 
         def choose(found: dict, left: str, right: str) -> tuple:
@@ -233,7 +233,7 @@ class Page:
             raise ValueError(NO_IMAGE)
         if not systems:
             raise ValueError("no system has weights yet")
-        yield "picture", data[self.image]
+        yield "input", data[self.image]
         for name, system in systems.items():
             try:
                 yield system.title, self.restore(name, data, request, progress)
