@@ -367,15 +367,6 @@ def test_the_shipped_network_restores_as_recorded():
         assert found > score - 0.05 and found > least, name
 
 
-def test_the_shipped_file_is_the_default(photos, monkeypatch):
-    """From any folder."""
-    monkeypatch.chdir(photos.parent)
-    chosen = infer.SRN(input=photos / "a.png", output_dir=photos.parent / "out", device="cpu")
-    assert chosen.checkpoint_path.name == SHIPPED.name
-    infer.restore_files(chosen)
-    assert read_image(photos.parent / "out" / "deblurred_a.png").shape == (37, 50, 3)
-
-
 @pytest.mark.parametrize("size", [(3, 3), (1, 5000)])
 def test_the_shipped_network_takes_any_size(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)

@@ -58,8 +58,8 @@ def hole_in(height: int, width: int) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize("size", [(64, 64), (70, 133), (33, 20)])
-@pytest.mark.parametrize("change", [{}, {"mask_blur": 0}, {"grow_mask": 5}, {"only_masked_padding": 6}])
+@pytest.mark.parametrize("size", [(70, 133), (33, 20)])
+@pytest.mark.parametrize("change", [{"mask_blur": 0}, {"grow_mask": 5}, {"only_masked_padding": 6}])
 def test_pixels_beyond_the_feather_are_those_of_the_input(model, size, change):
     image, mask = photograph(*size), hole_in(*size)
     options = replace(OPTIONS, **change)
@@ -148,8 +148,7 @@ def test_black_and_white_masks(model):
     assert everything.shape == image.shape and everything.std() > 0
 
 
-@pytest.mark.parametrize("padding", [-1, 8])
-@pytest.mark.parametrize("place", [(0, 0), (63, 63), (31, 17)])
+@pytest.mark.parametrize(("place", "padding"), [((0, 0), -1), ((63, 63), 8), ((31, 17), 8)])
 def test_a_hole_of_one_pixel_is_filled_wherever_it_is(model, place, padding):
     image, mask = photograph(64, 64), np.zeros((64, 64), np.uint8)
     mask[place] = 1
@@ -380,29 +379,6 @@ def test_the_command_takes_photographs_and_masks_from_one_folder(weights, tmp_pa
     assert {path.name: why for path, why in left_out.items() if path.parent == tmp_path} == dict.fromkeys(
         ("a_mask.png", "b.png", "b_mask001.png"), "a mask"
     )
-
-
-def test_the_controlnet_gives_the_same_outputs_in_diffusers(tmp_path):
-    """An exported ControlNet, of SD 1.5's depth, within the pipeline's own class, on a hint with holes."""
-    from diffusers import ControlNetModel
-
-    from cldm.cldm import ControlNet
-
-    sizes = {"in_channels": 4, "model_channels": 32, "attention_resolutions": [4, 2, 1], "num_res_blocks": 2}
-    control = fill(ControlNet(**sizes, channel_mult=[1, 2, 4, 4], num_heads=8, context_dim=768)).eval()
-    weights = {f"control_model.{name}": value for name, value in control.state_dict().items()}
-    checkpoint.write_weights(tmp_path / "controlnet.safetensors", weights)
-    ControlNetModel(cross_attention_dim=768, block_out_channels=(32, 64, 128, 128)).save_config(tmp_path)
-    theirs = ControlNetModel.from_single_file(
-        str(tmp_path / "controlnet.safetensors"), config=str(tmp_path), local_files_only=True
-    ).eval()
-    hint = make_hint(torch.rand(1, 3, 128, 128) * 2 - 1, (torch.rand(1, 1, 128, 128) > 0.8).float())
-    x, t, context = torch.randn(1, 4, 16, 16), torch.tensor([400]), torch.randn(1, 77, 768)
-    with torch.no_grad():
-        ours = control(x, hint, t, context)
-        down, middle = theirs(x, t, context, hint, return_dict=False)
-    for mine, other in zip(ours, [*down, middle], strict=True):
-        assert (mine - other).abs().max() < 1e-4 * mine.abs().max()
 
 
 def test_scores_of_a_hole_tell_guessing_from_smearing():

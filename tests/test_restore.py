@@ -61,7 +61,7 @@ def photograph(height: int, width: int) -> np.ndarray:
     return read_image(photographs()[0])[100 : 100 + height, 60 : 60 + width]
 
 
-@pytest.mark.parametrize("size", [(64, 64), (70, 133), (33, 20)])
+@pytest.mark.parametrize("size", [(70, 133), (33, 20)])
 def test_any_size_comes_back_as_it_was_and_the_seed_decides(model, size):
     image = photograph(*size)
     first, again = deblur_image(model, image, SAMPLING), deblur_image(model, image, SAMPLING)

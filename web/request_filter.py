@@ -49,7 +49,7 @@ class RequestFilter:
         """True for a form with a layer of an image editor, the number of which gradio would believe."""
         indices = {"", "null", *map(str, range(self.LAYERS))}
         try:
-            async with Request(scope, replay(body)).form(max_files=1) as form:
+            async with Request(scope, replay(body)).form(max_files=self.LAYERS) as form:
                 return bool(form) and set(form.getlist("index")) <= indices
         except (ValueError, HTTPException):
             return False
