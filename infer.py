@@ -1,4 +1,4 @@
-"""Restore pictures of any size with any of the systems here, one subcommand each.
+"""Restore images of any size with any of the systems here, one subcommand each.
 
     python infer.py --input photo.jpg                                   # with the best weights in models/
     python infer.py srn --input photo.jpg                               # with SRN's weights in models/
@@ -11,14 +11,13 @@
     python infer.py inpaint --input_image photo.jpg --input_mask mask.png --output_dir filled
         --checkpoint_path outputs/RUN/final_model/model.ckpt
 
-Results have the names of their sources and say in their EXIF what they were made from. In a folder those of
-the same picture, weights and options are not made again. `--profile` also measures what one picture costs,
-for evaluate.py.
-`python infer.py srn --help` lists the options.
+Results have the names of their sources and say in their EXIF what they were made from. In a folder, results
+of the same image, weights and options are not made again. `--profile` also measures what one image costs,
+for evaluate.py. `python infer.py srn --help` lists the options.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from zlib import crc32
@@ -27,12 +26,12 @@ import numpy as np
 import torch
 import tyro
 
-from harness.jobs import Files, Job, Restorer, restore_files
+from harness.flags import Count, Fraction, Range, Whole
+from harness.jobs import Command, Restorer, restore_files, show_steps
 from harness.settings import run_main
 from ldm import checkpoint
 from ldm.checkpoint import repository_path
-from ldm.data.image import read_rgba, side_by_side
-from ldm.data.picture import identity
+from ldm.data.image import side_by_side
 from ldm.data.stream import item_seed
 from ldm.models.diffusion.samplers import METHODS
 from ldm.util import autocast, half_dtype, settle_precision
@@ -41,20 +40,139 @@ Precision = Literal["auto", "32", "16", "bf16"]
 Sampler = Literal[*METHODS]
 
 
+def facts_of(path: Path) -> dict[str, str]:
+    """Read what the metadata of a .safetensors file say about it: the `sampling_steps` that suit it, whether
+    it `keeps_colors`, the `image_size` it was trained on; {} for other files.
+
+    A file that cannot be read fails when it is loaded.
+    """
+    try:
+        return checkpoint.read_metadata(path) if path.suffix == ".safetensors" else {}
+    except ValueError:
+        return {}
+
+
+def number_in(path: Path, fact: str, otherwise: int) -> int:
+    """Read a whole number among the facts of a file, `otherwise` if it is not there."""
+    text = facts_of(path).get(fact, "")
+    return int(text) if text.isdecimal() else otherwise
+
+
+def small_file(name: str) -> Path:
+    """Find a small model that is included in the repository. Raises FileNotFoundError if it is not there."""
+    path = repository_path(f"models/small_{name}.safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, the small model that is used without --checkpoint_path: give your own file"
+        )
+    return path
+
+
+# ---- networks that restore an image in one pass ------------------------------------------------------------
+
+
 @dataclass(kw_only=True)
-class ControlNet(Files):
+class OnePass(Command):
+    """Options of networks that restore an image in one pass."""
+
+    tile: Whole = 1536  # largest tile side in pixels, for images that are larger; 0 restores in one piece
+    overlap: Whole = 128  # pixels over which neighbouring tiles are blended
+    precision: Precision = "auto"  # precision of the computation; auto: bf16 where the device has it, else 32
+
+    DEEP = True
+    LESS_MEMORY = "give a --tile of 768 or less"
+
+    def place(self, network: torch.nn.Module) -> torch.nn.Module:
+        """Move a network to its device, in the layout that convolutions are fastest in."""
+        return network.to(self.torch_device(), memory_format=torch.channels_last)
+
+    def tiling(self) -> dict[str, Any]:
+        """Return these options as ldm.tiling.restore_picture takes them."""
+        return {"precision": self.precision, "tile": self.tile, "overlap": self.overlap}
+
+
+@dataclass(kw_only=True)
+class SRN(OnePass):
+    """Deblur with SRN-DeblurNet (docs/srn.md)."""
+
+    # file of train_srn.py, or a .ckpt or .pth with the same keys
+    checkpoint_path: Path = Path("models/srn_deblur.safetensors")
+    output_prefix: str = "deblurred_"  # text before the names of the results
+    self_ensemble: bool = False  # mean over 8 flips and rotations: slightly better, 8 times slower
+
+    def restorer(self) -> Restorer:
+        from train_srn import load_network, restore_image
+
+        if not self.checkpoint_path.is_file():
+            raise FileNotFoundError(
+                f"checkpoint not found: {self.checkpoint_path}; train_srn.py makes one (--demo a small one): "
+                "give its srn_deblur.safetensors as --checkpoint_path"
+            )
+        network = self.place(load_network(self.checkpoint_path))
+
+        def restore(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
+            return restore_image(network, image, self.self_ensemble, progress=progress, **self.tiling())
+
+        return restore
+
+
+@dataclass(kw_only=True)
+class DBGAN(OnePass):
+    """Deblur with a DBGAN of train_dbgan.py (docs/dbgan.md)."""
+
+    # file of a run's dbgan.safetensors, last.ckpt or best.ckpt
+    checkpoint_path: Path = Path("models/dbgan.safetensors")
+    output_prefix: str = "deblurred_"  # text before the names of the results
+
+    def restorer(self) -> Restorer:
+        from ldm.modules.generators import load_generator, restore_image
+
+        network = self.place(load_generator(self.checkpoint_path, "deblur"))
+
+        def restore(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
+            return restore_image(network, image, progress=progress, **self.tiling())
+
+        return restore
+
+
+@dataclass(kw_only=True)
+class BGAN(OnePass):
+    """Make realistic blur from sharp photos with a BGAN of train_dbgan.py (docs/dbgan.md)."""
+
+    # file of a run's bgan.safetensors, last.ckpt or best.ckpt
+    checkpoint_path: Path = Path("models/bgan.safetensors")
+    output_prefix: str = "blurred_"  # text before the names of the results
+    seed: int = 0  # random seed, which together with the file's name decides on the blur
+
+    def restorer(self) -> Restorer:
+        from ldm.modules.generators import blur_image, load_generator
+
+        network = self.place(load_generator(self.checkpoint_path, "blur"))
+
+        def blur(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
+            seed = item_seed(self.seed, crc32(path.name.encode()))
+            return blur_image(network, image, seed, progress=progress, **self.tiling())
+
+        return blur
+
+
+# ---- ControlNets on Stable Diffusion -----------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class ControlNet(Command):
     """Options of ControlNets on Stable Diffusion."""
 
-    # ours, a full ControlNet file, or a ControlNet alone (then give --base_path); None takes the small one
+    # our checkpoint, a full ControlNet file, or a ControlNet alone (with --base_path); None: the small model
     checkpoint_path: Path | None = None
-    base_path: Path | None = None  # Stable Diffusion file; None takes the one the checkpoint names
+    base_path: Path | None = None  # Stable Diffusion file; None takes the one that the checkpoint names
     config_path: Path | None = None  # yaml of the model; None takes the checkpoint's, or one that fits
-    num_inference_steps: int | None = None  # sampling steps; None: as the file says, else 50
-    control_scale: float = 1.0  # weight of the ControlNet
-    negative_prompt: str = ""  # what guidance leads away from
-    # keep the colours of the input, in a hole those around it; not for files that say that they keep them
+    num_inference_steps: int | None = None  # number of sampling steps; None: as the file says, else 50
+    control_scale: float = 1.0  # strength of the ControlNet, 1 as trained
+    negative_prompt: str = ""  # prompt that guidance leads away from
+    # keep the colours of the input, or in a hole those around it; off for files that say they keep them
     color_fix: bool = True
-    # precision of the computation; auto: bf16 where the device computes in it, 16 on older GPUs, else 32
+    # precision of the computation; auto: bf16 where the device has it, 16 on older GPUs, else 32
     precision: Precision = "auto"
 
     KIND: ClassVar[str] = ""  # of the included model's file
@@ -63,11 +181,10 @@ class ControlNet(Files):
         return settle_precision(self.precision, self.torch_device(), "16")
 
     def sampling_steps(self) -> int:
-        """Sampling steps, by default those that suit the file."""
         return self.num_inference_steps or number_in(self.weights(), "sampling_steps", 50)
 
-    def as_now(self, kind: type) -> Any:
-        """`kind` (Sampling or Inpainting) with these options as they are now."""
+    def options_for(self, kind: type) -> Any:
+        """Return `kind` (Sampling or Inpainting) with these options as they are now."""
         names = [field.name for field in fields(kind) if field.name in vars(self)]
         options = {name: getattr(self, name) for name in names}
         return kind(**options, steps=self.sampling_steps(), method=self.scheduler)
@@ -75,13 +192,15 @@ class ControlNet(Files):
     def weights(self) -> Path:
         return self.checkpoint_path or small_file(self.KIND)
 
-    def made_from(self, source: Path) -> list[Path]:
+    def inputs(self) -> list[Path]:
+        from cldm.model import read_control, wanted_base
+
         path = self.weights()
-        wanted = base_of(path, self.base_path, identity(path))
-        return [source, path, *(file for file in (wanted, self.config_path) if file)]
+        base = wanted_base(*read_control(path), path, self.base_path)
+        return [path, *(file for file in (base, self.config_path) if file)]
 
     def open(self) -> torch.nn.Module:
-        """The model on its device, in the type of the computation."""
+        """Load the model onto its device, in the type of the computation."""
         from cldm.restore import open_restorer
 
         path = self.weights()
@@ -94,153 +213,174 @@ class ControlNet(Files):
         return open_restorer(path, self.base_path, self.config_path, self.torch_device(), dtype)
 
 
-def facts_of(path: Path) -> dict[str, str]:
-    """What the metadata of a .safetensors file say about it: the `sampling_steps` that suit it, whether it
-    `keeps_colors`, the `image_size` it was trained on; {} for other files.
-
-    One that cannot be read fails when it is loaded.
-    """
-    try:
-        return checkpoint.read_metadata(path) if path.suffix == ".safetensors" else {}
-    except ValueError:
-        return {}
-
-
-def number_in(path: Path, fact: str, otherwise: int) -> int:
-    """A whole number among the facts of a file, `otherwise` if it is not there."""
-    text = facts_of(path).get(fact, "")
-    return int(text) if text.isdecimal() else otherwise
-
-
-def small_file(name: str) -> Path:
-    """A small model that comes with the project. Raises FileNotFoundError if it is not there."""
-    path = repository_path(f"models/small_{name}.safetensors")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing, the small model that is taken without --checkpoint_path: give your own file"
-        )
-    return path
-
-
-@lru_cache(maxsize=8)
-def base_of(path: Path, base: Path | None, content: str) -> Path | None:
-    """cldm.model.wanted_base of a file, which is read once for each `content` (ldm.data.picture.identity):
-    another may come under its name."""
-    from cldm.model import read_control, wanted_base
-
-    return wanted_base(*read_control(path), path, base)
-
-
 @dataclass(kw_only=True)
 class Deblur(ControlNet):
     """Deblur with a ControlNet of tutorial_train_deblur.py on Stable Diffusion (docs/deblur.md)."""
 
-    scheduler: Sampler = "ddim"  # 20 steps do for the others
-    guidance_scale: float = 1.0  # above 1 follows the prompt more, in twice the time
-    strength: float = 1.0  # below 1 starts from the blurry picture, noised by so much
-    fidelity: float = 0.0  # 0 to 1: how far every step is drawn towards the coarse of the input
-    self_ensemble: bool = False  # mean over the 8 flips and turns: truer, less texture, 8 times slower
+    scheduler: Sampler = "ddim"  # sampling algorithm; ddim and ddpm need 50 steps, the others 20
+    guidance_scale: float = 1.0  # guidance scale; above 1 follows the prompt more, in twice the time
+    strength: Fraction = 1.0  # noise level to start from; below 1 starts from the blurry image
+    fidelity: Fraction = 0.0  # how far every step is pulled to the input's low frequencies, 0 to 1
+    self_ensemble: bool = False  # mean over 8 flips and rotations: truer, less texture, 8 times slower
     cleaner: Path | None = None  # weights of SRN or DBGAN, whose result is restored instead of the input
-    seed: int = 0  # the same seed gives the same picture
-    prompt: str | None = None  # None takes the one of the training
-    tile: int = 0  # large pictures go through in tiles of so many pixels at most (768, say); 0 = in one piece
-    overlap: int = 128  # pixels over which the tiles are blended
+    seed: int = 0  # random seed; the same seed gives the same image
+    prompt: str | None = None  # text that describes the image; None takes the one of the training
+    tile: Whole = 0  # tile side in pixels for large images (768, say); 0 restores in one piece
+    overlap: Whole = 128  # pixels over which neighbouring tiles are blended
 
     KIND = "deblur"
+    LESS_MEMORY = "give a --tile of 768 or less"
 
-    def made_from(self, source: Path) -> list[Path]:
-        return super().made_from(source) + ([self.cleaner] if self.cleaner else [])
+    def inputs(self) -> list[Path]:
+        return super().inputs() + ([self.cleaner] if self.cleaner else [])
 
     def restorer(self) -> Restorer:
         from cldm.restore import Sampling, deblur_image
 
         model = self.open()
-        clean = self.open_cleaner() if self.cleaner else lambda image, path: image
+        clean = self.open_cleaner() if self.cleaner else None
 
-        def restore(image: np.ndarray, path: Path) -> np.ndarray:
-            sampling = self.as_now(Sampling)
-            sampling.color_fix &= "keeps_colors" not in facts_of(self.weights())
+        def restore(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
+            sampling = self.options_for(Sampling)
+            if "keeps_colors" in facts_of(self.weights()):
+                sampling.color_fix = False
             if self.prompt is None:
                 sampling.prompt = model.prompt.replace("{blur_type}", "blur")
             with autocast(model):
-                return deblur_image(model, clean(image, path), sampling, self.progress)
+                cleaned = clean(image, path) if clean else image
+                return deblur_image(model, cleaned, sampling, progress)
 
         return restore
 
     def open_cleaner(self) -> Restorer:
-        """The network of --cleaner. Raises ValueError if it is of another system."""
-        command = {"srn": SRN, "dbgan": DBGAN}.get(kind := system_of(self.cleaner))
-        if command is None:
+        """Load the network of --cleaner. Raises ValueError if it is of another system."""
+        kind = system_of(self.cleaner)
+        if kind not in ("srn", "dbgan"):
             raise ValueError(f"--cleaner takes weights of SRN or DBGAN, {self.cleaner} is of {kind}")
-        return command(input=self.input, checkpoint_path=self.cleaner, device=self.device).restorer()
+        command = COMMANDS[kind](input=self.input, checkpoint_path=self.cleaner, device=self.device)
+        return command.restorer()
 
 
 @dataclass(kw_only=True)
-class OnePass(Files):
-    """Options of networks that make a picture in one pass."""
+class Inpaint(ControlNet):
+    """Fill holes with a ControlNet of tutorial_train_inpaint.py on Stable Diffusion (docs/inpaint.md).
 
-    tile: int = 1536  # larger pictures go through in equal tiles of at most that size; 0 = in one piece
-    overlap: int = 128  # pixels over which the tiles are blended
-    precision: Precision = "auto"  # of the computation; auto: bf16 where there is it, else 32: exact
+    One image becomes inpainted.png, and comparison.png beside it: input, mask, output.
+    """
 
-    DEEP = True
+    # image to fill, or a folder with all images below it
+    input: Annotated[Path, tyro.conf.arg(name="input_image", aliases=["--input"])]
+    # mask that is white where to fill: one for all images, or a folder of NAME_mask or NAME
+    input_mask: Path | None = None
+    outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)  # pixels to add at left, top, right and bottom
+    comparison: bool = True  # also show input, mask and output side by side
+    scheduler: Sampler = "ddpm"  # sampling algorithm; ddim and ddpm need 50 steps, the others 20
+    seed: int = 42  # random seed; the same seed gives the same image
+    prompt: str = ""  # text that describes what the hole should hold
+    guidance_scale: float = 7.5  # guidance scale; above 1 follows the prompt more, in twice the time
+    strength: Fraction = 1.0  # noise level to start from; below 1 starts from what is in the hole
+    mask_blur: Whole = 4  # pixels around the hole over which old and new are blended
+    grow_mask: Whole = 0  # pixels by which the hole is made larger first
+    # pixels around each hole that are worked on, hole by hole; -1 works on the whole image
+    only_masked_padding: Annotated[int, Range(-1)] = -1
+    resolution: Count = 512  # with padding, smaller regions are scaled up to that many pixels squared
 
-    def place(self, network: torch.nn.Module) -> torch.nn.Module:
-        """A network on its device, in the layout that convolutions are fastest in."""
-        return network.to(self.torch_device(), memory_format=torch.channels_last)
+    KIND = "inpaint"
+    LESS_MEMORY = "give --precision 16, or --only_masked_padding 32"
+    SEES_ALPHA = True
+    PANELS = 3
 
-    def how(self) -> dict[str, Any]:
-        """These options as ldm.tiling.restore_picture takes them."""
-        names = ("precision", "tile", "overlap", "progress")
-        return {name: getattr(self, name) for name in names}
+    def photographs(self, paths: list[Path]) -> list[Path]:
+        from ldm.data.masks import without_masks
 
+        return without_masks(paths, self.input, self.input_mask)
 
-@dataclass(kw_only=True)
-class SRN(OnePass):
-    """Deblur with SRN-DeblurNet (docs/srn.md)."""
+    def check(self) -> None:
+        from ldm.data.masks import MaskFolder, read_mask
 
-    checkpoint_path: Path = Path("models/srn_deblur.safetensors")  # or a .ckpt or .pth
-    output_prefix: str = "deblurred_"  # before the names of the results
-    self_ensemble: bool = False  # mean over the 8 flips and turns: a little better, 8 times slower
+        if self.input_mask is None and not any(self.outpaint):
+            raise ValueError("give --input_mask, an image that is white where to fill, or --outpaint")
+        if self.input_mask and not self.input_mask.exists():
+            raise FileNotFoundError(f"mask not found: {self.input_mask}")
+        if self.input_mask and self.input_mask.is_file():
+            read_mask(self.input_mask)
+        elif self.input_mask:  # listed once for all images
+            folder = self.input if self.input.is_dir() else self.input.parent
+            self.masks = MaskFolder(self.input_mask, folder)
+
+    def inputs_of(self, source: Path) -> list[Path]:
+        return [source, self.mask_path(source)] if self.input_mask else [source]
+
+    def mask_path(self, source: Path) -> Path | None:
+        """Find the mask of an image. Raises FileNotFoundError if there is none, ValueError for several."""
+        if self.input_mask is None or not self.input_mask.is_dir():
+            return self.input_mask
+        return self.masks.find(source.relative_to(self.input) if self.input.is_dir() else Path(source.name))
+
+    def result_name(self, name: Path) -> Path:
+        return super().result_name(name if self.input.is_dir() else name.with_name("inpainted"))
+
+    def result_size(self, height: int, width: int) -> tuple[int, int]:
+        left, top, right, bottom = self.outpaint
+        return height + top + bottom, width + left + right
+
+    def comparison_path(self, target: Path) -> Path:
+        return super().comparison_path(target) if self.input.is_dir() else target.with_stem("comparison")
+
+    def compare(self, image: np.ndarray, restored: np.ndarray, path: Path) -> np.ndarray:
+        image, mask = self.task(image, path)
+        return side_by_side([image, np.repeat(255 * mask[..., None], 3, axis=2), restored])
+
+    def task(self, image: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image, larger by what outpainting adds, and its mask: uint8 (h, w), 1 in the hole."""
+        from cldm.inpaint import expand
+        from ldm.data.masks import read_mask, resize_mask
+
+        mask = np.zeros(image.shape[:2], np.uint8)
+        file = self.mask_path(path)
+        if file:
+            mask = resize_mask(read_mask(file), image.shape[:2], file)
+        return expand(image, mask, self.outpaint)
 
     def restorer(self) -> Restorer:
-        from train_srn import load_network, restore_image
+        from cldm.inpaint import Inpainting, inpaint_image
 
-        if not self.checkpoint_path.is_file():
-            raise FileNotFoundError(
-                f"checkpoint not found: {self.checkpoint_path}; train_srn.py makes one (--demo a small one): "
-                "give its srn_deblur.safetensors as --checkpoint_path"
-            )
-        network = self.place(load_network(self.checkpoint_path))
-        return lambda image, path: restore_image(network, image, self.self_ensemble, **self.how())
+        model = self.open()
+
+        def restore(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
+            image, mask = self.task(image, path)
+            with autocast(model):
+                return inpaint_image(model, image, mask, self.options_for(Inpainting), progress)
+
+        return restore
 
 
-KONTEXT = "models/FLUX.1-Kontext-dev", "models/small_kontext"  # the real one, the small one
+# ---- Kontext -----------------------------------------------------------------------------------------------
+
+KONTEXT, SMALL_KONTEXT = "models/FLUX.1-Kontext-dev", "models/small_kontext"
 
 
 @dataclass(kw_only=True)
-class Kontext(Files):
+class Kontext(Command):
     """Restore with FLUX.1 Kontext and a LoRA of train_kontext_lora.py (docs/kontext.md)."""
 
-    # the model folder; None takes models/FLUX.1-Kontext-dev, or the small model where that is not
+    # model folder; None takes models/FLUX.1-Kontext-dev, or the small model where that is not
     pretrained_model_name_or_path: Path | None = None
-    lora_path: Path | None = None  # a file, or the folder of a run; without it the model as it is
-    lora_scale: float = 1.0  # strength of the LoRA
-    prompt: str = ""  # empty: the one that the LoRA was trained with
-    num_inference_steps: int | None = None  # sampling steps; None: as the file says, else 30
-    guidance_scale: float = 2.5  # how much the prompt counts
-    # larger pictures are restored at that many pixels squared, and scaled back; None: as the file says, else
-    # 1024
+    lora_path: Path | None = None  # LoRA file, or the folder of a run; None uses the model as it is
+    lora_scale: float = 1.0  # strength of the LoRA, 1 as trained
+    prompt: str = ""  # instruction to the model; empty takes the one that the LoRA was trained with
+    num_inference_steps: int | None = None  # number of sampling steps; None: as the file says, else 30
+    guidance_scale: float = 2.5  # guidance scale: how much the prompt counts
+    # pixels squared at which larger images are restored, then scaled back; None: as the file says, else 1024
     resolution: int | None = None
-    seed: int = 0  # the same seed gives the same picture
-    # pixels of the squares that larger pictures go through in (1024, say); 0 = shrunk; None: as the file
-    # says, else 0
+    seed: int = 0  # random seed; the same seed gives the same image
+    # tile side in pixels for larger images (1024, say); 0 shrinks them; None: as the file says, else 0
     tile: int | None = None
-    overlap: int = 128  # pixels over which the squares are blended, at most half of one
-    base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the transformer; fp8 takes half the memory
-    blocks_to_swap: int = 0  # the last so many blocks wait in CPU memory: less of the GPU's, slower
+    overlap: Whole = 128  # pixels over which tiles are blended, at most half a tile
+    base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the transformer; fp8 halves its memory
+    blocks_to_swap: Whole = 0  # number of blocks offloaded to CPU memory: less GPU memory, slower
 
-    LESS_MEMORY = "a smaller --resolution or --tile, or --blocks_to_swap"
+    LESS_MEMORY = "give a smaller --resolution or --tile, or --blocks_to_swap"
 
     def weights(self) -> Path:
         from ldm.models.kontext import TRANSFORMER
@@ -250,19 +390,21 @@ class Kontext(Files):
         return lora_file(lora or folder / TRANSFORMER)
 
     def files(self) -> tuple[Path, Path | None]:
-        """The model folder, and the LoRA's file if there is one: the small model has its own."""
+        """Return the model folder, and the LoRA's file if there is one: the small model has its own."""
         folder, lora = self.pretrained_model_name_or_path, self.lora_path
         if folder is None:
-            real, included = (repository_path(name) for name in KONTEXT)
-            small = included.exists() and not real.exists()
-            folder = included if small else real
-            lora = small_file("kontext_lora") if small and lora is None else lora
+            folder, small = repository_path(KONTEXT), repository_path(SMALL_KONTEXT)
+            if small.exists() and not folder.exists():
+                return small, lora or small_file("kontext_lora")
         return folder, lora
 
-    def made_from(self, source: Path) -> list[Path]:
+    def transformer(self) -> Path:
         from ldm.models.kontext import TRANSFORMER
 
-        return [*super().made_from(source), self.files()[0] / TRANSFORMER]
+        return self.files()[0] / TRANSFORMER
+
+    def inputs(self) -> list[Path]:
+        return [self.weights(), self.transformer()]
 
     def settled_precision(self) -> str:
         return "bf16" if self.torch_device().type == "cuda" else "32"
@@ -271,8 +413,8 @@ class Kontext(Files):
         from ldm.models.kontext import load_restorer
 
         folder, lora = self.files()
-        if self.pretrained_model_name_or_path is None and folder == repository_path(KONTEXT[1]):
-            print(f"{folder}: the included small model; the real one is {KONTEXT[0]} (docs/kontext.md)")
+        if self.pretrained_model_name_or_path is None and folder == repository_path(SMALL_KONTEXT):
+            print(f"{folder}: the included small model; the real one is {KONTEXT} (docs/kontext.md)")
         restore = load_restorer(
             folder,
             lora,
@@ -283,145 +425,24 @@ class Kontext(Files):
             fp8=self.base_precision == "fp8",
             blocks_to_swap=self.blocks_to_swap,
         )
-        return lambda image, path: restore(image, **self.work())
+
+        def run(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
+            return restore(image, progress=progress, **self.work())
+
+        return run
 
     def work(self) -> dict[str, Any]:
-        """These options, as they are now, for ldm.models.diffusion.flow.restore_image."""
-        from ldm.models.kontext import TRANSFORMER
-
-        file = self.files()[0] / TRANSFORMER
-        steps = self.num_inference_steps or number_in(file, "sampling_steps", 30)
+        """Return these options, as they are now, for ldm.models.diffusion.flow.restore_image."""
+        file = self.transformer()
         tile = number_in(file, "image_size", 0) if self.tile is None else self.tile
-        resolution = self.resolution or number_in(file, "image_size", 1024)
-        overlap = min(self.overlap, tile // 2) if tile else self.overlap
-        how = {"guidance": self.guidance_scale, "seed": self.seed, "progress": self.progress}
-        return {**how, "steps": steps, "resolution": resolution, "tile": tile, "overlap": overlap}
-
-
-@dataclass(kw_only=True)
-class Inpaint(ControlNet):
-    """Fill holes with a ControlNet of tutorial_train_inpaint.py on Stable Diffusion (docs/inpaint.md).
-
-    One picture becomes inpainted.png, and comparison.png beside it: input, mask, output.
-    """
-
-    # a picture, or a folder with all below it
-    input: Annotated[Path, tyro.conf.arg(name="input_image", aliases=["--input"])]
-    input_mask: Path | None = None  # white = fill; one mask for all, or a folder: NAME_mask or NAME
-    outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)  # pixels to add: left, top, right, bottom
-    comparison: bool = True  # also show input, mask and output side by side
-    scheduler: Sampler = "ddpm"  # 20 steps do for the others
-    seed: int = 42  # the same seed gives the same picture
-    prompt: str = ""  # what the hole should hold
-    guidance_scale: float = 7.5  # above 1 follows the prompt more, in twice the time
-    strength: float = 1.0  # below 1 starts from what is in the hole, noised by so much
-    mask_blur: int = 4  # pixels around the hole over which old and new blend; all others stay as they are
-    grow_mask: int = 0  # pixels by which the hole is made larger first
-    only_masked_padding: int = -1  # 0 or more: work on each hole and so many pixels around it
-    resolution: int = 512  # then a smaller region is scaled up to that many pixels squared
-
-    KIND = "inpaint"
-    LESS_MEMORY = "--precision 16, or --only_masked_padding 32"
-    ELSEWHERE = f"{Files.ELSEWHERE} masks"
-
-    def photographs(self, paths: list[Path]) -> list[Path]:
-        from ldm.data.masks import without_masks
-
-        return without_masks(paths, self.input, self.input_mask)
-
-    def check(self, jobs: list[Job]) -> None:
-        from ldm.data.masks import MaskFolder, read_mask
-
-        super().check(jobs)
-        if self.input_mask is None and not any(self.outpaint):
-            raise ValueError("give --input_mask, a picture that is white where to fill, or --outpaint")
-        if self.input_mask and not self.input_mask.exists():
-            raise FileNotFoundError(f"mask not found: {self.input_mask}")
-        if self.input_mask and self.input_mask.is_file():
-            read_mask(self.input_mask)
-        elif self.input_mask:  # listed once for all; one that is missing is found before hours are spent
-            folder = self.input if self.input.is_dir() else self.input.parent
-            self.masks = MaskFolder(self.input_mask, folder)
-            for source, _ in jobs:
-                self.mask_path(source)
-
-    def made_from(self, source: Path) -> list[Path]:
-        return super().made_from(source) + ([self.mask_path(source)] if self.input_mask else [])
-
-    def mask_path(self, source: Path) -> Path | None:
-        """The mask of a picture. Raises FileNotFoundError if a folder has none, ValueError for several."""
-        if self.input_mask is None or not self.input_mask.is_dir():
-            return self.input_mask
-        return self.masks.find(source.relative_to(self.input) if self.input.is_dir() else Path(source.name))
-
-    def result_name(self, name: Path) -> Path:
-        return super().result_name(name if self.input.is_dir() else name.with_name("inpainted"))
-
-    def comparison_path(self, target: Path) -> Path:
-        single = target.with_stem("comparison")
-        return super().comparison_path(target) if self.input.is_dir() else single
-
-    def compare(self, image: np.ndarray, restored: np.ndarray, path: Path) -> np.ndarray:
-        image, mask = self.task(image, path)
-        return side_by_side([image, np.repeat(255 * mask[..., None], 3, axis=2), restored])
-
-    def task(self, image: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """The picture, larger where outpainting makes it so, and its mask: uint8 (h, w), 1 in the hole."""
-        from cldm.inpaint import expand
-        from ldm.data.masks import read_mask, resize_mask
-
-        found = self.mask_path(path)
-        mask = np.zeros(image.shape[:2], np.uint8)
-        if found:
-            mask = resize_mask(read_mask(found), image.shape[:2], found)
-        return expand(image, mask, self.outpaint)
-
-    def restorer(self) -> Restorer:
-        from cldm.inpaint import Inpainting, inpaint_image
-
-        model = self.open()
-
-        def restore(image: np.ndarray, path: Path) -> np.ndarray:
-            rgba = read_rgba(path)
-            with autocast(model):
-                task = self.task(image if rgba is None else rgba, path)
-                return inpaint_image(model, *task, self.as_now(Inpainting), self.progress)
-
-        return restore
-
-
-@dataclass(kw_only=True)
-class DBGAN(OnePass):
-    """Deblur with a DBGAN of train_dbgan.py (docs/dbgan.md)."""
-
-    checkpoint_path: Path = Path("models/dbgan.safetensors")  # or a run's, or its last.ckpt or best.ckpt
-    output_prefix: str = "deblurred_"  # before the names of the results
-
-    def restorer(self) -> Restorer:
-        from ldm.modules.generators import load_generator, restore_image
-
-        network = self.place(load_generator(self.checkpoint_path, "deblur"))
-        return lambda image, path: restore_image(network, image, **self.how())
-
-
-@dataclass(kw_only=True)
-class BGAN(OnePass):
-    """Make realistic blur from sharp photographs with a BGAN of train_dbgan.py (docs/dbgan.md)."""
-
-    checkpoint_path: Path = Path("models/bgan.safetensors")  # or a run's, or its last.ckpt or best.ckpt
-    output_prefix: str = "blurred_"  # before the names of the results
-    seed: int = 0  # with the file's name it decides on the blur
-
-    def restorer(self) -> Restorer:
-        from ldm.modules.generators import blur_image, load_generator
-
-        network = self.place(load_generator(self.checkpoint_path, "blur"))
-
-        def blur(image: np.ndarray, path: Path) -> np.ndarray:
-            seed = item_seed(self.seed, crc32(path.name.encode()))
-            return blur_image(network, image, seed, **self.how())
-
-        return blur
+        return {
+            "steps": self.num_inference_steps or number_in(file, "sampling_steps", 30),
+            "guidance": self.guidance_scale,
+            "resolution": self.resolution or number_in(file, "image_size", 1024),
+            "seed": self.seed,
+            "tile": tile,
+            "overlap": min(self.overlap, tile // 2) if tile else self.overlap,
+        }
 
 
 COMMANDS = {
@@ -439,7 +460,7 @@ BEST = "srn"  # its included weights remove the most real motion blur: docs/weig
 
 
 def system_of(path: Path) -> str:
-    """The subcommand that a file or folder of weights is for, by its keys and what our scripts note in it.
+    """Return the subcommand that a file or folder of weights is for, by its keys and its notes.
 
     Raises FileNotFoundError, or ValueError if it is of none.
     """
@@ -452,22 +473,24 @@ def system_of(path: Path) -> str:
             return "kontext"
         raise ValueError(f"{path} is a folder without {LORA_FILE}: give a file, say checkpoints/best.ckpt")
     weights, content = checkpoint.read_trained(path)
-    begins = {name.removeprefix("module.").partition(".")[0] for name in weights}
+    shapes = {name.removeprefix("module."): value.shape for name, value in weights.items()}
+    begins = {name.partition(".")[0] for name in shapes}
     for prefix, command in (("inblock", "srn"), ("deblur", "dbgan"), ("blur", "bgan")):
         if prefix in begins:
             return command
     if begins & {"control_model", "zero_convs", "input_hint_block"}:
-        about = f"{content.get('config', {}).get('target')} {content['settings'].keys()} {path.name}"
-        return "inpaint" if "inpaint" in about.lower() or "mask_ratio" in about else "deblur"
+        target = content.get("config", {}).get("target", "")
+        inpaints = "inpaint" in f"{target} {path.name}".lower() or "mask_ratio" in content["settings"]
+        return "inpaint" if inpaints else "deblur"
     if any(".lora_" in name or name.startswith("lora_") for name in weights):
         return "kontext"
-    if authors_form({name.removeprefix("module."): value.shape for name, value in weights.items()}):
+    if authors_form(shapes):
         return "dbgan"
     raise ValueError(f"{path} is of none of {', '.join(COMMANDS)}: its first key is {next(iter(weights))}")
 
 
 def with_subcommand(words: list[str]) -> list[str]:
-    """A command line with its subcommand: if there is none --checkpoint_path says it, or --input_mask.
+    """Return a command line with its subcommand: if there is none --checkpoint_path or --input_mask decides.
 
     With --input alone it is the one whose included weights restore real photos best.
     Raises ValueError without any of these.
@@ -476,22 +499,24 @@ def with_subcommand(words: list[str]) -> list[str]:
         return words
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     options = [word.replace("-", "_").replace("__", "--", 1) for word in words]
-    if {"--input_mask", "--outpaint"} & {*options}:
+    if "--input_mask" in options or "--outpaint" in options:
         return ["inpaint", *words]
-    flags = {"--checkpoint_path", "--lora_path", "--pretrained_model_name_or_path"}
-    at = next((index for index, word in enumerate(options[:-1]) if word in flags), None)
-    if at is None and "--input" in options:
+    if "--lora_path" in options or "--pretrained_model_name_or_path" in options:
+        return ["kontext", *words]
+    if "--checkpoint_path" in options[:-1]:
+        at = options.index("--checkpoint_path")
+        path = repository_path(words[at + 1])
+        command = system_of(path)
+        if command == "kontext":
+            from ldm.models.kontext import TRANSFORMER
+
+            is_model = (path / TRANSFORMER).is_file()
+            words[at] = "--pretrained_model_name_or_path" if is_model else "--lora_path"
+        return [command, *words]
+    if "--input" in options:
         print(f"no subcommand given: restoring with {BEST} and its included weights")
         return [BEST, *words]
-    if at is None:
-        raise ValueError(f"give --input, or one of {', '.join(COMMANDS)} first")
-    command = system_of(repository_path(words[at + 1])) if options[at] == "--checkpoint_path" else "kontext"
-    if command == "kontext" and options[at] == "--checkpoint_path":
-        from ldm.models.kontext import TRANSFORMER
-
-        folder = (repository_path(words[at + 1]) / TRANSFORMER).is_file()
-        words[at] = "--pretrained_model_name_or_path" if folder else "--lora_path"
-    return [command, *words]
+    raise ValueError(f"give --input, or one of {', '.join(COMMANDS)} first")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Export SRN or DBGAN to ONNX, for any size of picture.
+"""Export SRN or DBGAN to ONNX, for images of any size.
 
     python tool_export_onnx.py models/srn_deblur.safetensors srn.onnx
 
@@ -28,14 +28,15 @@ TOLERANCE = 1e-4  # of values in [0, 1]
 
 @dataclass
 class Settings:
-    # a file of train_srn.py or of train_dbgan.py's deblurring generator
+    # file of train_srn.py, or of train_dbgan.py's deblurring generator
     checkpoint_path: Annotated[Path, tyro.conf.Positional]
-    output_path: Annotated[Path, tyro.conf.Positional]  # file to write, .onnx
-    overwrite: bool = False  # replace the output if it exists
+    # .onnx file to write
+    output_path: Annotated[Path, tyro.conf.Positional]
+    overwrite: bool = False  # replace the output file if it exists
 
 
 class AnySize(nn.Module):
-    """(1, 3, h, w) in [0, 1], any h and w from 16 on -> restored, the same size, clamped.
+    """Restores (1, 3, h, w) in [0, 1], any h and w from 16 on; the same size comes back, clamped.
 
     The edge is repeated until the network's `multiple` divides both sides, as in ldm.tiling.pad_to_multiple.
     """
@@ -45,26 +46,25 @@ class AnySize(nn.Module):
         self.network = network
 
     def forward(self, blurry: Tensor) -> Tensor:
-        (h, w), multiple = blurry.shape[-2:], self.network.multiple
-        rows, columns = (
-            torch.arange((n + multiple - 1) // multiple * multiple).clamp(max=n - 1) for n in (h, w)
-        )
-        padded = blurry.index_select(2, rows).index_select(3, columns)
+        h, w = blurry.shape[-2:]
+        padded = blurry.index_select(2, self.padded(h)).index_select(3, self.padded(w))
         if isinstance(self.network, SRNDeblurNet):
             restored = (self.network(*pyramid(2 * padded - 1))[0] + 1) / 2
         else:
             restored = self.network(padded)
         return restored[:, :, :h, :w].clamp(0, 1)
 
+    def padded(self, length: int) -> Tensor:
+        """Indices along one side, the last of which is repeated."""
+        multiple = self.network.multiple
+        return torch.arange((length + multiple - 1) // multiple * multiple).clamp(max=length - 1)
+
 
 def open_network(path: Path) -> nn.Module:
-    """SRN's network or DBGAN's deblurring generator. Raises ValueError for a file of something else."""
+    """Load SRN's network or DBGAN's deblurring generator. Raises ValueError for a file of something else."""
     weights, content = read_control(path)
     if any(name.startswith("control_model.") for name in weights):
-        raise ValueError(
-            f"{path} is a ControlNet: it works inside Stable Diffusion's sampling and has no ONNX export; "
-            "tool_export_control.py makes a file for other tools"
-        )
+        raise ValueError(f"{path} is a ControlNet, which has no ONNX export: use tool_export_control.py")
     if any(name.removeprefix("module.").startswith("inblock.") for name in weights):
         return load_network(path)
     return load_generator(path, "deblur")
@@ -72,7 +72,7 @@ def open_network(path: Path) -> nn.Module:
 
 @torch.no_grad()
 def compare(path: Path, network: nn.Module) -> float:
-    """The largest difference between onnxruntime and PyTorch on random pictures of SIZES."""
+    """Return the largest difference between onnxruntime and PyTorch on random images of SIZES."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -34,7 +34,8 @@ from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.modules.losses import PixelLoss, restoration_loss
-from ldm.tiling import mean_of_turns, pad_to_multiple, restore_picture
+from ldm.tiling import pad_to_multiple, restore_picture
+from ldm.tiling import self_ensemble as average_rotations
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -289,7 +290,7 @@ def restore_image(
     """
 
     one = partial(restore, network)
-    run = partial(mean_of_turns, one) if self_ensemble else one
+    run = partial(average_rotations, one) if self_ensemble else one
     return restore_picture(blurry, run, next(network.parameters()).device, **options)
 
 

@@ -1,11 +1,11 @@
-"""What the small inpainting ControlNet in models/ makes of holes, sampled in many ways, beside Telea.
+"""Score the fillings of the small inpainting ControlNet in models/, sampled in many ways, beside Telea.
 
     python -m benchmarks.small_holes
 
 The table of docs/weights.md: 36 holes of 10 to 30 % in squares of the six photographs inside scikit-image,
-of which the file knows none, and other holes than the demonstration's.
-Texture is the energy of the gradients as a part of the truth's, as a median: where the truth is smooth the
-part grows without bound.
+none of which the file was trained on, and other holes than the demonstration's.
+Texture is the energy of the gradients relative to the ground truth's, as a median: where the ground truth is
+smooth the ratio grows without bound.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ SAMPLINGS = {
         "smoothly": True,
     },
 }
-FINE = 2.0  # pixels, standard deviation of the low-pass that parts colours from detail
+FINE = 2.0  # pixels, standard deviation of the low-pass that separates colours from detail
 Fill = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -50,8 +50,8 @@ Fill = Callable[[np.ndarray, np.ndarray], np.ndarray]
 class Settings:
     """Print the table."""
 
-    squares: int = 6  # of each photograph
-    seed: int = 1000  # of the squares and the holes
+    squares: int = 6  # number of squares of each photograph
+    seed: int = 1000  # random seed of the squares and the holes
 
 
 def row(name: str, holes: list[tuple[np.ndarray, np.ndarray]], fill: Fill) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cldm.cldm import ControlLDM
 from cldm.logger import compared
-from cldm.restore import MULTIPLE, Drawing
+from cldm.restore import MULTIPLE, SamplingOptions
 from ldm.data.image import to_tensor, to_uint8
 from ldm.data.inpaint import make_hint
 from ldm.models.diffusion.ddpm import image_of
@@ -105,7 +105,7 @@ def region_errors(result: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Tens
 
 
 @dataclass
-class Inpainting(Drawing):
+class Inpainting(SamplingOptions):
     """How to fill a hole: see `python infer.py inpaint --help`."""
 
     method: str = "ddpm"
@@ -221,7 +221,7 @@ def fill(
     start = model.encode_first_stage(on_device(known)).mode().float() * model.scale_factor
     hint = make_hint(on_device(scaled), mask, model.control_model.input_hint_block[0].in_channels)
     more = {"x0": start, "mask": keep, "generator": options.generator()}
-    latents = options.draw(model, {"c_concat": [hint]}, progress, **more)
+    latents = options.sample(model, {"c_concat": [hint]}, progress, **more)
     result = model.decode_first_stage(keep * start + (1 - keep) * latents)
     result = to_uint8(result[0, :, :height, :width])
     if options.color_fix:

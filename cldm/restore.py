@@ -1,4 +1,4 @@
-"""Restoring whole photographs of any size with a trained ControlLDM: padding, tiles, colour."""
+"""Restore whole photos of any size with a trained ControlLDM: padding, tiles, colour."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from cldm.cldm import ControlLDM
 from cldm.model import open_control_model
 from ldm.data.image import to_tensor, to_uint8
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.tiling import blend_tiles, mean_of_turns, pad_to_multiple, tile_spans
+from ldm.tiling import blend_tiles, pad_to_multiple, self_ensemble, tile_spans
 
 MULTIPLE = 64  # pixels: the UNet halves the latents three times
 
 
 @dataclass
-class Drawing:
-    """How to draw the latents of one picture; the options of `python infer.py deblur` and `inpaint`."""
+class SamplingOptions:
+    """How to sample the latents of one image: the options of `python infer.py deblur` and `inpaint`."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -37,8 +37,8 @@ class Drawing:
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
-    def draw(self, model: ControlLDM, cond: Mapping, progress: Callable, **more: Any) -> Tensor:
-        """Latents (1, 4, h, w) for a conditioning without its text; `more` goes to ControlLDM.sample."""
+    def sample(self, model: ControlLDM, cond: Mapping, progress: Callable, **more: Any) -> Tensor:
+        """Sample latents (1, 4, h, w) for a conditioning without text; `more` goes to ControlLDM.sample."""
         model.control_scales = [self.control_scale] * (len(model.control_model.zero_convs) + 1)
         same = self.prompt == self.negative_prompt  # guidance from a prompt to itself changes nothing
         return model.sample(
@@ -55,7 +55,7 @@ class Drawing:
 
 
 @dataclass
-class Sampling(Drawing):
+class Sampling(SamplingOptions):
     """How to deblur: see `python infer.py deblur --help`."""
 
     tile: int = 0
@@ -67,7 +67,7 @@ class Sampling(Drawing):
 def open_restorer(
     path: Path, base: Path | None, config: Path | None, device: torch.device, dtype: torch.dtype | None
 ) -> ControlLDM:
-    """`open_control_model` on a device; UNet and ControlNet, most of the work, in `dtype` if there is one."""
+    """Open a control model on a device; UNet and ControlNet, most of the work, in `dtype` if there is one."""
     model = open_control_model(path, base, config)
     if dtype is not None:  # before the device has to hold them in float32
         model.model.diffusion_model.to(dtype)
@@ -79,12 +79,12 @@ def open_restorer(
 def deblur_image(
     model: ControlLDM, image: np.ndarray, sampling: Sampling, progress: Callable = iter
 ) -> np.ndarray:
-    """Restore uint8 (h, w, 3), whose size is kept. The same seed gives the same picture.
+    """Restore uint8 (h, w, 3), whose size is kept. The same seed gives the same image.
 
-    With `tile` (pixels, a multiple of 64) the network and the autoencoder see the picture in overlapping
-    squares whose predictions are blended at every step, so that memory does not grow with the picture.
-    With `fidelity` above 0 the low band of every step's estimate is drawn by that much to the picture's.
-    With `self_ensemble` it is the mean over the 8 flips and turns, each drawn from noise of its own.
+    With `tile` (pixels, a multiple of 64) the network and the autoencoder see the image in overlapping tiles
+    whose predictions are blended at every step, so that memory does not grow with the image.
+    With `fidelity` above 0 the low band of every step's estimate is pulled by that much to the image's.
+    With `self_ensemble` it is the mean over 8 flips and rotations, each sampled from noise of its own.
     Raises ValueError for a tile or overlap that is no multiple of 64, an overlap not below the tile, or a
     fidelity outside of 0 to 1.
     """
@@ -108,18 +108,18 @@ def deblur_image(
         sampler = TiledSampler(model, tiles, start, sampling.fidelity)
         cond = {"c_concat": [(pixels + 1) / 2], "c_latent": start}
         more = {"x0": start, "sampler": sampler, "generator": generator}  # x0: where strength is below 1
-        latents = sampling.draw(model, cond, progress, **more)
+        latents = sampling.sample(model, cond, progress, **more)
         return tiles.blend(lambda y, x: model.decode_first_stage(latents[..., y, x]), scale=8)
 
     pixels = pad_to_multiple(to_tensor(image)[None], MULTIPLE).to(model.device)
-    restored = mean_of_turns(restore, pixels) if sampling.self_ensemble else restore(pixels)
+    restored = self_ensemble(restore, pixels) if sampling.self_ensemble else restore(pixels)
     restored = to_uint8(restored[0, :, :height, :width])
     return fix_color(restored, image) if sampling.color_fix else restored
 
 
 @dataclass
 class Tiles:
-    """Overlapping tiles of at most `side` latents over a latent picture of `size`."""
+    """Overlapping tiles of at most `side` latents over a latent image of `size`."""
 
     size: tuple[int, int]
     side: int
@@ -133,18 +133,20 @@ class Tiles:
 class TiledSampler(DDIMSampler):
     """Sampler whose noise predictions are blended from tiles at every step.
 
-    With `fidelity` above 0 the coarse of the clean latents that a prediction stands for is drawn by so much
-    to that of `guide`, the input's latents: restoration guidance (Lin et al. 2024, sec. 3.3) in one step.
+    With `fidelity` above 0 the low band of the clean latents that a prediction stands for is pulled by that
+    much to that of `guide`, the input's latents: restoration guidance (Lin et al. 2024, sec. 3.3), one step.
     """
 
     def __init__(self, model: ControlLDM, tiles: Tiles, guide: Tensor | None = None, fidelity: float = 0.0):
         super().__init__(model)
-        self.tiles, self.guide, self.fidelity = tiles, guide, fidelity
+        self.tiles = tiles
+        self.guide = guide
+        self.fidelity = fidelity
 
     def _eps(self, x: Tensor, t: Tensor, cond: Mapping, uncond: Mapping | None, scale: float):
         def part(ys: slice, xs: slice) -> Tensor:
-            both = cut(cond, ys, xs), uncond and cut(uncond, ys, xs)
-            return super(TiledSampler, self)._eps(x[..., ys, xs], t, *both, scale)
+            uncond_part = uncond and cut(uncond, ys, xs)
+            return super(TiledSampler, self)._eps(x[..., ys, xs], t, cut(cond, ys, xs), uncond_part, scale)
 
         eps = self.tiles.blend(part)
         if not self.fidelity:
@@ -156,7 +158,7 @@ class TiledSampler(DDIMSampler):
 
 
 def low_band(latents: Tensor, levels: int = 2) -> Tensor:
-    """What `coarse` leaves of (b, c, h, w): so many steps of the a-trous wavelet, 8 pixels to a latent."""
+    """Low band of (b, c, h, w): what `levels` steps of an a-trous wavelet leave, 8 pixels to a latent."""
     kernel = torch.tensor([0.25, 0.5, 0.25], device=latents.device)
     kernel = (kernel[:, None] * kernel).expand(latents.shape[1], 1, 3, 3)
     for level in range(levels):
@@ -166,22 +168,22 @@ def low_band(latents: Tensor, levels: int = 2) -> Tensor:
 
 
 def cut(cond: Mapping, ys: slice, xs: slice) -> dict:
-    """A conditioning whose hints, and their latent if there is one, are cut to a window of latents."""
+    """Cut the hints of a conditioning, and their latent if there is one, to a tile of latents."""
     latent = cond.get("c_latent")
     latent = None if latent is None else latent[..., ys, xs]
     hints = [hint[..., times8(ys), times8(xs)] for hint in cond["c_concat"]]
     return {**cond, "c_concat": hints, "c_latent": latent}
 
 
-def times8(window: slice) -> slice:
-    """A window of latents in pixels."""
-    return slice(8 * window.start, 8 * window.stop)
+def times8(span: slice) -> slice:
+    """A span of latents in pixels."""
+    return slice(8 * span.start, 8 * span.stop)
 
 
 def fix_color(restored: np.ndarray, source: np.ndarray, levels: int = 5) -> np.ndarray:
-    """The fine detail of `restored` on the coarse colours of `source`, both uint8 (h, w, 3).
+    """Put the fine detail of `restored` on the low band of `source`, both uint8 (h, w, 3).
 
-    Coarse is what `levels` steps of an a-trous wavelet leave (Mallat 1999, sec. 5.5).
+    The low band is what `levels` steps of an a-trous wavelet leave (Mallat 1999, sec. 5.5).
     """
     restored = restored.astype(np.float32)
     fixed = restored - coarse(restored, levels) + coarse(source.astype(np.float32), levels)

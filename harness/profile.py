@@ -1,27 +1,22 @@
 """What a restoration costs: multiplications, time and memory, measured on the device that does it."""
 
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ldm.checkpoint import write_atomically
-
-PROFILE = "profile.json"  # beside the pictures it is about
+PROFILE = "profile.json"  # beside the images it is about
 RUNS = 3  # timed ones, after one that warms up
 
 
 def measure(restore: Callable[[], object], device: torch.device) -> dict:
-    """MACs, seconds, peak memory (bytes) of `restore()`, the device's name and torch's version.
+    """Measure MACs, seconds and peak memory (bytes) of `restore()`; with the device and torch's version.
 
-    A MAC is a multiplication with its addition, in any convolution, matrix product or attention of all steps
-    and tiles. Seconds are the median of three runs, each waited for; memory is what torch allocated on a
-    CUDA device, weights included, or the most the process ever held.
+    Seconds are the median of three runs, each waited for; memory is what torch allocated on a CUDA device,
+    weights included, or the most the process ever held.
     """
     cuda = device.type == "cuda"
     macs = count_macs(restore)
@@ -46,7 +41,8 @@ def measure(restore: Callable[[], object], device: torch.device) -> dict:
 
 
 def count_macs(compute: Callable[[], object]) -> int:
-    """Multiply-accumulate operations of what torch computes in `compute()`, on any device."""
+    """Count the multiplications with their additions in all convolutions, matrix products and attention that
+    torch computes in `compute()`, on any device."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts CUDA's alone
     formula = {attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -60,7 +56,7 @@ def count_macs(compute: Callable[[], object]) -> int:
 
 
 def peak_resident_memory() -> int | None:
-    """Bytes of CPU memory the process held at most; None where the system does not tell."""
+    """Return the bytes of CPU memory that the process held at most; None where the system does not say."""
     try:
         import resource
     except ImportError:  # Windows
@@ -69,36 +65,20 @@ def peak_resident_memory() -> int | None:
 
 
 def cost_lines(profile: dict) -> list[str]:
-    """What `measure` found, for one of the pictures, as lines to print."""
+    """Return what `measure` found for an image, and the weights it was made with, as lines to print."""
     memory = profile["peak_memory"]
     held = "" if memory is None else f", at most {memory / 2**20:.0f} MiB ({profile['memory']})"
     size = "{} x {}".format(*profile["size"])
     return [
         f"cost      {profile['macs'] / 1e9:.3f} GMAC, {profile['seconds']:.4g} s for {size}{held}",
         f"          on {profile['device']}, torch {profile['torch']}",
+        *weights_lines(profile["checkpoint"]),
     ]
 
 
 def weights_lines(about: dict) -> list[str]:
-    """What `ldm.checkpoint.describe` found, as lines to print."""
+    """Return what `ldm.checkpoint.describe` found, as lines to print."""
     return [
         f"weights   {about['path']}: step {about['step']}, {about['parameters']} parameters",
         f"          sha256 {about['sha256']}",
     ]
-
-
-def write_profile(path: Path, profile: dict) -> None:
-    """Write a profile as json, atomically. Raises OSError that names the file."""
-    text = json.dumps(profile, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def read_profile(path: Path) -> dict:
-    """What `infer.py --profile` wrote. Raises ValueError that names the file if it is something else."""
-    try:
-        profile = json.loads(path.read_text(encoding="utf-8"))
-        cost_lines(profile)
-        weights_lines(profile["checkpoint"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no profile of infer.py, remove it or make it anew: {error!r}") from error
-    return profile

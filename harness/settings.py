@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,9 @@ def run_main(
         threading.excepthook = _report_once
     try:
         words = complete(sys.argv[1:]) if complete else None
-        main(read_settings(settings, demo, words))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            main(read_settings(settings, demo, words))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
@@ -57,6 +60,11 @@ def run_main(
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def _show_warning(message: Warning, *_: Any) -> None:
+    """Print a warning in one line, without the place in the code that gave it."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

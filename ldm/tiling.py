@@ -1,4 +1,4 @@
-"""Images of any size through networks that want multiples: padding, blended tiles, filled hidden colours."""
+"""Images of any size through networks that need multiples: padding, blended tiles, filled hidden colours."""
 
 from collections.abc import Callable
 
@@ -15,14 +15,14 @@ MULTIPLE = 16  # pixels: what tiles are rounded up to, which saves networks thei
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """(b, c, h, w) grown at right and bottom, by repeating its edge, until `multiple` divides h and w."""
+    """Pad (b, c, h, w) at right and bottom, by repeating its edge, until `multiple` divides h and w."""
     h, w = image.shape[-2:]
     right, bottom = -w % multiple, -h % multiple
     return F.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
 
 
 def tile_spans(length: int, tile: int, overlap: int, multiple: int = 1) -> list[slice]:
-    """One side cut into as few equal spans of at most `tile` as cover it; neighbours share `overlap` or more.
+    """Cut one side into as few equal spans of at most `tile` as cover it; neighbours share `overlap` or more.
 
     Several spans are rounded up to `multiple` where that is no more than `tile`. Raises ValueError if a tile
     is not larger than its overlap.
@@ -39,7 +39,7 @@ def tile_spans(length: int, tile: int, overlap: int, multiple: int = 1) -> list[
 
 
 def gaussian_window(h: int, w: int, sigma: float = 0.3) -> Tensor:
-    """Weights (h, w) of a tile in the blend: 1 in its middle, a gaussian of deviation `sigma` half-sides."""
+    """Weights (h, w) of a tile in the blend: 1 in its centre, a gaussian of deviation `sigma` half-sides."""
     y, x = (torch.linspace(-1, 1, n + 2)[1:-1] for n in (h, w))
     return torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2))
 
@@ -52,7 +52,7 @@ def blend_tiles(
     device: torch.device | None = None,
     progress: Callable = iter,
 ) -> Tensor:
-    """compute(y, x) (b, c, h, w) of every tile, `scale` times as large, blended with gaussian weights.
+    """Blend compute(y, x) (b, c, h, w) of every tile, `scale` times as large, with gaussian weights.
 
     The sum is float32 and lies on `device`, or where the first tile's is. One tile alone comes back as it is.
     `progress` wraps the list of tiles, as tqdm does.
@@ -73,36 +73,34 @@ def blend_tiles(
     return total / weights
 
 
-def mean_of_turns(restore: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    """Mean, in float32, of what `restore` makes of the 8 flips and turns of (b, c, h, w), turned back.
+def self_ensemble(restore: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """Mean, in float32, of what `restore` makes of 8 flips and rotations of (b, c, h, w), turned back.
 
-    Errors that differ from turn to turn go, and with them some texture (Timofte et al. 2016, sec. 3.4).
+    Errors that differ between the rotations go, and with them some texture (Timofte et al. 2016, sec. 3.4).
     """
 
-    def over_turns(image: Tensor) -> Tensor:
-        turned = (restore(torch.rot90(image, k, (2, 3))).float() for k in range(4))
-        return sum(torch.rot90(x, -k, (2, 3)) for k, x in enumerate(turned))
+    def over_rotations(image: Tensor) -> Tensor:
+        restored = (restore(torch.rot90(image, k, (2, 3))).float() for k in range(4))
+        return sum(torch.rot90(x, -k, (2, 3)) for k, x in enumerate(restored))
 
-    return (over_turns(image) + over_turns(image.flip(3)).flip(3)) / 8
+    return (over_rotations(image) + over_rotations(image.flip(3)).flip(3)) / 8
 
 
 def restore_tiled(
     image: Tensor, restore: Callable[[Tensor], Tensor], tile: int, overlap: int, progress: Callable = iter
 ) -> Tensor:
-    """`restore` applied to overlapping tiles of (b, c, h, w), at most `tile` a side, blended.
+    """Apply `restore` to overlapping tiles of (b, c, h, w), at most `tile` a side, and blend them.
 
-    The sum is kept where `image` lies (leave it on the CPU if it is large); `restore` moves each tile where
-    it likes and returns one of the same size. Raises ValueError if a tile is not larger than its overlap.
+    The sum is kept where `image` lies (leave it on the CPU if it is large); `restore` may move a tile to
+    another device and returns one of the same size. Raises ValueError if a tile is not above its overlap.
     """
     rows, columns = (tile_spans(length, tile, overlap, MULTIPLE) for length in image.shape[-2:])
     return blend_tiles(lambda y, x: restore(image[..., y, x]), rows, columns, 1, image.device, progress)
 
 
 def fill_hidden(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
-    """A uint8 or uint16 picture (h, w, 3) as a network should see it: where `alpha` (h, w) is 0 the hidden
-    colours, black or white in cut-outs, are replaced by those of the visible surroundings.
-
-    A picture that is all hidden stays as it is.
+    """Replace hidden colours of uint8 or uint16 (h, w, 3), black or white in cut-outs: where `alpha` (h, w)
+    is 0, by those of the visible surroundings. An image that is all hidden stays as it is.
     """
     if alpha is None or alpha.all() or not alpha.any():
         return pixels
@@ -112,9 +110,9 @@ def fill_hidden(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
 
 
 def fill_smoothly(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """float32 (h, w, c) with its hole filled from around it, coarsely where it is far (pull-push pyramid).
+    """Fill the hole of float32 (h, w, c) from around it, coarsely where that is far (pull-push pyramid).
 
-    A picture that is all hole becomes grey (127.5).
+    An image that is all hole becomes grey (127.5).
     """
     if not hole.any():
         return image
@@ -142,11 +140,11 @@ def restore_picture(
     overlap: int = 64,
     progress: Callable = iter,
 ) -> np.ndarray:
-    """A uint8 or uint16 picture (h, w, 3) through `restore`: (1, 3, h, w) in [-1, 1] on `device` -> the same.
+    """Restore uint8 or uint16 (h, w, 3); `restore` maps (1, 3, h, w) in [-1, 1] on `device` to the same.
 
-    The result has the picture's type. With `tile` above 0 the picture goes through in equal tiles of at most
-    that size, blended over `overlap` pixels or more, in memory that its size no longer counts for; `progress`
-    wraps the list of them, as tqdm does. Precision `auto` is 32 for 16-bit pictures.
+    The result has the image's type. With `tile` above 0 the image goes through in equal tiles of at most that
+    size, blended over `overlap` pixels or more, so that memory does not grow with it; `progress` wraps the
+    list of tiles, as tqdm does. Precision `auto` is 32 for 16-bit images.
     """
     deep = image.dtype == np.uint16 and precision == "auto"
     dtype = compute_dtype("32" if deep else precision, device)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from ldm.data.degraded import DegDataset, bucket_sizes, example_sheet
 from ldm.data.image import photographs, read_image, write_image
-from ldm.metrics import misalignment
 from ldm.modules.image_degradation.degrade import DEGRADATIONS, KINDS, degrade
+from tests.alignment import misalignment
 
 
 @pytest.fixture

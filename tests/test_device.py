@@ -141,7 +141,7 @@ def test_the_first_line_says_what_computes(card, no_card, capsys):
 def test_infer_begins_with_it(tmp_path, capsys, monkeypatch):
     write_image(tmp_path / "a.png", np.zeros((16, 16, 3), np.uint8))
     command = infer.SRN(input=tmp_path / "a.png", output_dir=tmp_path / "out", device="cpu", precision="32")
-    monkeypatch.setattr(infer.SRN, "restorer", lambda self: lambda image, path: image)
+    monkeypatch.setattr(infer.SRN, "restorer", lambda self: lambda image, path, progress: image)
     restore_files(command)
     assert capsys.readouterr().out.startswith("computing on the CPU (")
 

@@ -329,8 +329,8 @@ def test_the_command_to_make_masks(tmp_path):
     tool_make_mask.main(replace(make, output_path=tmp_path, image=tmp_path))
     assert {path.name for path in tmp_path.glob("in*")} == {"in.png", "in_mask.png"}
     assert not read_image(tmp_path / "in.png").any()
-    with pytest.raises(ValueError, match="would overwrite its picture: .*in.png"):
+    with pytest.raises(ValueError, match="would overwrite its image: .*in.png"):
         tool_make_mask.main(replace(make, output_path=tmp_path / "in.png"))
     for change in ({"image": None}, {"size": (5, 5)}, {"box": (0, 0, 81, 10)}, {"box": (5, 5, 5, 9)}):
-        with pytest.raises(ValueError, match="not both|not inside a picture"):
+        with pytest.raises(ValueError, match="not both|not inside an image"):
             tool_make_mask.main(replace(make, **change))

@@ -17,7 +17,7 @@ import infer
 import train_kontext_lora as script
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
-from ldm.metrics import misalignment
+from ldm.models.diffusion.flow import shift_timesteps
 from ldm.models.kontext import (
     TRANSFORMER,
     load_autoencoder,
@@ -29,6 +29,7 @@ from ldm.models.kontext import (
 from ldm.models.prompts import prompt_file
 from ldm.modules.flux import pack, unpack
 from ldm.modules.lora import LORA_FILE, MODELSPEC, load_lora, make_lora
+from tests.alignment import misalignment
 from tests.tiny_flux import write_tiny_folder
 from train_kontext_lora import SIGMAS, Settings, draw_noise, flow_loss, learning_rate_factor, main
 

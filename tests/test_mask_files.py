@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.scores import read_kernel
 from ldm.data import masks
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.masks import MaskFolder, check_masks, list_photographs, read_hole, read_mask, resize_mask
@@ -191,9 +190,3 @@ def test_a_folder_of_masks_is_listed_once(tmp_path, monkeypatch):
     folder = MaskFolder(tmp_path, tmp_path.parent)
     assert {folder.find(Path(f"{n}.jpg")).name for n in range(20)} == {f"{n}_mask.png" for n in range(20)}
     assert listed == [tmp_path]
-
-
-def test_a_blur_kernel_on_a_transparent_layer_is_black_there(tmp_path):
-    soft = cv2.GaussianBlur(255 * SQUARE, None, 2)
-    write_image(tmp_path / "k.png", layer((255, 255, 255), soft))
-    assert np.array_equal(read_kernel(tmp_path / "k.png"), soft)

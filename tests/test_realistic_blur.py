@@ -10,7 +10,7 @@ from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs
 from ldm.data.paired import ImageFiles
 from ldm.data.realistic_blur import RealisticBlur, RealisticBlurDataset, tone_curve
-from ldm.metrics import misalignment
+from tests.alignment import misalignment
 
 STILL = {"shake": 0.0, "motion": 0.0, "optical": 0.0, "both": 0.0}  # nothing is blurred, or hardly
 GENTLE = {"shake": 1.0, "longest_path": 5.0, "jpeg": 0.0, "noise": (1e-9, 1e-8)}

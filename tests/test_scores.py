@@ -1,4 +1,4 @@
-"""The figures of other papers against formulas written another way, and baselines."""
+"""The figures of other papers against formulas written another way."""
 
 import cv2
 import numpy as np
@@ -8,7 +8,7 @@ from scipy.ndimage import correlate
 from skimage.metrics import structural_similarity
 
 from harness import scores
-from ldm.data.image import photographs, read_image, write_image
+from ldm.data.image import photographs, read_image
 from ldm.metrics import psnr, ssim
 
 CHELSEA = read_image(photographs(("chelsea.png",))[0])[60:220, 100:260]
@@ -101,9 +101,9 @@ def backbones(tmp_path, monkeypatch):
     torch.manual_seed(0)
     for name, make in (("alexnet-owt-7be5be79.pth", alexnet), ("vgg16-397923af.pth", vgg16)):
         torch.save(make(weights=None).state_dict(), tmp_path / "checkpoints" / name)
-    scores.deep_network.cache_clear()
+    scores.deep_metric.cache_clear()
     yield tmp_path
-    scores.deep_network.cache_clear()
+    scores.deep_metric.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["lpips", "dists"])
@@ -115,47 +115,13 @@ def test_deep_distances(name, backbones):
 
 @pytest.mark.parametrize("name", ["lpips", "dists"])
 def test_a_missing_backbone_is_one_sentence(name, tmp_path, monkeypatch, capsys):
-    scores.deep_network.cache_clear()
+    scores.deep_metric.cache_clear()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def offline(*arguments, **options):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(FileNotFoundError, match=f"--{name} needs https://.*checkpoints.*no network"):
-        scores.deep_network(name)
-    assert "looks through https://download.pytorch.org" in capsys.readouterr().out
-
-
-# ---- baselines ---------------------------------------------------------------------------------------------
-
-
-def test_wiener_with_the_known_kernel_restores(tmp_path):
-    kernel = np.zeros((9, 9))
-    kernel[4, 1:8] = 1  # horizontal motion
-    blurry = cv2.filter2D(CHELSEA, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT_101)
-    np.save(tmp_path / "kernel.npy", kernel)
-    write_image(tmp_path / "kernel.png", np.repeat((kernel * 255).astype(np.uint8)[..., None], 3, axis=2))
-    for name in ("kernel.npy", "kernel.png"):
-        restored = scores.load_baseline(tmp_path / name)(blurry)
-        assert restored.shape == CHELSEA.shape and psnr(restored, CHELSEA) > psnr(blurry, CHELSEA) + 1
-    np.save(tmp_path / "none.npy", np.zeros((3, 3)))
-    with pytest.raises(ValueError, match="none.npy is no blur kernel"):
-        scores.load_baseline(tmp_path / "none.npy")
-
-
-def test_networks_that_spandrel_knows(tmp_path, monkeypatch):
-    pytest.importorskip("spandrel")
-    from ldm.modules.nafnet import NAFNet
-
-    torch.manual_seed(0)
-    network = NAFNet(8, (1, 1), 1, (1, 1))
-    torch.save(network.state_dict(), tmp_path / "NAFNet.pth")
-    restored = scores.load_baseline(tmp_path / "NAFNet.pth")(CHELSEA)
-    assert restored.shape == CHELSEA.shape and restored.dtype == np.uint8
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="other.pth is no network that spandrel recognises"):
-        scores.load_baseline(tmp_path / "other.pth")
-    monkeypatch.setattr("ldm.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="other.pth, .* needs a package: pip install spandrel"):
-        scores.load_baseline(tmp_path / "other.pth")
+    with pytest.raises(FileNotFoundError, match=f"{name} needs https://.*checkpoints.*no network"):
+        scores.deep_metric(name)
+    assert "needs https://download.pytorch.org" in capsys.readouterr().out

@@ -14,11 +14,12 @@ from cldm.restore import fix_color
 from extras.train_small_base import KEEP, square
 from ldm.checkpoint import read_metadata, read_settings, read_weights, write_weights
 from ldm.data.image import photographs, read_image
-from ldm.metrics import misalignment, psnr
+from ldm.metrics import psnr
 from ldm.models.kontext import load_restorer
 from ldm.modules.image_degradation.blur import random_blur
 from ldm.modules.image_degradation.degrade import degrade
 from ldm.modules.image_degradation.masks import random_mask
+from tests.alignment import misalignment
 
 MODELS = Path("models")
 # dB, means over the two squares; this gaussian blur is slight, and slight blur becomes worse
@@ -100,7 +101,7 @@ def test_the_table_of_holes_has_the_default_and_telea(monkeypatch, capsys):
     rng = np.random.default_rng(5)
     image, mask = square(read_image(names[0]), rng), random_mask(128, 128, rng, "mixed", (0.1, 0.3))
     command = infer.Inpaint(input=Path("a.png"), device="cpu", mask_blur=0)
-    filled = inpaint_image(command.open(), image, mask, command.as_now(Inpainting))
+    filled = inpaint_image(command.open(), image, mask, command.options_for(Inpainting))
     scores = [f"{score:.2f}" for score in hole_scores(filled, image, torch.from_numpy(mask) > 0).values()]
     assert shown["10 steps, the default"] == tuple(scores[:2]) and shown["Telea"] == tuple(scores[2:])
     assert len(shown) == 10 == len(set(shown.values()))

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.tiling import fill_hidden, mean_of_turns, pad_to_multiple, restore_picture, restore_tiled, tile_spans
+from ldm.tiling import fill_hidden, pad_to_multiple, restore_picture, restore_tiled, self_ensemble, tile_spans
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -33,20 +33,20 @@ def test_padding_repeats_the_edge():
     assert pad_to_multiple(padded, 4) is padded
 
 
-def test_the_mean_of_turns_knows_no_direction():
+def test_the_self_ensemble_has_no_direction():
     image = torch.rand(2, 3, 5, 8)
 
     def lopsided(x: torch.Tensor) -> torch.Tensor:
         return x + torch.linspace(0, 1, x.shape[3])
 
     def mean(x: torch.Tensor) -> torch.Tensor:
-        return mean_of_turns(lopsided, x)
+        return self_ensemble(lopsided, x)
 
-    assert torch.allclose(mean_of_turns(lambda x: 2 * x, image), 2 * image)
+    assert torch.allclose(self_ensemble(lambda x: 2 * x, image), 2 * image)
     assert torch.allclose(mean(torch.rot90(image, 1, (2, 3))), torch.rot90(mean(image), 1, (2, 3)))
     assert torch.allclose(mean(image.flip(3)), mean(image).flip(3))
     assert torch.allclose(mean(image), image + 0.5)  # of each ramp its mirror
-    assert mean_of_turns(lambda x: x.bfloat16(), image).dtype == torch.float32
+    assert self_ensemble(lambda x: x.bfloat16(), image).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(100, 32, 8), (33, 32, 8), (32, 32, 8), (7, 32, 8)])

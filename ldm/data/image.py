@@ -257,7 +257,9 @@ def write_whole(path: str | Path, save: Callable[[Path], object]) -> None:
         save(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        problem = OSError(f"cannot write {path}: {error}")
+        problem.errno = error.errno  # a full disk gets a hint of its own
+        raise problem from error
     finally:
         temporary.unlink(missing_ok=True)
 

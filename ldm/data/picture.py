@@ -1,15 +1,12 @@
-"""Pictures with all that a result keeps of them: transparency, 16 bits, EXIF, colours, and its own making."""
+"""Images with all that a result keeps of them: transparency, 16 bits, EXIF, ICC profile, and a note."""
 
-import hashlib
-import json
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -27,17 +24,17 @@ from ldm.data.image import (
     turn,
     write_whole,
 )
-from ldm.data.packed import database, read_packed
 from ldm.data.tiff import read_16_bits
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of results, by their ending
 LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels that these formats hold (libjpeg, libwebp)
 TAGS = ExifTags.Base
-# What of a file's EXIF is true of its restored picture: what it shows, by whom, when, where.
-KEPT = {TAGS.ImageDescription, TAGS.Make, TAGS.Model, TAGS.Software, TAGS.DateTime, TAGS.Artist}
-KEPT |= {TAGS.Copyright, TAGS.XResolution, TAGS.YResolution, TAGS.ResolutionUnit}
-LARGE = 2**30  # bytes: larger files are known by size and date instead of by their content
-RECORD = TAGS.ImageHistory  # where a result says what it was made from
+# The EXIF that is still true of a restored image: what it shows, by whom, when, where.
+KEPT = {
+    *(TAGS.ImageDescription, TAGS.Make, TAGS.Model, TAGS.Software, TAGS.DateTime, TAGS.Artist),
+    *(TAGS.Copyright, TAGS.XResolution, TAGS.YResolution, TAGS.ResolutionUnit),
+}
+NOTE = TAGS.ImageHistory  # where a result says what it was made from
 
 
 @dataclass
@@ -47,29 +44,30 @@ class Picture:
     pixels: np.ndarray  # uint8 or uint16 (h, w, 3), upright; also under what is transparent
     alpha: np.ndarray | None = None  # (h, w) of the same type
     exif: Image.Exif | None = None
-    profile: bytes | None = None  # ICC profile of these pixels; None: sRGB, as the file did not say otherwise
+    profile: bytes | None = None  # ICC profile of these pixels; None: sRGB, and the file did not say so
 
     def with_alpha(self, pixels: np.ndarray) -> np.ndarray:
-        """Pixels (h, w, 3) with this picture's transparency; others as they are."""
+        """Return pixels (h, w, 3) with this image's transparency; others as they are."""
         if self.alpha is None or pixels.shape[2] != 3 or pixels.dtype != self.alpha.dtype:
             return pixels
         return np.dstack([pixels, self.alpha])
 
     def shown(self) -> np.ndarray:
-        """uint8 (h, w, 3), transparency over white."""
+        """Return uint8 (h, w, 3), transparency over white."""
         return over_white(to_8_bit(self.with_alpha(self.pixels)))
 
 
-def read_picture(path: str | Path, deep: bool = False) -> Picture:
-    """Read a picture with its transparency and EXIF, upright; with `deep` 16-bit PNG and TIFF as uint16.
+def read_picture(path: str | Path, deep: bool = False, max_megapixels: float | None = None) -> Picture:
+    """Read an image with its transparency and EXIF, upright; with `deep` 16-bit PNG and TIFF as uint16.
 
-    8-bit pictures are converted to sRGB by their ICC profile; 16-bit ones keep their colours and the profile.
+    8-bit images are converted to sRGB by their ICC profile; 16-bit ones keep their colours and the profile.
     Raises FileNotFoundError and ValueError as `read_image` does.
     """
     with opened(path) as file:
-        decoded = decode(file)
+        decoded = decode(file, max_megapixels)
         tell_frames(path, decoded)
-        exif, profile = keep_exif(file, path), decoded.image.info.get("icc_profile")
+        exif = keep_exif(file, path)
+        profile = decoded.image.info.get("icc_profile")
         values = _deep_values(file, decoded) if deep else None
         if values is None:
             profile = profile and _srgb_profile()
@@ -80,15 +78,15 @@ def read_picture(path: str | Path, deep: bool = False) -> Picture:
 
 
 def keep_exif(file: BinaryIO, path: str | Path) -> Image.Exif:
-    """Of an open file's EXIF what is true of an upright copy of other pixels; {} if it is damaged."""
+    """Return that part of a file's EXIF that is true of its restored image; {} if it is damaged."""
     kept = Image.Exif()
     try:
         exif = read_exif(file)
         kept.update({tag: value for tag, value in exif.items() if tag in KEPT})
         for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
             values = {**exif.get_ifd(ifd)}
-            for size in (TAGS.ExifImageWidth, TAGS.ExifImageHeight, TAGS.MakerNote):
-                values.pop(size, None)
+            for of_the_file in (TAGS.ExifImageWidth, TAGS.ExifImageHeight, TAGS.MakerNote):
+                values.pop(of_the_file, None)
             if values:
                 kept.get_ifd(ifd).update(values)
         kept.tobytes()
@@ -107,7 +105,7 @@ def _deep_values(file: BinaryIO, decoded: Decoded) -> np.ndarray | None:
         values = read_16_bits(file)
     if values is None:
         return None
-    if values.shape[2] < 3:  # grey
+    if values.shape[2] < 3:  # grey, with or without transparency
         values = values[..., [0, 0, 0, 1][: 2 + values.shape[2]]]
     return turn(values, decoded.orientation)
 
@@ -121,81 +119,60 @@ def _srgb_profile() -> bytes:
 
 
 def write_picture(
-    path: str | Path, pixels: np.ndarray, source: Picture, record: str = "", quality: int = 95
+    path: str | Path, pixels: np.ndarray, source: Picture, note: str = "", quality: int = 95
 ) -> None:
     """Write uint8 or uint16 (h, w, 3 or 4) as the ending says (FORMATS), with EXIF and profile of `source`.
 
-    `record` can be read by `read_record`. 16 bits need PNG, JPEG has no transparency: it lies over white.
-    Raises OSError that names the file, ValueError for a picture that the format cannot hold.
+    `read_note` reads the note again. 16 bits need PNG; JPEG has no transparency: the image lies over white.
+    Raises OSError that names the file, ValueError for an image that the format cannot hold.
     """
     kind = FORMATS[Path(path).suffix[1:]]
     exif = source.exif or Image.Exif()
-    if record:
-        exif[RECORD] = record
+    if note:
+        exif[NOTE] = note
     if kind == "PNG" and pixels.dtype == np.uint16:
         content = _deep_png(pixels, source.profile, exif.tobytes())
         return write_whole(path, lambda temporary: temporary.write_bytes(content))
     pixels = to_8_bit(pixels)
-    picture = Image.fromarray(over_white(pixels) if kind == "JPEG" else pixels)
+    image = Image.fromarray(over_white(pixels) if kind == "JPEG" else pixels)
     options = {"compress_level": 6} if kind == "PNG" else {"quality": quality}
-    options |= {"subsampling": 0} if kind == "JPEG" and quality >= 90 else {}
+    if kind == "JPEG" and quality >= 90:
+        options["subsampling"] = 0
     if source.profile:
         options["icc_profile"] = source.profile
     try:
-        write_whole(path, lambda temporary: picture.save(temporary, format=kind, exif=exif, **options))
+        write_whole(path, lambda temporary: image.save(temporary, format=kind, exif=exif, **options))
     except ValueError as error:
-        raise ValueError(f"{path}: {kind} cannot hold this picture: {error}") from error
+        raise ValueError(f"{path}: {kind} cannot hold this image: {error}") from error
 
 
 def check_fits(path: str | Path, height: int, width: int) -> None:
     """Raise ValueError if the format of a result, told by its ending, does not hold images of that size."""
     kind = FORMATS[Path(path).suffix[1:]]
-    if max(height, width) > (most := LONGEST_SIDE.get(kind, max(height, width))):
+    most = LONGEST_SIDE.get(kind)
+    if most is not None and max(height, width) > most:
         raise ValueError(f"{path}: {width} x {height} pixels, {kind} holds {most} a side: choose png")
 
 
-def read_record(path: str | Path) -> str:
-    """What `write_picture` noted in a file; empty if nothing, or if it is no picture."""
+def read_note(path: str | Path) -> str:
+    """Return the note that `write_picture` left in a file; empty if there is none, or if it is no image."""
     try:
         with opened(path) as file:
-            return str(read_exif(file).get(RECORD, ""))
+            return str(read_exif(file).get(NOTE, ""))
     except DAMAGED:
         return ""
 
 
-def make_record(command: str, options: Mapping[str, Any], sources: Iterable[Path]) -> str:
-    """What a result is made from, as json in ASCII: equal texts mean equal results.
-
-    Raises FileNotFoundError if one of the sources (picture, mask, weights) does not exist.
-    """
-    made_from = [[path.name, identity(path)] for path in sources]  # a mask may have its picture's name
-    return json.dumps({"command": command, "from": made_from, "options": dict(options)}, sort_keys=True)
-
-
-def identity(path: Path) -> str:
-    """What a file's content is known by. Raises FileNotFoundError if there is no such file."""
-    if database(path):
-        return hashlib.sha256(read_packed(path).read()).hexdigest()[:16]
-    if not path.is_file():
-        raise FileNotFoundError(f"file not found: {path}")
-    stat = path.stat()
-    return _identity(path.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _identity(path: Path, size: int, changed: int) -> str:
-    if size > LARGE:
-        return f"{size} bytes of {changed}"
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
 def _deep_png(pixels: np.ndarray, profile: bytes | None, exif: bytes) -> bytes:
-    """uint16 (h, w, 3 or 4) as a PNG with an ICC profile and EXIF (PNG specification, 11.3.2)."""
+    """uint16 (h, w, 3 or 4) as a PNG with an ICC profile and EXIF (PNG specification, 11.3.2).
+
+    Pillow writes no 16-bit colours and OpenCV no profile, so the chunks are put behind the header here.
+    """
     order = [2, 1, 0, 3][: pixels.shape[2]]
     content = cv2.imencode(".png", pixels[..., order])[1].tobytes()
-    chunks = [(b"iCCP", b"ICC\0\0" + zlib.compress(profile))] if profile else []
-    chunks.append((b"eXIf", exif.removeprefix(b"Exif\0\0")))
+    chunks = [(b"eXIf", exif.removeprefix(b"Exif\0\0"))]
+    if profile:
+        chunks.insert(0, (b"iCCP", b"ICC\0\0" + zlib.compress(profile)))
     parts = [
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks

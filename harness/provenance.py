@@ -1,0 +1,64 @@
+"""What a result was made from: a note in its EXIF, so that the results of a folder are not made again."""
+
+import hashlib
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ldm.data.packed import database, read_packed
+from ldm.data.picture import read_note
+
+VERSION = 3  # of the pixels that this code makes of the same files and options
+LARGE = 2**30  # bytes: larger files are known by size and date instead of by their content
+
+
+class Provenance:
+    """The inputs of a job's results as JSON in ASCII: equal texts mean equal results.
+
+    With `hashed` files are known by their content, else (a single image, which is always made) by name alone.
+    `command` is a harness.jobs.Command.
+    """
+
+    def __init__(self, command: Any, hashed: bool):
+        self.command, self.hashed = command, hashed
+        options = {field.name: getattr(command, field.name) for field in fields(command)}
+        self.shared = {
+            "command": type(command).__name__,
+            "version": VERSION,
+            "options": {
+                name: value
+                for name, value in options.items()
+                if name not in command.ELSEWHERE and not isinstance(value, Path)
+            },
+            "models": self._known(command.inputs() if hashed else [command.weights()]),
+        }
+
+    def of(self, source: Path) -> str:
+        """Return the note of one result. Raises what `command.inputs_of` does."""
+        images = self._known(self.command.inputs_of(source))
+        return json.dumps({**self.shared, "images": images}, sort_keys=True)
+
+    def _known(self, paths: list[Path]) -> list[list[str]]:
+        return [[path.name, content_hash(path) if self.hashed else ""] for path in paths]
+
+    def is_unchanged(self, source: Path, made: list[Path]) -> bool:
+        """True if the files `made` of an image are what would be made of it now."""
+        try:
+            return os.path.exists(made[0]) and {read_note(path) for path in made} == {self.of(source)}
+        except (FileNotFoundError, ValueError):  # its mask is missing, say: named when it is restored
+            return False
+
+
+def content_hash(path: Path) -> str:
+    """Return what a file's content is known by; "missing" if there is none, which fails when it is used."""
+    if database(path):
+        return hashlib.sha256(read_packed(path).read()).hexdigest()[:16]
+    if not path.is_file():
+        return "missing"
+    stat = path.stat()
+    if stat.st_size > LARGE:
+        return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
