@@ -17,7 +17,6 @@ import infer
 import train_kontext_lora as script
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
-from ldm.models.diffusion.flow import shift_timesteps
 from ldm.models.kontext import (
     TRANSFORMER,
     load_autoencoder,
