@@ -388,7 +388,9 @@ def main(settings: Settings) -> None:
         use = distance if run.step % settings.perceptual_every == 0 else None
         prompt = prompts(batch["prompts"])
         metrics = train_step(model, autoencoder, use, prompt, batch, caches, settings)
-        rate = settings.learning_rate * learning_rate_factor(run.step, settings, steps)
+        rate = settings.learning_rate * learning_rate_factor(
+            run.step, steps, settings.lr_scheduler, settings.lr_warmup_steps
+        )
         update(fabric, adapter, optimizer, rate, settings)
         ema.update(adapter)
         seconds, start = time.perf_counter() - start, time.perf_counter()

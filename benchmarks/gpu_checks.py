@@ -105,7 +105,7 @@ def controlnet(name: str, device: str, side: int) -> System:
     def run() -> tuple[Tensor, Tensor]:
         latents, cond = model.get_input(batch)
         output = model.apply_model(model.q_sample(latents, t, batch["noise_1"]), t, cond)
-        return output, model.diffusion_loss(output, latents, t, batch["noise_1"])[0]
+        return output, model.diffusion_loss(output, latents, t, batch["noise_1"])
 
     return System(list(model.control_model.parameters()), run)
 
