@@ -1,4 +1,4 @@
-"""Objects from yaml (`target` names a class, `params` its arguments), precisions, optimizers, learning rates."""
+"""Objects from yaml (`target` names a class, `params` its arguments), precisions, optimizers."""
 
 import importlib
 import math
@@ -155,7 +155,8 @@ def make_adamw(
 def learning_rate_factor(step: int, steps: int, schedule: str, warmup: int) -> float:
     """Learning-rate multiplier at step 0, 1, 2, ... of a run of so many `steps`.
 
-    It rises over `warmup` steps; then `schedule` keeps it ("constant") or lowers it to 0 ("linear", "cosine").
+    It rises over `warmup` steps; then `schedule` keeps it ("constant") or lowers it to 0 ("linear",
+    "cosine").
     """
     if step < warmup:
         return (step + 1) / warmup

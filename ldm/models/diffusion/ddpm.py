@@ -115,7 +115,7 @@ class LatentDiffusion(pl.LightningModule):
     # ---- pixels, latents, texts
 
     def _autoencoder_precision(self) -> AbstractContextManager:
-        """Context in which the autoencoder computes: float16 overflows in it, so it takes its weights' type."""
+        """Context of the autoencoder: float16 overflows in it, it computes in its weights' type instead."""
         kind = self.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
             in_bf16 = self.first_stage_model.decoder.conv_in.weight.dtype == torch.bfloat16
