@@ -215,7 +215,7 @@ def resumptions(device: str) -> Iterator[Case]:
     control = {"image_size": 64, "config_path": "models/cldm_tiny_deblur.yaml", **small}
     narrow = {"width": 8, "crop_size": 32, **small}
     networks = {"blocks": 1, "blur_blocks": 1, "discriminator_width": 8, "accumulate_grad_batches": 1}
-    deblur = tutorial_train_deblur.Settings(deblur_crop=4, perceptual_loss_weight=0.0, **control)
+    deblur = tutorial_train_deblur.Settings(perceptual_loss_weight=0.0, **control)
     control["config_path"] = "models/cldm_tiny_inpaint.yaml"
     inpaint = tutorial_train_inpaint.Settings(**control)
     works = {

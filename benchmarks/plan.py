@@ -35,7 +35,7 @@ from cldm.cache import drop_encoders
 from cldm.cldm import ControlLDM
 from cldm.deblur import add_hint_latent
 from cldm.model import read_config
-from cldm.training import begin, prepare_model
+from cldm.training import choose_precision, prepare_model
 from harness.flags import lightning_precision
 from harness.settings import plain, run_main
 from ldm.models.kontext import TRANSFORMER, FluxAutoencoder
@@ -140,7 +140,8 @@ def control_model(settings: Any, device: str) -> ControlLDM:
     model.sd_locked, model.optimizer = settings.sd_locked, settings.optimizer
     model.learning_rate = settings.learning_rate
     clips = settings.max_grad_norm > 0
-    prepare_model(model.train(), settings.precision, clips, 1, settings.gradient_checkpointing)
+    processes = settings.devices * settings.num_nodes
+    prepare_model(model.train(), settings.precision, clips, processes, settings.gradient_checkpointing)
     return model
 
 
@@ -161,7 +162,7 @@ def control_batch(settings: Any, model: ControlLDM, device: str) -> dict:
 
 def controlnet(settings: Any, device: str) -> Work:
     """A step of the deblurring or the inpainting ControlNet."""
-    settings = replace(settings, precision=begin(settings.precision, 0, Path()))
+    settings = replace(settings, precision=choose_precision(settings.precision, Path()))
     model, parts = control_model(settings, device), settings.accumulate_grad_batches
     optimizer, trained = model.configure_optimizers(), [p for p in model.parameters() if p.requires_grad]
     ema = EMA(model, settings.ema_decay) if settings.ema_decay else None

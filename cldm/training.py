@@ -46,24 +46,32 @@ MEANT = (".*in eval mode at the start", ".*LeafSpec.*", ".*many workers.*", ".*t
 
 
 def begin(precision: str, seed: int, last: Path) -> str:
-    """Settle the precision, print which device computes, seed all that is random; returns 32, 16 or bf16.
+    """Settle the precision (see `choose_precision`), print which device computes, seed all that is random.
 
-    `auto` is the precision of the resumed run whose checkpoint is `last`; for a new run it is bf16 where CUDA
-    has it, else 16, and 32 on a CPU. Raises ValueError for a precision that is unknown or that the device
-    lacks.
+    Returns the precision: 32, 16 or bf16. Raises ValueError for 16 on a CPU.
     """
-    precision = {"fp16": "16", "no": "32"}.get(precision, precision)  # accelerate's names
     device = choose_device()
-    if precision == "auto":
-        precision = "32" if device.type == "cpu" else settle_precision("auto", device, "16")
-        saved = checkpoint.load(last).get("settings") if last.is_file() else None
-        if isinstance(saved, dict):
-            precision = saved.get("precision", precision)
-    precision = settle_precision(lightning_precision(precision), device).split("-")[0]
+    precision = settle_precision(choose_precision(precision, last), device)
     rank_zero_only(print)(describe_start(device, precision))
     pl.seed_everything(seed, verbose=False)
     flush_denormals()
     return precision
+
+
+def choose_precision(precision: str, last: Path) -> str:
+    """One of 32, 16 and bf16 for any name of a precision; raises ValueError for others.
+
+    `auto` is the precision of the run that is resumed from the checkpoint `last`; for a new run it is bf16
+    where CUDA has it, else 16, and 32 on a CPU.
+    """
+    precision = {"fp16": "16", "no": "32"}.get(precision, precision)  # accelerate's names
+    if precision == "auto":
+        device = choose_device()
+        precision = "32" if device.type == "cpu" else settle_precision("auto", device, "16")
+        saved = checkpoint.load(last).get("settings") if last.is_file() else None
+        if isinstance(saved, dict):
+            precision = saved.get("precision", precision)
+    return lightning_precision(precision).split("-")[0]
 
 
 def check_image_size(size: int) -> None:

@@ -12,7 +12,7 @@ from ldm.checkpoint import write_atomically
 
 
 def progress_bar(total: int, start: int, first: bool) -> tqdm:
-    """Bar over the optimizer steps of a run that stands at step `start`; only the `first` process shows it."""
+    """Bar over a run's optimizer steps, which stands at step `start`; only the `first` process shows it."""
     return tqdm(total=total, initial=start, disable=not first, unit="step", dynamic_ncols=True)
 
 

@@ -188,13 +188,14 @@ def write_weights(path: str | Path, weights: dict[str, Tensor], about: dict[str,
     write_atomically(path, lambda temporary: save_file(weights, temporary, about))
 
 
-def write_half(path: str | Path, weights: dict[str, Tensor], settings: dict, **facts: str) -> None:
+def write_half(path: str | Path, weights: dict[str, Tensor], training: dict, **facts: str) -> None:
     """Write a .safetensors file to use and share, in half precision.
 
-    Its metadata hold the settings as json, and `facts` about the file, such as infer.facts_of reads them.
+    Its metadata hold the settings of the `training` as json, and `facts` about the file, such as
+    infer.facts_of reads them.
     """
     half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-    write_weights(path, half, {"settings": json.dumps(settings), **facts})
+    write_weights(path, half, {"settings": json.dumps(training), **facts})
 
 
 def check_fit(
