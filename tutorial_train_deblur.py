@@ -175,7 +175,8 @@ class DeblurDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         item = self.crops[key]
-        dropped = torch.rand(1, generator=item_generator(item["seed"] + 5)).item() < self.prompt_dropout
+        (value,) = torch.rand(1, generator=item_generator(item["seed"] + 5)).tolist()
+        dropped = value < self.prompt_dropout
         return {
             "jpg": item["sharp"].permute(1, 2, 0),
             "txt": "" if dropped else self.prompt_of(item["path"], item["blur_type"]),

@@ -54,43 +54,54 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.wait()
 
 
-class Checkpoints(StepCallback):
-    """Stops at a loss that is not finite; keeps last.ckpt and, by the best `val/psnr`, best.ckpt in `folder`.
+class LossCheck(StepCallback):
+    """Stops training at a loss that is not finite.
 
-    A checkpoint holds the trained parameters (the model leaves out the frozen ones), optimizer, step, random
-    states, and `about`: settings, and the configuration and base file from which the model is built again.
-    `val_steps` is 0 for a run without validation.
+    It looks at the losses before anything is made of the weights: every `log_steps`, `save_steps` and
+    `val_steps` steps, and at the end. `last` is the last checkpoint, for the message.
     """
 
-    def __init__(self, folder: str | Path, save_steps: int, val_steps: int, log_steps: int, about: Mapping):
-        self.folder = Path(folder)
-        self.save_steps, self.val_steps, self.log_steps = save_steps, val_steps, log_steps
-        self.about = dict(about)
-        self.best = -math.inf
-        self.losses: list[tuple[Tensor, int, list[str]]] = []  # not yet checked for NaN; with step and files
+    def __init__(self, last: Path, log_steps: int, save_steps: int, val_steps: int):
+        self.last, self.intervals = last, (log_steps, save_steps, val_steps)
+        self.losses: list[tuple[Tensor, int, list[str]]] = []  # not yet checked; with step and files
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.losses.append((outputs["loss"], trainer.global_step, batch.get("path", ["unknown files"])))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step(self, trainer, model, batch) -> None:
-        step, due = trainer.global_step, self.due(trainer)
-        validated = self.val_steps > 0 and step % self.val_steps == 0
-        if due or validated or step % self.log_steps == 0:
-            self.check_losses(trainer)
-        if due and not validated:  # a validated step is saved after its validation
-            self.save(trainer, "last.ckpt")
-
-    def check_losses(self, trainer: pl.Trainer) -> None:
         """Raise ValueError that names the first batch whose loss is not finite; this waits for the device."""
+        step = trainer.global_step
+        if step != trainer.max_steps and all(step % interval for interval in self.intervals):
+            return
         finite = torch.stack([loss for loss, _, _ in self.losses]).isfinite().tolist()
         if trainer.strategy.reduce_boolean_decision(not all(finite), all=False):  # all processes stop
             trainer.strategy.checkpoint_io.wait()
             loss, step, files = self.losses[-1 if all(finite) else finite.index(False)]
             names = "that of another process" if all(finite) else ", ".join(files)
             problem = f"loss = {float(loss)} at step {step}; its batch: {names}"
-            raise ValueError(stop_message(problem, self.folder / "last.ckpt"))
+            raise ValueError(stop_message(problem, self.last))
         self.losses = []
+
+
+class Checkpoints(StepCallback):
+    """Keeps last.ckpt and, by the best `val/psnr`, best.ckpt in `folder`.
+
+    A checkpoint holds the trained parameters (the model leaves out the frozen ones), optimizer, step, random
+    states, and `about`: settings, and the configuration and base file from which the model is built again.
+    `val_steps` is 0 for a run without validation.
+    """
+
+    def __init__(self, folder: Path, save_steps: int, val_steps: int, about: Mapping):
+        self.folder = folder
+        self.save_steps, self.val_steps = save_steps, val_steps
+        self.about = dict(about)
+        self.best = -math.inf
+
+    def on_step(self, trainer, model, batch) -> None:
+        validated = self.val_steps > 0 and trainer.global_step % self.val_steps == 0
+        if self.due(trainer) and not validated:  # a validated step is saved after its validation
+            self.save(trainer, "last.ckpt")
 
     def on_validation_start(self, trainer, pl_module) -> None:
         trainer.strategy.checkpoint_io.wait()  # worker processes start now: no second thread may run

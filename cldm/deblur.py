@@ -115,10 +115,10 @@ class DeblurControlNet(ControlLDM):
         height, width = x0.shape[-2:]
         h = min(self.deblur_crop or height, height)
         w = min(self.deblur_crop or width, width)
-        seeds = batch["seed"] if "seed" in batch else torch.randint(2**62, (len(x0),))
+        seeds = torch.as_tensor(batch["seed"]) if "seed" in batch else torch.randint(2**62, (len(x0),))
         latents, pixels = [], []
-        for index, seed in enumerate(seeds):
-            generator = item_generator(int(seed) + 3)
+        for index, seed in enumerate(seeds.tolist()):
+            generator = item_generator(seed + 3)
             (y,) = torch.randint(height - h + 1, (1,), generator=generator).tolist()
             (x,) = torch.randint(width - w + 1, (1,), generator=generator).tolist()
             latents.append(x0[index, :, y : y + h, x : x + w])

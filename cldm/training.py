@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from cldm.callbacks import AtomicCheckpointIO, Checkpoints, EMACallback
+from cldm.callbacks import AtomicCheckpointIO, Checkpoints, EMACallback, LossCheck
 from cldm.cldm import ControlLDM
 from cldm.logger import ImageLogger, MetricsLogger, ProgressBar
 from cldm.model import check_weights
@@ -218,13 +218,17 @@ def make_callbacks(
     images_per_step: int,
     validates: bool,
 ) -> list[Callback]:
-    """Callbacks of a run: EMA weights, metrics, image grids, checkpoints with `about` in them, progress."""
+    """Callbacks of a run: EMA weights, metrics, NaN check, image grids, checkpoints, progress.
+
+    `about` is stored in the checkpoints.
+    """
     callbacks: list[Callback] = [EMACallback(ema_decay)] if ema_decay else []
     return [
         *callbacks,
         MetricsLogger(folder / "logs" / "metrics.csv", log_steps),
+        LossCheck(folder / "checkpoints" / "last.ckpt", log_steps, save_steps, val_steps),
         ImageLogger(folder / "images", val_steps),
-        Checkpoints(folder / "checkpoints", save_steps, val_steps if validates else 0, log_steps, about),
+        Checkpoints(folder / "checkpoints", save_steps, val_steps if validates else 0, about),
         ProgressBar(images_per_step, log_steps),
     ]
 
