@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from harness.metrics_csv import as_csv
+from harness.logs import as_csv
 from harness.profile import PROFILE, cost_lines, weights_lines
 from harness.scores import ABOUT, BACKBONES, SCORES, Values, deep_metric, plain
 from harness.settings import run_main

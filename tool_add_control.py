@@ -1,10 +1,10 @@
-"""Turn a Stable Diffusion file into one that a ControlNet's training starts from.
+"""Add a ControlNet to a Stable Diffusion file, for training to start from.
 
     python tool_add_control.py ./models/v1-5-pruned.ckpt ./models/control_sd15_ini.ckpt
 
-Each ControlNet tensor begins as a copy of the UNet's tensor of the same name; what the UNet lacks (the hint
-block, the zero convolutions) gets its own initialisation. Works for Stable Diffusion 1.5 and 2.1, told apart
-by the weights; reads and writes .ckpt, .pth and .safetensors. About 4.3 GB (SD 1.5) are read and 5.7 written.
+Each ControlNet tensor begins as a copy of the UNet's tensor of the same name; those that the UNet lacks (the
+hint block, the zero convolutions) are initialised. Works for Stable Diffusion 1.5 and 2.1, told apart by the
+weights; reads and writes .ckpt, .pth and .safetensors. About 4.3 GB (SD 1.5) are read and 5.7 written.
 """
 
 from collections import Counter
@@ -23,12 +23,12 @@ from ldm.checkpoint import write_weights
 class Settings:
     input_path: Annotated[Path, tyro.conf.Positional]  # Stable Diffusion weights: .ckpt, .pth or .safetensors
     output_path: Annotated[Path, tyro.conf.Positional]  # file to write; its suffix chooses the format
-    config: Path | None = None  # yaml of the model; by default the one in models/ that fits the weights
-    overwrite: bool = False  # replace the output if it exists
+    config: Path | None = None  # yaml of the model; None takes the one in models/ that fits the weights
+    overwrite: bool = False  # replace the output file if it exists
 
 
 def group_names(names: list[str]) -> list[str]:
-    """Names up to their second dot, with counts: what a person wants to read."""
+    """Names up to their second dot, with counts: few enough to read."""
     groups = Counter(".".join(name.split(".")[:2]) for name in names)
     return [f"{group} ({count})" for group, count in groups.items()]
 
@@ -38,13 +38,13 @@ def main(settings: Settings) -> None:
     output = check_new(settings.output_path, settings.overwrite)
     weights = load_state_dict(settings.input_path)
     config = read_config(settings.config or config_for(weights, settings.input_path))
-    result, counts, names = add_control(weights, config, settings.input_path)
+    result, names = add_control(weights, config, settings.input_path)
     write_weights(output, result)
     print(f"{settings.input_path} is {family(weights)}")
-    print(f"kept      {counts['kept']:5d} tensors")
-    print(f"copied    {counts['copied']:5d} tensors into {CONTROL}*")
-    print(f"added     {counts['added']:5d} tensors: {', '.join(group_names(names['added'])) or 'none'}")
-    print(f"ignored   {counts['ignored']:5d} tensors: {', '.join(group_names(names['ignored'])) or 'none'}")
+    print(f"kept      {len(names['kept']):5d} tensors")
+    print(f"copied    {len(names['copied']):5d} tensors into {CONTROL}*")
+    for kind in ("added", "ignored"):
+        print(f"{kind:9s} {len(names[kind]):5d} tensors: {', '.join(group_names(names[kind])) or 'none'}")
     print(f"written to {output}\nnext: python tutorial_train_deblur.py --resume_path {output}")
 
 

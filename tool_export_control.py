@@ -4,7 +4,7 @@
 
 The file holds `control_model.*` and nothing else: 1.4 GB for SD 1.5, 0.7 with --half. Put it into A1111's
 models/ControlNet or ComfyUI's models/controlnet; diffusers opens it with ControlNetModel.from_single_file
-(see docs/deblur.md). The average (EMA) is exported where the checkpoint has one.
+(see docs/deblur.md). EMA weights are exported where the checkpoint has them.
 """
 
 import re
@@ -25,18 +25,20 @@ from ldm.util import listing
 
 @dataclass
 class Settings:
-    # a checkpoint of tutorial_train_*.py, or a full ControlNet file
+    # checkpoint of tutorial_train_*.py, or a full ControlNet file
     checkpoint_path: Annotated[Path, tyro.conf.Positional]
-    output_path: Annotated[Path, tyro.conf.Positional]  # file to write, .safetensors
-    half: bool = False  # store float16: half the size, what most tools use
-    prefix: str = CONTROL  # what each name begins with; "" for bare names
-    # export all the same what other tools leave out: hint attention or latent, 4 channels, a trained UNet
+    output_path: Annotated[Path, tyro.conf.Positional]  # file to write, with the suffix .safetensors
+    half: bool = False  # store float16: half the size, and the type that most tools use
+    prefix: str = CONTROL  # beginning of each tensor's name; "" for bare names
+    # export even what other tools cannot use: hint attention or latent, 4 channels, a trained UNet
     allow_extra: bool = False
-    overwrite: bool = False  # replace the output if it exists
+    overwrite: bool = False  # replace the output file if it exists
 
 
-def alone(weights: Mapping[str, Tensor], config: Mapping | None, path: Path) -> tuple[dict[str, Tensor], str]:
-    """The ControlNet of a state dict, by bare names, and why other tools use it differently ("" if not).
+def control_alone(
+    weights: Mapping[str, Tensor], config: Mapping | None, path: Path
+) -> tuple[dict[str, Tensor], str]:
+    """ControlNet of a state dict, by bare names, and why other tools use it differently ("" if not).
 
     Raises ValueError if there is none.
     """
@@ -60,8 +62,9 @@ def alone(weights: Mapping[str, Tensor], config: Mapping | None, path: Path) -> 
             "give it"
         )
     if (channels := control["input_hint_block.0.weight"].shape[1]) != 3:
-        channels = f"--hint_channels {channels}"
-        return control, f"was trained with {channels}: other tools give three, and stop with an error"
+        return control, (
+            f"was trained with --hint_channels {channels}: other tools give three, and stop with an error"
+        )
     return control, ""
 
 
@@ -69,7 +72,7 @@ def main(settings: Settings) -> None:
     """Read, check, write, report."""
     output = check_new(settings.output_path, settings.overwrite, ".safetensors")
     weights, content = read_control(settings.checkpoint_path)
-    control, differs = alone(weights, content.get("config"), settings.checkpoint_path)
+    control, differs = control_alone(weights, content.get("config"), settings.checkpoint_path)
     if differs and not settings.allow_extra:
         raise ValueError(f"{settings.checkpoint_path} {differs}. Pass --allow_extra to export it anyway")
     dtype = torch.float16 if settings.half else torch.float32

@@ -448,7 +448,8 @@ def main(settings: Settings) -> None:
         prompt = prompts(batch["prompts"])
         perceptual = distance if run.step % PERCEPTUAL_EVERY == 0 else None
         metrics = train_step(model, autoencoder, perceptual, prompt, batch, settings.batch_size)
-        rate = settings.learning_rate * learning_rate_factor(run.step, settings, steps)
+        factor = learning_rate_factor(run.step, steps, settings.lr_scheduler, settings.lr_warmup_steps)
+        rate = settings.learning_rate * factor
         update(fabric, adapter, optimizer, rate)
         ema.update(adapter)
 

@@ -7,27 +7,45 @@
     python tutorial_train_deblur.py --data_root ./training/deblur --batch_size 4
 
 Method: ControlNet (Zhang et al. 2023) with the blurry photograph as hint, plus losses on the decoded image
-(see cldm/deblur.py). With SD 1.5 expect pictures that follow the hint after 3 to 7 thousand steps, suddenly
+(see cldm/deblur.py). With SD 1.5 expect images that follow the hint after 3 to 7 thousand steps, suddenly
 ("sudden convergence"); a logical batch of 64 to 128 (accumulate_grad_batches) is better than more steps.
 Judge by the grids and val/psnr, not by the training loss. After a stop the same command resumes exactly.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import Dataset
 
 from cldm.cache import with_cached_latents
 from cldm.deblur import add_attention, add_hint_latent
-from cldm.demo import MODELS, make_demo_start, pixels, show_demo
+from cldm.demo import MODELS, announce_demo, make_demo_start, pixels, show_demo
 from cldm.model import create_filled_model, load_state_dict, read_config
 from cldm.restore import Sampling, deblur_image
-from cldm.training import StreamData, begin, fit, prepare_model, report
+from cldm.sharding import check_sharding
+from cldm.training import (
+    StreamData,
+    begin,
+    check_image_size,
+    check_start_file,
+    choose_strategy,
+    count_steps,
+    fit,
+    make_callbacks,
+    make_trainer,
+    prepare_model,
+    rate_schedule,
+)
 from harness import flags
-from harness.settings import check_counts, run_main
+from harness.flags import Count, Decay, Range, Weight, Whole
+from harness.logs import summary
+from harness.run import last_checkpoint
+from harness.settings import check_optimizer, check_ranges, plain, run_main
 from ldm.data.captions import check_captions, read_caption
 from ldm.data.paired import BlurDataset, PairedDataset
 from ldm.data.pairs import Pair, check_sizes, find_pairs, has_pairs, sharp_pairs, split_pairs
@@ -43,67 +61,60 @@ from tool_make_deblur_dataset import make_dataset
 class Settings:
     """Train a ControlNet to deblur."""
 
-    demo: bool = False  # tiny networks, scikit-image's photographs, minutes on a CPU: checks the installation
-    output_dir: str = "./outputs/deblur"  # checkpoints, pictures and logs; an old run in it is resumed
-
-    data_root: str = "./training/deblur"  # folder of tool_make_deblur_dataset.py, GoPro tree, blurry pictures
-    sharp_root: str = ""  # sharp pictures, matched to data_root's by name; empty: data_root holds both
-    json_file: str = ""  # json lines, or a list of `blurry sharp` lines, relative to data_root
-    image_size: flags.ImageSize = 512  # pixels of the square crop, a multiple of 64
-    # of pairs without a caption in their json line or in NAME.txt; {blur_type} becomes "motion blur" etc.
+    # ---- data
+    data_root: str = "./training/deblur"  # folder of tool_make_deblur_dataset.py, GoPro tree, blurry images
+    sharp_root: str = ""  # folder of sharp images, matched by name; empty: data_root holds both sides
+    json_file: str = ""  # json lines, or a list of `blurry sharp` lines, with paths relative to data_root
+    image_size: flags.ImageSize = 512  # side of the square crops in pixels, a multiple of 64
+    # prompt of pairs without a caption in their json line or in NAME.txt; {blur_type}: "motion blur" etc.
     prompt: str = "a sharp, detailed, high-quality photograph"
+    use_augmentation: bool = False  # random crop, flips, rotations and colour jitter, alike for both images
+    blur_on_the_fly: bool = False  # use the sharp images alone, and blur them anew every time
+    val_fraction: Annotated[float, Range(0, 1, include_most=False)] = (
+        0.05  # held-out part of the source photos
+    )
+    val_samples: Count = 16  # largest number of held-out pairs to validate on
+    num_workers: Whole = 4  # number of processes that read and decode images
 
-    resume_path: flags.StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion by tool_add_control.py
-    config_path: str = "./models/cldm_v15_deblur.yaml"  # yaml of the model
+    # ---- model
+    resume_path: flags.StartPath = "./models/control_sd15_ini.ckpt"  # starting weights by tool_add_control.py
+    config_path: str = "./models/cldm_v15.yaml"  # yaml of the model, of the same family as resume_path
+    sd_locked: bool = True  # freeze the UNet's decoder; to train it too, use learning_rate 2e-6
+    use_attention: bool = False  # channel and spatial attention on the hint features; other tools ignore it
+    hint_as_latent: bool = False  # give the ControlNet the hint's latent too; other tools cannot do so
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
 
-    batch_size: flags.BatchSize = 4  # of each device
-    learning_rate: float = 1e-5  # the highest, at the end of the warm-up
-    max_epochs: flags.MaxEpochs = 10  # passes over the data
-    max_steps: flags.MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
-
-    precision: flags.AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
+    # ---- training
+    batch_size: flags.BatchSize = 4  # number of images in a batch of each device
+    learning_rate: Weight = 1e-5  # peak learning rate, reached after warmup
+    max_epochs: flags.MaxEpochs = 10  # number of epochs, if max_steps is not above 0
+    max_steps: flags.MaxSteps = -1  # number of optimizer steps; above 0 it replaces max_epochs
+    accumulate_grad_batches: flags.Accumulate = 1  # number of batches in one optimizer step
+    precision: flags.AnyPrecision = "auto"  # bf16 where CUDA has it, else 16; 32 on a CPU; frozen parts too
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
-    devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
+    deblur_loss_weight: Weight = 1.0  # weight of the losses on the decoded image, 0 to switch them off
+    perceptual_loss_weight: Weight = 0.1  # weight of the VGG-19 distance among these losses
+    deblur_every: Count = 1  # steps from one with these losses, as many times as heavy, to the next
+    lr_scheduler: flags.LRScheduler = "constant"  # course of the learning rate; others begin with a warmup
+    max_grad_norm: Weight = 0.0  # largest global norm of the gradients, 0 for no clipping
+    optimizer: flags.AdamW = "adamw"  # adamw8bit takes a quarter of its memory (bitsandbytes, CUDA)
+    ema_decay: Decay = 0.0  # EMA decay; EMA weights are used for validation and export, 0 for none
+    seed: int = 0  # random seed of data order, fresh weights and noise
+    devices: flags.Devices = 1  # number of GPUs in each machine (processes on a CPU)
+    num_nodes: Count = 1  # number of machines that train together
+    strategy: flags.Strategy = "auto"  # for several devices: ddp copies the model to each, fsdp splits it
 
-    val_fraction: float = 0.05  # part of the source photographs held out for validation, 0 for none
-    val_samples: int = 16  # validate on at most that many pairs
-    prompt_dropout: float = 0.1  # part of the training prompts that is left empty, so that guidance works
-    use_augmentation: bool = False  # random crop, flips, turns and colour jitter, alike for both pictures
-    blur_on_the_fly: bool = False  # take only the sharp pictures, and blur them anew every time
-    num_workers: int = 4  # processes that read and decode pictures
-
-    use_attention: bool = False  # channel and spatial attention on the hint features; no other tool reads it
-    hint_as_latent: bool = False  # the ControlNet also sees the hint's latent; no other tool reads that
-    sd_locked: bool = True  # False trains the UNet's decoder too: then use learning_rate 2e-6
-    only_mid_control: bool = False  # steer the UNet's middle block only: faster, weaker
-    deblur_loss_weight: float = 1.0  # of the losses on the decoded image; 0 switches them off
-    perceptual_loss_weight: float = 0.1  # of the VGG-19 distance among them
-    deblur_every: int = 1  # steps from one with these losses, that many times as heavy, to the next
-    weight_by_alpha_bar: bool = True  # each item's count less the noisier its latent
-    deblur_crop: int = 32  # side of the decoded crop in latents (one is 8 pixels), 0 for the whole image
-
-    accumulate_grad_batches: flags.Accumulate = 1  # batches to one optimizer step
-    lr_scheduler: flags.LRScheduler = "constant"  # its course after the warm-up
-    lr_warmup_steps: int = 0  # steps over which the learning rate rises
-    weight_decay: float = 0.01  # of AdamW
-    max_grad_norm: float = 0.0  # highest global norm of the gradients, 0 for no limit
-    seed: int = 0  # of the data's order, first weights and noise
-    optimizer: flags.AdamW = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
-    ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
-
-    num_nodes: int = 1  # machines
-    strategy: flags.Strategy = "auto"  # several devices: ddp copies the model to each, fsdp splits it
-    gradient_checkpointing: bool = False  # less memory, a third more time
-    compile: bool = False  # torch.compile: minutes at the start, faster steps
-
-    log_steps: int = 10  # optimizer steps from one row of metrics to the next
-    logger_freq: int = 500  # to a grid of training pictures
-    save_steps: int = 500  # to a checkpoint
-    val_steps: int = 500  # to a validation
-    val_ddim_steps: int = 20  # sampling steps of each validation picture
-    val_strength: float = 1.0  # below 1 they start from the blurry picture, noised by so much
+    # ---- logging
+    output_dir: str = "./outputs/deblur"  # folder for checkpoints, images and logs; a run in it is resumed
+    log_steps: Count = 10  # number of optimizer steps between rows of metrics
+    save_steps: Count = 500  # number of optimizer steps between checkpoints
+    val_steps: Count = 500  # number of optimizer steps between validations, and between image grids
+    val_ddim_steps: Annotated[int, Range(1, 1000)] = 20  # number of sampling steps of a validation image
+    demo: bool = False  # check the installation: tiny networks, included photos, minutes on a CPU
 
 
+PROMPT_DROPOUT = 0.1  # part of the training prompts that is left empty, so that guidance works
+LOSSES = ("deblur_loss_weight", "perceptual_loss_weight", "deblur_every")  # settings of DeblurControlNet
 DEMO = {
     "output_dir": "./outputs/deblur_demo",
     "data_root": "./outputs/deblur_demo/data",
@@ -119,12 +130,10 @@ DEMO = {
     "batch_size": 16,
     "learning_rate": 3e-3,
     "lr_scheduler": "cosine",
-    "lr_warmup_steps": 20,
     "max_grad_norm": 1.0,
     "max_steps": 500,
     "ema_decay": 0.98,
     "cache_latents": True,
-    "logger_freq": 250,
     "save_steps": 250,
     "val_steps": 250,
     "val_ddim_steps": 2,
@@ -132,8 +141,20 @@ DEMO = {
 DEMO_DATA = MakeSettings(
     output_dir=DEMO["data_root"], num_samples=720, image_size=128, sharpest_of=2, blur_scale=0.6
 )
-SHIPPED = MODELS / "small_deblur.safetensors"
-LOSSES = "deblur_loss_weight perceptual_loss_weight deblur_every deblur_crop weight_by_alpha_bar".split()
+INCLUDED = MODELS / "small_deblur.safetensors"  # trained weights, for comparison
+
+
+def check(settings: Settings) -> None:
+    """Raise ValueError or FileNotFoundError for a mistake that shows before anything is loaded."""
+    check_ranges(settings)
+    check_image_size(settings.image_size)
+    check_optimizer(settings.optimizer)
+    if settings.cache_latents and (settings.use_augmentation or settings.blur_on_the_fly):
+        raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation, --no_blur_on_the_fly")
+    if settings.strategy == "fsdp":
+        check_sharding(settings.devices * settings.num_nodes, settings.precision, settings.optimizer)
+    if not settings.demo:
+        check_start_file(settings.resume_path)
 
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -143,7 +164,7 @@ class DeblurDataset(Dataset):
     """Crops under the names that a ControlNet's training expects.
 
     Items: jpg (h, w, 3) sharp in [-1, 1], hint (h, w, 3) blurry in [0, 1], txt the prompt, path, seed.
-    `prompts` has those of pictures with a caption, by their path; the others have `prompt`.
+    `prompts` are those of images with a caption, by their path; the others have `prompt`.
     """
 
     def __init__(self, crops: Dataset, prompt: str, prompt_dropout: float, prompts: Mapping[str, str]):
@@ -154,50 +175,56 @@ class DeblurDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         item = self.crops[key]
-        (drawn,) = torch.rand(1, generator=item_generator(item["seed"] + 5)).tolist()
+        (value,) = torch.rand(1, generator=item_generator(item["seed"] + 5)).tolist()
+        dropped = value < self.prompt_dropout
         return {
             "jpg": item["sharp"].permute(1, 2, 0),
-            "txt": "" if drawn < self.prompt_dropout else self.prompt_of(item["path"], item["blur_type"]),
+            "txt": "" if dropped else self.prompt_of(item["path"], item["blur_type"]),
             "hint": (item["blurry"].permute(1, 2, 0) + 1) / 2,
             "path": item["path"],
             "seed": item["seed"],
         }
 
     def prompt_of(self, path: str | Path, blur_type: str) -> str:
-        """The prompt of a pair: {blur_type} in it becomes "motion blur" and the like."""
+        """Prompt of a pair: {blur_type} in it becomes "motion blur" and the like."""
         prompt = self.prompts.get(str(path), self.prompt)
         return prompt.replace("{blur_type}", blur_type.replace("_", " ") or "blur")
 
 
 def find_captions(pairs: list[Pair]) -> dict[str, str]:
-    """Captions of pairs that have one, by the path of the blurry picture."""
+    """Captions of pairs that have one, by the path of the blurry image."""
     check_captions([path for pair in pairs for path in (pair.sharp, pair.blurry)])
     captions = {str(pair.blurry): pair.caption or read_caption(pair.sharp, pair.blurry) for pair in pairs}
     return {path: caption for path, caption in captions.items() if caption}
 
 
-def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]:
-    """Training crops, held-out crops (None without any), and the pairs of the first, then of the second.
-
-    Raises ValueError or FileNotFoundError that names the file, the line or the pair that is wrong.
-    """
+def find_all_pairs(settings: Settings) -> list[Pair]:
+    """Pairs on disk, or sharp images paired with themselves, to be blurred on the fly."""
     root = Path(settings.data_root)
     if not root.exists():
         raise FileNotFoundError(
             f"no data at {root}: make some with `python tool_make_deblur_dataset.py --source_dir PHOTOS "
             f"--output_dir {root}`, or try `python tutorial_train_deblur.py --demo`"
         )
-    if settings.blur_on_the_fly and not (settings.json_file or settings.sharp_root or has_pairs(root)):
-        pairs = sharp_pairs(root)
-    elif settings.json_file:
-        pairs = find_pairs(settings.json_file, data_root=root)
-    else:
-        pairs = find_pairs(root, settings.sharp_root or None)
+    if settings.json_file:
+        return find_pairs(settings.json_file, data_root=root)
+    if settings.blur_on_the_fly and not settings.sharp_root and not has_pairs(root):
+        return sharp_pairs(root)
+    return find_pairs(root, settings.sharp_root or None)
+
+
+def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]:
+    """Training crops, held-out crops (None without any), and the pairs of both.
+
+    Raises ValueError or FileNotFoundError that names the file, the line or the pair that is wrong.
+    """
+    pairs = find_all_pairs(settings)
     check_sizes(pairs)
-    held_out = []
+    few: list[Pair] = []  # held-out pairs, evenly picked
     if settings.val_fraction > 0:
         pairs, held_out = split_pairs(pairs, settings.val_fraction, settings.seed)
-    few = held_out[:: -(-len(held_out) // settings.val_samples)] if held_out else []
+        every = -(-len(held_out) // settings.val_samples)
+        few = held_out[::every] if held_out else []
 
     def crops(pairs: list[Pair], blur: bool, **options) -> Dataset:
         if blur:
@@ -205,12 +232,12 @@ def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]
             return BlurDataset(sharp, settings.image_size, settings.seed, **options)
         return PairedDataset(pairs, settings.image_size, settings.seed, **options)
 
-    jitter = 0.1 * settings.use_augmentation
+    jitter = 0.1 if settings.use_augmentation else 0.0
     train = crops(pairs, settings.blur_on_the_fly, augment=settings.use_augmentation, color_jitter=jitter)
     captions = find_captions([*pairs, *few])
     if settings.blur_on_the_fly:
         captions |= {str(p.sharp): captions[str(p.blurry)] for p in pairs if str(p.blurry) in captions}
-    train = DeblurDataset(train, settings.prompt, settings.prompt_dropout, captions)
+    train = DeblurDataset(train, settings.prompt, PROMPT_DROPOUT, captions)
     if not few:
         return train, None, pairs
     validation = crops(few, few[0].blurry == few[0].sharp)
@@ -221,40 +248,55 @@ def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]
 
 
 def score_item(item: dict, restored: np.ndarray) -> dict[str, float]:
+    """PSNR and SSIM of a restored image and of its input."""
     blurry, sharp = pixels(item["hint"], "hint"), pixels(item["jpg"])
-    psnrs = {"PSNR": psnr(restored, sharp), "PSNR of the blurry": psnr(blurry, sharp)}
-    return psnrs | {"SSIM": ssim(restored, sharp), "SSIM of the blurry": ssim(blurry, sharp)}
+    return {
+        "PSNR": psnr(restored, sharp),
+        "PSNR of the blurry": psnr(blurry, sharp),
+        "SSIM": ssim(restored, sharp),
+        "SSIM of the blurry": ssim(blurry, sharp),
+    }
 
 
-def check(settings: Settings) -> None:
-    """Raise ValueError for what cldm.training.check_start does not look at."""
-    check_counts(settings, "val_samples deblur_every")
-    check_counts(settings, "deblur_crop", least=0)
-    if not 0 < settings.val_strength <= 1:
-        raise ValueError(f"val_strength must lie in (0, 1], not {settings.val_strength}")
-    if settings.cache_latents and settings.blur_on_the_fly:
-        raise ValueError("--cache_latents needs crops that stay: --no_blur_on_the_fly")
+def compare_with_included(settings: Settings, validation: Dataset) -> None:
+    """Restore the held-out pairs with this run's ControlNet and with the included one."""
+    sampling = Sampling(settings.prompt, steps=settings.val_ddim_steps)
+    sampling.self_ensemble = True  # after minutes of training single samples have grain
+    print("Restored as by infer.py deblur --self_ensemble: the mean over 8 flips and rotations")
+
+    def restore(model: torch.nn.Module, item: dict) -> np.ndarray:
+        return deblur_image(model, pixels(item["hint"], "hint"), sampling)
+
+    show_demo(INCLUDED, validation, Path(settings.output_dir), restore, score_item)
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
 
 
 def main(settings: Settings) -> None:
-    """Train, then say where everything is."""
-    # Settings and seed: what can be wrong is found before anything is loaded
-    settings = begin(settings)
+    """Train, then print where everything is."""
+    # Settings and seed: mistakes are found before anything is loaded
+    if settings.demo:
+        announce_demo()
+    folder, last = Path(settings.output_dir), last_checkpoint(settings.output_dir)
+    settings = replace(settings, precision=begin(settings.precision, settings.seed, last))
     check(settings)
     config = read_config(settings.config_path)
-    with_attention = "WithAttention" if settings.use_attention else ""
-    config["target"] = f"cldm.deblur.DeblurControlNet{with_attention}"
-    for name in ("only_mid_control", *LOSSES):
-        config["params"][name] = getattr(settings, name)
+    attention = "WithAttention" if settings.use_attention else ""
+    config["target"] = f"cldm.deblur.DeblurControlNet{attention}"  # any configuration of the family will do
+    config["params"] |= {name: getattr(settings, name) for name in LOSSES}
 
-    # Data
+    # Data: pairs of crops, the same held out in every run of a seed
     if settings.demo and settings.data_root == DEMO["data_root"]:
         make_dataset(DEMO_DATA)
     train, validation, pairs = find_crops(settings)
+    processes = settings.devices * settings.num_nodes
+    images_per_step = settings.batch_size * settings.accumulate_grad_batches * processes
+    steps = count_steps(settings.max_steps, settings.max_epochs, len(train), images_per_step)
+
+    # Model: Stable Diffusion with a ControlNet that starts as a copy of its encoder
     if settings.demo:
         make_demo_start(settings.resume_path, config)
-
-    # Model
     weights = load_state_dict(settings.resume_path)
     if settings.use_attention:
         weights = add_attention(weights)
@@ -262,33 +304,70 @@ def main(settings: Settings) -> None:
         config, weights = add_hint_latent(config, weights)
     model = create_filled_model(config, weights, settings.resume_path)
     del weights  # up to 6 GB, mapped from the file
-    model.validation_ddim_steps, model.validation_strength = settings.val_ddim_steps, settings.val_strength
+    model.sd_locked = settings.sd_locked
+    model.validation_ddim_steps = settings.val_ddim_steps
     if settings.deblur_loss_weight and settings.perceptual_loss_weight:
         model.load_perceptual()
 
-    # Latents and embeddings, if they are to be computed once
+    # Latents and embeddings, if they are computed once
     if settings.cache_latents:
         prompts = {"", *(train.prompt_of(pair.blurry, pair.blur_type) for pair in pairs)}
-        files = [pair.sharp for pair in pairs]
-        train, validation = with_cached_latents(model, [train, validation], files, prompts, settings)
+        train, validation = with_cached_latents(
+            model,
+            {"train": train, "val": validation},
+            files=[pair.sharp for pair in pairs],
+            prompts=prompts,
+            folder=folder / "cache",
+            base=settings.resume_path,
+            image_size=settings.image_size,
+            batch_size=settings.batch_size,
+            num_workers=settings.num_workers,
+        )
 
-    # Training, resumed where it stopped
-    prepare_model(model, settings)
-    trainer = fit(model, StreamData(train, validation, settings), settings, config)
+    # Optimizer: AdamW over the ControlNet (and the UNet's decoder), made by ControlLDM.configure_optimizers
+    model.optimizer, model.learning_rate = settings.optimizer, settings.learning_rate
+    model.learning_rate_factor = rate_schedule(settings.lr_scheduler, steps)
+    clips = settings.max_grad_norm > 0
+    prepare_model(model, settings.precision, clips, processes, settings.gradient_checkpointing)
+
+    # Training: for each batch Lightning calls model.training_step, whose loss is LatentDiffusion.p_losses
+    # with DeblurControlNet.extra_losses, and backward; every accumulate_grad_batches of them optimizer.step
+    data = StreamData(
+        model, train, validation, settings.batch_size, settings.num_workers, settings.seed, images_per_step
+    )
+    known = {**plain(settings), "samples": len(train)}
+    about = {"config": dict(config), "base": str(settings.resume_path), "settings": known}
+    callbacks = make_callbacks(
+        folder,
+        about,
+        settings.ema_decay,
+        settings.log_steps,
+        settings.save_steps,
+        settings.val_steps,
+        images_per_step,
+        validates=validation is not None,
+    )
+    trainer = make_trainer(
+        folder,
+        callbacks,
+        settings.precision,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=choose_strategy(settings.strategy, model, processes),
+        max_steps=steps,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.max_grad_norm or None,
+        log_every_n_steps=settings.log_steps,
+        val_check_interval=settings.val_steps * settings.accumulate_grad_batches,
+        limit_val_batches=0 if validation is None else None,
+    )
+    fit(trainer, model, data, last, about)  # resumed where it stopped
 
     # Summary
-    checkpoint = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
-    what_next = f"python infer.py deblur --checkpoint_path {checkpoint} --input PHOTOS --output_dir restored"
-    report(trainer, settings, what_next)
+    what_next = f"python infer.py deblur --checkpoint_path {last} --input PHOTOS --output_dir restored"
+    rank_zero_only(print)(summary(folder, trainer.global_step, what_next))
     if settings.demo and validation is not None:
-        sampling = Sampling(settings.prompt, steps=settings.val_ddim_steps, strength=settings.val_strength)
-        sampling.self_ensemble = True  # after minutes single samples have grain
-        print("Restored as by infer.py deblur --self_ensemble: the mean over 8 flips and turns")
-
-        def restore(model: torch.nn.Module, item: dict) -> np.ndarray:
-            return deblur_image(model, pixels(item["hint"], "hint"), sampling)
-
-        show_demo(SHIPPED, validation, Path(settings.output_dir), restore, score_item)
+        compare_with_included(settings, validation)
 
 
 if __name__ == "__main__":

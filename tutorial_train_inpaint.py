@@ -7,9 +7,9 @@
     python tutorial_train_inpaint.py --image_dir ./training/coco/train2017 \\
         --ann_file ./training/coco/annotations/instances_train2017.json --batch_size 4
 
-Method: ControlNet (Zhang et al. 2023); its hint is the picture with -1 in the hole, as
+Method: ControlNet (Zhang et al. 2023); its hint is the image with -1 in the hole, as
 control_v11p_sd15_inpaint has it (--init_control starts from that file). Any folder of photographs will do:
-rectangles and strokes need no annotations. Expect 50 to 100 thousand steps, which are 1.7 to 3.4 passes over
+rectangles and strokes need no annotations. Expect 50 to 100 thousand steps, which are 1.7 to 3.4 epochs of
 COCO at batch 4. Judge by images/val_*.png and val/psnr, not by the training loss. A run has its own folder;
 after a stop the same command with --output_dir THAT_FOLDER resumes exactly.
 """
@@ -26,20 +26,42 @@ import tyro
 from pytorch_lightning.utilities import rank_zero_only
 
 from cldm.cache import with_cached_latents
-from cldm.callbacks import Snapshots, keep_model
-from cldm.demo import MODELS, make_demo_start, pixels, show_demo
+from cldm.callbacks import Snapshots, copy_model
+from cldm.demo import MODELS, announce_demo, make_demo_start, pixels, show_demo
 from cldm.inpaint import Inpainting, hole_scores, inpaint_image
-from cldm.model import create_filled_model, load_state_dict, read_config, read_control, widen_input
-from cldm.training import StreamData, begin, fit, prepare_model, report
+from cldm.model import (
+    CONTROL,
+    check_weights,
+    create_filled_model,
+    load_state_dict,
+    read_config,
+    read_control,
+    widen_input,
+)
+from cldm.sharding import check_sharding
+from cldm.training import (
+    StreamData,
+    begin,
+    check_image_size,
+    check_start_file,
+    choose_strategy,
+    count_steps,
+    fit,
+    make_callbacks,
+    make_trainer,
+    prepare_model,
+    rate_schedule,
+)
 from harness import flags
+from harness.flags import Count, Decay, Fraction, Range, Weight, Whole
+from harness.logs import summary
 from harness.run import last_checkpoint
-from harness.settings import run_main
+from harness.settings import check_optimizer, check_ranges, plain, run_main
 from ldm.checkpoint import write_weights
 from ldm.data.image import photographs, read_image, side_by_side, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
 from ldm.data.masks import check_masks, list_photographs
-from ldm.util import listing
-from tool_export_control import alone
+from tool_export_control import control_alone
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -48,61 +70,60 @@ from tool_export_control import alone
 class Settings:
     """Train a ControlNet to fill holes."""
 
-    demo: bool = False  # tiny networks, scikit-image's photographs, minutes on a CPU: checks the installation
-    output_dir: str = ""  # an old run in it is resumed; empty: outputs/controlnet_inpainting_TIME
-    show_data: bool = False  # write data_sample.png, eight samples of the training data, and do not train
-
-    # photographs, in this folder and below it
+    # ---- data
+    # folder of photographs, whose subfolders are searched too
     image_dir: Annotated[str, tyro.conf.arg(aliases=["--data_root"])] = "./training/coco/train2017"
     ann_file: str = ""  # COCO's instances_*.json, for holes in the shape of objects
-    mask_dir: str = ""  # masks of your own, white where the hole is
-    mask_type: MaskType | None = None  # None: object if there is ann_file, folder if mask_dir, else mixed
-    mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest part of the picture that is a hole
-    image_size: flags.ImageSize = 512  # pixels of the square crop, a multiple of 64
-    prompt: str = ""  # of pictures without captions, which are in captions_file or in NAME.txt beside them
-
-    resume_path: flags.StartPath = "./models/control_sd15_ini.ckpt"  # Stable Diffusion by tool_add_control.py
-    config_path: str = "./models/cldm_v15_inpaint.yaml"  # yaml of the model
-
-    batch_size: flags.BatchSize = 4  # of each device
-    learning_rate: float = 1e-5  # the highest, at the end of the warm-up
-    max_epochs: flags.MaxEpochs = 100  # passes over the data
-    max_steps: flags.MaxSteps = -1  # optimizer steps; above 0 it replaces max_epochs
-
-    precision: flags.AnyPrecision = "auto"  # bf16 where CUDA has it, else 16, on a CPU 32; frozen parts too
-    cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
-    devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
-
+    mask_dir: str = ""  # folder of masks of your own, white where the hole is
+    mask_type: MaskType | None = (
+        None  # kind of holes; None: object with ann_file, folder with mask_dir, else mixed
+    )
+    mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest part of the crop that is a hole
     captions_file: str = ""  # COCO's captions_*.json, for prompts
-    use_augmentation: bool = True  # crops anywhere, flipped half the time; else from the middle
-    prompt_dropout: float = 0.5  # part of the training prompts that is left empty
-    val_samples: int = 16  # pictures held out for validation, 0 for none
-    num_workers: int = 4  # processes that read and decode pictures
+    prompt: str = ""  # prompt of images without a caption in captions_file or in NAME.txt beside them
+    prompt_dropout: Fraction = 0.5  # part of the training prompts that is left empty
+    image_size: flags.ImageSize = 512  # side of the square crops in pixels, a multiple of 64
+    use_augmentation: bool = True  # crop anywhere and flip half the crops; else crop the middle
+    val_samples: Whole = 16  # number of images held out for validation, 0 for none
+    num_workers: Whole = 4  # number of processes that read and decode images
 
-    init_control: str = ""  # a ControlNet to start from, such as control_v11p_sd15_inpaint.pth
-    hint_channels: int = 3  # 4 adds the mask to the hint; other tools do not read that
-    sd_locked: bool = True  # False trains the UNet's decoder too: then use learning_rate 2e-6
-    only_mid_control: bool = False  # steer the UNet's middle block only: faster, weaker
+    # ---- model
+    resume_path: flags.StartPath = "./models/control_sd15_ini.ckpt"  # starting weights by tool_add_control.py
+    config_path: str = "./models/cldm_v15.yaml"  # yaml of the model, of the same family as resume_path
+    init_control: str = ""  # file of a ControlNet to start from, such as control_v11p_sd15_inpaint.pth
+    hint_channels: Annotated[int, Range(3, 4)] = (
+        3  # 4 adds the mask to the hint; other tools do not read that
+    )
+    sd_locked: bool = True  # freeze the UNet's decoder; to train it too, use learning_rate 2e-6
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
 
-    accumulate_grad_batches: flags.Accumulate = 1  # batches to one optimizer step
-    lr_scheduler: flags.LRScheduler = "constant"  # its course after the warm-up
-    lr_warmup_steps: int = 0  # steps over which the learning rate rises
-    weight_decay: float = 0.01  # of AdamW
-    max_grad_norm: float = 0.0  # highest global norm of the gradients, 0 for no limit
-    seed: int = 0  # of the data's order, first weights and noise
-    optimizer: flags.AdamW = "adamw"  # 8 bits: a quarter of its memory (bitsandbytes, CUDA)
-    ema_decay: float = 0.0  # of an average of the trained weights, which is validated and used; 0 for none
+    # ---- training
+    batch_size: flags.BatchSize = 4  # number of images in a batch of each device
+    learning_rate: Weight = 1e-5  # peak learning rate, reached after warmup
+    max_epochs: flags.MaxEpochs = 100  # number of epochs, if max_steps is not above 0
+    max_steps: flags.MaxSteps = -1  # number of optimizer steps; above 0 it replaces max_epochs
+    accumulate_grad_batches: flags.Accumulate = 1  # number of batches in one optimizer step
+    precision: flags.AnyPrecision = "auto"  # bf16 where CUDA has it, else 16; 32 on a CPU; frozen parts too
+    cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
+    lr_scheduler: flags.LRScheduler = "constant"  # course of the learning rate; others begin with a warmup
+    max_grad_norm: Weight = 0.0  # largest global norm of the gradients, 0 for no clipping
+    optimizer: flags.AdamW = "adamw"  # adamw8bit takes a quarter of its memory (bitsandbytes, CUDA)
+    ema_decay: Decay = 0.0  # EMA decay; EMA weights are used for validation and export, 0 for none
+    seed: int = 0  # random seed of data order, fresh weights and noise
+    devices: flags.Devices = 1  # number of GPUs in each machine (processes on a CPU)
+    num_nodes: Count = 1  # number of machines that train together
+    strategy: flags.Strategy = "auto"  # for several devices: ddp copies the model to each, fsdp splits it
 
-    num_nodes: int = 1  # machines
-    strategy: flags.Strategy = "auto"  # several devices: ddp copies the model to each, fsdp splits it
-    gradient_checkpointing: bool = False  # less memory, a third more time
-    compile: bool = False  # torch.compile: minutes at the start, faster steps
-
-    log_steps: int = 50  # optimizer steps from one row of metrics to the next
-    logger_freq: int = 1000  # to a grid of training pictures
-    save_steps: int = 1000  # to a checkpoint
-    val_steps: int = 1000  # to a validation
-    val_ddim_steps: int = 20  # sampling steps of each validation picture
+    # ---- logging
+    output_dir: str = (
+        ""  # folder of the run, resumed if there is one; empty: outputs/controlnet_inpainting_TIME
+    )
+    log_steps: Count = 50  # number of optimizer steps between rows of metrics
+    save_steps: Count = 1000  # number of optimizer steps between checkpoints
+    val_steps: Count = 1000  # number of optimizer steps between validations, and between image grids
+    val_ddim_steps: Annotated[int, Range(1, 1000)] = 20  # number of sampling steps of a validation image
+    show_data: bool = False  # write samples of the training data to data_sample.png, and do not train
+    demo: bool = False  # check the installation: tiny networks, included photos, minutes on a CPU
 
 
 DEMO = {
@@ -118,25 +139,37 @@ DEMO = {
     "batch_size": 8,
     "learning_rate": 2e-3,
     "lr_scheduler": "cosine",
-    "lr_warmup_steps": 20,
     "max_grad_norm": 1.0,
     "max_steps": 600,
     "ema_decay": 0.98,
     "precision": "32",
     "log_steps": 10,
-    "logger_freq": 300,
     "save_steps": 300,
     "val_steps": 300,
     "val_ddim_steps": 10,
 }
-SHIPPED = MODELS / "small_inpaint.safetensors"
-HINT = "control_model.input_hint_block.0.weight"  # may have a channel more or less
+INCLUDED = MODELS / "small_inpaint.safetensors"  # trained weights, for comparison
+HINT = CONTROL + "input_hint_block.0.weight"  # may have a channel more or less
 RUN_VARIABLE = "CONTROLNET_INPAINTING_RUN"  # tells the other processes of a run its folder
+
+
+def check(settings: Settings) -> None:
+    """Raise ValueError or FileNotFoundError for a mistake that shows before anything is loaded."""
+    check_ranges(settings)
+    check_image_size(settings.image_size)
+    check_optimizer(settings.optimizer)
+    if settings.cache_latents and settings.use_augmentation:
+        raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation")
+    if settings.strategy == "fsdp":
+        check_sharding(settings.devices * settings.num_nodes, settings.precision, settings.optimizer)
+    if not settings.demo:
+        check_start_file(settings.resume_path)
+
 
 # ---- data --------------------------------------------------------------------------------------------------
 
 
-def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpaintingDataset | None]:
+def find_images(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpaintingDataset | None]:
     """Training data, and held-out data (None without any).
 
     Raises FileNotFoundError or ValueError that names what is missing or wrong.
@@ -147,15 +180,23 @@ def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpain
             "train2017, or try `python tutorial_train_inpaint.py --demo`"
         )
     paths = list_photographs(settings.image_dir, settings.mask_dir or None)
-    most, count = len(paths) - 1, settings.val_samples
-    if not 0 <= count <= most:
-        raise ValueError(f"val_samples must be 0 ... {most}, less than the pictures, not {count}")
+    if settings.val_samples >= len(paths):
+        raise ValueError(f"val_samples must be below the {len(paths)} images, not {settings.val_samples}")
     order = np.random.default_rng(settings.seed).permutation(len(paths))
-    held_out = set(order[:count].tolist())
-    names = "ann_file captions_file mask_dir mask_type mask_ratio seed prompt hint_channels".split()
-    options = {name: getattr(settings, name) for name in names} | {"size": settings.image_size}
+    held_out = set(order[: settings.val_samples].tolist())
+    options = {
+        "captions_file": settings.captions_file,
+        "mask_dir": settings.mask_dir,
+        "mask_type": settings.mask_type,
+        "mask_ratio": settings.mask_ratio,
+        "size": settings.image_size,
+        "seed": settings.seed,
+        "prompt": settings.prompt,
+        "hint_channels": settings.hint_channels,
+    }
     train = CocoInpaintingDataset(
         settings.image_dir,
+        ann_file=settings.ann_file,
         augment=settings.use_augmentation,
         prompt_dropout=settings.prompt_dropout,
         paths=[path for n, path in enumerate(paths) if n not in held_out],
@@ -165,16 +206,19 @@ def find_pictures(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpain
     if not held_out:
         return train, None
     few = [paths[n] for n in sorted(held_out)]
-    options["ann_file"] = options["ann_file"] if train.mask_type == "object" else None
+    ann_file = settings.ann_file if train.mask_type == "object" else None
     try:
-        return train, CocoInpaintingDataset(settings.image_dir, prompt_dropout=0.0, paths=few, **options)
+        validation = CocoInpaintingDataset(
+            settings.image_dir, ann_file=ann_file, prompt_dropout=0.0, paths=few, **options
+        )
     except ValueError as error:
-        raise ValueError(f"held-out pictures: {error}; try another --seed or --val_samples") from error
+        raise ValueError(f"held-out images: {error}; try another --seed or --val_samples") from error
+    return train, validation
 
 
 def show_data(settings: Settings, output: Path = Path("data_sample.png")) -> None:
-    """Write samples of the training data, each a row of photograph, mask and hint; print their prompts."""
-    data, _ = find_pictures(replace(settings, val_samples=0))
+    """Write samples of the training data, each a row of image, mask and hint; print their prompts."""
+    data, _ = find_images(replace(settings, val_samples=0))
     rows = []
     for index in np.linspace(0, len(data) - 1, min(8, len(data)), dtype=int).tolist():
         item = data[index]
@@ -188,27 +232,23 @@ def show_data(settings: Settings, output: Path = Path("data_sample.png")) -> Non
 # ---- model and run -----------------------------------------------------------------------------------------
 
 
-def starting_weights(settings: Settings) -> dict[str, torch.Tensor]:
-    """Stable Diffusion with a ControlNet: the file's own, or the one of `init_control`."""
+def starting_weights(settings: Settings, resumes: bool) -> dict[str, torch.Tensor]:
+    """Stable Diffusion with a ControlNet: the file's own, or for a new run the one of `init_control`."""
     weights = load_state_dict(settings.resume_path)
-    if settings.init_control and not last_checkpoint(settings.output_dir).is_file():
+    if settings.init_control and not resumes:
         control, _ = read_control(settings.init_control)
-        control = {name: value for name, value in control.items() if name.startswith("control_model.")}
-        if not control:
+        control = {name: value for name, value in control.items() if name.startswith(CONTROL)}
+        if HINT not in control:
             raise ValueError(f"{settings.init_control} holds no ControlNet")
-        own = {n: v.shape for n, v in weights.items() if n.startswith("control_model.") and n != HINT}
-        wrong = [name for name, shape in own.items() if name not in control or control[name].shape != shape]
-        if wrong or HINT not in control:
-            raise ValueError(
-                f"{settings.init_control} is no ControlNet for {settings.resume_path}: it lacks, or has "
-                f"another shape for, {listing(wrong or [HINT])}"
-            )
+        # the hint's channels may differ: `widen_input` adds the missing one
+        own = {name: value for name, value in weights.items() if name.startswith(CONTROL) and name != HINT}
+        check_weights({**own, HINT: control[HINT]}, control, settings.init_control)
         weights = {**weights, **control}
     return widen_input(weights, HINT, settings.hint_channels)
 
 
 def run_folder(settings: Settings) -> str:
-    """The run's folder: the one that is given, or a new one named after the time.
+    """Folder of the run: the one that is given, or a new one named after the time.
 
     Raises ValueError where processes started apart would each name their own.
     """
@@ -222,14 +262,16 @@ def run_folder(settings: Settings) -> str:
 
 
 @rank_zero_only
-def keep_final_model(run: Path) -> None:
-    """The last model in `run`/final_model, and its ControlNet alone for other tools, if they can use it."""
-    model, path = keep_model(run, run / "final_model"), run / "final_model" / "controlnet.safetensors"
+def save_final_model(run: Path) -> None:
+    """Save the last model in `run`/final_model, and its ControlNet alone if other tools can use it."""
+    model = copy_model(run, run / "final_model")
+    path = run / "final_model" / "controlnet.safetensors"
     weights, content = read_control(model)
-    control, differs = alone(weights, content.get("config"), model)
+    control, differs = control_alone(weights, content.get("config"), model)
     if differs:
-        return print(f"no {path.name} for other tools is written: the run {differs}")
-    write_weights(path, {f"control_model.{name}": value for name, value in control.items()})
+        print(f"no {path.name} for other tools is written: the run {differs}")
+    else:
+        write_weights(path, {CONTROL + name: value for name, value in control.items()})
 
 
 # ---- demonstration -----------------------------------------------------------------------------------------
@@ -253,59 +295,114 @@ def score_item(item: dict, filled: np.ndarray) -> dict[str, float]:
     return hole_scores(filled, pixels(item["jpg"]), item["mask"][..., 0] > 0.5)
 
 
+def compare_with_included(settings: Settings, validation: CocoInpaintingDataset) -> None:
+    """Fill the held-out holes with this run's ControlNet and with the included one."""
+    options = Inpainting(steps=settings.val_ddim_steps, mask_blur=0)
+
+    def fill(model: torch.nn.Module, item: dict) -> np.ndarray:
+        return inpaint_image(model, pixels(item["jpg"]), item["mask"][..., 0].numpy(), options)
+
+    show_demo(INCLUDED, validation, Path(settings.output_dir), fill, score_item)
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+
+
 def main(settings: Settings) -> None:
-    """Train, then say where everything is."""
+    """Train, then print where everything is."""
     if settings.show_data:
         return show_data(settings)
 
-    # Settings and seed: what can be wrong is found before anything is loaded
-    settings = begin(settings)
-    if settings.hint_channels not in (3, 4):
-        raise ValueError(f"hint_channels must be 3 or 4, not {settings.hint_channels}")
+    # Settings and seed: mistakes are found before anything is loaded
+    if settings.demo:
+        announce_demo()
     settings = replace(settings, output_dir=run_folder(settings))
+    folder, last = Path(settings.output_dir), last_checkpoint(settings.output_dir)
+    settings = replace(settings, precision=begin(settings.precision, settings.seed, last))
+    check(settings)
     config = read_config(settings.config_path)
     config["target"] = "cldm.inpaint.InpaintControlNet"  # any configuration of the family will do
-    config["params"]["only_mid_control"] = settings.only_mid_control
-    for name in ("deblur_loss_weight", "perceptual_loss_weight"):
-        config["params"].pop(name, None)
+    config["params"]["control_stage_config"]["params"]["hint_channels"] = settings.hint_channels
 
-    # Data
+    # Data: crops with a hole each, the same images held out in every run of a seed
     if settings.demo and settings.image_dir == DEMO["image_dir"]:
         cut_photographs(Path(DEMO["image_dir"]), 240)
-    train, validation = find_pictures(settings)
+    train, validation = find_images(settings)
+    processes = settings.devices * settings.num_nodes
+    images_per_step = settings.batch_size * settings.accumulate_grad_batches * processes
+    steps = count_steps(settings.max_steps, settings.max_epochs, len(train), images_per_step)
+
+    # Model: Stable Diffusion with a ControlNet that starts as a copy of its encoder, or as init_control
     if settings.demo:
         make_demo_start(settings.resume_path, config)
-
-    # Model
-    config["params"]["control_stage_config"]["params"]["hint_channels"] = settings.hint_channels
-    model = create_filled_model(config, starting_weights(settings), settings.resume_path)
+    weights = starting_weights(settings, resumes=last.is_file())
+    model = create_filled_model(config, weights, settings.resume_path)
+    del weights  # up to 6 GB, mapped from the file
+    model.sd_locked = settings.sd_locked
     model.validation_ddim_steps = settings.val_ddim_steps
 
-    # Latents and embeddings, if they are to be computed once (those of captions are too many to remember)
+    # Latents and embeddings, if they are computed once (those of captions are too many to remember)
     if settings.cache_latents:
         prompts = None if settings.captions_file or train.captions_beside else {"", settings.prompt}
-        files = [*train.paths, *(validation.paths if validation else [])]
-        train, validation = with_cached_latents(model, [train, validation], files, prompts, settings)
+        train, validation = with_cached_latents(
+            model,
+            {"train": train, "val": validation},
+            files=[*train.paths, *(validation.paths if validation else [])],
+            prompts=prompts,
+            folder=folder / "cache",
+            base=settings.resume_path,
+            image_size=settings.image_size,
+            batch_size=settings.batch_size,
+            num_workers=settings.num_workers,
+        )
 
-    # Training, resumed where it stopped
-    prepare_model(model, settings)
-    folder = Path(settings.output_dir)
+    # Optimizer: AdamW over the ControlNet (and the UNet's decoder), made by ControlLDM.configure_optimizers
+    model.optimizer, model.learning_rate = settings.optimizer, settings.learning_rate
+    model.learning_rate_factor = rate_schedule(settings.lr_scheduler, steps)
+    clips = settings.max_grad_norm > 0
+    prepare_model(model, settings.precision, clips, processes, settings.gradient_checkpointing)
+
+    # Training: for each batch Lightning calls model.training_step, whose loss is LatentDiffusion.p_losses,
+    # and backward; every accumulate_grad_batches of them optimizer.step
+    data = StreamData(
+        model, train, validation, settings.batch_size, settings.num_workers, settings.seed, images_per_step
+    )
+    known = {**plain(settings), "samples": len(train)}
+    about = {"config": dict(config), "base": str(settings.resume_path), "settings": known}
+    callbacks = make_callbacks(
+        folder,
+        about,
+        settings.ema_decay,
+        settings.log_steps,
+        settings.save_steps,
+        settings.val_steps,
+        images_per_step,
+        validates=validation is not None,
+    )
+    trainer = make_trainer(
+        folder,
+        [*callbacks, Snapshots(folder, settings.save_steps)],
+        settings.precision,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=choose_strategy(settings.strategy, model, processes),
+        max_steps=steps,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.max_grad_norm or None,
+        log_every_n_steps=settings.log_steps,
+        val_check_interval=settings.val_steps * settings.accumulate_grad_batches,
+        limit_val_batches=0 if validation is None else None,
+    )
     rank_zero_only(print)(f"run: {folder} (resume it with --output_dir {folder})")
-    snapshots = Snapshots(folder, settings.save_steps)
-    trainer = fit(model, StreamData(train, validation, settings), settings, config, [snapshots])
+    fit(trainer, model, data, last, about)  # resumed where it stopped
 
     # Summary
-    keep_final_model(folder)
+    save_final_model(folder)
     final = folder / "final_model" / "model.ckpt"
     what_next = f"python infer.py inpaint --checkpoint_path {final} --input_image PHOTO --input_mask MASK"
-    report(trainer, settings, f"{what_next} --output_dir filled")
+    rank_zero_only(print)(summary(folder, trainer.global_step, f"{what_next} --output_dir filled"))
     if settings.demo and validation is not None:
-        options = Inpainting(steps=settings.val_ddim_steps, mask_blur=0)
-
-        def fill(model: torch.nn.Module, item: dict) -> np.ndarray:
-            return inpaint_image(model, pixels(item["jpg"]), item["mask"][..., 0].numpy(), options)
-
-        show_demo(SHIPPED, validation, folder, fill, score_item)
+        compare_with_included(settings, validation)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.controlnet_step                        # reduced width on a CPU, full SD 1.5 on CUDA
     python -m benchmarks.controlnet_step --batch_size 16 --precision bf16
-    python -m benchmarks.controlnet_step --compile              # ours as --compile trains it: minutes more
+    python -m benchmarks.controlnet_step --compile              # ours compiled: minutes more
 
 A step: ControlNet and UNet predict the noise in cached latents, the loss goes back to the ControlNet, AdamW
 moves it. Same weights, inputs and precision for both; only the ControlNet is trained. They take turns.

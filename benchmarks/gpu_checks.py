@@ -105,7 +105,7 @@ def controlnet(name: str, device: str, side: int) -> System:
     def run() -> tuple[Tensor, Tensor]:
         latents, cond = model.get_input(batch)
         output = model.apply_model(model.q_sample(latents, t, batch["noise_1"]), t, cond)
-        return output, model.diffusion_loss(output, latents, t, batch["noise_1"])[0]
+        return output, model.diffusion_loss(output, latents, t, batch["noise_1"])
 
     return System(list(model.control_model.parameters()), run)
 
@@ -215,7 +215,7 @@ def resumptions(device: str) -> Iterator[Case]:
     control = {"image_size": 64, "config_path": "models/cldm_tiny_deblur.yaml", **small}
     narrow = {"width": 8, "crop_size": 32, **small}
     networks = {"blocks": 1, "blur_blocks": 1, "discriminator_width": 8, "accumulate_grad_batches": 1}
-    deblur = tutorial_train_deblur.Settings(deblur_crop=4, perceptual_loss_weight=0.0, **control)
+    deblur = tutorial_train_deblur.Settings(perceptual_loss_weight=0.0, **control)
     control["config_path"] = "models/cldm_tiny_inpaint.yaml"
     inpaint = tutorial_train_inpaint.Settings(**control)
     works = {

@@ -35,7 +35,7 @@ from cldm.cache import drop_encoders
 from cldm.cldm import ControlLDM
 from cldm.deblur import add_hint_latent
 from cldm.model import read_config
-from cldm.training import prepare_model, with_precision
+from cldm.training import choose_precision, prepare_model
 from harness.flags import lightning_precision
 from harness.settings import plain, run_main
 from ldm.models.kontext import TRANSFORMER, FluxAutoencoder
@@ -120,10 +120,12 @@ class EightBit(torch.optim.Optimizer):
 def control_model(settings: Any, device: str) -> ControlLDM:
     """What the deblurring or the inpainting script trains."""
     config = read_config(settings.config_path)
-    if getattr(settings, "use_attention", False):
-        config["target"] = "cldm.deblur.DeblurControlNetWithAttention"
-    names = {"only_mid_control", *tutorial_train_deblur.LOSSES} - {"deblur_every"}  # the dearest step
-    config["params"] |= {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+    config["target"] = "cldm.inpaint.InpaintControlNet"
+    if hasattr(settings, "deblur_loss_weight"):
+        attention = "WithAttention" if settings.use_attention else ""
+        config["target"] = f"cldm.deblur.DeblurControlNet{attention}"
+        for name in ("deblur_loss_weight", "perceptual_loss_weight"):  # every step, which costs most
+            config["params"][name] = getattr(settings, name)
     channels = getattr(settings, "hint_channels", 3)
     config["params"]["control_stage_config"]["params"]["hint_channels"] = channels
     if getattr(settings, "hint_as_latent", False):
@@ -135,7 +137,11 @@ def control_model(settings: Any, device: str) -> ControlLDM:
         model.load_perceptual()
     if settings.cache_latents:
         drop_encoders(model, None if getattr(settings, "captions_file", "") else {""})
-    prepare_model(model.train(), replace(settings, compile=False))
+    model.sd_locked, model.optimizer = settings.sd_locked, settings.optimizer
+    model.learning_rate = settings.learning_rate
+    clips = settings.max_grad_norm > 0
+    processes = settings.devices * settings.num_nodes
+    prepare_model(model.train(), settings.precision, clips, processes, settings.gradient_checkpointing)
     return model
 
 
@@ -156,7 +162,7 @@ def control_batch(settings: Any, model: ControlLDM, device: str) -> dict:
 
 def controlnet(settings: Any, device: str) -> Work:
     """A step of the deblurring or the inpainting ControlNet."""
-    settings = with_precision(replace(settings, output_dir=""))  # where no run has settled it
+    settings = replace(settings, precision=choose_precision(settings.precision, Path()))
     model, parts = control_model(settings, device), settings.accumulate_grad_batches
     optimizer, trained = model.configure_optimizers(), [p for p in model.parameters() if p.requires_grad]
     ema = EMA(model, settings.ema_decay) if settings.ema_decay else None

@@ -1,12 +1,11 @@
-"""Latents and text embeddings computed once: the autoencoder's encoder and the text tower can go."""
+"""Latents and text embeddings, computed once: training then needs neither the encoder nor the text tower."""
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -24,19 +23,20 @@ from ldm.models.diffusion.ddpm import image_of
 
 
 class CachedLatents(Dataset):
-    """`dataset` with each item's `moments` (8, h, w) beside it, from an h5 file that `cache_latents` made.
+    """`dataset` whose items also have `moments` (8, h, w), from an h5 file that `cache_latents` made.
 
-    The mean of its hint's latent, `hint_mean` (4, h, w), too if the model has a use for it.
+    They have `hint_mean` (4, h, w) too, the mean of the hint's latent, if the model sees that.
     """
 
     def __init__(self, dataset: Dataset, path: Path):
-        self.dataset, self.path, self.file = dataset, path, None
+        self.dataset, self.path = dataset, path
+        self.file = None  # opened in the worker that reads
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        if self.file is None:  # opened in the worker that reads
+        if self.file is None:
             self.file = h5py.File(self.path, "r")
         index = key[1] if isinstance(key, tuple) else key
         latents = {name: torch.from_numpy(self.file[name][index]).float() for name in self.file}
@@ -47,20 +47,19 @@ class CachedLatents(Dataset):
 
 
 def cache_latents(
-    model: ControlLDM, dataset: Dataset, path: Path, about: Mapping, settings: Any
+    model: ControlLDM, dataset: Dataset, path: Path, about: Mapping, batch_size: int, num_workers: int
 ) -> CachedLatents:
     """Encode every item's image (`jpg`) into `path`, or take that file if it was made for the same `about`.
 
-    `about` says what the latents depend on: files with their sizes and times, crop, model. A file made for
-    something else is noticed and made anew. Items must not change from epoch to epoch. Of several processes
-    the first makes the file and the others wait for it.
+    `about` lists all that the latents depend on: files with their sizes and times, crop, model. Items must
+    not change from epoch to epoch. Of several processes the first writes the file, the others wait for it.
     """
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     while rank_zero_only.rank and not _is_fresh(path, key):
         time.sleep(1)
     if not _is_fresh(path, key):
         path.parent.mkdir(parents=True, exist_ok=True)
-        batches = make_loader(dataset, settings.batch_size, settings.num_workers)
+        batches = make_loader(dataset, batch_size, num_workers)
         write_atomically(path, lambda temporary: _fill(model, batches, temporary, key))
     return CachedLatents(dataset, path)
 
@@ -82,7 +81,7 @@ def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str) -> None:
         for batch in tqdm(batches, desc="caching latents", dynamic_ncols=True):
             posterior = autoencoder.encode(image_of(batch, model.first_stage_key).to(device))
             latents = {"moments": torch.cat([posterior.mean, posterior.logvar], dim=1)}
-            if needs_hint(model):
+            if model.sees_hint_latent:
                 hint = model.hint_of(batch)[:, :3].to(device) * 2 - 1
                 latents["hint_mean"] = autoencoder.encode(hint).mode()
             for name, values in latents.items():
@@ -93,15 +92,10 @@ def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str) -> None:
         file.attrs["key"] = key
 
 
-def needs_hint(model: ControlLDM) -> bool:
-    """Whether the hint's latent has a use: for the ControlNet, or as the start of validation's samples."""
-    return model.sees_hint_latent or model.validation_strength < 1
-
-
 def drop_encoders(model: ControlLDM, prompts: set[str] | None) -> None:
-    """Let go of the autoencoder's encoder, and of the text tower once it has embedded `prompts`.
+    """Free the autoencoder's encoder, and the text tower once it has embedded `prompts`.
 
-    None stands for more prompts than can be remembered: the text tower stays.
+    The text tower stays if `prompts` is None: there are more than can be remembered.
     """
     model.first_stage_model.encoder, model.first_stage_model.quant_conv = None, None
     if prompts is not None:
@@ -111,26 +105,35 @@ def drop_encoders(model: ControlLDM, prompts: set[str] | None) -> None:
 
 def with_cached_latents(
     model: ControlLDM,
-    datasets: Sequence[Dataset | None],
+    datasets: Mapping[str, Dataset | None],
     files: Iterable[str | bytes | Path],
     prompts: set[str] | None,
-    settings: Any,
+    folder: Path,
+    base: str | Path,
+    image_size: int,
+    batch_size: int,
+    num_workers: int,
 ) -> list[CachedLatents | None]:
-    """The training data and the held-out data (or None), made from `files`, with latents from caches in the
-    run's folder; the model's encoders are let go (see `drop_encoders`)."""
+    """Datasets by name (or None), made from `files`, with their latents from caches in `folder`.
 
-    def stamp(path: str | bytes | Path) -> tuple[str, int, int]:
-        packed = database(Path(os.fsdecode(path)))
-        status = os.stat(packed / "data.mdb" if packed else path)
-        return os.fsdecode(path), status.st_size, status.st_mtime_ns
-
-    base = stamp(settings.resume_path)[1:]
-    about = {"files": [stamp(path) for path in files], "size": settings.image_size, "model": base}
-    if needs_hint(model):
+    `base` is the file of the model's weights. Its encoders are freed afterwards (see `drop_encoders`).
+    """
+    about = {"files": [stamp(path) for path in files], "size": image_size, "model": stamp(base)[1:]}
+    if model.sees_hint_latent:
         about["hint"] = "mean"
-    cached = []
-    for name, dataset in zip(("train", "val"), datasets, strict=True):
-        path, key = Path(settings.output_dir) / "cache" / f"{name}_latents.h5", {**about, "set": name}
-        cached.append(None if dataset is None else cache_latents(model, dataset, path, key, settings))
+    cached: list[CachedLatents | None] = []
+    for name, dataset in datasets.items():
+        path, key = folder / f"{name}_latents.h5", {**about, "set": name}
+        if dataset is None:
+            cached.append(None)
+        else:
+            cached.append(cache_latents(model, dataset, path, key, batch_size, num_workers))
     drop_encoders(model, prompts)
     return cached
+
+
+def stamp(path: str | bytes | Path) -> tuple[str, int, int]:
+    """Name, size and time of a file, or of the database that it lies in."""
+    packed = database(Path(os.fsdecode(path)))
+    status = os.stat(packed / "data.mdb" if packed else path)
+    return os.fsdecode(path), status.st_size, status.st_mtime_ns

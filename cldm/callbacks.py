@@ -1,4 +1,4 @@
-"""What a ControlNet's training run keeps: checkpoints, the average of the weights, snapshots of the model."""
+"""Callbacks that save a ControlNet's training: checkpoints, EMA weights, snapshots of the model."""
 
 import math
 from collections.abc import Mapping
@@ -14,22 +14,25 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from cldm.logger import StepCallback
 from cldm.sharding import split_like, whole
-from harness.endings import check_finite
+from harness.logs import check_finite, stop_message
 from ldm import checkpoint
 from ldm.modules.ema import EMA
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes through ldm.checkpoint: a file is whole or not there; reads without running pickled code.
+    """Writes through ldm.checkpoint (a file is whole or not there), and reads without running pickled code.
 
-    A thread writes a copy in CPU memory while training goes on. One file at a time: `wait` returns when it
-    is there, and raises what went wrong. Saving waits first; so does the process before it exits.
+    A thread writes a copy in CPU memory while training goes on, one file at a time: `wait` returns when it
+    is written, and raises the error if it could not be. Saving waits for the file before, the end of a run
+    for the last one.
     """
 
     def __init__(self):
         super().__init__()
-        self.thread, self.pending = ThreadPoolExecutor(1), None
+        self.thread = ThreadPoolExecutor(1)
+        self.pending = None
 
     def save_checkpoint(self, content: dict, path: str | Path, storage_options: Any = None) -> None:
         self.wait()
@@ -51,44 +54,57 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.wait()
 
 
-class Checkpoints(Callback):
-    """Stops at a loss that is not finite; keeps last.ckpt and, by the best `val/psnr`, best.ckpt in `folder`.
+class LossCheck(StepCallback):
+    """Stops training at a loss that is not finite.
 
-    A checkpoint holds the trained parameters (the model leaves out the frozen ones), optimizer, step, random
-    states, settings, and what it takes to build the model again: its configuration and its base file.
+    It looks at the losses before anything is made of the weights: every `log_steps`, `save_steps` and
+    `val_steps` steps, and at the end. `last` is the last checkpoint, for the message.
     """
 
-    def __init__(self, folder: str | Path, save_steps: int, val_steps: int, log_steps: int, about: Mapping):
-        self.folder, self.about = Path(folder), dict(about)
-        self.save_steps, self.val_steps = save_steps, val_steps  # val_steps 0: no validation
-        self.best, self.last_step, self.log_steps = -math.inf, -1, log_steps
-        self.losses: list[tuple[Tensor, int, list[str]]] = []  # of batches that nobody has looked at
+    def __init__(self, last: Path, log_steps: int, save_steps: int, val_steps: int):
+        self.last, self.intervals = last, (log_steps, save_steps, val_steps)
+        self.losses: list[tuple[Tensor, int, list[str]]] = []  # not yet checked; with step and files
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step
-        self.losses.append((outputs["loss"], step, batch.get("path", ["unknown files"])))
-        validated = self.val_steps and step % self.val_steps == 0  # then the checkpoint comes after it
-        if step != self.last_step and (step % self.log_steps == 0 or validated or self.due(trainer)):
-            self.look(trainer)
-        if step != self.last_step and not validated and self.due(trainer):
-            self.save(trainer, "last.ckpt")
-        self.last_step = step
+        self.losses.append((outputs["loss"], trainer.global_step, batch.get("path", ["unknown files"])))
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def look(self, trainer: pl.Trainer) -> None:
+    def on_step(self, trainer, model, batch) -> None:
         """Raise ValueError that names the first batch whose loss is not finite; this waits for the device."""
+        step = trainer.global_step
+        if step != trainer.max_steps and all(step % interval for interval in self.intervals):
+            return
         finite = torch.stack([loss for loss, _, _ in self.losses]).isfinite().tolist()
         if trainer.strategy.reduce_boolean_decision(not all(finite), all=False):  # all processes stop
-            last = self.folder / "last.ckpt"
             trainer.strategy.checkpoint_io.wait()
-            kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved yet"
             loss, step, files = self.losses[-1 if all(finite) else finite.index(False)]
-            files = "that of another process" if all(finite) else ", ".join(files)
-            what = f"loss = {float(loss)} at step {step}; its batch: {files}"
-            raise ValueError(f"training stopped: {what}; {kept}")
+            names = "that of another process" if all(finite) else ", ".join(files)
+            problem = f"loss = {float(loss)} at step {step}; its batch: {names}"
+            raise ValueError(stop_message(problem, self.last))
         self.losses = []
 
+
+class Checkpoints(StepCallback):
+    """Keeps last.ckpt and, by the best `val/psnr`, best.ckpt in `folder`.
+
+    A checkpoint holds the trained parameters (the model leaves out the frozen ones), optimizer, step, random
+    states, and `about`: settings, and the configuration and base file from which the model is built again.
+    `val_steps` is 0 for a run without validation.
+    """
+
+    def __init__(self, folder: Path, save_steps: int, val_steps: int, about: Mapping):
+        self.folder = folder
+        self.save_steps, self.val_steps = save_steps, val_steps
+        self.about = dict(about)
+        self.best = -math.inf
+
+    def on_step(self, trainer, model, batch) -> None:
+        validated = self.val_steps > 0 and trainer.global_step % self.val_steps == 0
+        if self.due(trainer) and not validated:  # a validated step is saved after its validation
+            self.save(trainer, "last.ckpt")
+
     def on_validation_start(self, trainer, pl_module) -> None:
-        trainer.strategy.checkpoint_io.wait()  # workers that start now should find one thread
+        trainer.strategy.checkpoint_io.wait()  # worker processes start now: no second thread may run
 
     def on_validation_end(self, trainer, pl_module) -> None:
         score = trainer.callback_metrics.get("val/psnr")
@@ -99,7 +115,7 @@ class Checkpoints(Callback):
             self.save(trainer, "last.ckpt")
 
     def due(self, trainer: pl.Trainer) -> bool:
-        """Whether last.ckpt is to be of this step: one of every `save_steps`, and the last of the run."""
+        """Tell if last.ckpt must be of this step: every `save_steps`, and the last of the run."""
         step = trainer.global_step
         return step > 0 and (step % self.save_steps == 0 or step == trainer.max_steps)
 
@@ -123,23 +139,25 @@ class Checkpoints(Callback):
         self.best = state["best"]
 
 
-class AverageWeights(Callback):
-    """Keeps an exponential moving average of the trained parameters and validates with it."""
+class EMACallback(StepCallback):
+    """Keeps EMA weights of the trained parameters, and validates with them."""
 
     def __init__(self, decay: float):
-        self.decay, self.ema, self.state, self.last_step, self.context = decay, None, None, 0, None
+        self.decay = decay
+        self.ema: EMA | None = None
+        self.state: dict | None = None  # of a checkpoint, until training starts
+        self.context = None  # within which the model has the EMA weights
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self.ema, self.last_step = EMA(pl_module, self.decay), trainer.global_step
+        super().on_train_start(trainer, pl_module)
+        self.ema = EMA(pl_module, self.decay)
         if self.state:
             average = {k: split_like(v, self.state["average"][k]) for k, v in self.ema.average.items()}
             self.ema.load_state_dict({**self.state, "average": average})
             self.state = None
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step > self.last_step:
-            self.last_step = trainer.global_step
-            self.ema.update(pl_module)
+    def on_step(self, trainer, model, batch) -> None:
+        self.ema.update(model)
 
     def on_validation_start(self, trainer, pl_module) -> None:
         if self.ema is not None:
@@ -159,29 +177,29 @@ class AverageWeights(Callback):
 
 
 class Snapshots(Callback):
-    """Every `save_steps` steps leaves the model, without the optimizer, in `folder`/checkpoint-STEP."""
+    """Every `save_steps` steps copies the model, without the optimizer, to `folder`/checkpoint-STEP."""
 
     def __init__(self, folder: Path, save_steps: int):
         self.folder, self.save_steps, self.step = folder, save_steps, 0
 
-    def keep(self, trainer: pl.Trainer, *_: object) -> None:
+    def copy(self, trainer: pl.Trainer, *_: object) -> None:
         """Copy the model out of last.ckpt as soon as that is of this step."""
         step, last = trainer.global_step, self.folder / "checkpoints" / "last.ckpt"
-        due = step != self.step and step % self.save_steps == 0 and trainer.is_global_zero
-        if due:
-            trainer.strategy.checkpoint_io.wait()
-        if due and last.is_file() and checkpoint.load(last)["global_step"] == step:
+        if step == self.step or step % self.save_steps or not trainer.is_global_zero:
+            return
+        trainer.strategy.checkpoint_io.wait()
+        if last.is_file() and checkpoint.load(last)["global_step"] == step:
             self.step = step
-            keep_model(self.folder, self.folder / f"checkpoint-{step}")
+            copy_model(self.folder, self.folder / f"checkpoint-{step}")
 
-    on_train_batch_end = keep
-    on_validation_end = keep  # the checkpoint of a validated step comes after its validation
-    on_train_start = on_fit_end = keep  # a run that was killed between a checkpoint and its snapshot
+    on_train_batch_end = copy
+    on_validation_end = copy  # the checkpoint of a validated step comes after its validation
+    on_train_start = on_fit_end = copy  # a run that was killed between a checkpoint and its snapshot
 
 
 @rank_zero_only
-def keep_model(run: Path, target: Path) -> Path:
-    """Copy what it takes to use the model from the run's last checkpoint to `target`/model.ckpt."""
+def copy_model(run: Path, target: Path) -> Path:
+    """Copy a run's last model, without the optimizer, to `target`/model.ckpt."""
     content = checkpoint.load(run / "checkpoints" / "last.ckpt")
     wanted = ("state_dict", "ema", "config", "base", "settings", "global_step")
     target.mkdir(parents=True, exist_ok=True)

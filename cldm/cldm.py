@@ -3,21 +3,26 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cldm.logger import log_txt_as_img
 from cldm.model import open_control_model
+from ldm.data.image import is_finite, to_uint8
+from ldm.metrics import psnr, ssim
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion, image_of
 from ldm.modules.diffusionmodules.openaimodel import UNetEncoder, UNetModel
-from ldm.modules.diffusionmodules.util import CastTogether, zero_module
-from ldm.util import instantiate_from_config, make_adamw
+from ldm.modules.diffusionmodules.util import zero_module
+from ldm.modules.kernels import CastTogether
+from ldm.util import instantiate_from_config, log_txt_as_img, make_adamw
+
+WEIGHT_DECAY = 0.01  # of AdamW
 
 
 class ControlNet(UNetEncoder):
-    """UNet encoder that also sees a hint, and gives one feature map for each skip and one for the middle.
+    """UNet encoder that also sees a hint; it returns a feature map for each skip and one for the middle.
 
     Arguments as UNetEncoder, plus the number of the hint's channels. The hint is 8 times the latents' size.
     With `hint_latent_channels` its latent also enters, beside x (as in DiffBIR, Lin et al. 2024, sec. 3.2).
@@ -28,15 +33,17 @@ class ControlNet(UNetEncoder):
     ):
         super().__init__(in_channels=in_channels + hint_latent_channels, **encoder_arguments)
         self.hint_latent_channels = hint_latent_channels
-        if hint_latent_channels:  # training begins from what the network does without them
+        if hint_latent_channels:  # training begins from the network without them
             nn.init.zeros_(self.input_blocks[0][0].weight[:, in_channels:])
         widths = [hint_channels, 16, 16, 32, 32, 96, 96, 256]
         strides = [1, 1, 2, 1, 2, 1, 2]
-        layers = []
+        layers: list[nn.Module] = []
         for index, stride in enumerate(strides):
-            layers += [nn.Conv2d(widths[index], widths[index + 1], 3, stride=stride, padding=1), nn.SiLU()]
-            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # torch's default would shrink
-            nn.init.zeros_(layers[-2].bias)  # the hint, layer by layer, below the biases
+            convolution = nn.Conv2d(widths[index], widths[index + 1], 3, stride=stride, padding=1)
+            # torch's default initialisation would shrink the hint, layer by layer, below the biases
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+            nn.init.zeros_(convolution.bias)
+            layers += [convolution, nn.SiLU()]
         layers.append(zero_module(nn.Conv2d(256, self.model_channels, 3, padding=1)))
         self.input_hint_block = nn.Sequential(*layers)
         self.zero_convs = nn.ModuleList(zero_conv(channels) for channels, _ in self.skips)
@@ -69,7 +76,7 @@ def zero_conv(channels: int) -> nn.Sequential:
 
 
 class ControlledUnetModel(UNetModel):
-    """UNet whose middle and skips take what a ControlNet adds; ControlLDM keeps its encoder frozen."""
+    """UNet to whose middle and skips a ControlNet adds; ControlLDM keeps its encoder frozen."""
 
     def forward(
         self,
@@ -89,12 +96,6 @@ class ControlledUnetModel(UNetModel):
         return self.decode(h, skips, emb, context)
 
 
-def uncompiled_if_sampling(network: nn.Module) -> Callable:
-    """A network as it was before `compile` where no gradients are kept: more graphs would take minutes."""
-    sampling = network._compiled_call_impl is not None and not torch.is_grad_enabled()
-    return network.forward if sampling else network
-
-
 class ControlLDM(LatentDiffusion):
     """Latent diffusion with a ControlNet: batches also hold `hint` (b, 8h, 8w, hint_channels), in [0, 1].
 
@@ -102,51 +103,51 @@ class ControlLDM(LatentDiffusion):
     `control_scales` weighs the ControlNet's outputs, the middle's last; None leaves them as they are.
     """
 
+    preview_guidance = 9.0  # guidance scale of log_images
+
     def __init__(
         self, control_stage_config: Mapping, only_mid_control: bool, control_key: str = "hint", **arguments
     ):
         super().__init__(**arguments)
         self.control_model = instantiate_from_config(control_stage_config)
-        self.control_key, self.only_mid_control = control_key, only_mid_control
+        self.control_key = control_key
+        self.only_mid_control = only_mid_control
         self.control_scales: Sequence[float] | None = None
-        self.learning_rate, self.optimizer, self.weight_decay = 1e-5, "adamw", 0.01
+        self.prompt = ""  # training prompt of a model that open_control_model opened
+        self.strict_loading = False  # our checkpoints leave out the frozen weights
+
+        # training; the script sets these
+        self.learning_rate, self.optimizer = 1e-5, "adamw"
         self.learning_rate_factor: Callable[[int], float] | None = None  # of step 0, 1, ...; None: always 1
-        self.fused_optimizer, self.cast_together = True, False
-        self.prompt = ""  # what it was trained with, in a model that open_control_model opened
-        self.strict_loading = False  # our checkpoints leave out what is frozen
-        self.validation_ddim_steps, self.validation_strength = 20, 1.0
-        self.validation_images: dict[str, Tensor] = {}
+        self.fused_optimizer: bool | None = True
+        self.cast_together = False
         self.sd_locked = True
+        self.validation_ddim_steps = 20
+        self.validation_images: dict[str, Tensor] = {}
 
     @property
     def sees_hint_latent(self) -> bool:
-        """Whether the ControlNet takes the hint's latent too."""
+        """True if the ControlNet takes the hint's latent too."""
         return self.control_model.hint_latent_channels > 0
 
     @property
     def sd_locked(self) -> bool:
-        """Whether the UNet's decoder keeps its weights."""
+        """True if the UNet's decoder keeps its weights."""
         return self._sd_locked
 
     @sd_locked.setter
     def sd_locked(self, locked: bool) -> None:
         self._sd_locked = locked
         self.requires_grad_(False)
-        for module in self.trained_modules():
-            module.requires_grad_(True)
+        self.control_model.requires_grad_(True)
+        if not locked:
+            self.model.diffusion_model.output_blocks.requires_grad_(True)
+            self.model.diffusion_model.out.requires_grad_(True)
 
-    def trained_modules(self) -> list[nn.Module]:
-        """The parts that the optimizer changes."""
-        unet = self.model.diffusion_model
-        return [self.control_model] + ([] if self.sd_locked else [unet.output_blocks, unet.out])
-
-    def guess_mode_scales(self, strength: float = 1.0) -> list[float]:
-        """Weights that fade the control towards the finest level: strength * 0.825^(n - 1 - i)."""
-        count = len(self.control_model.zero_convs) + 1
-        return [strength * 0.825 ** (count - 1 - i) for i in range(count)]
+    # ---- conditioning and networks
 
     def hint_of(self, batch: Mapping) -> Tensor:
-        """The hint (b, c, 8h, 8w) of a batch."""
+        """Hint (b, c, 8h, 8w) of a batch."""
         return image_of(batch, self.control_key)
 
     def hint_latent(self, cond: Mapping) -> Tensor:
@@ -172,29 +173,28 @@ class ControlLDM(LatentDiffusion):
         context = torch.cat(cond["c_crossattn"], dim=1)
         control = None
         if cond.get("c_concat") is not None:
-            hint, latent = torch.cat(cond["c_concat"], dim=1), None
-            if self.sees_hint_latent:
-                latent = self.hint_latent(cond)
+            hint = torch.cat(cond["c_concat"], dim=1)
+            latent = self.hint_latent(cond) if self.sees_hint_latent else None
             control = self.run_control(x_noisy, hint, t, context, latent)
             if self.control_scales is not None:
                 control = [scale * h for scale, h in zip(self.control_scales, control, strict=True)]
-        unet = uncompiled_if_sampling(self.model.diffusion_model)
-        return unet(x_noisy, t, context, control, self.only_mid_control)
+        return self.model.diffusion_model(x_noisy, t, context, control, self.only_mid_control)
 
     def run_control(self, *inputs: Tensor | None) -> list[Tensor]:
         """The ControlNet's outputs; with `cast_together` its weights are cast at once in training."""
         kind = self.device.type
         if not (self.cast_together and torch.is_grad_enabled() and torch.is_autocast_enabled(kind)):
-            return uncompiled_if_sampling(self.control_model)(*inputs)
+            return self.control_model(*inputs)
         weights = dict(self.control_model.named_parameters())
         cast = CastTogether.apply(torch.get_autocast_dtype(kind), *weights.values())
         return functional_call(self.control_model, dict(zip(weights, cast, strict=True)), inputs)
 
+    # ---- training
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the trained parameters (ldm.util.make_adamw)."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        how = self.optimizer, self.learning_rate, self.weight_decay, self.fused_optimizer
-        return make_adamw(trained, *how)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return make_adamw(trained, self.optimizer, self.learning_rate, WEIGHT_DECAY, self.fused_optimizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate, which follows from the step alone: nothing has to be resumed."""
@@ -203,7 +203,7 @@ class ControlLDM(LatentDiffusion):
                 group["lr"] = self.learning_rate * self.learning_rate_factor(self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep only what is trained: the frozen weights are in the base file."""
+        """Keep only the trained parameters: the frozen weights are in the base file."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
@@ -214,7 +214,7 @@ class ControlLDM(LatentDiffusion):
         map_location: str | torch.device = "cpu",
         base_path: str | Path | None = None,
     ) -> "ControlLDM":
-        """The trained model from our checkpoint, a full file, or a ControlNet with `base_path`.
+        """Open the trained model of our checkpoint, a full file, or a ControlNet with `base_path`.
 
         See cldm.model.open_control_model. Raises ValueError if the file holds a model of another class.
         """
@@ -222,6 +222,8 @@ class ControlLDM(LatentDiffusion):
         if not isinstance(model, cls):
             raise ValueError(f"{checkpoint_path} holds a {type(model).__name__}, not a {cls.__name__}")
         return model.to(map_location)
+
+    # ---- sampling
 
     @torch.no_grad()
     def sample(
@@ -234,64 +236,87 @@ class ControlLDM(LatentDiffusion):
         sampler: DDIMSampler | None = None,
         **sampling,
     ) -> Tensor:
-        """Latents (batch_size, 4, h, w): cond["c_concat"] holds hints (b, c, 8h, 8w) in [0, 1], cond
-        ["c_crossattn"] prompts or embeddings; one for all items will do. decode_first_stage makes images.
+        """Sample latents (batch_size, 4, h, w); decode_first_stage makes images of them.
 
-        With a guidance scale other than 1 the unconditional call sees `negative_prompt` and the same hint.
-        `sampling` goes to the sampler's `sample` (eta, method, strength, x0, mask, x_T, generator).
+        cond["c_concat"] holds hints (b, c, 8h, 8w) in [0, 1], cond["c_crossattn"] prompts or embeddings; one
+        for all items will do. With a guidance scale other than 1 the unconditional call sees
+        `negative_prompt` and the same hint. `sampling` goes to the sampler's `sample` (eta, method,
+        strength, x0, mask, x_T, generator).
         """
         hint = torch.cat([h.to(self.device) for h in cond["c_concat"]], dim=1)
         control = {"c_concat": [hint.expand(batch_size, -1, -1, -1)]}
         if self.sees_hint_latent:
             latent = self.hint_latent({**cond, "c_concat": [hint]}).to(self.device)
             control["c_latent"] = latent.expand(batch_size, -1, -1, -1)
-        hint = control["c_concat"][0]
 
         def embed(prompt: str | Sequence[str] | Tensor) -> Tensor:
             prompt = [prompt] if isinstance(prompt, str) else prompt
             return self.get_learned_conditioning(prompt).expand(batch_size, -1, -1)
 
         text = torch.cat([embed(prompt) for prompt in cond["c_crossattn"]], dim=1)
-        cond, uncond = {**control, "c_crossattn": [text]}, None
+        uncond = None
         if unconditional_guidance_scale != 1.0:
             uncond = {**control, "c_crossattn": [embed(negative_prompt)]}
-        channels = self.model.diffusion_model.out[-1].out_channels
-        shape = (channels, hint.shape[-2] // 8, hint.shape[-1] // 8)
-        return (sampler or DDIMSampler(self)).sample(
+        latents, _ = (sampler or DDIMSampler(self)).sample(
             ddim_steps,
             batch_size,
-            shape,
-            cond,
+            self.latent_shape(hint),
+            {**control, "c_crossattn": [text]},
             unconditional_guidance_scale=unconditional_guidance_scale,
             unconditional_conditioning=uncond,
             **sampling,
-        )[0]
+        )
+        return latents
+
+    def latent_shape(self, hint: Tensor) -> tuple[int, int, int]:
+        """Shape (c, h, w) of one item's latents for hints (b, c, 8h, 8w)."""
+        return self.model.diffusion_model.out[-1].out_channels, hint.shape[-2] // 8, hint.shape[-1] // 8
 
     @torch.no_grad()
     def restore(self, batch: Mapping, ddim_steps: int, guidance_scale: float = 1.0) -> Tensor:
-        """Images (b, 3, 8h, 8w) in [-1, 1] sampled for a batch's hints and prompts from each item's noise, or
-        with `validation_strength` below 1 from the hint with so much of it."""
+        """Images (b, 3, 8h, 8w) in [-1, 1], sampled for a batch's hints and prompts from each item's noise.
+
+        Raises ValueError if a value is not finite.
+        """
         hint = self.hint_of(batch)
-        channels = self.model.diffusion_model.out[-1].out_channels
-        like = hint.new_empty(len(hint), channels, hint.shape[-2] // 8, hint.shape[-1] // 8)
+        noise = self.noise_of(batch, hint.new_empty(len(hint), *self.latent_shape(hint)), salt=4)
         cond = {**self.hint_cond(batch), "c_crossattn": [batch[self.cond_stage_key]]}
-        sampling = {"x_T": self.noise_of(batch, like, salt=4), "strength": self.validation_strength}
-        if self.validation_strength < 1:
-            sampling["x0"] = self.hint_latent(cond)
-        latents = self.sample(cond, len(hint), ddim_steps, guidance_scale, **sampling)
-        return self.decode_first_stage(latents).clamp(-1, 1)
+        images = self.decode_first_stage(self.sample(cond, len(hint), ddim_steps, guidance_scale, x_T=noise))
+        if not is_finite(images):  # clamped, a lone infinity would look like a white pixel
+            raise ValueError(
+                "a sampled image is not finite (NaN or infinity): it overflows in 16 bits (use precision 32 "
+                "or bf16), or the weights are damaged"
+            )
+        return images.clamp(-1, 1)
 
     @torch.no_grad()
-    def log_images(
-        self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20, guidance_scale: float = 9.0
-    ) -> dict[str, Tensor]:
+    def log_images(self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20) -> dict[str, Tensor]:
         """Columns of the training grid, each (b, 3, 8h, 8w) in [-1, 1]: hint, sample, truth and prompt."""
         batch = {name: value[:max_images] for name, value in batch.items()}
         image = image_of(batch, self.first_stage_key)
         prompts = batch[self.cond_stage_key]
         return {
             "control": self.hint_of(batch)[:, :3] * 2 - 1,
-            "sample": self.restore(batch, ddim_steps, guidance_scale),
+            "sample": self.restore(batch, ddim_steps, self.preview_guidance),
             "truth": image,
-            "conditioning": log_txt_as_img(image.shape[:1:-1], list(prompts)).to(image.device),
+            "conditioning": log_txt_as_img(image.shape[:1:-1], prompts).to(image.device),
         }
+
+    def compare(
+        self, batch: Mapping, batch_idx: int, restored: str, truth: str
+    ) -> tuple[dict[str, Tensor], list[tuple[np.ndarray, np.ndarray]]]:
+        """Sample a validation batch and log `val/psnr` and `val/ssim`, means over its images.
+
+        Returns the columns of `log_images`, and two of them, `restored` and `truth`, as pairs of uint8. The
+        first batch's columns are kept for the validation grid.
+        """
+        images = self.log_images(batch, len(batch[self.first_stage_key]), self.validation_ddim_steps)
+        if batch_idx == 0:
+            self.validation_images = {name: value[:4] for name, value in images.items()}
+        pairs = [(to_uint8(a), to_uint8(b)) for a, b in zip(images[restored], images[truth], strict=True)]
+        scores = {
+            "val/psnr": float(np.mean([psnr(a, b) for a, b in pairs])),
+            "val/ssim": float(np.mean([ssim(a, b) for a, b in pairs])),
+        }
+        self.log_dict(scores, batch_size=len(pairs), sync_dist=True)
+        return images, pairs

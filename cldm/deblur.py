@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from cldm.cldm import ControlLDM, ControlNet
-from cldm.logger import compared
 from cldm.model import CONTROL, FIRST, widen_input, with_hint_latent
 from ldm.data.image import to_uint8
 from ldm.data.stream import item_generator
@@ -24,14 +23,16 @@ class DeblurControlNet(ControlLDM):
     diffusion_loss + deblur_loss_weight * (l1 + mse + perceptual_loss_weight * perceptual + 0.1 * gradient).
 
     The four pixel losses compare the sharp image with x0, which follows from the noise prediction, decoded by
-    the frozen autoencoder with gradients. Decoding is dear: only an aligned crop of `deblur_crop` latents a
-    side is decoded (0 = all), its activations recomputed in the backward pass. At high noise x0 means
+    the frozen autoencoder with gradients. Decoding is expensive: only a crop of `deblur_crop` latents
+    a side is decoded (0 = all), its activations recomputed in the backward pass. At high noise x0 means
     little: each item's losses are weighted by its alpha_bar unless `weight_by_alpha_bar` is off.
     A term of weight 0 is not computed. With `deblur_every` N they belong to every Nth optimizer step, N times
     as heavy: the gradient's mean stays, and most of the cost goes. Perceptual is the distance in VGG-19
     features, whose weights are no part of the state dict; gradient is the L1 distance of horizontal and
     vertical differences.
     """
+
+    preview_guidance = 1.0
 
     def __init__(
         self,
@@ -43,8 +44,10 @@ class DeblurControlNet(ControlLDM):
         **arguments,
     ):
         super().__init__(**arguments)
-        self.deblur_loss_weight, self.perceptual_loss_weight = deblur_loss_weight, perceptual_loss_weight
-        self.deblur_crop, self.weight_by_alpha_bar = deblur_crop, weight_by_alpha_bar
+        self.deblur_loss_weight = deblur_loss_weight
+        self.perceptual_loss_weight = perceptual_loss_weight
+        self.deblur_crop = deblur_crop
+        self.weight_by_alpha_bar = weight_by_alpha_bar
         self.deblur_every = deblur_every
         self.first_stage_model.decoder.use_checkpoint = True
         self._perceptual: list[PerceptualLoss] = []  # in a list: no part of the state dict
@@ -59,61 +62,62 @@ class DeblurControlNet(ControlLDM):
             self.load_perceptual()
         return self._perceptual[0].to(restored.device)(restored, sharp)
 
-    def shared_step(self, batch: Mapping) -> Loss:
-        x_start, cond = self.get_input(batch)
-        t, noise = self.timesteps_of(batch, len(x_start)), self.noise_of(batch, x_start, salt=1)
-        x_noisy = self.q_sample(x_start, t, noise)
-        output = self.apply_model(x_noisy, t, cond)
-        loss, values = self.diffusion_loss(output, x_start, t, noise)
+    def extra_losses(
+        self, batch: Mapping, x_noisy: Tensor, t: Tensor, output: Tensor
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """The weighted pixel losses of a training step, and their terms; none where they are not due."""
         due = (self.global_step + 1) % self.deblur_every == 0
         if self.deblur_loss_weight == 0 or not due or not self.training:
-            return loss, values
+            return 0.0, {}
+        # the clean latents that this noise prediction stands for, and a crop of them as an image
         x0 = self.predict_start(x_noisy, t, output.float())
-        sharp = image_of(batch, self.first_stage_key)
-        x0, sharp = self._aligned_crop(batch, x0, sharp)
+        x0, sharp = self._aligned_crop(batch, x0, image_of(batch, self.first_stage_key))
+        restored = self.decode_first_stage(x0).float()
+        # the less of the image is left in the noisy latents, the less this prediction counts
         weights = self.alphas_cumprod[t] if self.weight_by_alpha_bar else torch.ones_like(t, dtype=x0.dtype)
-        pixel_loss, pixel_values = self.deblur_losses(self.decode_first_stage(x0).float(), sharp, weights)
-        loss = loss + self.deblur_every * self.deblur_loss_weight * pixel_loss
-        return loss, {**values, **pixel_values, "loss": loss}
+        total, terms = self.deblur_losses(restored, sharp, weights)
+        return self.deblur_every * self.deblur_loss_weight * total, terms
 
     def deblur_losses(self, restored: Tensor, sharp: Tensor, weights: Tensor) -> Loss:
         """Sum of the pixel losses of images (b, 3, h, w) in [-1, 1], items weighted by (b,), and terms."""
         difference = restored - sharp
-        terms = {
-            "l1": (1.0, difference.abs().mean(dim=(1, 2, 3))),
-            "mse": (1.0, difference.square().mean(dim=(1, 2, 3))),
-            "gradient": (GRADIENT_WEIGHT, gradient_l1(difference)),
-        }
+        l1 = (weights * difference.abs().mean(dim=(1, 2, 3))).mean()
+        mse = (weights * difference.square().mean(dim=(1, 2, 3))).mean()
+        gradient = (weights * gradient_l1(difference)).mean()
+        total = l1 + mse + GRADIENT_WEIGHT * gradient
+        terms = {"deblur_l1_loss": l1, "deblur_mse_loss": mse, "deblur_gradient_loss": gradient}
         if self.perceptual_loss_weight:
-            terms["perceptual"] = (self.perceptual_loss_weight, self.perceptual(restored, sharp))
-        means = {name: (weights * term).mean() for name, (_, term) in terms.items()}
-        total = sum(weight * means[name] for name, (weight, _) in terms.items())
-        return total, {**{f"deblur_{k}_loss": v for k, v in means.items()}, "total_deblur_loss": total}
+            perceptual = (weights * self.perceptual(restored, sharp)).mean()
+            total = total + self.perceptual_loss_weight * perceptual
+            terms["deblur_perceptual_loss"] = perceptual
+        return total, {**terms, "total_deblur_loss": total}
 
     @torch.no_grad()
-    def log_images(
-        self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20, guidance_scale: float = 1.0
-    ) -> dict[str, Tensor]:
+    def log_images(self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20) -> dict[str, Tensor]:
         """Columns of the training grid: blurry, restored, sharp, prompt; each (b, 3, 8h, 8w) in [-1, 1]."""
-        images = super().log_images(batch, max_images, ddim_steps, guidance_scale)
+        images = super().log_images(batch, max_images, ddim_steps)
         return dict(zip(("blurry", "restored", "sharp", "prompt"), images.values(), strict=True))
 
     def validation_step(self, batch: Mapping, batch_idx: int) -> None:
-        """Log `val/loss`, and `val/psnr` and `val/ssim` of sampled images as uint8, means over the images."""
+        """Log `val/loss`, and `val/psnr` and `val/ssim` of sampled images as uint8, means over the images.
+
+        `val/psnr_blurry` is the PSNR of the input.
+        """
         super().validation_step(batch, batch_idx)
-        images, pairs, values = compared(self, batch, batch_idx, "restored", "sharp")
-        blurry = [psnr(to_uint8(image), pair[1]) for image, pair in zip(images["blurry"], pairs, strict=True)]
-        values["val/psnr_blurry"] = float(np.mean(blurry))
-        self.log_dict(values, batch_size=len(pairs), sync_dist=True)
+        images, pairs = self.compare(batch, batch_idx, "restored", "sharp")
+        blurry = [
+            psnr(to_uint8(image), sharp) for image, (_, sharp) in zip(images["blurry"], pairs, strict=True)
+        ]
+        self.log("val/psnr_blurry", float(np.mean(blurry)), batch_size=len(pairs), sync_dist=True)
 
     def _aligned_crop(self, batch: Mapping, x0: Tensor, sharp: Tensor) -> tuple[Tensor, Tensor]:
-        """The same random window of each item's latents and pixels, from its `seed` where there is one."""
+        """The same random crop of each item's latents and pixels, from its `seed` where there is one."""
         height, width = x0.shape[-2:]
-        h, w = (min(self.deblur_crop or side, side) for side in (height, width))
-        seeds = batch["seed"] if "seed" in batch else torch.randint(2**62, (len(x0),))
-        seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+        h = min(self.deblur_crop or height, height)
+        w = min(self.deblur_crop or width, width)
+        seeds = torch.as_tensor(batch["seed"]) if "seed" in batch else torch.randint(2**62, (len(x0),))
         latents, pixels = [], []
-        for index, seed in enumerate(seeds):
+        for index, seed in enumerate(seeds.tolist()):
             generator = item_generator(seed + 3)
             (y,) = torch.randint(height - h + 1, (1,), generator=generator).tolist()
             (x,) = torch.randint(width - w + 1, (1,), generator=generator).tolist()
@@ -123,7 +127,7 @@ class DeblurControlNet(ControlLDM):
 
 
 def gradient_l1(difference: Tensor) -> Tensor:
-    """Mean size of horizontal plus vertical differences of neighbouring pixels, each item: (b,)."""
+    """Mean absolute horizontal plus vertical difference of neighbouring pixels, for each item (b,)."""
     horizontal = difference.diff(dim=-1).abs().mean(dim=(1, 2, 3))
     return horizontal + difference.diff(dim=-2).abs().mean(dim=(1, 2, 3))
 
@@ -137,14 +141,16 @@ class ChannelSpatialAttention(nn.Module):
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
         hidden = max(8, channels // reduction)
-        fewer, again = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
-        self.channel = nn.Sequential(fewer, nn.ReLU(), again)
+        self.channel = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
+        )
         self.spatial = nn.Conv2d(2, 1, 7, padding=3)
         self.gate = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)  # (b, c, 1, 1)
-        h = x * torch.sigmoid(self.channel(pooled[0]) + self.channel(pooled[1]))
+        mean = x.mean(dim=(2, 3), keepdim=True)  # (b, c, 1, 1)
+        largest = x.amax(dim=(2, 3), keepdim=True)
+        h = x * torch.sigmoid(self.channel(mean) + self.channel(largest))
         planes = torch.cat([h.mean(dim=1, keepdim=True), h.amax(dim=1, keepdim=True)], dim=1)  # (b, 2, h, w)
         return x + self.gate * (h * torch.sigmoid(self.spatial(planes)))
 
@@ -169,15 +175,15 @@ class DeblurControlNetWithAttention(DeblurControlNet):
 
 
 def add_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A plain ControlLDM's state dict with fresh attention: it is still the same function.
+    """State dict of a plain ControlLDM with fresh attention: it is still the same function.
 
     Raises ValueError if there is no ControlNet in it.
     """
-    if "control_model.zero_convs.0.0.weight" not in weights:
+    if CONTROL + "zero_convs.0.0.weight" not in weights:
         raise ValueError("these weights have no ControlNet yet: add one with tool_add_control.py")
-    channels = len(weights["control_model.zero_convs.0.0.weight"])
+    channels = len(weights[CONTROL + "zero_convs.0.0.weight"])
     fresh = ChannelSpatialAttention(channels).state_dict()
-    return {**{f"control_model.hint_attention.{name}": value for name, value in fresh.items()}, **weights}
+    return {**{f"{CONTROL}hint_attention.{name}": value for name, value in fresh.items()}, **weights}
 
 
 def add_hint_latent(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What the demonstrations of the two ControlNets share: the small base to start from, and a comparison."""
+"""Shared by the demonstrations of both ControlNets: the small base model, and a comparison at the end."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,18 +14,18 @@ from cldm.model import add_control, load_state_dict, open_control_model
 from ldm.checkpoint import MODELS, write_weights
 from ldm.data.image import side_by_side, to_uint8, write_image
 
-Restore = Callable[[nn.Module, dict], np.ndarray]  # a model and an item to the picture, uint8 (h, w, 3)
+Restore = Callable[[nn.Module, dict], np.ndarray]  # of a model and an item: the image, uint8 (h, w, 3)
 Score = Callable[[dict, np.ndarray], dict[str, float]]
 BASE = MODELS / "small_diffusion.safetensors"
 
 
 def announce_demo() -> None:
-    """Say what the demonstration is; its small networks get few threads."""
+    """Print a description of the demonstration; limit the threads of its small networks."""
     rank_zero_only(print)(
-        "This demonstration adds a ControlNet to a small latent diffusion model that comes with the project, "
-        "trains it for minutes and shows what it restores. With Stable Diffusion the steps are the same."
+        "This demonstration adds a ControlNet to a small latent diffusion model included in the repository, "
+        "trains it for minutes and restores held-out images. With Stable Diffusion the steps are the same."
     )
-    torch.set_num_threads(min(4, torch.get_num_threads()))  # small networks: more would wait for each other
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # more would wait for each other
 
 
 def make_demo_start(path: str | Path, config: Mapping) -> None:
@@ -40,18 +40,18 @@ def make_demo_start(path: str | Path, config: Mapping) -> None:
 
 
 @rank_zero_only
-def show_demo(shipped: Path, held_out: Dataset, folder: Path, restore: Restore, score: Score) -> None:
-    """Restore `held_out` pictures as infer.py does, with the run's ControlNet and the one that comes along.
+def show_demo(included: Path, held_out: Dataset, folder: Path, restore: Restore, score: Score) -> None:
+    """Restore `held_out` images as infer.py does, with the run's ControlNet and the `included` one.
 
-    Prints the means of their scores, and writes images/demo.png of the run's `folder`: each picture as it
-    came, as the first and the second restored it, and as it should be.
+    Prints the means of their scores, and writes images/demo.png of the run's `folder`: a row for each image,
+    of the input, restored by the one and by the other, and the ground truth.
     """
-    best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-    runs = {
-        "these minutes": (best if best.is_file() else last, None),  # a short run was never validated
-        "the one that comes along": (shipped, BASE),
-    }
-    items, columns = [held_out[index] for index in range(len(held_out))], []
+    trained = folder / "checkpoints" / "best.ckpt"
+    if not trained.is_file():  # a short run was never validated
+        trained = folder / "checkpoints" / "last.ckpt"
+    runs = {"this run": (trained, None), "included weights": (included, BASE)}
+    items = [held_out[index] for index in range(len(held_out))]
+    columns = [[pixels(item["hint"], "hint") for item in items]]
     for name, (path, base) in runs.items():
         model = open_control_model(path, base)
         pictures = [restore(model, item) for item in tqdm(items, name, dynamic_ncols=True)]
@@ -59,14 +59,14 @@ def show_demo(shipped: Path, held_out: Dataset, folder: Path, restore: Restore, 
         means = {key: np.mean([values[key] for values in scores]) for key in scores[0]}
         print(f"  {name}: {', '.join(f'{key} {value:.2f}' for key, value in means.items())}")
         columns.append(pictures)
-    came, truth = ([pixels(item[key], key) for item in items] for key in ("hint", "jpg"))
-    rows = [side_by_side([came[n], columns[0][n], columns[1][n], truth[n]]) for n in range(len(items))]
+    columns.append([pixels(item["jpg"]) for item in items])
+    rows = [side_by_side(list(row)) for row in zip(*columns, strict=True)]
     (folder / "images").mkdir(exist_ok=True)
     write_image(folder / "images" / "demo.png", np.vstack(rows))
-    print(f"  held-out pictures, these two, the truth: {folder / 'images' / 'demo.png'}")
+    print(f"  input, restored by both, ground truth: {folder / 'images' / 'demo.png'}")
 
 
 def pixels(image: Tensor, key: str = "jpg") -> np.ndarray:
-    """An item's (h, w, 3), in [-1, 1], or the `hint` in [0, 1], as uint8."""
+    """Convert an item's image (h, w, 3) in [-1, 1], or its `hint` in [0, 1], to uint8."""
     image = image.permute(2, 0, 1)[:3]
     return to_uint8(image * 2 - 1 if key == "hint" else image)

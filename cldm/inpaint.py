@@ -1,4 +1,4 @@
-"""ControlNet that fills holes: what it shows and measures in training, and its use on whole photographs."""
+"""ControlNet that fills holes: its grids and scores in training, and filling holes of whole photographs."""
 
 import math
 import warnings
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cldm.cldm import ControlLDM
-from cldm.logger import compared
 from cldm.restore import MULTIPLE, SamplingOptions
 from ldm.data.image import to_tensor, to_uint8
 from ldm.data.inpaint import make_hint
@@ -23,20 +22,20 @@ RING = 8  # pixels on either side of a hole's boundary
 
 
 class InpaintControlNet(ControlLDM):
-    """ControlLDM whose hint is the picture with -1 in its hole (ldm.data.inpaint.make_hint).
+    """ControlLDM whose hint is the image with -1 in its hole (ldm.data.inpaint.make_hint).
 
     Batches also hold `mask` (b, h, w, 1), 1 in the hole.
     """
 
+    preview_guidance = 1.0
+
     @torch.no_grad()
-    def log_images(
-        self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20, guidance_scale: float = 1.0
-    ) -> dict[str, Tensor]:
+    def log_images(self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20) -> dict[str, Tensor]:
         """Columns of the training grid, each (b, 3, 8h, 8w) in [-1, 1].
 
-        `result` is what is sampled for the hint alone, `composite` the truth with the result in its hole.
+        `result` is sampled for the hint alone, `composite` is the truth with the result in its hole.
         """
-        images = super().log_images(batch, max_images, ddim_steps, guidance_scale)
+        images = super().log_images(batch, max_images, ddim_steps)
         mask = image_of(batch, "mask")[:max_images]
         result, truth = images["sample"], images["truth"]
         return {
@@ -53,11 +52,11 @@ class InpaintControlNet(ControlLDM):
         truth in the hole, outside and on the hole's boundary; and the scores of the holes, ours and those of
         OpenCV's Telea (see `hole_scores`): means over the images."""
         super().validation_step(batch, batch_idx)
-        images, pairs, values = compared(self, batch, batch_idx, "composite", "truth")
+        images, pairs = self.compare(batch, batch_idx, "composite", "truth")
         masks = image_of(batch, "mask")
         errors = region_errors(images["result"], images["truth"], masks)
         holes = [hole_scores(*pair, hole) for pair, hole in zip(pairs, masks[:, 0] > 0.5, strict=True)]
-        values |= {f"val/l1_{name}": error.mean() for name, error in errors.items()}
+        values = {f"val/l1_{name}": error.mean() for name, error in errors.items()}
         values |= {f"val/{name}": float(np.mean([scores[name] for scores in holes])) for name in holes[0]}
         self.log_dict(values, batch_size=len(pairs), sync_dist=True)
 

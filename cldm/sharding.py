@@ -1,4 +1,4 @@
-"""`--strategy fsdp`: ControlNet and UNet split over the processes (FSDP2, torch's `fully_shard`)."""
+"""Strategy `fsdp`: ControlNet and UNet split over the processes (FSDP2, torch's `fully_shard`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +14,11 @@ from ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 
 
 class ShardedStrategy(DDPStrategy):
-    """Each process keeps a part of every weight, its gradient, average and optimizer state; a block is put
-    together when it computes. Checkpoints hold whole tensors: they are those of a run that is not split."""
+    """Splits every weight, its gradient, EMA weight and optimizer state over the processes.
+
+    A block is put together while it computes. Checkpoints hold whole tensors: they are those of a run that is
+    not split.
+    """
 
     def configure_ddp(self) -> None:
         """Split the model, in place of wrapping it in DDP."""
@@ -45,7 +48,7 @@ class ShardedStrategy(DDPStrategy):
 
 
 def whole(value: Any) -> Any:
-    """Containers of tensors with each split one put together, on the CPU. All processes must call it."""
+    """Put each split tensor in containers of tensors together, on the CPU; all processes must call it."""
     if isinstance(value, DTensor):
         return value.detach().full_tensor().cpu()
     if isinstance(value, Mapping):
@@ -54,18 +57,18 @@ def whole(value: Any) -> Any:
 
 
 def split_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """This process's part of `value` if it belongs to a split `parameter` and has its shape."""
+    """This process's part of `value`, if that belongs to a split `parameter` and has its shape."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     value = value.to(parameter.device)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def check_sharding(settings: Any) -> None:
+def check_sharding(processes: int, precision: str, optimizer: str) -> None:
     """Raise ValueError for what does not work on split weights."""
-    if settings.devices * settings.num_nodes < 2:
-        raise ValueError("--strategy fsdp splits the weights: it needs --devices 2 or more")
-    if settings.precision in ("16", "16-mixed"):
-        raise ValueError("--strategy fsdp works in --precision bf16 or 32, not in 16")
-    if settings.compile or settings.optimizer != "adamw":
-        raise ValueError("--strategy fsdp works with --optimizer adamw and without --compile")
+    if processes < 2:
+        raise ValueError("strategy fsdp splits the weights over devices: it needs 2 or more, not 1")
+    if precision == "16":
+        raise ValueError("strategy fsdp works in precision bf16 or 32, not in 16")
+    if optimizer != "adamw":
+        raise ValueError(f"strategy fsdp works with the optimizer adamw, not with {optimizer}")

@@ -1,13 +1,11 @@
-"""What the ControlNet scripts share: checks, data in a resumable order, Lightning's Trainer, the summary."""
+"""Shared by the ControlNet scripts: start of a run, resumable data, Lightning's Trainer, resuming."""
 
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -16,105 +14,101 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from cldm.callbacks import AtomicCheckpointIO, AverageWeights, Checkpoints
+from cldm.callbacks import AtomicCheckpointIO, Checkpoints, EMACallback, LossCheck
 from cldm.cldm import ControlLDM
-from cldm.demo import announce_demo
-from cldm.logger import CsvRows, ImageLogger, Progress
+from cldm.logger import ImageLogger, MetricsLogger, ProgressBar
 from cldm.model import check_weights
-from cldm.sharding import ShardedStrategy, check_sharding
-from harness.endings import summary
+from cldm.sharding import ShardedStrategy
 from harness.flags import lightning_precision
 from harness.loading import make_loader
-from harness.settings import check_counts, check_fractions, check_optimizer, check_settings, plain
+from harness.settings import check_settings
 from ldm import checkpoint
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same, item_generator
 from ldm.device import choose_device, describe_start
 from ldm.util import flush_denormals, half_dtype, learning_rate_factor, settle_precision
 
-COUNTS = (  # settings that must be at least 1
-    "batch_size accumulate_grad_batches devices num_nodes "
-    "log_steps logger_freq save_steps val_steps val_ddim_steps"
-)
-# Of a checkpoint, with their types.
-PARTS = dict.fromkeys("loops settings state_dict callbacks random StreamData".split(), dict)
-PARTS |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
-PARTS |= {"optimizer_states": list, "lr_schedulers": list}
-# What a resumed run may set anew; anything else would make it another run. Checkpoints of earlier versions
-# have the devices as `gpus`, and max_epochs as `num_epochs`.
-MAY_CHANGE = set(
-    "output_dir max_steps max_epochs num_epochs gpus devices num_nodes strategy num_workers compile "
-    "gradient_checkpointing log_steps logger_freq save_steps val_steps val_ddim_steps "
-    "val_strength".split()
-)
+# Parts of a checkpoint that `fit` resumes, with their types.
+PARTS = {
+    **dict.fromkeys(("loops", "settings", "config", "state_dict", "callbacks", "random", "StreamData"), dict),
+    **{"epoch": int, "global_step": int, "pytorch-lightning_version": str},
+    **{"optimizer_states": list, "lr_schedulers": list},
+}
+# Settings that a resumed run may change; another value of any other would make it another run.
+MAY_CHANGE = {
+    *("output_dir", "max_steps", "max_epochs", "devices", "num_nodes", "strategy", "num_workers"),
+    *("gradient_checkpointing", "log_steps", "save_steps", "val_steps", "val_ddim_steps"),
+}
+# Warnings of Lightning about what is meant here.
+MEANT = (".*in eval mode at the start", ".*LeafSpec.*", ".*many workers.*", ".*transfer_batch_to_device.*")
 
 
-def quiet_lightning() -> None:
-    """Leave out Lightning's advertisements, and warnings about what is meant here."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    meant = ".*in eval mode at the start", ".*LeafSpec.*", ".*many workers.*", ".*transfer_batch_to_device.*"
-    for text in meant:
-        warnings.filterwarnings("ignore", text)
+# ---- start -------------------------------------------------------------------------------------------------
 
 
-def with_precision(settings: Any) -> Any:
-    """The settings with a precision that is settled: `auto` is the one that the run began with, or for a new
-    run what suits the GPU, on a CPU 32; accelerate's fp16 and no are 16 and 32."""
-    precision = {"fp16": "16", "no": "32"}.get(settings.precision, settings.precision)
-    if precision == "auto":
-        last = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
-        saved = checkpoint.load(last).get("settings") if last.is_file() else None
-        new = "32" if choose_device().type == "cpu" else settle_precision("auto", choose_device(), "16")
-        precision = saved.get("precision", "32") if isinstance(saved, dict) else new
-    return replace(settings, precision=precision)
+def begin(precision: str, seed: int, last: Path) -> str:
+    """Settle the precision (see `choose_precision`), print which device computes, seed all that is random.
 
-
-def begin(settings: Any) -> Any:
-    """The settings, checked, with a precision that is settled; from here on all that is random is seeded."""
-    if settings.demo:
-        announce_demo()
-    settings = with_precision(settings)
-    rank_zero_only(print)(describe_start(choose_device(), settings.precision))
-    check_start(settings)
-    pl.seed_everything(settings.seed, verbose=False)
-    flush_denormals()
-    return settings
-
-
-def check_start(settings: Any) -> None:
-    """Find mistakes that both scripts' users make before anything is loaded.
-
-    Raises ValueError for a setting out of range or an optimizer that is not installed, and FileNotFoundError
-    that says how to get the file that training starts from, if it is missing.
+    Returns the precision: 32, 16 or bf16. Raises ValueError for 16 on a CPU.
     """
-    precision = lightning_precision(settings.precision)
-    check_counts(settings, COUNTS if settings.max_steps > 0 else f"{COUNTS} max_epochs")
-    if settings.val_ddim_steps > 1000:
-        raise ValueError(f"val_ddim_steps must be at most 1000, not {settings.val_ddim_steps}")
-    if settings.image_size % 64 or settings.image_size <= 0:
-        raise ValueError(f"image_size must be a multiple of 64, not {settings.image_size}")
-    for name in ("learning_rate", "lr_warmup_steps", "weight_decay", "max_grad_norm"):
-        if not 0 <= getattr(settings, name) < math.inf:
-            raise ValueError(f"{name} must not be negative, but is {getattr(settings, name)}")
-    check_fractions(settings, "ema_decay", whole=False)
-    check_fractions(settings, "prompt_dropout")
-    if settings.cache_latents and settings.use_augmentation:
-        raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation")
-    check_optimizer(settings.optimizer)
-    if settings.strategy == "fsdp":
-        check_sharding(settings)
-    if not settings.demo and not Path(settings.resume_path).is_file():
+    device = choose_device()
+    precision = settle_precision(choose_precision(precision, last), device)
+    rank_zero_only(print)(describe_start(device, precision))
+    pl.seed_everything(seed, verbose=False)
+    flush_denormals()
+    return precision
+
+
+def choose_precision(precision: str, last: Path) -> str:
+    """One of 32, 16 and bf16 for any name of a precision; raises ValueError for others.
+
+    `auto` is the precision of the run that is resumed from the checkpoint `last`; for a new run it is bf16
+    where CUDA has it, else 16, and 32 on a CPU.
+    """
+    precision = {"fp16": "16", "no": "32"}.get(precision, precision)  # accelerate's names
+    if precision == "auto":
+        device = choose_device()
+        precision = "32" if device.type == "cpu" else settle_precision("auto", device, "16")
+        saved = checkpoint.load(last).get("settings") if last.is_file() else None
+        if isinstance(saved, dict):
+            precision = saved.get("precision", precision)
+    return lightning_precision(precision).split("-")[0]
+
+
+def check_image_size(size: int) -> None:
+    """Raise ValueError unless the UNet can halve the latents of such images three times."""
+    if size % 64 or size <= 0:
+        raise ValueError(f"image_size must be a multiple of 64, not {size}")
+
+
+def check_start_file(path: str | Path) -> None:
+    """Raise FileNotFoundError that says how to get the file that training starts from, if it is missing."""
+    if not Path(path).is_file():
         raise FileNotFoundError(
-            f"{settings.resume_path} not found: it is Stable Diffusion with a ControlNet added. Get "
-            "v1-5-pruned.ckpt (or .safetensors) of Stable Diffusion 1.5, for instance from Hugging Face, put "
-            "it into models/, then run `python tool_add_control.py ./models/v1-5-pruned.ckpt "
-            f"{settings.resume_path}`. To see everything run without it, give --demo"
+            f"{path} not found: it is Stable Diffusion with a ControlNet added. Get v1-5-pruned.ckpt (or "
+            ".safetensors) of Stable Diffusion 1.5, for instance from Hugging Face, put it into models/, "
+            f"then run `python tool_add_control.py ./models/v1-5-pruned.ckpt {path}`. The script's "
+            "demonstration runs without it"
         )
-    settle_precision(precision, choose_device())
+
+
+def count_steps(max_steps: int, max_epochs: int, samples: int, samples_per_step: int) -> int:
+    """Optimizer steps of a run: `max_steps`, or if that is not above 0 those of `max_epochs` epochs."""
+    if max_steps > 0:
+        return max_steps
+    if max_epochs < 1:
+        raise ValueError(f"max_epochs must be at least 1, not {max_epochs}")
+    return math.ceil(max_epochs * samples / samples_per_step)
+
+
+# ---- data --------------------------------------------------------------------------------------------------
 
 
 class WithNoise(Dataset):
-    """`dataset` with what is drawn for each item's training step, where it is read: its `timestep`, `noise_0`
-    of its latent and `noise_1` of the step, both (channels, h / 8, w / 8). See LatentDiffusion.noise_of."""
+    """`dataset` whose items also have the random values of their training step, made in the worker.
+
+    They are `timestep`, `noise_0` of the latent and `noise_1` of the step, both (channels, h / 8, w / 8): see
+    LatentDiffusion.noise_of.
+    """
 
     def __init__(self, dataset: Dataset, model: ControlLDM):
         self.dataset, self.timesteps = dataset, model.num_timesteps
@@ -133,162 +127,130 @@ class WithNoise(Dataset):
 
 
 class StreamData(pl.LightningDataModule):
-    """Training data as one endless stream that resumes where its checkpoint stood; held-out data as it is."""
+    """Training data as one endless stream, which a resumed run continues, and held-out data in order."""
 
-    def __init__(self, train: Dataset, held_out: Dataset | None, settings: Any):
+    def __init__(
+        self,
+        model: ControlLDM,
+        train: Dataset,
+        held_out: Dataset | None,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        samples_per_step: int,
+    ):
         super().__init__()
-        self.train, self.held_out, self.settings = train, held_out, settings
+        self.train = WithNoise(train, model)
+        self.held_out = None if held_out is None else WithNoise(held_out, model)
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.samples_per_step = samples_per_step  # over all processes
         self.samples_seen, self.start_step = 0, 0  # at the start of this process
 
     def train_dataloader(self) -> DataLoader:
         check_same(len(self.train), DATA)
         check_same(self.samples_seen, PLACE)
-        place = self.samples_seen, None, self.trainer.global_rank, self.trainer.world_size
-        return self._loader(self.train, SampleStream(len(self.train), self.settings.seed, *place))
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        stream = SampleStream(len(self.train), self.seed, self.samples_seen, None, rank, world_size)
+        return make_loader(self.train, self.batch_size, self.num_workers, stream)
 
     def val_dataloader(self) -> DataLoader | list:
-        return [] if self.held_out is None else self._loader(self.held_out)
-
-    def _loader(self, dataset: Dataset, stream: SampleStream | None = None) -> DataLoader:
-        return make_loader(dataset, self.settings.batch_size, self.settings.num_workers, stream)
+        if self.held_out is None:
+            return []
+        return make_loader(self.held_out, self.batch_size, self.num_workers)
 
     def state_dict(self) -> dict:
         step = self.trainer.global_step
-        seen = self.samples_seen + (step - self.start_step) * samples_per_step(self.settings)
+        seen = self.samples_seen + (step - self.start_step) * self.samples_per_step
         return {"samples_seen": seen, "step": step}
 
     def load_state_dict(self, state: Mapping) -> None:
         self.samples_seen, self.start_step = state["samples_seen"], state["step"]
 
 
-def prepare_model(model: ControlLDM, settings: Any) -> None:
-    """Make a model ready for training; frozen parts are stored in half precision if the run computes so."""
-    model.sd_locked, model.only_mid_control = settings.sd_locked, settings.only_mid_control
-    model.learning_rate, model.optimizer = settings.learning_rate, settings.optimizer
-    model.weight_decay = settings.weight_decay
+# ---- model and Trainer -------------------------------------------------------------------------------------
+
+
+def prepare_model(
+    model: ControlLDM, precision: str, clips: bool, processes: int, gradient_checkpointing: bool
+) -> None:
+    """Make a model ready to train: its layout is channels_last, frozen parts are stored in the precision.
+
+    `clips` tells that gradients are clipped, `processes` is how many train together.
+    """
+    half = half_dtype(precision)
     # the fused kernel unscales gradients itself, too late for clipping: Lightning refuses that for bf16 too
-    may_fuse = half_dtype(settings.precision) is None or not settings.max_grad_norm
-    model.fused_optimizer = True if may_fuse else None
+    model.fused_optimizer = True if half is None or not clips else None
     unet = model.model.diffusion_model
-    model.control_model.use_checkpoint = unet.use_checkpoint = settings.gradient_checkpointing
-    half = half_dtype(settings.precision)
+    model.control_model.use_checkpoint = unet.use_checkpoint = gradient_checkpointing
     if half is not None:
         for part in unet.children():
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.to(half)
         if half == torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False):
             model.first_stage_model.to(torch.bfloat16)  # in which it computes then: float16 overflows in it
-    alone = settings.devices * settings.num_nodes == 1  # several send gradients while others are computed
-    model.cast_together = half is not None and alone and not settings.gradient_checkpointing
-    model.cast_together = model.cast_together and not settings.compile
+    # not for several processes, which exchange gradients during the backward pass, nor if it computes twice
+    model.cast_together = half is not None and processes == 1 and not gradient_checkpointing
     model.to(memory_format=torch.channels_last)
-    if settings.compile:
-        model.control_model.compile()
-        unet.compile()
 
 
-def samples_per_step(settings: Any) -> int:
-    """Samples in one optimizer step, over all processes."""
-    processes = settings.devices * settings.num_nodes
-    return settings.batch_size * settings.accumulate_grad_batches * processes
+def rate_schedule(name: str, steps: int) -> Callable[[int], float]:
+    """Learning-rate multiplier of step 0, 1, ...; "linear" and "cosine" warm up for 4 % of the steps."""
+    warmup = 0 if name == "constant" else steps // 25
+    return partial(learning_rate_factor, steps=steps, schedule=name, warmup=warmup)
 
 
-def steps_of(settings: Any, samples: int) -> int:
-    """Optimizer steps of the run: `max_steps`, or else what `max_epochs` passes over `samples` take."""
-    if settings.max_steps > 0:
-        return settings.max_steps
-    return math.ceil(settings.max_epochs * samples / samples_per_step(settings))
+def choose_strategy(name: str, model: ControlLDM, processes: int) -> str | ShardedStrategy:
+    """Lightning's strategy for auto, ddp or fsdp."""
+    if name == "fsdp":
+        return ShardedStrategy()
+    if model.only_mid_control and processes > 1:  # the zero convolutions of the skips get no gradients
+        return "ddp_find_unused_parameters_true"
+    return name
 
 
-def comparable(settings: Any) -> dict:
-    """Settings as `check_settings` compares them: one spelling of the precision."""
-    values = plain(settings)
-    return {**values, "precision": lightning_precision(values.get("precision", "32"))}
+def make_callbacks(
+    folder: Path,
+    about: Mapping,
+    ema_decay: float,
+    log_steps: int,
+    save_steps: int,
+    val_steps: int,
+    images_per_step: int,
+    validates: bool,
+) -> list[Callback]:
+    """Callbacks of a run: EMA weights, metrics, NaN check, image grids, checkpoints, progress.
 
-
-def unsaid(settings: Any) -> dict:
-    """Defaults of the script's settings: what a checkpoint of an earlier version, which lacks them, did."""
-    return {**{field.name: field.default for field in fields(settings)}, "precision": "32"}
-
-
-def check_parts(content: Mapping, path: Path) -> None:
-    """Raise ValueError unless a checkpoint has what `fit` writes."""
-    lacks = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
-    lacks += [name for name, value in content.items() if PARTS.get(name) is dict and not value]
-    lacks += [] if isinstance(content.get("ema", {}), dict) else ["ema"]
-    if lacks:
-        raise ValueError(f"{path} is damaged or from another script: it lacks {', '.join(lacks)}")
-
-
-def check_resumed(model: ControlLDM, settings: Any, samples: int, path: Path) -> int:
-    """The step that the checkpoint `path` was saved at. Raises ValueError if it does not fit this run.
-
-    What is loaded is mapped from the file, which the run is about to replace: none of it is kept.
+    `about` is stored in the checkpoints.
     """
-    content = checkpoint.load(path)
-    check_parts(content, path)
-    before = {"samples": samples, **unsaid(settings), **content["settings"]}
-    check_settings(comparable(before), {**comparable(settings), "samples": samples}, MAY_CHANGE, path)
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    there = {k: v for k, v in content["state_dict"].items() if isinstance(v, torch.Tensor)}
-    check_weights(trained, there, path)
-    rank_zero_only(print)(f"resuming {path} at step {content['global_step']}")
-    return content["global_step"]
-
-
-def fit(
-    model: ControlLDM, data: StreamData, settings: Any, config: Mapping, more: Sequence[Callback] = ()
-) -> pl.Trainer:
-    """Train until the run's last step, from `output_dir`/checkpoints/last.ckpt if it is there.
-
-    `more` callbacks are called after those that every run has.
-    Raises ValueError if that checkpoint was made with settings that may not change within a run, or is not
-    whole.
-    """
-    quiet_lightning()
-    data.train = WithNoise(data.train, model)
-    data.held_out = data.held_out and WithNoise(data.held_out, model)
-    torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA
-    folder = Path(settings.output_dir)
-    last = folder / "checkpoints" / "last.ckpt"
-    samples = len(data.train)
-    step = check_resumed(model, settings, samples, last) if last.is_file() else 0
-    known = {**plain(settings), "samples": samples}
-    about = {"config": dict(config), "base": str(settings.resume_path), "settings": known}
-    val_steps = settings.val_steps if data.held_out is not None else 0
-    callbacks = [
-        *([AverageWeights(settings.ema_decay)] if settings.ema_decay else []),
-        CsvRows(folder / "logs" / "metrics.csv", settings.log_steps, step),
-        ImageLogger(folder / "images", settings.logger_freq),
-        Checkpoints(folder / "checkpoints", settings.save_steps, val_steps, settings.log_steps, about),
-        Progress(samples_per_step(settings), settings.log_steps),
-        *more,
+    callbacks: list[Callback] = [EMACallback(ema_decay)] if ema_decay else []
+    return [
+        *callbacks,
+        MetricsLogger(folder / "logs" / "metrics.csv", log_steps),
+        LossCheck(folder / "checkpoints" / "last.ckpt", log_steps, save_steps, val_steps),
+        ImageLogger(folder / "images", val_steps),
+        Checkpoints(folder / "checkpoints", save_steps, val_steps if validates else 0, about),
+        ProgressBar(images_per_step, log_steps),
     ]
-    strategy = ShardedStrategy() if settings.strategy == "fsdp" else settings.strategy
-    if settings.only_mid_control and settings.devices * settings.num_nodes > 1 and isinstance(strategy, str):
-        strategy = "ddp_find_unused_parameters_true"
-    steps = steps_of(settings, samples)
-    if settings.lr_scheduler != "constant" or settings.lr_warmup_steps:
-        model.learning_rate_factor = partial(learning_rate_factor, settings=settings, steps=steps)
-    files = AtomicCheckpointIO()
-    trainer = pl.Trainer(
+
+
+def make_trainer(folder: Path, callbacks: Sequence[Callback], precision: str, **options) -> pl.Trainer:
+    """Lightning's Trainer of a run in `folder`; `options` are further arguments of pl.Trainer.
+
+    Our callbacks take the place of its own checkpoints and progress bar, and our stream of its samplers.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # without its advertisements
+    for text in MEANT:
+        warnings.filterwarnings("ignore", text)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA
+    return pl.Trainer(
         accelerator=choose_device().type,
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        strategy=strategy,
-        precision=lightning_precision(settings.precision),
-        max_steps=steps,
-        max_epochs=-1,
-        accumulate_grad_batches=settings.accumulate_grad_batches,
-        gradient_clip_val=settings.max_grad_norm or None,
-        val_check_interval=settings.val_steps * settings.accumulate_grad_batches,
-        check_val_every_n_epoch=None,
-        limit_val_batches=None if data.held_out is not None else 0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=settings.log_steps,
+        precision=lightning_precision(precision),
+        callbacks=list(callbacks),
+        plugins=[AtomicCheckpointIO()],
         logger=TensorBoardLogger(folder, name="", version="logs"),
-        callbacks=callbacks,
-        plugins=[files],
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -296,14 +258,40 @@ def fit(
         inference_mode=False,  # embeddings made in validation are used in training
         benchmark=True,  # cuDNN's fastest algorithm for crops of one size
         default_root_dir=folder,
+        **options,
     )
+
+
+def fit(trainer: pl.Trainer, model: ControlLDM, data: StreamData, last: Path, about: Mapping) -> None:
+    """Train to the run's last step, from the checkpoint `last` if it is there.
+
+    Raises ValueError if that is not whole, or of a run with other settings or another yaml than `about`.
+    """
+    resumes = last.is_file()
+    if resumes:
+        check_resumed(model, last, about)
     try:
-        trainer.fit(model, data, ckpt_path=last if last.is_file() else None, weights_only=False)
+        trainer.fit(model, data, ckpt_path=last if resumes else None, weights_only=False)
     finally:
-        files.wait()
-    return trainer
+        trainer.strategy.checkpoint_io.wait()
 
 
-def report(trainer: pl.Trainer, settings: Any, what_next: str) -> None:
-    """Say where everything is and what to run next."""
-    rank_zero_only(print)(summary(Path(settings.output_dir), trainer.global_step, what_next))
+def check_resumed(model: ControlLDM, path: Path, about: Mapping) -> None:
+    """Raise ValueError if the checkpoint `path` does not fit this run.
+
+    Its tensors are mapped from the file, which the run is about to replace: none of them is kept.
+    """
+    content = checkpoint.load(path)
+    lacks = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
+    lacks += [name for name, value in content.items() if PARTS.get(name) is dict and not value]
+    if not isinstance(content.get("ema", {}), dict):
+        lacks.append("ema")
+    if lacks:
+        raise ValueError(f"{path} is damaged or from another script: it lacks {', '.join(lacks)}")
+    check_settings(content["settings"], dict(about["settings"]), MAY_CHANGE, path)
+    if content["config"] != about["config"]:
+        raise ValueError(f"{path} is of a run with another model: its yaml configuration has changed since")
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    there = {k: v for k, v in content["state_dict"].items() if isinstance(v, torch.Tensor)}
+    check_weights(trained, there, path)
+    rank_zero_only(print)(f"resuming {path} at step {content['global_step']}")

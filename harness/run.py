@@ -24,10 +24,9 @@ from lightning_fabric.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from harness.endings import check_finite, summary
 from harness.flags import lightning_precision
 from harness.loading import make_loader
-from harness.metrics_csv import MetricsCsv
+from harness.logs import MetricsCsv, check_finite, summary
 from harness.settings import check_settings, plain
 from ldm import checkpoint
 from ldm.data.image import write_image

@@ -7,7 +7,7 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 MODELS = Path(__file__).resolve().parent.parent / "models"  # of the repository
 SUFFIXES = (".safetensors", ".ckpt", ".pth")
 FULL = 2**20  # bytes: a disk with less space is called full
-# Classes that Stable Diffusion's own .ckpt files mention: read as empty shells, never run.
-_SHELLS = [
-    (type("Shell", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
-    (type("Shell", (), {}), "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"),
-    (type("Shell", (), {}), "lightning_fabric.utilities.data.AttributeDict"),
-]
+# Classes of Lightning that Stable Diffusion's own .ckpt files mention.
+LIGHTNING = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning_fabric.utilities.data.AttributeDict",
+)
 
 
 def repository_path(path: str | Path) -> Path:
-    """`path`; where nothing is there, the file of that name in the repository, if it has one.
+    """Find a file: `path` itself, or if nothing is there the file of that name in the repository.
 
-    So models/srn_deblur.safetensors is found from any folder.
+    With it models/srn_deblur.safetensors is found from any folder.
     """
     shipped = MODELS.parent / path
     return shipped if shipped.exists() and not Path(path).exists() else Path(path)
@@ -39,11 +39,11 @@ def repository_path(path: str | Path) -> Path:
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there in one step.
 
-    Whatever goes wrong (full disk, kill), `path` holds either its old content or the new one.
+    Whatever goes wrong (full disk, kill), `path` holds its old content or the new one, whole.
     Raises OSError that names the file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is written over
+    temporary = path.with_name(f".{path.name}.tmp")  # always this name: a killed run's file is overwritten
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
@@ -67,10 +67,9 @@ def save(path: str | Path, content: dict) -> None:
 
 
 def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
-    """Load what `save` (or Lightning, or CompVis) wrote; pickled code is refused.
+    """Load a file of `save`, Lightning or CompVis; pickled code is refused.
 
     With `mmap` tensors are read from the file when they are used: it must not be replaced meanwhile.
-
     Raises FileNotFoundError, or ValueError for a damaged file, no checkpoint, or one that holds code.
     """
     path = Path(path)
@@ -78,11 +77,12 @@ def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
         beside = sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES)[:6]
         there = f"; beside it are {', '.join(beside)}" if beside else ""
         raise FileNotFoundError(f"checkpoint not found: {path}{there}")
-    shells = [*_SHELLS, np.dtype, np.ndarray, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+    known = [(type("Shell", (), {}), name) for name in LIGHTNING]  # as empty classes: no code runs
+    known += [np.dtype, np.ndarray, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
     try:
         with open(path, "rb") as file:
-            mmap = mmap and file.read(2) == b"PK"  # a zip
-        with torch.serialization.safe_globals(shells):
+            mmap = mmap and file.read(2) == b"PK"  # a zip archive: torch maps no file of before 2020
+        with torch.serialization.safe_globals(known):
             content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         code = re.search(r"Unsupported (?:global|class): GLOBAL (\S+)", str(error))
@@ -102,19 +102,40 @@ def read_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
 
     Raises FileNotFoundError, or ValueError if the file is damaged or holds no tensors.
     """
-    path = Path(path)
+    return _read(Path(path), device)[0]
+
+
+def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Weights to use from a file (EMA weights where it holds them), and what else is in it.
+
+    The rest always has `settings`, those of the training, {} where the file has none; a .safetensors file
+    holds them as json in its metadata. Raises as `read_weights` does.
+    """
+    weights, content = _read(Path(path))
+    if Path(path).suffix == ".safetensors":
+        return weights, {"settings": read_settings(path)}
+    content = dict(content)
+    for name in ("ema", "settings"):
+        content[name] = content.get(name) or {}
+        if not isinstance(content[name], dict):
+            raise ValueError(f"{path} is damaged: its {name} are a {type(content[name]).__name__}")
+    return {**weights, **content["ema"].get("average", {})}, content
+
+
+def _read(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a file, and all of its content ({} for a .safetensors file)."""
     if path.suffix == ".safetensors" and path.is_file():
         try:
-            return load_file(path, device=device)
+            return load_file(path, device=device), {}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     content = load(path, device)
-    content = content.get("state_dict", content.get("params", content))  # params: NAFNet's authors'
-    values = content.items() if isinstance(content, dict) else ()
-    weights = {name: value for name, value in values if isinstance(value, Tensor) and name == str(name)}
+    wrapped = content.get("state_dict", content.get("params", content))  # params: NAFNet's authors'
+    values = wrapped.items() if isinstance(wrapped, dict) else ()
+    weights = {name: value for name, value in values if isinstance(value, Tensor) and isinstance(name, str)}
     if not weights:
         raise ValueError(f"{path} is not a checkpoint: it holds no tensors")
-    return weights
+    return weights, content
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -127,9 +148,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_settings(path: str | Path, name: str = "settings") -> dict:
-    """What the metadata of a .safetensors file hold as json under `name`, {} if nothing.
+    """Dictionary stored as json under `name` in the metadata of a .safetensors file, {} if there is none.
 
-    Raises ValueError that names the file if that is no dictionary.
+    Raises ValueError that names the file if it is no dictionary.
     """
     try:
         settings = json.loads(read_metadata(path).get(name, "{}"))
@@ -140,33 +161,15 @@ def read_settings(path: str | Path, name: str = "settings") -> dict:
     return settings
 
 
-def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Weights to use from a file (the EMA's where it holds one), and what else is in it.
-
-    Any file that `ldm.read_weights` reads will do. `settings`, those of the training, are always
-    among the rest, {} where there are none; in a safetensors file they are json in the metadata.
-    """
-    weights = read_weights(path)
-    if Path(path).suffix == ".safetensors":
-        return weights, {"settings": read_settings(path)}
-    content = load(path)
-    for name in ("ema", "settings"):
-        content[name] = content.get(name) or {}
-        if not isinstance(content[name], dict):
-            raise ValueError(f"{path} is damaged: its {name} are a {type(content[name]).__name__}")
-    return {**weights, **content["ema"].get("average", {})}, content
-
-
 def describe(path: str | Path) -> dict:
     """Path, SHA-256, step (None if it holds none) and number of parameters of a file of weights.
 
     Raises FileNotFoundError or ValueError as `read_weights` does.
     """
-    weights = read_weights(path)
+    weights, content = _read(Path(path))
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    holds = {} if Path(path).suffix == ".safetensors" else load(path)
-    step = holds.get("step", holds.get("global_step"))
+    step = content.get("step", content.get("global_step"))  # of the plain loops, or Lightning's
     parameters = sum(value.numel() for value in weights.values())
     return {"path": str(path), "sha256": digest, "step": step, "parameters": parameters}
 
@@ -185,16 +188,20 @@ def write_weights(path: str | Path, weights: dict[str, Tensor], about: dict[str,
     write_atomically(path, lambda temporary: save_file(weights, temporary, about))
 
 
-def write_half(path: str | Path, weights: dict[str, Tensor], settings: dict, **facts: str) -> None:
-    """Write a .safetensors file to use and share: half precision, the settings as json in the metadata, and
-    there also `facts` about the file, such as infer.facts_of reads them."""
+def write_half(path: str | Path, weights: dict[str, Tensor], training: dict, **facts: str) -> None:
+    """Write a .safetensors file to use and share, in half precision.
+
+    Its metadata hold the settings of the `training` as json, and `facts` about the file, such as
+    infer.facts_of reads them.
+    """
     half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-    write_weights(path, half, {"settings": json.dumps(settings), **facts})
+    write_weights(path, half, {"settings": json.dumps(training), **facts})
 
 
-def check_fit(network: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Raise ValueError that names `path` if names or shapes differ from the network's."""
-    own = network.state_dict()
+def check_fit(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: str | Path, model: str = "this model"
+) -> None:
+    """Raise ValueError that names `path` and `model` if names or shapes of `weights` differ from `own`."""
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} does not belong" for name in weights if name not in own]
     wrong += [
@@ -204,18 +211,18 @@ def check_fit(network: nn.Module, weights: dict[str, Tensor], path: str | Path) 
     ]
     if wrong:
         more = f", and {len(wrong) - 3} more like these" if len(wrong) > 3 else ""
-        raise ValueError(f"{path} does not fit {type(network).__name__}: {', '.join(wrong[:3])}{more}")
+        raise ValueError(f"{path} does not fit {model}: {', '.join(wrong[:3])}{more}")
 
 
 def fill(network: nn.Module, weights: dict[str, Tensor], path: str | Path) -> nn.Module:
-    """`network` with these weights, which come from `path`. Raises ValueError if they do not fit."""
-    check_fit(network, weights, path)
+    """Load weights, which come from `path`, into `network`. Raises ValueError if they do not fit."""
+    check_fit(network.state_dict(), weights, path, type(network).__name__)
     network.load_state_dict(weights)
     return network
 
 
 def fingerprint(network: nn.Module | None) -> str:
-    """What a network's weights are known by: a run goes on with the BGAN it began with."""
+    """Short hash of a network's weights: a resumed run must go on with the same BGAN."""
     if network is None:
         return ""
     arrays = (value.cpu().numpy().tobytes() for value in network.state_dict().values())
@@ -234,7 +241,7 @@ def random_states() -> dict:
 
 
 def restore_random_states(states: dict) -> None:
-    """Undo of `random_states`."""
+    """Set the random generators to what `random_states` returned."""
     random.setstate(states["python"])
     version, keys, *rest = states["numpy"]
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))

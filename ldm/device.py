@@ -18,7 +18,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
     """
     problem = why_no_cuda() if wanted != "cpu" else ""
     if wanted == "cuda" and problem:
-        raise ValueError(f"--device cuda: {problem}")
+        raise ValueError(f"there is no CUDA device to use: {problem}")
     return torch.device("cpu" if wanted == "cpu" or problem else "cuda")
 
 

@@ -1,4 +1,4 @@
-"""Objects from yaml (`target` names a class, `params` its arguments); packages, 16 bits, learning rates."""
+"""Objects from yaml (`target` names a class, `params` its arguments), precisions, optimizers."""
 
 import importlib
 import math
@@ -8,14 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
+from PIL import Image, ImageDraw, ImageFont
 
 from ldm.device import cpu_computes_in_bf16
 
 
 def get_obj_from_str(string: str) -> Any:
-    """The class or function that a dotted path names.
+    """Import the class or function that a dotted path names.
 
     Raises ValueError if the module or the name in it does not exist.
     """
@@ -40,7 +42,7 @@ def instantiate_from_config(config: Mapping) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a yaml file holds, as plain dictionaries and lists. Raises ValueError if it is no yaml."""
+    """Content of a yaml file as plain dictionaries and lists. Raises ValueError if it is no yaml."""
     try:
         return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except Exception as error:  # yaml and omegaconf raise their own families of errors
@@ -61,9 +63,9 @@ def check_package(name: str, what: str) -> None:
 
 
 def flush_denormals() -> None:
-    """Treat numbers below 1e-38 as 0 on a CPU. To be called before the first computation: threads inherit it.
+    """Treat numbers below 1e-38 as 0 on a CPU; call it before the first computation, as threads inherit it.
 
-    Gradients come to such sizes in training, and computing with them takes a processor many times as long.
+    Gradients reach such sizes in training, and a processor computes with them many times as slowly.
     """
     torch.set_flush_denormal(True)
 
@@ -96,11 +98,13 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def computing_in(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
-    """Within this context pictures of any size are restored: in a 16-bit type, or with None in float32, which
-    CUDA then does not round to TF32."""
+    """Context for restoring images of any size in a 16-bit type, or with None in float32.
+
+    CUDA does not round float32 to TF32 in it.
+    """
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    cudnn.benchmark = False  # it would try all algorithms again for every new size
+    cudnn.benchmark = False  # or it would try all algorithms again for every new size
     if dtype is None:
         cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
@@ -148,12 +152,30 @@ def make_adamw(
     return AdamW8bit(parameters, rate, weight_decay=decay)
 
 
-def learning_rate_factor(step: int, settings: Any, steps: int) -> float:
-    """What the learning rate is multiplied by in step 0, 1, 2, ... of a run of so many `steps`."""
-    warmup = settings.lr_warmup_steps
+def learning_rate_factor(step: int, steps: int, schedule: str, warmup: int) -> float:
+    """Learning-rate multiplier at step 0, 1, 2, ... of a run of so many `steps`.
+
+    It rises over `warmup` steps; then `schedule` keeps it ("constant") or lowers it to 0 ("linear",
+    "cosine").
+    """
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
-        settings.lr_scheduler
-    ]
+    if schedule == "linear":
+        return 1 - progress
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def log_txt_as_img(size: tuple[int, int], texts: Iterable[str]) -> torch.Tensor:
+    """Texts written black on white, wrapped: (b, 3, height, width) in [-1, 1] for size (width, height)."""
+    images = []
+    for text in texts:
+        image = Image.new("RGB", size, "white")
+        points = max(8, size[0] // 16)
+        per_line = max(1, int(size[0] / (0.55 * points)))
+        lines = "\n".join(text[i : i + per_line] for i in range(0, len(text), per_line))
+        ImageDraw.Draw(image).text((4, 4), lines, fill="black", font=ImageFont.load_default(points))
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1)
+    return torch.stack(images)

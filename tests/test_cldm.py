@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
@@ -15,12 +16,12 @@ from cldm.model import read_config
 from cldm.training import prepare_model
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers import ddim_sigma, make_steps
-from ldm.modules.attention import CrossAttention, GatedGELU
-from ldm.modules.diffusionmodules.util import GroupNormSiLU, SiLUByPixel, make_ddim_timesteps
+from ldm.modules.attention import CrossAttention
+from ldm.modules.diffusionmodules.util import GroupNormSiLU, make_ddim_timesteps
+from ldm.modules.kernels import GatedGELU, SiLUChannelsLast
 from ldm.util import instantiate_from_config
 from tests.conftest import REFERENCE, tiny_arguments
 from tests.fill import fill, relative_error
-from tutorial_train_deblur import Settings
 
 
 @pytest.mark.parametrize("name", ["v15", "v21"])
@@ -38,8 +39,8 @@ def test_tiny_state_dict_equals_the_originals(model):
 
 def test_silu_as_after_cudas_norm_is_silu(monkeypatch):
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(SiLUByPixel.apply, x)
-    assert torch.allclose(SiLUByPixel.apply(x), F.silu(x), rtol=1e-12)
+    assert torch.autograd.gradcheck(SiLUChannelsLast.apply, x)
+    assert torch.allclose(SiLUChannelsLast.apply(x), F.silu(x), rtol=1e-12)
     norm = fill(GroupNormSiLU(8))
     results = []
     for kernel in (
@@ -75,7 +76,8 @@ def test_network_numbers(model, reference):
     assert relative_error(model.apply_model(r["x_noisy"], r["t"], cond), r["apply_model"]) < 1e-4
     model.only_mid_control = True
     assert relative_error(model.apply_model(r["x_noisy"], r["t"], cond), r["apply_model.only_mid"]) < 1e-4
-    model.only_mid_control, model.control_scales = False, model.guess_mode_scales()
+    model.only_mid_control = False
+    model.control_scales = [0.825 ** (4 - i) for i in range(5)]  # the original's guess mode
     assert relative_error(model.apply_model(r["x_noisy"], r["t"], cond), r["apply_model.guess_scales"]) < 1e-4
 
 
@@ -85,7 +87,6 @@ def test_autoencoder_numbers(model, reference):
     posterior = model.encode_first_stage(r["image"])
     assert relative_error(vae.quant_conv(vae.encoder(r["image"])), r["vae.moments"]) < 1e-4
     assert relative_error(posterior.mode(), r["vae.mode"]) < 1e-4
-    assert relative_error(posterior.kl(), r["vae.kl"]) < 1e-4
     assert relative_error(model.decode_first_stage(r["latent"]), r["vae.decode"]) < 1e-4
 
 
@@ -93,14 +94,12 @@ def test_autoencoder_numbers(model, reference):
 def test_diffusion_numbers(model, reference):
     r = reference
     for name, expected in r.items():
-        if name.startswith("schedule."):
+        if name.startswith("schedule.") and "lvlb" not in name:
             assert relative_error(getattr(model, name.removeprefix("schedule.")), expected) < 1e-5, name
     assert relative_error(model.q_sample(r["x_start"], r["t"], r["noise"]), r["q_sample"]) < 1e-5
     _, losses = model.p_losses(r["x_start"], conditioning(r), r["t"], r["noise"])
-    for name in ("loss_simple", "loss_vlb", "loss"):
+    for name in ("loss_simple", "loss"):
         assert relative_error(losses[name], r[f"p_losses.{name}"]) < 1e-4, name
-    mean = model.p_mean_variance(r["x_noisy"], conditioning(r), r["t"])[0]
-    assert relative_error(mean, r["ddpm.posterior_mean_at_t"]) < 1e-4
 
 
 def test_sampling_numbers(model, reference):
@@ -294,42 +293,6 @@ def test_sampling_a_v_model_equals_diffusers_scheduler(v_model):
     assert relative_error(ours, x) < 1e-4
 
 
-def test_compiled_networks_take_the_same_step(v_model, monkeypatch):
-    """Traced as `--compile` does it, without its C++ (that takes minutes to build)."""
-    compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend="aot_eager"))
-    batch = {"jpg": torch.rand(1, 64, 64, 3) * 2 - 1, "hint": torch.rand(1, 64, 64, 3)}
-    batch |= {"txt": torch.randn(1, 7, 24), "seed": torch.tensor([5])}
-    losses, steps = [], []
-    for compiled in (False, True):
-        model = copy.deepcopy(v_model).train()
-        prepare_model(model, Settings(compile=compiled, precision="32"))
-        loss, _ = model.shared_step(batch)
-        loss.backward()
-        losses.append(loss.item())
-        steps.append(gradients(model))
-    assert model.control_model._compiled_call_impl and model.model.diffusion_model._compiled_call_impl
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert steps[0].keys() == steps[1].keys()
-    assert all(relative_error(steps[1][name], value) < 1e-3 for name, value in steps[0].items())
-
-
-def test_sampling_takes_the_networks_that_are_not_compiled(model, reference):
-    graphs, r = [], reference
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    model.control_model.compile(backend=count)
-    model.model.diffusion_model.compile(backend=count)
-    with torch.no_grad():
-        output = model.apply_model(r["x_noisy"], r["t"], conditioning(r))
-    assert relative_error(output, r["apply_model"]) < 1e-4 and not graphs
-    model.apply_model(r["x_noisy"], r["t"], conditioning(r))
-    assert len(graphs) == 2
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_cast_together_take_the_same_step(model, reference, dtype):
     losses, steps = [], []
@@ -348,7 +311,8 @@ def test_weights_cast_together_take_the_same_step(model, reference, dtype):
 
 @pytest.mark.parametrize("sd_locked", [True, False])
 def test_what_is_frozen_is_stored_in_half_precision(model, reference, sd_locked):
-    prepare_model(model, Settings(precision="bf16", sd_locked=sd_locked))
+    model.sd_locked = sd_locked
+    prepare_model(model, "bf16", clips=False, processes=1, gradient_checkpointing=False)
     for part in (model.control_model, model.model, model.first_stage_model):
         for name, parameter in part.named_parameters():
             wanted = torch.float32 if parameter.requires_grad else torch.bfloat16
@@ -447,6 +411,47 @@ def test_unknown_arguments_are_refused():
         ControlLDM(**tiny_arguments(), scale_facto=1.0)
     with pytest.raises(ValueError, match="'x0'"):
         ControlLDM(**tiny_arguments(), parameterization="x0")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sampled_image_with_one_value_that_is_not_finite_is_refused(model, monkeypatch, value):
+    """Clamped, a lone infinity would look like a white pixel."""
+    image = torch.zeros(1, 3, 64, 64)
+    image[0, 1, 2, 3] = value
+    monkeypatch.setattr(model, "decode_first_stage", lambda latents: image)
+    batch = {"hint": torch.rand(1, 64, 64, 3), "txt": torch.randn(1, 7, 24)}
+    with pytest.raises(ValueError, match="sampled image is not finite"):
+        model.restore(batch, 1)
+
+
+class FewBatches(torch.utils.data.Dataset):
+    """A data set as lllyasviel's tutorial has it."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict:
+        generator = torch.Generator().manual_seed(index)
+        image = torch.rand(64, 64, 3, generator=generator)
+        return {"jpg": image * 2 - 1, "hint": image, "txt": torch.zeros(7, 24)}
+
+
+def test_a_plain_trainer_trains_it(model, tmp_path):
+    before = copy.deepcopy(model.control_model.state_dict())
+    loader = torch.utils.data.DataLoader(FewBatches(), batch_size=2)
+    trainer = pl.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(model, loader)
+    assert trainer.global_step == 2
+    after = model.control_model.state_dict()
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_the_frozen_encoder_records_no_graph(model, reference):

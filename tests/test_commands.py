@@ -152,7 +152,7 @@ CONTROL = (
 )
 PLAIN = f"{FEW} --max_steps 1 --crop_size 32 --val_images 1 --val_crop 32 --no_compile"
 SMALL = {
-    "tutorial_train_deblur.py": f"{CONTROL} --config_path {TINY} --val_fraction 0.3 --deblur_crop 4 "
+    "tutorial_train_deblur.py": f"{CONTROL} --config_path {TINY} --val_fraction 0.3 "
     "--perceptual_loss_weight 0",
     "tutorial_train_inpaint.py": f"{CONTROL} --config_path {TINY.with_stem('cldm_tiny_inpaint')}",
     "train_srn.py": f"{PLAIN} --width 2 --crop_size 32",  # two times 16 for --sampling

@@ -42,9 +42,7 @@ FLUX = FluxParams(64, 64, 32, 48, 128, 4.0, 4, depth=2, depth_single_blocks=2, a
 AUTOENCODER = {"ch": 32, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_channels": 16}
 
 SMALL = {"image_size": 64, "batch_size": 2, "ema_decay": 0.9}
-DEBLUR = tutorial_train_deblur.Settings(
-    config_path=str(ROOT / "models/cldm_tiny_deblur.yaml"), deblur_crop=4, **SMALL
-)
+DEBLUR = tutorial_train_deblur.Settings(config_path=str(ROOT / "models/cldm_tiny_deblur.yaml"), **SMALL)
 INPAINT = tutorial_train_inpaint.Settings(config_path=str(ROOT / "models/cldm_tiny_inpaint.yaml"), **SMALL)
 SRN = train_srn.Settings(width=8, crop_size=32, batch_size=2)
 DBGAN = train_dbgan.Settings(

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from torch.utils.data import default_collate
 import tool_export_control
 import tutorial_train_deblur
 import tutorial_train_inpaint
-from cldm import logger
 from cldm.callbacks import AtomicCheckpointIO
 from cldm.deblur import (
     ChannelSpatialAttention,
@@ -31,16 +29,15 @@ from cldm.deblur import (
     add_hint_latent,
     gradient_l1,
 )
-from cldm.logger import log_txt_as_img
 from cldm.model import create_model, open_control_model, read_config
 from cldm.restore import Sampling, deblur_image
-from cldm.training import learning_rate_factor, prepare_model, with_precision
+from cldm.training import choose_precision, prepare_model, rate_schedule
 from ldm import checkpoint
 from ldm.data.image import read_image, to_uint8, write_image
 from ldm.metrics import psnr
 from ldm.models.autoencoder import DiagonalGaussianDistribution
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, log_txt_as_img
 from tests.fill import fill, relative_error
 from tests.test_device import MAPS, mapped
 from tool_make_deblur_dataset import Settings as MakeSettings
@@ -93,13 +90,11 @@ def small_settings(place: Path, folder: Path) -> Settings:
         resume_path=str(place / "start.safetensors"),
         config_path=CONFIG,
         perceptual_loss_weight=0.0,
-        deblur_crop=4,
         batch_size=2,
         accumulate_grad_batches=2,
         learning_rate=1e-4,
         max_steps=2,
         output_dir=str(folder / "run"),
-        logger_freq=2,
         log_steps=1,
         save_steps=1,
         val_steps=2,
@@ -138,7 +133,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path):
         assert same(whole[part], resumed[part]), part
     assert whole_rows == rows(stopped)
     assert [row["step"] for row in whole_rows] == ["1", "2", "2", "3", "4", "4"]
-    assert all(name in whole_rows[0] for name in ("train/loss", "train/loss_simple", "train/loss_vlb"))
+    assert all(name in whole_rows[0] for name in ("train/loss", "train/loss_simple"))
     assert all(float(whole_rows[0][f"train/deblur_{name}_loss"]) > 0 for name in ("l1", "mse", "gradient"))
     assert float(whole_rows[2]["val/psnr"]) > 0 and float(whole_rows[2]["val/loss"]) > 0
     images = sorted(path.name for path in (Path(settings.output_dir) / "images").iterdir())
@@ -205,7 +200,7 @@ def test_checkpoints_hold_what_is_trained_and_open_again(settings):
 def test_the_best_checkpoint_outlives_a_worse_end(settings, monkeypatch):
     settings = replace(settings, val_samples=1, val_steps=1)
     for steps, score in ((1, 12.0), (2, 11.0), (3, 11.5)):
-        monkeypatch.setattr(logger, "psnr", lambda *pair, score=score: score)
+        monkeypatch.setattr("cldm.cldm.psnr", lambda *pair, score=score: score)
         main(replace(settings, max_steps=steps))
     best = checkpoint.load(Path(settings.output_dir) / "checkpoints" / "best.ckpt")
     assert best["global_step"] == 1 and last(settings)["global_step"] == 3
@@ -224,7 +219,7 @@ class Syncs(TorchDispatchMode):
 
 
 def test_a_step_waits_for_the_device_only_where_it_logs(settings, monkeypatch):
-    settings = replace(settings, max_steps=6, log_steps=3, val_fraction=0.0, save_steps=6, logger_freq=6)
+    settings = replace(settings, max_steps=6, log_steps=3, val_fraction=0.0, save_steps=6, val_steps=6)
     settings = replace(settings, max_grad_norm=1.0, lr_scheduler="linear", hint_as_latent=True)
     step, seen = DeblurControlNet.training_step, []
     with Syncs() as syncs:
@@ -298,7 +293,7 @@ def test_sharp_pictures_alone_are_blurred_on_the_fly(settings, place):
 
 
 def test_a_run_in_32_bits_is_not_continued_in_16(stopped):
-    with pytest.raises(ValueError, match="precision was '32-true', is 'bf16-mixed'. To continue it: "):
+    with pytest.raises(ValueError, match="precision was '32', is 'bf16'. To continue it: "):
         main(replace(stopped, precision="bf16"))
 
 
@@ -322,6 +317,14 @@ def test_other_settings_do_not_continue_a_run(stopped):
         main(replace(stopped, learning_rate=1e-3))
 
 
+def test_another_yaml_does_not_continue_a_run(stopped, monkeypatch):
+    changed = read_config(CONFIG)
+    changed["params"]["deblur_crop"] = 16
+    monkeypatch.setattr(tutorial_train_deblur, "read_config", lambda path: changed)
+    with pytest.raises(ValueError, match="another model: its yaml configuration has changed"):
+        main(stopped)
+
+
 def test_other_data_do_not_continue_a_run(stopped, tmp_path):
     data = shutil.copytree(stopped.data_root, tmp_path / "data")
     pairs = (data / "blur_types.json").read_text().splitlines()
@@ -329,18 +332,6 @@ def test_other_data_do_not_continue_a_run(stopped, tmp_path):
     (data / "blur_types.json").write_text("\n".join(pairs))
     with pytest.raises(ValueError, match=r"; samples was \d+, is \d+"):  # beside the folder's name
         main(replace(stopped, data_root=str(data)))
-
-
-def test_a_run_with_the_old_names_of_settings_goes_on(stopped):
-    path = Path(stopped.output_dir) / "checkpoints" / "last.ckpt"
-    content = checkpoint.load(path, mmap=False)
-    old = content["settings"]
-    for name in ("samples", "hint_as_latent", "lr_scheduler", "weight_decay", "max_grad_norm"):
-        del old[name]
-    old |= {"gpus": old.pop("devices"), "num_epochs": old.pop("max_epochs"), "precision": "32-true"}
-    checkpoint.save(path, content)
-    main(stopped)
-    assert last(stopped)["global_step"] == 2
 
 
 @pytest.mark.parametrize("script", [tutorial_train_deblur, tutorial_train_inpaint])
@@ -366,7 +357,7 @@ def test_an_optimizer_that_is_not_installed_is_said_before_anything_is_loaded(se
 
 
 def test_unlocked_decoder_is_trained_and_saved(settings):
-    main(replace(settings, max_steps=1, sd_locked=False, only_mid_control=True, ema_decay=0.0))
+    main(replace(settings, max_steps=1, sd_locked=False, ema_decay=0.0))
     names = last(settings)["state_dict"]
     assert {name.split(".")[2] for name in names if name.startswith("model.")} == {"output_blocks", "out"}
 
@@ -424,7 +415,7 @@ def test_the_hint_as_latent_starts_as_the_plain_model(place):
 
 
 def test_the_hint_as_latent_is_trained_cached_kept_and_used(settings, tmp_path):
-    settings = replace(settings, hint_as_latent=True, use_attention=True, val_strength=0.5)
+    settings = replace(settings, hint_as_latent=True, use_attention=True)
     main(replace(settings, max_steps=1, val_steps=1))
     main(replace(settings, val_steps=1))
     cached = replace(settings, cache_latents=True, val_steps=1, output_dir=str(tmp_path / "cached"))
@@ -461,14 +452,14 @@ def test_the_hint_as_latent_is_trained_cached_kept_and_used(settings, tmp_path):
     assert opened.sees_hint_latent
 
 
-def test_learning_rate_decay_and_clipping_are_those_of_the_settings(settings):
-    settings = replace(settings, weight_decay=0.1, max_grad_norm=1e-3, lr_scheduler="cosine")
-    settings = replace(settings, lr_warmup_steps=2, val_fraction=0.0, ema_decay=0.0)
-    for steps, factor in ((1, 0.5), (2, 1.0), (6, 0.5 * (1 + np.cos(np.pi * 3 / 4)))):
+def test_learning_rate_and_clipping_are_those_of_the_settings(settings):
+    settings = replace(settings, max_grad_norm=1e-3, lr_scheduler="cosine")
+    settings = replace(settings, val_fraction=0.0, ema_decay=0.0)
+    for steps, factor in ((1, 1.0), (3, 0.5 * (1 + np.cos(np.pi * 2 / 3)))):
         main(replace(settings, max_steps=steps))
         optimizer = last(settings)["optimizer_states"][0]
         (group,) = optimizer["param_groups"]
-        assert group["lr"] == pytest.approx(1e-4 * factor) and group["weight_decay"] == 0.1
+        assert group["lr"] == pytest.approx(1e-4 * factor) and group["weight_decay"] == 0.01
         if steps == 1:
             moments = [state["exp_avg"].double() for state in optimizer["state"].values()]
             norm = torch.stack([moment.norm() for moment in moments]).norm() / (1 - group["betas"][0])
@@ -477,9 +468,10 @@ def test_learning_rate_decay_and_clipping_are_those_of_the_settings(settings):
 
 @pytest.mark.parametrize(("name", "end"), [("constant", 1.0), ("linear", 0.0), ("cosine", 0.0)])
 def test_learning_rate_schedules(name, end):
-    settings = Settings(lr_scheduler=name, lr_warmup_steps=4)
-    rates = [learning_rate_factor(step, settings, 100) for step in range(102)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    schedule = rate_schedule(name, 100)
+    rates = [schedule(step) for step in range(102)]
+    warmup = [1.0] * 4 if name == "constant" else [0.25, 0.5, 0.75, 1.0]
+    assert rates[:5] == [*warmup, 1.0]
     assert rates[-1] == rates[-2] == pytest.approx(end)
     assert rates[52] == pytest.approx((1 + end) / 2)
 
@@ -488,13 +480,13 @@ def test_gradients_of_float16_can_be_clipped():
     """The fused kernel would scale float16's gradients back by itself, after the clipping; Lightning refuses
     to clip for it whatever the half precision is."""
     model = create_model(CONFIG)
-    for precision, norm, fused in (
-        ("16", 1.0, None),  # False would take torch's slowest kernels, one by one
-        ("16", 0.0, True),
-        ("bf16", 1.0, None),
-        ("32", 1.0, True),
+    for precision, clips, fused in (
+        ("16", True, None),  # False would take torch's slowest kernels, one by one
+        ("16", False, True),
+        ("bf16", True, None),
+        ("32", True, True),
     ):
-        prepare_model(model, Settings(precision=precision, max_grad_norm=norm))
+        prepare_model(model, precision, clips, 1, gradient_checkpointing=False)
         optimizer = model.configure_optimizers()
         assert optimizer.defaults["fused"] is fused
         assert bool(fused) == bool(getattr(optimizer, "_step_supports_amp_scaling", False))
@@ -509,16 +501,18 @@ def captioned(folder: Path, data: str) -> Path:
     return data
 
 
-def test_pairs_may_have_captions(settings, tmp_path):
+def test_pairs_may_have_captions(settings, tmp_path, monkeypatch):
     data = captioned(tmp_path, settings.data_root)
     pairs = [json.loads(line) for line in (data / "blur_types.json").read_text().splitlines()]
     (data / pairs[1]["clear_image"]).with_suffix(".txt").write_text("two\nlines \u00e9", encoding="utf-8")
-    settings = replace(settings, data_root=str(data), val_fraction=0.0, prompt_dropout=0.0)
+    settings = replace(settings, data_root=str(data), val_fraction=0.0)
+    monkeypatch.setattr(tutorial_train_deblur, "PROMPT_DROPOUT", 0.0)
     train, _, _ = find_crops(settings)
     texts = [train[n]["txt"] for n in range(8)]
     kind = pairs[0]["blur_type"].replace("_", " ")
     assert texts == [f"a cat after {kind}", "two lines \u00e9", *[settings.prompt] * 6]
-    dropped, _, _ = find_crops(replace(settings, prompt_dropout=1.0))
+    monkeypatch.setattr(tutorial_train_deblur, "PROMPT_DROPOUT", 1.0)
+    dropped, _, _ = find_crops(settings)
     assert {dropped[n]["txt"] for n in range(8)} == {""}
     main(replace(settings, cache_latents=True, max_steps=1))
     (data / pairs[2]["blur_image"]).with_suffix(".txt").write_bytes(b"caf\xe9")
@@ -572,6 +566,22 @@ def test_total_loss_is_the_sum_and_reaches_the_control_model(place):
             assert parameter.grad is None, name
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_pixel_losses_are_weighted_by_alpha_bar_if_the_yaml_says_so(weighted, monkeypatch):
+    config, seen = read_config(CONFIG), []
+    config["params"]["weight_by_alpha_bar"] = weighted
+    model = instantiate_from_config(config).train()
+
+    def deblur_losses(restored, sharp, weights):
+        seen.append(weights)
+        return torch.zeros(()), {}
+
+    monkeypatch.setattr(model, "deblur_losses", deblur_losses)
+    model.shared_step(deblur_batch() | {"timestep": torch.tensor([0, 999])})
+    wanted = model.alphas_cumprod[[0, 999]] if weighted else torch.ones(2)
+    assert torch.equal(seen[0], wanted)
+
+
 def test_pixel_losses_of_every_second_step_count_twice(place, settings, monkeypatch):
     model = create_model(CONFIG).train()
     model.load_state_dict(checkpoint.read_weights(place / "start.safetensors"))
@@ -589,24 +599,6 @@ def test_pixel_losses_of_every_second_step_count_twice(place, settings, monkeypa
     assert logged[0] == "" and float(logged[1]) > 0
 
 
-def test_the_mean_absolute_error_may_be_the_diffusion_loss(place):
-    config = read_config(CONFIG)
-    config["params"] |= {"loss_type": "l1", "deblur_loss_weight": 0.0}
-    model = instantiate_from_config(config).train()
-    x, noise, t = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.tensor([3, 700])
-    loss, _ = model.diffusion_loss(model.get_v(x, noise, t) + 0.25, x, t, noise)
-    assert loss.item() == pytest.approx(0.25, rel=1e-4)
-    config["params"]["loss_type"] = "huber"
-    with pytest.raises(ValueError, match="loss_type must be 'l1' or 'l2', not 'huber'"):
-        instantiate_from_config(config)
-
-
-def test_weights_by_alpha_bar_are_a_setting(settings):
-    main(replace(settings, weight_by_alpha_bar=False, max_steps=1, val_fraction=0.0))
-    model = open_control_model(Path(settings.output_dir) / "checkpoints" / "last.ckpt")
-    assert not model.weight_by_alpha_bar
-
-
 @pytest.mark.parametrize(
     ("given", "cuda", "bf16", "expected"),
     [
@@ -615,21 +607,24 @@ def test_weights_by_alpha_bar_are_a_setting(settings):
         ("auto", True, True, "bf16"),
         ("fp16", True, True, "16"),
         ("no", True, True, "32"),
-        ("16-mixed", False, False, "16-mixed"),
+        ("16-mixed", False, False, "16"),
     ],
 )
-def test_precision_is_what_the_card_does_best(settings, monkeypatch, given, cuda, bf16, expected):
+def test_precision_is_what_the_card_does_best(tmp_path, monkeypatch, given, cuda, bf16, expected):
     monkeypatch.setattr("cldm.training.choose_device", lambda: torch.device("cuda" if cuda else "cpu"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    assert with_precision(replace(settings, precision=given)).precision == expected
+    assert choose_precision(given, tmp_path / "last.ckpt") == expected
 
 
-def test_a_run_goes_on_in_its_own_precision(settings, monkeypatch):
-    settings = replace(settings, precision="bf16", val_fraction=0.0)
+def test_a_run_goes_on_in_its_own_precision(settings):
+    settings = replace(settings, precision="bf16", val_fraction=0.0, gradient_checkpointing=True)
     main(replace(settings, max_steps=1))
-    assert with_precision(replace(settings, precision="auto")).precision == "bf16"
+    path = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
+    assert choose_precision("auto", path) == "bf16"
     main(replace(settings, precision="auto"))
-    assert last(settings)["global_step"] == 2 and last(settings)["settings"]["precision"] == "bf16"
+    content = last(settings)
+    assert content["global_step"] == 2 and content["settings"]["precision"] == "bf16"
+    assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
 
 
 def test_weightless_terms_cost_nothing(place, monkeypatch):
@@ -637,7 +632,7 @@ def test_weightless_terms_cost_nothing(place, monkeypatch):
     model.deblur_loss_weight = 0.0
     monkeypatch.setattr(model, "decode_first_stage", lambda latent: pytest.fail("decoded for nothing"))
     _, values = model.shared_step(deblur_batch())
-    assert values.keys() == {"loss", "loss_simple", "loss_vlb"}
+    assert values.keys() == {"loss", "loss_simple"}
     monkeypatch.undo()
     model.deblur_loss_weight, model.perceptual_loss_weight = 1.0, 0.0
     monkeypatch.setattr(model, "perceptual", lambda a, b: pytest.fail("computed for nothing"))
@@ -659,21 +654,20 @@ def test_the_crop_is_aligned_and_the_same_for_the_same_seed(place):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resume_path": "models/nothing.ckpt"}, r"tool_add_control.py .*models/nothing.ckpt.*--demo"),
+        ({"resume_path": "models/nothing.ckpt"}, r"tool_add_control.py .*models/nothing.ckpt.*demonstration"),
         ({"data_root": "training/nothing"}, "tool_make_deblur_dataset.py"),
         ({"precision": "8"}, "precision must be one of 32, 16, bf16"),
-        ({"precision": "fp16"}, "precision 16-mixed needs a CUDA device"),
+        ({"precision": "fp16"}, "precision 16 needs a CUDA device"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
-        ({"ema_decay": 1.0}, "ema_decay must lie"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
         ({"val_samples": 0}, "val_samples must be at least 1"),
-        ({"val_ddim_steps": 5000}, "val_ddim_steps must be at most 1000"),
-        ({"val_strength": 0.0}, "val_strength must lie in"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative"),
-        ({"deblur_crop": -1}, "deblur_crop must be at least 0"),
+        ({"val_ddim_steps": 5000}, r"val_ddim_steps must be in \[1, 1000\]"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0"),
+        ({"deblur_every": 0}, "deblur_every must be at least 1"),
         ({"max_steps": 0, "max_epochs": 0}, "max_epochs must be at least 1"),
         ({"image_size": 100}, "image_size must be a multiple of 64, not 100"),
         ({"config_path": "models/nothing.yaml"}, "models/nothing.yaml"),
-        ({"config_path": "models/cldm_v15_deblur.yaml"}, "does not fit this model"),
+        ({"config_path": "models/cldm_v15.yaml"}, "does not fit this model"),
         ({"cache_latents": True, "use_augmentation": True}, "--cache_latents needs crops that stay"),
     ],
 )
@@ -719,12 +713,7 @@ def test_cached_latents_train_as_fresh_ones_do_and_stale_ones_are_noticed(settin
     assert cache.stat().st_mtime_ns != stamp
 
 
-def test_half_precision_trains_on_finite_numbers(settings):
-    main(replace(settings, precision="bf16", max_steps=1, gradient_checkpointing=True))
-    assert all(torch.isfinite(value).all() for value in last(settings)["state_dict"].values())
-
-
-@pytest.mark.parametrize("part", ["loops", "optimizer_states", "random", "StreamData", "weight", "shape"])
+@pytest.mark.parametrize("part", ["loops", "random", "weight", "shape"])
 def test_a_checkpoint_that_is_not_whole_does_not_resume(stopped, part):
     path = Path(stopped.output_dir) / "checkpoints" / "last.ckpt"
     content = checkpoint.load(path, mmap=False)
@@ -791,31 +780,6 @@ def test_the_demonstration_runs_through_and_resumes(tmp_path, monkeypatch, capsy
     main(Settings(demo=True, **few | {"max_steps": 2}))
     printed = capsys.readouterr().out
     assert "adds a ControlNet" in printed and "resuming" in printed and "finished at step 2" in printed
-    assert printed.count("these minutes: PSNR") == printed.count("the one that comes along: PSNR") == 2
+    assert printed.count("this run: PSNR") == printed.count("included weights: PSNR") == 2
     assert start.stat().st_mtime_ns == stamp
     assert read_image("outputs/deblur_demo/images/demo.png").shape[1] >= 4 * 128
-
-
-def test_a_users_mistake_is_one_line(settings):
-    wrong = replace(settings, resume_path="models/nothing.ckpt")
-    run = subprocess.run(command(wrong), capture_output=True, text=True, timeout=300)
-    assert run.returncode == 1
-    assert "Traceback" not in run.stderr
-    assert run.stderr.strip().splitlines()[-1].startswith("error: models/nothing.ckpt not found")
-
-
-def test_a_killed_run_resumes_to_the_uninterrupted_one(settings, tmp_path):
-    whole = replace(settings, max_steps=6, val_fraction=0.0, ema_decay=0.0)
-    main(whole)
-    killed = replace(whole, output_dir=str(tmp_path / "killed"))
-    path = Path(killed.output_dir) / "checkpoints" / "last.ckpt"
-    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not path.is_file():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert last(killed)["global_step"] < 6
-    main(killed)
-    assert same(last(whole)["state_dict"], last(killed)["state_dict"])
-    assert rows(whole) == rows(killed)

@@ -78,7 +78,7 @@ def test_a_card_without_kernels_is_not_used_and_named(card, capability, built, s
         assert why_no_cuda() == "" and choose_device().type == "cuda"
         return
     assert choose_device().type == "cpu"
-    with pytest.raises(ValueError, match=f"--device cuda: .*{says}"):
+    with pytest.raises(ValueError, match=f"no CUDA device to use: .*{says}"):
         choose_device("cuda")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from ldm.models.diffusion.flow import sample, schedule
-from ldm.modules.attention import Rotate, rotary_embedding
+from ldm.modules.attention import rotary_embedding
 from ldm.modules.flux import (
     Flux,
     FluxParams,
@@ -16,6 +16,7 @@ from ldm.modules.flux import (
     token_ids,
     unpack,
 )
+from ldm.modules.kernels import Rotate
 from ldm.modules.lora import make_lora
 from tests.fill import draw, fill, relative_error
 

@@ -16,13 +16,13 @@ import tool_make_mask
 import tutorial_train_inpaint
 from cldm import callbacks
 from cldm.inpaint import InpaintControlNet
-from cldm.logger import log_txt_as_img
 from cldm.model import create_model, open_control_model
 from ldm import checkpoint
 from ldm.data.image import read_image, to_uint8, write_image
+from ldm.util import log_txt_as_img
 from tests.fill import fill
 from tests.test_deblur import same, tile
-from tutorial_train_inpaint import Settings, cut_photographs, find_pictures, main, run_folder
+from tutorial_train_inpaint import Settings, cut_photographs, find_images, main, run_folder
 
 CONFIG = "models/cldm_tiny_inpaint.yaml"
 
@@ -69,7 +69,6 @@ def small_settings(place: Path, folder: Path) -> Settings:
         precision="32",
         max_steps=2,
         output_dir=str(folder / "run"),
-        logger_freq=2,
         log_steps=1,
         save_steps=1,
         val_steps=2,
@@ -92,7 +91,7 @@ def test_a_run_killed_between_checkpoint_and_snapshot_makes_it_later(settings, m
         if target.name == f"checkpoint-{step}":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(callbacks, "keep_model", killed)
+    monkeypatch.setattr(callbacks, "copy_model", killed)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         main(settings)
     assert last(settings)["global_step"] == step
@@ -130,7 +129,7 @@ def test_the_validation_grid_shows_what_its_page_says(finished):
     settings = finished
     folder = Path(settings.output_dir)
     grid = read_image(folder / "images" / "val_0000002.png")
-    _, held_out = find_pictures(settings)
+    _, held_out = find_images(settings)
     batch = default_collate([held_out[0], held_out[1]])
     result = open_control_model(folder / "final_model" / "model.ckpt").restore(batch, settings.val_ddim_steps)
     prompt = to_uint8(log_txt_as_img((64, 64), [settings.prompt])[0])
@@ -180,7 +179,9 @@ def test_what_a_run_leaves_opens_again(finished, tmp_path, capsys):
         torn_start = replace(
             more, init_control=str(tmp_path / "torn.safetensors"), output_dir=str(tmp_path / "b")
         )
-        with pytest.raises(ValueError, match="torn.safetensors is no ControlNet for .*zero_convs.0.0.bias$"):
+        with pytest.raises(
+            ValueError, match="torn.safetensors does not fit this model: .*zero_convs.0.0.bias"
+        ):
             main(torn_start)
     start.unlink()  # a run that is resumed does not read it
     main(replace(more, init_control=str(start), max_steps=2))
@@ -210,12 +211,12 @@ def test_captions_beside_the_pictures(settings, place, tmp_path):
     settings = replace(
         settings, image_dir=str(photos), val_samples=0, prompt="a photograph", prompt_dropout=0.0
     )
-    train, _ = find_pictures(settings)
+    train, _ = find_images(settings)
     assert [train[n]["txt"] == "a boat" for n in range(6)] == [n == 2 for n in range(6)]
     assert train[0]["txt"] == "a photograph"
     (photos / "003.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match=r"003.txt is not text in UTF-8"):
-        find_pictures(settings)
+        find_images(settings)
 
 
 def test_data_can_be_looked_at(settings, place, tmp_path, monkeypatch, capsys):
@@ -243,7 +244,7 @@ def test_masks_beside_photographs_are_not_trained_on(settings, place, tmp_path):
     write_image(photos / "001_mask001.png", np.full((64, 64), 255, np.uint8))
     settings = replace(settings, image_dir=str(photos), val_samples=0)
     for mask_dir in ("", str(photos)):
-        train, _ = find_pictures(replace(settings, mask_dir=mask_dir))
+        train, _ = find_images(replace(settings, mask_dir=mask_dir))
         assert len(train) == 6 and len(train.masks) == bool(mask_dir)
 
 
@@ -273,11 +274,6 @@ def test_any_configuration_of_the_family_is_validated(settings, tmp_path):
     assert (folder / "images" / "val_0000001.png").is_file()
 
 
-def test_half_precision_trains_on_finite_numbers(settings):
-    main(replace(settings, precision="bf16-mixed", max_steps=1, gradient_checkpointing=True, val_samples=0))
-    assert all(torch.isfinite(value).all() for value in last(settings)["state_dict"].values())
-
-
 def test_a_run_has_its_own_folder(settings, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv(tutorial_train_inpaint.RUN_VARIABLE, "of an earlier run")
@@ -295,16 +291,16 @@ def test_a_run_has_its_own_folder(settings, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resume_path": "models/nothing.ckpt"}, r"tool_add_control.py .*models/nothing.ckpt.*--demo"),
+        ({"resume_path": "models/nothing.ckpt"}, r"tool_add_control.py .*models/nothing.ckpt.*demonstration"),
         ({"image_dir": "training/nothing"}, "no photographs at training/nothing"),
         ({"precision": "8"}, "precision must be one of 32, 16, bf16"),
         ({"image_size": 100}, "multiple of 64, not 100"),
         ({"mask_ratio": (0.4, 0.2)}, "mask ratio"),
-        ({"val_samples": 6}, "val_samples must be 0 ... 5, less than the pictures"),
-        ({"hint_channels": 5}, "hint_channels must be 3 or 4"),
+        ({"val_samples": 6}, "val_samples must be below the 6 images, not 6"),
+        ({"hint_channels": 5}, r"hint_channels must be in \[3, 4\], not 5"),
         ({"save_steps": 0}, "save_steps must be at least 1"),
         ({"ann_file": "none.json"}, "none.json"),
-        ({"config_path": "models/cldm_v15_inpaint.yaml"}, "does not fit this model"),
+        ({"config_path": "models/cldm_v15.yaml"}, "does not fit this model"),
         ({"init_control": "none.safetensors"}, "none.safetensors"),
     ],
 )

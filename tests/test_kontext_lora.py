@@ -288,12 +288,8 @@ def test_timesteps_and_noise_belong_to_their_sample():
 
 
 def test_learning_rates():
-    settings = Settings(max_steps=110, lr_warmup_steps=10)
     rates = {
-        name: [
-            learning_rate_factor(step, replace(settings, lr_scheduler=name), 110)
-            for step in (0, 4, 9, 10, 60, 109)
-        ]
+        name: [learning_rate_factor(step, 110, name, 10) for step in (0, 4, 9, 10, 60, 109)]
         for name in ("constant", "linear", "cosine")
     }
     assert rates["constant"] == [0.1, 0.5, 1, 1, 1, 1]

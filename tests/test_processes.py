@@ -20,12 +20,12 @@ from tests.faults.tiny_runs import command, make_place, must, prepare_output, ru
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked: no CUDA")
 # Flags of the tiny runs: long enough to be killed on the way, or three steps.
 LONG = {
-    "deblur": {"max_steps": 24, "logger_freq": 100, "val_fraction": 0.0, "save_steps": 2},
+    "deblur": {"max_steps": 24, "val_steps": 100, "val_fraction": 0.0, "save_steps": 2},
     "srn": {"epochs": 24, "val_images": 1},
     "kontext": {"max_train_steps": 24, "save_every": 2},
 }
 SHORT = {
-    "deblur": {"max_steps": 3, "logger_freq": 9, "val_fraction": 0.0, "save_steps": 3},
+    "deblur": {"max_steps": 3, "val_steps": 9, "val_fraction": 0.0, "save_steps": 3},
     "srn": {"epochs": 2},
     "kontext": {"max_train_steps": 3, "save_every": 3},
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.metrics_csv import MetricsCsv
+from harness.logs import MetricsCsv
 from harness.run import Run, start_fabric
 from harness.settings import run_main
 from ldm import checkpoint

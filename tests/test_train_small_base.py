@@ -87,8 +87,8 @@ def test_what_is_written_opens_as_the_real_models_do(trained):
     config = read_config(CONFIG)
     weights = load_state_dict(trained.models / "small_diffusion.safetensors")
     assert {value.dtype for name, value in weights.items() if "position_ids" not in name} == {torch.float16}
-    started, counts, _ = add_control(weights, config, "the base")
-    assert counts["kept"] and counts["copied"] and not counts["ignored"]
+    started, names = add_control(weights, config, "the base")
+    assert names["kept"] and names["copied"] and not names["ignored"]
     image = np.full((40, 52, 3), 128, np.uint8)
     restore = load_restorer(
         trained.models / "small_kontext", None, KEEP, trained.output_dir / "p.safetensors"

@@ -1,4 +1,4 @@
-"""The KL autoencoder that takes pixels to latents and back (Rombach et al. 2022, sec. 3.1)."""
+"""The KL autoencoder between pixels and latents (Rombach et al. 2022, sec. 3.1)."""
 
 from collections.abc import Mapping
 
@@ -16,18 +16,13 @@ class DiagonalGaussianDistribution:
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """A draw (b, c, h, w); `noise` is the standard normal to use."""
+        """A sample (b, c, h, w); `noise` is the standard normal to use."""
         noise = torch.randn_like(self.mean) if noise is None else noise
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def mode(self) -> Tensor:
         """The mean (b, c, h, w)."""
         return self.mean
-
-    def kl(self) -> Tensor:
-        """Divergence from the standard normal, summed over each item: (b,)."""
-        terms = self.mean**2 + self.logvar.exp() - 1.0 - self.logvar
-        return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
 class AutoencoderKL(nn.Module):

@@ -77,7 +77,7 @@ def load_flux(
     sizes = read_settings(path, "flux_params")
     with torch.device("meta"):
         model = Flux(FluxParams(**sizes))
-        check_fit(model, weights, path)
+        check_fit(model.state_dict(), weights, path, type(model).__name__)
         eight_bit = store_in_fp8(model, block_linears(model)) if fp8 else {}
         if blocks_to_swap:
             model.swap = BlockSwap([*model.double_blocks, *model.single_blocks], blocks_to_swap)
@@ -110,7 +110,7 @@ def load_autoencoder(
     config = read_settings(path, "ddconfig")
     with torch.device("meta"):
         model = FluxAutoencoder(config)
-    check_fit(model, weights, path)
+    check_fit(model.state_dict(), weights, path, type(model).__name__)
     model.load_state_dict({name: value.to(device, dtype) for name, value in weights.items()}, assign=True)
     return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 

@@ -1,10 +1,11 @@
-"""Transformer blocks: a UNet attends to itself and to a text (Rombach et al. 2022, sec. 3.3); rotations."""
+"""Transformer blocks of the UNet (Rombach et al. 2022, sec. 3.3), and rotary position embeddings."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.util import GroupNorm32, LayerNorm32, zero_module
+from ldm.modules.kernels import GatedGELU
 
 
 class CrossAttention(nn.Module):
@@ -12,7 +13,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64):
         super().__init__()
-        inner_dim, context_dim = heads * dim_head, context_dim or query_dim
+        inner_dim = heads * dim_head
+        context_dim = context_dim or query_dim
         self.heads = heads
         self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
         self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
@@ -31,30 +33,6 @@ class CrossAttention(nn.Module):
         return self.to_out(h)
 
 
-class GatedGELU(torch.autograd.Function):
-    """(..., 2 d) -> (..., d): the first half times the GELU of the second.
-
-    The gradient's halves are written where they belong; autograd by itself would make them apart, then join.
-    """
-
-    @staticmethod
-    def forward(ctx, both: Tensor) -> Tensor:
-        x, gate = both.chunk(2, dim=-1)
-        gate = F.gelu(gate)
-        ctx.save_for_backward(both, gate)
-        return x * gate
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        both, activated = ctx.saved_tensors
-        x, gate = both.chunk(2, dim=-1)
-        result = torch.empty_like(both)
-        of_x, of_gate = result.chunk(2, dim=-1)
-        torch.mul(gradient, activated, out=of_x)
-        torch.ops.aten.gelu_backward.grad_input(gradient * x, gate, grad_input=of_gate)
-        return result
-
-
 class GEGLU(nn.Module):
     """Linear layer gated by the GELU of a second one (Shazeer 2020)."""
 
@@ -64,7 +42,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x)
-        if torch.compiler.is_compiling():  # the compiler joins them itself
+        if torch.compiler.is_compiling():
             x, gate = x.chunk(2, dim=-1)
             return x * F.gelu(gate)
         return GatedGELU.apply(x)
@@ -89,7 +67,9 @@ class BasicTransformerBlock(nn.Module):
         self.attn1 = CrossAttention(dim, None, heads, dim_head)
         self.ff = FeedForward(dim)
         self.attn2 = CrossAttention(dim, context_dim, heads, dim_head)
-        self.norm1, self.norm2, self.norm3 = (LayerNorm32(dim) for _ in range(3))
+        self.norm1 = LayerNorm32(dim)
+        self.norm2 = LayerNorm32(dim)
+        self.norm3 = LayerNorm32(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
@@ -104,7 +84,8 @@ class SpatialTransformer(nn.Module):
         self, channels: int, heads: int, dim_head: int, depth: int, context_dim: int, use_linear: bool = False
     ):
         super().__init__()
-        inner_dim, self.use_linear = heads * dim_head, use_linear
+        inner_dim = heads * dim_head
+        self.use_linear = use_linear
         self.norm = GroupNorm32(channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner_dim) if use_linear else nn.Conv2d(channels, inner_dim, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -114,7 +95,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(last)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        size, h = x.shape[-2:], self.norm(x)
+        size = x.shape[-2:]
+        h = self.norm(x)
         h = self.proj_in(tokens(h)) if self.use_linear else tokens(self.proj_in(h))  # (b, h * w, inner_dim)
         for block in self.transformer_blocks:
             h = block(h, context)
@@ -133,28 +115,13 @@ def feature_map(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def rotary_embedding(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
-    """What rotates the pairs of a head (RoPE), float32: ids (b, n, axes) -> cosines (b, 1, n, d), each twice,
-    and sines (b, 1, n, d / 2)."""
+    """Angles of rotary position embeddings (Su et al. 2021) for kernels.Rotate, float32.
+
+    ids (b, n, axes) -> cosines (b, 1, n, d), each twice in a row, and sines (b, 1, n, d / 2).
+    """
     angles = []
     for axis, dim in enumerate(axes_dim):
         powers = torch.arange(0, dim, 2, dtype=torch.float32, device=ids.device) / dim
         angles.append(ids[..., axis, None].float() * theta**-powers)
     angles = torch.cat(angles, dim=-1)[:, None]
     return angles.cos().repeat_interleave(2, dim=-1), angles.sin()
-
-
-class Rotate(torch.autograd.Function):
-    """Neighbours (x0, x1) become (x0 cos - x1 sin, x1 cos + x0 sin), with three reads of x in all."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        turned = torch.mul(x, cos, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
-        turned[..., 0::2].addcmul_(x[..., 1::2], sin, value=-1)
-        turned[..., 1::2].addcmul_(x[..., 0::2], sin)
-        return turned
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return Rotate.apply(grad, cos, -sin), None, None  # turned back

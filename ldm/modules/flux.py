@@ -16,8 +16,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.modules.attention import Rotate, rotary_embedding
+from ldm.modules.attention import rotary_embedding
 from ldm.modules.diffusionmodules.util import timestep_embedding
+from ldm.modules.kernels import Rotate
 from ldm.modules.swap import BlockSwap
 
 

@@ -123,8 +123,8 @@ def _make_more(place: Path) -> None:
 def short(name: str, place: Path, output: Path, **changes: object) -> list[str]:
     """A run of a trainer that reads everything once."""
     few = {
-        "deblur": {"max_steps": 4, "val_steps": 4, "logger_freq": 4, "save_steps": 2},
-        "inpaint": {"max_steps": 4, "val_steps": 4, "logger_freq": 4, "save_steps": 4},
+        "deblur": {"max_steps": 4, "val_steps": 4, "save_steps": 2},
+        "inpaint": {"max_steps": 4, "val_steps": 4, "save_steps": 4},
         "srn": {"epochs": 1, "val_images": 9},
         "dbgan": {"blur_epochs": 1, "epochs": 1, "pretrain_epochs": 0, "val_images": 9},
         "kontext": {"max_train_steps": 4, "save_every": 4},

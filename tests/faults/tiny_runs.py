@@ -275,7 +275,6 @@ def command(name: str, place: Path, output_dir: Path, workers: int = 0, **change
         "learning_rate": 1e-4,
         "max_steps": 6,
         "log_steps": 1,
-        "logger_freq": 3,
         "save_steps": 1,
         "val_steps": 2,
         "val_ddim_steps": 1,
@@ -309,8 +308,7 @@ def command(name: str, place: Path, output_dir: Path, workers: int = 0, **change
         "base": ["extras/train_small_base.py", "all"],
     }[name]
     flags = {
-        "deblur": control
-        | {"data_root": place / "pairs", "perceptual_loss_weight": 0, "deblur_crop": 4, "val_fraction": 0.2},
+        "deblur": control | {"data_root": place / "pairs", "perceptual_loss_weight": 0, "val_fraction": 0.2},
         "inpaint": control | {"image_dir": place / "photos", "precision": "32"},
         "srn": gopro | {"data": place / "gopro", "width": 2, "epochs": 4},
         "dbgan": gopro

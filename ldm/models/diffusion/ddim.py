@@ -1,4 +1,4 @@
-"""The sampler's class that scripts for Stable Diffusion expect, around the functions in `samplers`."""
+"""DDIMSampler, the class that scripts for Stable Diffusion expect, around the functions in `samplers`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,7 +10,7 @@ from ldm.models.diffusion.samplers import Step
 
 
 class DDIMSampler:
-    """Draws latents from a LatentDiffusion model (Song et al. 2021); eta 0 is DDIM, 1 is DDPM."""
+    """Samples latents from a LatentDiffusion model (Song et al. 2021); eta 0 is DDIM, 1 is DDPM."""
 
     def __init__(self, model):
         self.model = model
@@ -34,11 +34,11 @@ class DDIMSampler:
         progress: Callable = iter,
         verbose: bool = False,
     ) -> tuple[Tensor, dict]:
-        """S steps to latents (batch_size, *shape), and a dict with the start and the end.
+        """Sample latents (batch_size, *shape) in S steps; also return a dict with the start and the end.
 
-        With strength < 1 the walk starts from `x0`, noised by so much. Where `mask` is 1, `x0` (noised) is
+        With strength < 1 sampling starts from `x0`, noised by so much. Where `mask` is 1, `x0` (noised) is
         put back before every step. `progress` wraps the list of steps, for a progress bar. `generator` is a
-        CPU generator and makes the draw the same on every device. Raises ValueError for an unknown `method`,
+        CPU generator: the same on every device. Raises ValueError for an unknown `method`,
         and for strength < 1 or a mask without `x0`.
         """
         if method not in samplers.METHODS:

@@ -15,11 +15,12 @@ from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_sch
 from ldm.util import instantiate_from_config
 
 # Arguments of original yaml files that change nothing here.
-UNUSED = {"channels", "cond_stage_trainable", "conditioning_key", "image_size"}
-UNUSED |= {"log_every_t", "monitor", "num_timesteps_cond", "use_ema"}
+UNUSED = {
+    *("channels", "cond_stage_trainable", "conditioning_key", "image_size"),
+    *("log_every_t", "monitor", "num_timesteps_cond", "use_ema"),
+}
 REMEMBERED_PROMPTS = 256
-Loss = tuple[Tensor, dict[str, Tensor]]  # and its parts, to be logged
-Normal = tuple[Tensor, Tensor, Tensor]  # mean, variance, log variance
+Loss = tuple[Tensor, dict[str, Tensor]]  # the loss, and its parts by name for the logs
 
 
 class DiffusionWrapper(nn.Module):
@@ -34,10 +35,10 @@ class LatentDiffusion(pl.LightningModule):
     """A UNet that denoises the latents of a frozen autoencoder, guided by a frozen text tower.
 
     Batches are dict(jpg, txt, ...): images (b, h, w, 3) float in [-1, 1] and a list of prompts; an optional
-    `seed` (b,) makes everything random about an item repeatable. `parameterization` is what the UNet
-    predicts, "eps" or "v" (Salimans & Ho 2022). Without `cond_stage_config` prompts must be embeddings.
-    `timestep_spacing` is where sampling steps lie, "leading" or "trailing" (see make_ddim_timesteps).
-    Raises ValueError for another of these words or `loss_type`, and TypeError for unknown arguments.
+    `seed` (b,) makes everything random about an item repeatable. `parameterization` is the UNet's output,
+    "eps" or "v" (Salimans & Ho 2022). Without `cond_stage_config` prompts must be embeddings.
+    `timestep_spacing` places the sampling steps, "leading" or "trailing" (see make_ddim_timesteps).
+    Raises ValueError for another of these words, and TypeError for unknown arguments.
     """
 
     def __init__(
@@ -52,9 +53,6 @@ class LatentDiffusion(pl.LightningModule):
         scale_factor: float = 0.18215,
         first_stage_key: str = "jpg",
         cond_stage_key: str = "txt",
-        l_simple_weight: float = 1.0,
-        original_elbo_weight: float = 0.0,
-        loss_type: str = "l2",
         timestep_spacing: str = "leading",
         **unused,
     ):
@@ -65,13 +63,12 @@ class LatentDiffusion(pl.LightningModule):
             raise ValueError(f"parameterization must be 'eps' or 'v', not {parameterization!r}")
         if timestep_spacing not in ("leading", "trailing"):
             raise ValueError(f"timestep_spacing must be 'leading' or 'trailing', not {timestep_spacing!r}")
-        if loss_type not in ("l1", "l2"):
-            raise ValueError(f"loss_type must be 'l1' or 'l2', not {loss_type!r}")
-        self.parameterization, self.loss_type = parameterization, loss_type
-        self.scale_factor, self.num_timesteps = scale_factor, timesteps
+        self.parameterization = parameterization
+        self.scale_factor = scale_factor
+        self.num_timesteps = timesteps
         self.timestep_spacing = timestep_spacing
-        self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
-        self.l_simple_weight, self.original_elbo_weight = l_simple_weight, original_elbo_weight
+        self.first_stage_key = first_stage_key
+        self.cond_stage_key = cond_stage_key
         self.register_schedule(timesteps, linear_start, linear_end)
         self.model = DiffusionWrapper(unet_config)
         self.first_stage_model = instantiate_from_config(first_stage_config).requires_grad_(False).eval()
@@ -80,7 +77,10 @@ class LatentDiffusion(pl.LightningModule):
         self.train_values: dict[str, Tensor] = {}  # losses of the last training step
 
     def register_schedule(self, timesteps: int, linear_start: float, linear_end: float) -> None:
-        """Compute the schedule's tables in float64 and keep them as float32 buffers (timesteps,)."""
+        """Compute the schedule's tables in float64 and keep them as float32 buffers (timesteps,).
+
+        Nothing here uses the posterior's and `logvar`: they are in the original files.
+        """
         betas = make_beta_schedule(timesteps, linear_start, linear_end)
         alphas = 1.0 - betas
         bar = np.cumprod(alphas)
@@ -103,14 +103,6 @@ class LatentDiffusion(pl.LightningModule):
         }
         for name, values in tables.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
-        if self.parameterization == "v":
-            weights = np.ones(timesteps)
-        else:  # the variational bound's weight of each step's noise error, Ho et al. 2020, eq. 12
-            with np.errstate(divide="ignore"):
-                weights = betas**2 / (2 * posterior_variance * alphas * (1 - bar))
-            weights[0] = weights[1]
-        weights = torch.tensor(weights, dtype=torch.float32)
-        self.register_buffer("lvlb_weights", weights, persistent=False)
 
     def train(self, mode: bool = True) -> "LatentDiffusion":
         """Training mode for everything but the frozen autoencoder and text tower."""
@@ -123,7 +115,7 @@ class LatentDiffusion(pl.LightningModule):
     # ---- pixels, latents, texts
 
     def _autoencoder_precision(self) -> AbstractContextManager:
-        """float16 overflows in Stable Diffusion's autoencoder: it runs in the type of its weights then."""
+        """Context of the autoencoder: float16 overflows in it, it computes in its weights' type instead."""
         kind = self.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
             in_bf16 = self.first_stage_model.decoder.conv_in.weight.dtype == torch.bfloat16
@@ -139,7 +131,7 @@ class LatentDiffusion(pl.LightningModule):
     def get_first_stage_encoding(
         self, posterior: DiagonalGaussianDistribution, noise: Tensor | None = None
     ) -> Tensor:
-        """A draw of the latent, scaled to unit variance; `noise` is the standard normal to use."""
+        """A sample of the latent, scaled to unit variance; `noise` is the standard normal to use."""
         return self.scale_factor * posterior.sample(noise).float()
 
     def decode_first_stage(self, latent: Tensor) -> Tensor:
@@ -182,33 +174,23 @@ class LatentDiffusion(pl.LightningModule):
         return self.q_sample(noise, t, -x)
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The clean latents that noisy ones stand for, given their noise."""
+        """Clean latents that follow from noisy ones and their noise."""
         recip = extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.ndim)
         return recip * x_t - extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.ndim) * noise
 
     def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """The clean latents that noisy ones stand for, given their velocity."""
+        """Clean latents that follow from noisy ones and their velocity."""
         return self.q_sample(x_t, t, -v)
 
     def predict_eps_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """The noise in noisy latents, given their velocity."""
+        """Noise that follows from noisy latents and their velocity."""
         return self.q_sample(v, t, x_t)
 
     def predict_start(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """The clean latents that the UNet's output stands for, whatever its parameterization."""
-        predict = self.predict_start_from_v if self.parameterization == "v" else self.predict_start_from_noise
-        return predict(x_t, t, output)
-
-    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Normal:
-        """Mean, variance and log variance of the step before t, given both ends (Ho et al. 2020, eq. 6-7)."""
-        mean = extract_into_tensor(self.posterior_mean_coef1, t, x_t.ndim) * x_start
-        mean = mean + extract_into_tensor(self.posterior_mean_coef2, t, x_t.ndim) * x_t
-        variance = extract_into_tensor(self.posterior_variance, t, x_t.ndim)
-        return mean, variance, extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.ndim)
-
-    def p_mean_variance(self, x_t: Tensor, cond: Mapping, t: Tensor) -> Normal:
-        """Mean, variance and log variance of one reverse step, x0 not clipped."""
-        return self.q_posterior(self.predict_start(x_t, t, self.apply_model(x_t, t, cond)), x_t, t)
+        """Clean latents that follow from noisy ones and the UNet's output."""
+        if self.parameterization == "v":
+            return self.predict_start_from_v(x_t, t, output)
+        return self.predict_start_from_noise(x_t, t, output)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Mapping) -> Tensor:
         """The UNet's output for noisy latents (b, 4, h, w); cond["c_crossattn"] is a list of embeddings."""
@@ -232,8 +214,9 @@ class LatentDiffusion(pl.LightningModule):
             return batch[f"noise_{salt}"]
         if "seed" not in batch:
             return torch.randn_like(like, dtype=torch.float32)
-        draws = [torch.randn(like.shape[1:], generator=item_generator(int(s) + salt)) for s in batch["seed"]]
-        return torch.stack(draws).to(like.device)
+        generators = [item_generator(int(seed) + salt) for seed in batch["seed"]]
+        samples = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
+        return torch.stack(samples).to(like.device)
 
     def timesteps_of(self, batch: Mapping, count: int) -> Tensor:
         """Uniform timesteps (count,): the batch's own, or from its items' `seed`."""
@@ -242,38 +225,47 @@ class LatentDiffusion(pl.LightningModule):
         if "seed" not in batch:
             return torch.randint(0, self.num_timesteps, (count,), device=self.device)
         generators = [item_generator(int(seed) + 2) for seed in batch["seed"]]
-        draws = [torch.randint(0, self.num_timesteps, (), generator=own) for own in generators]
-        return torch.stack(draws).to(self.device)
-
-    def diffusion_loss(self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> Loss:
-        """Weighted mean square error of the UNet's output, and its parts (Ho et al. 2020, eq. 12 and 14).
-
-        With `loss_type` "l1" it is the mean absolute error.
-        """
-        target = self.get_v(x_start, noise, t) if self.parameterization == "v" else noise
-        distance = F.l1_loss if self.loss_type == "l1" else F.mse_loss
-        errors = distance(output.float(), target, reduction="none").mean(dim=(1, 2, 3))  # (b,)
-        logvar = self.logvar[t]
-        loss_vlb = (self.lvlb_weights[t] * errors).mean()
-        loss = self.l_simple_weight * (errors / logvar.exp() + logvar).mean()
-        loss = loss + self.original_elbo_weight * loss_vlb
-        return loss, {"loss_simple": errors.mean(), "loss_vlb": loss_vlb, "loss": loss}
-
-    def p_losses(self, x_start: Tensor, cond: Mapping, t: Tensor, noise: Tensor) -> Loss:
-        """Training loss at timesteps t (b,), and a dict of what to log."""
-        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
-        return self.diffusion_loss(output, x_start, t, noise)
+        samples = [torch.randint(0, self.num_timesteps, (), generator=generator) for generator in generators]
+        return torch.stack(samples).to(self.device)
 
     def shared_step(self, batch: Mapping) -> Loss:
-        """Loss and its parts for a batch."""
+        """Loss of a batch, and its parts by name."""
         x_start, cond = self.get_input(batch)
         t = self.timesteps_of(batch, len(x_start))
-        return self.p_losses(x_start, cond, t, self.noise_of(batch, x_start, salt=1))
+        return self.p_losses(x_start, cond, t, self.noise_of(batch, x_start, salt=1), batch)
+
+    def p_losses(
+        self, x_start: Tensor, cond: Mapping, t: Tensor, noise: Tensor, batch: Mapping | None = None
+    ) -> Loss:
+        """Loss of latents at timesteps t (b,), with `extra_losses` of their batch where it is given."""
+        x_noisy = self.q_sample(x_start, t, noise)
+        output = self.apply_model(x_noisy, t, cond)
+        loss = self.diffusion_loss(output, x_start, t, noise)
+        values = {"loss_simple": loss}
+        if batch is not None:
+            extra, parts = self.extra_losses(batch, x_noisy, t, output)
+            if parts:
+                loss = loss + extra
+                values |= parts
+        return loss, {**values, "loss": loss}
+
+    def diffusion_loss(self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Mean square error of the UNet's output (Ho et al. 2020, eq. 14)."""
+        target = self.get_v(x_start, noise, t) if self.parameterization == "v" else noise
+        return F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3)).mean()
+
+    def extra_losses(
+        self, batch: Mapping, x_noisy: Tensor, t: Tensor, output: Tensor
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """Weighted sum of the losses that a subclass adds to the diffusion loss, and its parts by name."""
+        return 0.0, {}
 
     def transfer_batch_to_device(self, batch: Mapping, device: torch.device, index: int) -> dict:
-        """Everything but the seeds, which only the CPU reads."""
+        """Move everything but the seeds, which only the CPU reads."""
         moved = super().transfer_batch_to_device(batch, device, index)
-        return {**moved, **({"seed": batch["seed"]} if "seed" in batch else {})}
+        if "seed" in batch:
+            moved["seed"] = batch["seed"]
+        return moved
 
     def training_step(self, batch: Mapping, batch_idx: int) -> Tensor:
         loss, values = self.shared_step(batch)

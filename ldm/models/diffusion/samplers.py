@@ -1,7 +1,7 @@
-"""Samplers: each is one function that walks from noise to an image through a list of steps.
+"""Samplers: each is one function that goes from noise to clean latents through a list of steps.
 
 A sampler takes `denoise(x, t) -> (x0, eps)`, the starting latents x (b, c, h, w), the `steps` and `noise(x)`,
-which draws standard normal noise; `before(x, step)` may change the latents before each step (inpainting).
+which returns standard normal noise; `before(x, step)` may change the latents before each step (inpainting).
 They are deterministic but for `noise`, and never clip x0.
 """
 
@@ -46,7 +46,7 @@ def make_steps(
 
 
 def keep(x: Tensor, step: Step) -> Tensor:
-    """The `before` that changes nothing."""
+    """Default for `before`: change nothing."""
     return x
 
 
@@ -106,7 +106,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, befor
 def unipc(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before=keep) -> Tensor:
     """UniPC of order 2 with B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2); ends in x0.
 
-    After each look at the network the step that led there is corrected, then the next one is predicted.
+    After each call of the network the step before it is corrected, then the next one is predicted.
     """
     history: list[tuple[float, Tensor]] = []  # half log SNR and x0 of the last two points
     start = order = previous = None

@@ -134,8 +134,10 @@ class UNetEncoder(nn.Module):
         )
 
     def _layers(self, channels: int, out_channels: int, factor: int) -> list[nn.Module]:
-        layers = [self._res_block(channels, out_channels)]
-        return layers + [self._attention(out_channels)] * (factor in self.attention_resolutions)
+        layers: list[nn.Module] = [self._res_block(channels, out_channels)]
+        if factor in self.attention_resolutions:
+            layers.append(self._attention(out_channels))
+        return layers
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """block(*inputs), activations recomputed in the backward pass if `use_checkpoint`."""

@@ -1,4 +1,4 @@
-"""Small parts shared by the diffusion networks: schedules, embeddings, norms, activation checkpointing."""
+"""Parts shared by the diffusion networks: schedules, embeddings, norms, activation checkpointing."""
 
 import math
 
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from ldm.modules.kernels import SiLUChannelsLast
 
 
 def make_beta_schedule(n_timestep: int, linear_start: float, linear_end: float) -> np.ndarray:
@@ -56,44 +58,30 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.normalized(x)
-        # CUDA's kernel gives NCHW, which a convolution would turn round forward and backward
-        return h.contiguous(memory_format=torch.channels_last) if is_by_pixel(x) else h
+        # CUDA's kernel gives NCHW, which the next convolution would convert, forward and backward
+        return h.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else h
 
     def normalized(self, x: Tensor) -> Tensor:
-        """The norm in whatever layout its kernel gives."""
+        """The norm, in the layout that the kernel gives."""
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class GroupNormSiLU(GroupNorm32):
-    """GroupNorm32, then SiLU, which gives back the input's layout in the same pass over memory."""
+    """GroupNorm32, then SiLU, which restores the input's layout in the same pass over memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.normalized(x)
-        if not is_by_pixel(x):
+        if not is_channels_last(x):
             return F.silu(h)
-        if is_by_pixel(h) or torch.compiler.is_compiling():  # a compiler fuses the copy itself
+        if is_channels_last(h) or torch.compiler.is_compiling():  # a compiler fuses the copy itself
             return F.silu(h).contiguous(memory_format=torch.channels_last)
-        return SiLUByPixel.apply(h)
+        return SiLUChannelsLast.apply(h)
 
 
-class SiLUByPixel(torch.autograd.Function):
-    """SiLU of an NCHW tensor as channels_last; the gradient goes back as NCHW."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return torch.ops.aten.silu(x, out=torch.empty_like(x, memory_format=torch.channels_last))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad, x, grad_input=torch.empty_like(x))
-
-
-def is_by_pixel(x: Tensor) -> bool:
-    """Whether (b, c, h, w) lies in memory as channels_last."""
+def is_channels_last(x: Tensor) -> bool:
+    """Tell if a map (b, c, h, w) lies in memory as channels_last."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -117,26 +105,6 @@ class Upsample(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # it would go through float32
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         return self.conv(x)
-
-
-class CastTogether(torch.autograd.Function):
-    """Weights in another type, and their gradients back, in one kernel each, not in one for each weight."""
-
-    @staticmethod
-    def forward(ctx, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-        torch._foreach_copy_(copies, weights)
-        return tuple(copies)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [gradient for gradient in gradients if gradient is not None]
-        full = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
-        if given:
-            torch._foreach_copy_(full, given)
-        rest = iter(full)
-        return None, *(None if gradient is None else next(rest) for gradient in gradients)
 
 
 def zero_module(module: nn.Module) -> nn.Module:

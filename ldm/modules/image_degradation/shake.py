@@ -35,10 +35,10 @@ def camera_shake(
 ) -> tuple[np.ndarray, Parameters]:
     """Blur uint8 RGB (h, w, 3) by a shaking camera; returns the blurred image and the parameters drawn.
 
-    The mean path of the image's points is `scale * length` pixels long, drawn log-uniformly; `shake` is that of
-    `motion_path`. On the fraction `moving_object` of the images a soft-edged region moves on its own. One half of the images is averaged in
-    linear light, with clipped highlights restored so that lights leave streaks; the other half in sRGB,
-    as GoPro's `blur` folder. `camera` are the options of `record`.
+    The mean path of the image's points is `scale * length` pixels long, drawn log-uniformly; `shake` is that
+    of `motion_path`. On the fraction `moving_object` of the images a soft-edged region moves on its own. One
+    half of the images is averaged in linear light, with clipped highlights restored so that lights leave
+    streaks; the other half in sRGB, as GoPro's `blur` folder. `camera` are the options of `record`.
     """
     check_image(image)
     pixels = scale * float(np.exp(rng.uniform(*np.log(length))))

@@ -1,15 +1,30 @@
-"""A table of metrics that survives a kill and a resume."""
+"""Logs and messages of a training run, for the plain loops (harness/run.py) and for Lightning's (cldm/)."""
 
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 from ldm.checkpoint import write_atomically
 
 
+def progress_bar(total: int, start: int, first: bool) -> tqdm:
+    """Bar over a run's optimizer steps, which stands at step `start`; only the `first` process shows it."""
+    return tqdm(total=total, initial=start, disable=not first, unit="step", dynamic_ncols=True)
+
+
+def stop_message(problem: str, last_checkpoint: Path) -> str:
+    """Message of a run that stops at a loss which is not finite."""
+    if last_checkpoint.is_file():
+        return f"training stopped: {problem}; the last good checkpoint is {last_checkpoint}"
+    return f"training stopped: {problem}; no checkpoint was saved yet"
+
+
 def as_csv(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
-    """A table with a line of names on top."""
+    """Text of a table with a line of names on top."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -18,7 +33,7 @@ def as_csv(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
 
 
 class MetricsCsv:
-    """A table with one column per metric that is on disk after every row.
+    """Table with one column per metric; every row is on disk as soon as it is appended.
 
     Opening it keeps the whole rows up to `step` and drops the rest: a run resumed there writes those again.
     Raises ValueError that names the file if it is no such table.
@@ -60,3 +75,25 @@ class MetricsCsv:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error  # a full disk names no file
+
+
+def summary(folder: Path, step: int, what_next: str, score: str = "") -> str:
+    """Last message of a run: its files, and the command to run next; `score` is that of best.ckpt."""
+    last = folder / "checkpoints" / "last.ckpt"
+    best = folder / "checkpoints" / "best.ckpt"
+    logs = folder / "logs"
+    also = f" and {best.name}{score}" if best.is_file() else ""
+    return (
+        f"finished at step {step}\n"
+        f"  checkpoints  {last}{also}\n"
+        f"  images       {folder / 'images'}\n"
+        f"  curves       {logs / 'metrics.csv'}, or: tensorboard --logdir {logs}\n"
+        f"next: {what_next}"
+    )
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], step: int) -> None:
+    """Raise ValueError that names the first weight which is not finite: it must not replace a good file."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"weight {name} is not finite at step {step}: not saved, the old files stay")
