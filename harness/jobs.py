@@ -21,7 +21,8 @@ from harness.profile import PROFILE, cost_lines, measure, weights_lines, write_p
 from harness.settings import plain
 from ldm import checkpoint
 from ldm.checkpoint import repository_path
-from ldm.data.image import EXTENSIONS, list_images, over_white, side_by_side, to_8_bit
+from ldm.data.decode import to_8_bit
+from ldm.data.image import EXTENSIONS, list_images, over_white, side_by_side
 from ldm.data.picture import Picture, check_fits, make_record, read_picture, read_record, write_picture
 from ldm.device import choose_device, describe_start
 from ldm.tiling import fill_hidden

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ldm.data.image import DAMAGED, decode
+from ldm.data.decode import DAMAGED, decode
 from web.workshop import PREVIEW
 
 

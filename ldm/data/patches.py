@@ -7,7 +7,8 @@ import h5py
 import numpy as np
 
 from ldm.data.crop import at_least
-from ldm.data.image import DamagedImage, list_images
+from ldm.data.decode import DamagedImage
+from ldm.data.image import list_images
 from ldm.data.paired import CropDataset, Crops, ImageFiles
 from ldm.data.stream import Key, split_key
 
