@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +23,7 @@ from ldm.checkpoint import repository_path
 from ldm.data.decode import to_8_bit
 from ldm.data.image import EXTENSIONS, list_images, over_white, side_by_side
 from ldm.data.picture import Picture, check_fits, make_record, read_picture, read_record, write_picture
+from ldm.data.shards import share_of
 from ldm.device import choose_device, describe_start
 from ldm.tiling import fill_hidden
 from ldm.util import listing, settle_precision
@@ -301,21 +301,6 @@ def profile_one(files: Files, restore: Restorer, source: Path) -> dict:
     profile["checkpoint"] = checkpoint.describe(files.weights())
     write_profile(files.output_dir / PROFILE, profile)
     return profile
-
-
-def parse_shard(shard: str) -> tuple[int, int]:
-    """`2/4` -> (2, 4). Raises ValueError for anything else than i/n with 1 <= i <= n."""
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    i, n = (int(number) for number in found.groups()) if found else (0, 0)
-    if not 1 <= i <= n:
-        raise ValueError(f"--shard must be i/n with i from 1 to n, such as 2/4, not {shard}")
-    return i, n
-
-
-def share_of(items: Sequence, shard: str) -> Sequence:
-    """Every n-th item from the i-th on, for a shard `i/n`: n processes have each item exactly once."""
-    i, n = parse_shard(shard)
-    return items[i - 1 :: n]
 
 
 def check_output(folder: Path) -> None:

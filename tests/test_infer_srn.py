@@ -115,7 +115,7 @@ def test_shards_have_every_picture_once(photos, weights, capsys):
     assert "1 made, 0 kept (unchanged)" in seen[1] and "of all 3, 3 are there" in seen[1]
     assert "0 made, 2 kept (unchanged)" in seen[2]
     for shard in ("3/2", "0/2", "1", "a/b", "-1/2"):
-        with pytest.raises(ValueError, match=f"--shard must be i/n .* not {shard}"):
+        with pytest.raises(ValueError, match=f"shard must be i/n .* not {shard}"):
             infer.restore_files(command(photos, weights, shard=shard))
     infer.restore_files(
         command(photos, weights, shard="5/9", output_dir=photos.parent / "none")

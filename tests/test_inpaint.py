@@ -351,7 +351,7 @@ def test_the_command_fills_a_folder(weights, tmp_path, capsys):
         infer.restore_files(replace(settings, seed=2))
     printed = capsys.readouterr().out
     assert "1 made, 0 kept (unchanged), 0 left out, 1 failed" in printed
-    assert "a_mask.png is 32x64, its picture 64x64" in printed
+    assert "a_mask.png is 32x64, its image 64x64" in printed
     infer.restore_files(
         replace(settings, input_mask=tmp_path / "masks" / "b.png", output_dir=tmp_path / "one")
     )
