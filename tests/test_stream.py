@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness.loading import make_loader
 from ldm.data import stream
-from ldm.data.image import DamagedImage
+from ldm.data.decode import DamagedImage
 from ldm.data.stream import Readable, SampleStream, first_samples, item_generator, item_seed, readable
 
 
