@@ -1,9 +1,9 @@
 """Pairs of a blurry and a sharp image: finding them on disk, checking them, splitting them by scene."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
@@ -38,7 +38,8 @@ def find_pairs(
 ) -> list[Pair]:
     """Find pairs, in natural order. `source` is one of:
 
-    - a folder (or lmdb), with `sharp_dir` another: files of the same relative path and stem are pairs;
+    - a folder (or lmdb), with `sharp_dir` another: files of the same relative path are pairs, whatever their
+      extensions (see match_folders);
     - a folder made by tool_make_deblur_dataset.py, or its blur_types.json (any .json or .jsonl);
     - a tree: every folder at or below `source` that holds one folder of blurry and one of sharp images, by
       words in their names (LAYOUTS in ldm/data/scenes.py);
@@ -55,7 +56,8 @@ def find_pairs(
     source = _located(Path(source), data_root)
     names_tell = True
     if sharp_dir is not None:
-        names_tell = _check_names(source, Path(sharp_dir))
+        sides = (side(source.name), side(Path(sharp_dir).name))
+        names_tell = sides in (("blurry", "sharp"), ("blurry", ""), ("", "sharp"))
         pairs = _grouped(match_folders(source, sharp_dir), Path(sharp_dir))
     elif source.is_dir():
         file = source / JSONL
@@ -86,15 +88,13 @@ def _located(source: Path, data_root: str | Path | None) -> Path:
 
 
 def match_folders(blurry_dir: str | Path, sharp_dir: str | Path) -> list[Paths]:
-    """Pairs of images of the same relative path and stem in two folders.
+    """Pairs of images of one relative path in two folders, but for extensions and words of the sides.
 
-    If no two have the same, blur_1 and gt_1 are partners too (RealBlur), and the only images of two folders
-    (RSBlur). Raises ValueError if the two are one folder, or for images without a partner.
+    So a/blur_1.png and a/gt_1.png are partners, and so are the only images of two folders (RSBlur). Raises
+    ValueError if the two are one folder, or for images without a partner.
     """
     check_apart(blurry_dir, sharp_dir)
-    blurry, sharp = _by_name(Path(blurry_dir)), _by_name(Path(sharp_dir))
-    if not blurry.keys() & sharp.keys():
-        blurry, sharp = _by_name(Path(blurry_dir), place), _by_name(Path(sharp_dir), place)
+    blurry, sharp = _by_place(Path(blurry_dir)), _by_place(Path(sharp_dir))
     if len(blurry) == len(sharp) == 1:
         return [(*blurry.values(), *sharp.values())]
     single = [path for name, path in blurry.items() if name not in sharp]
@@ -103,14 +103,10 @@ def match_folders(blurry_dir: str | Path, sharp_dir: str | Path) -> list[Paths]:
     return [(path, sharp[name]) for name, path in blurry.items()]
 
 
-def _stem(path: PurePath) -> PurePath:
-    return path.with_suffix("")
-
-
-def _by_name(folder: Path, name_of: Callable[[PurePath], PurePath] = _stem) -> dict[str, Path]:
+def _by_place(folder: Path) -> dict[PurePosixPath, Path]:
     paths = {}
     for path in list_images(folder):
-        name = name_of(path.relative_to(folder)).as_posix()
+        name = place(path.relative_to(folder))
         if name in paths:
             raise ValueError(f"two images of one name in {folder}: {paths[name].name} and {path.name}")
         paths[name] = path
@@ -235,16 +231,6 @@ def sharp_pairs(folder: str | Path | None) -> list[Pair]:
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
-
-
-def _check_names(blurry_dir: Path, sharp_dir: Path) -> bool:
-    """True if the names of two folders tell their sides. Raises ValueError if they tell the contrary."""
-    sides = (side(blurry_dir.name), side(sharp_dir.name))
-    if sides == ("sharp", "blurry"):
-        raise ValueError(
-            f"{blurry_dir} holds sharp images by its name and {sharp_dir} blurry ones: exchange them"
-        )
-    return sides in (("blurry", "sharp"), ("blurry", ""), ("", "sharp"))
 
 
 def _check_sharpness(pairs: Sequence[Pair], source: Path) -> None:
