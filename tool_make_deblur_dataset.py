@@ -109,6 +109,7 @@ def make_dataset(settings: Settings) -> Summary:
         write_records(own_list, [records[n] for n in sorted(records) if n % count == number - 1])
 
     saved = time.monotonic()
+    read_source.cache_clear()  # the files may be others than those of an earlier call
     try:
         for index, record, not_used in tqdm(
             load(todo, settings, paths), "pairs", len(mine), initial=summary.kept

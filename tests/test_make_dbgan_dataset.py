@@ -280,5 +280,5 @@ def test_shards_are_joined_by_the_last(folders, capsys):
     assert np.array_equal(dataset[7], whole["sharp"][7])
     with pytest.raises(ValueError, match="shard must be i/n .* not 3/2"):
         tool.main(settings(folders, shard="3/2", blur_train_path=folders / "new.h5"))
-    with pytest.raises(ValueError, match="fewer pictures than shards"):
+    with pytest.raises(ValueError, match="fewer images than shards"):
         tool.main(settings(folders, shard="3/3", blur_train_path=folders / "new.h5"))
