@@ -1,6 +1,5 @@
 import multiprocessing
 import pickle
-import sys
 
 import cv2
 import h5py
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 
 import tool_make_dbgan_dataset as tool
-from harness.settings import run_main
 from harness.training_data import HeldOutPatches
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.patches import Patches, SourceDataset, open_patches
@@ -195,29 +193,6 @@ def test_bad_files(folders):
         Patches(path, "sharp")
 
 
-def test_the_sharpest_of_several_crops_is_taken():
-    image = np.full((64, 256, 3), 90, np.uint8)
-    image[:, 192:] = np.random.default_rng(0).integers(0, 255, (64, 64, 3))  # a quarter has details
-
-    class Source:
-        def __len__(self):
-            return 1
-
-        def __getitem__(self, key):
-            return image
-
-        def name(self, key):
-            return ""
-
-    def detailed(candidates):
-        dataset = SourceDataset(Source(), Source(), 32, seed=0, augment=True, candidates=candidates)
-        items = [dataset[epoch, 0] for epoch in range(60)]
-        return [sum(item[kind].std() > 0.1 for item in items) for kind in ("sharp", "blurry")]
-
-    (sharp, blurry), (best, other) = detailed(1), detailed(8)
-    assert best > 50 > 30 > sharp and max(blurry, other) < 40
-
-
 def test_photographs_are_parted_by_their_focus(tmp_path):
     """What is out of focus beside what is in focus becomes `blur`; what is flat or always soft does not."""
     sharp = read_image(photographs(("coffee.png",))[0])[:384, :256]
@@ -244,18 +219,6 @@ def test_photographs_are_parted_by_their_focus(tmp_path):
         tool.main(tool.Settings(**chosen, **paths))
     with pytest.raises(ValueError, match="no --blur_train_data then"):
         tool.main(tool.Settings(**chosen, **paths, blur_train_data=tmp_path))
-
-
-def test_the_command_line(folders, monkeypatch, capsys):
-    given = vars(settings(folders, unpaired=True))
-    words = [f"--{key}={value}" for key, value in given.items() if key != "by_focus"]
-    monkeypatch.setattr(sys, "argv", ["tool_make_dbgan_dataset.py", *words])
-    run_main(tool.main, tool.Settings)
-    assert "valid.h5 is written: 12 sharp and 12 blurry patches" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["tool_make_dbgan_dataset.py"])
-    with pytest.raises(SystemExit, match="1"):
-        run_main(tool.main, tool.Settings)
-    assert capsys.readouterr().err.startswith("error: give --deblur_train_data")
 
 
 def test_shards_are_joined_by_the_last(folders, capsys):

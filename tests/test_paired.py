@@ -277,17 +277,15 @@ def test_colour_jitter_is_one_affine_map_for_both(same_pairs):
     assert max(strengths) < 1e-12
 
 
-def test_small_pictures_are_scaled_up_not_padded(tmp_path):
+def test_small_images_are_scaled_up_not_padded(tmp_path):
     for side in ("blur", "sharp"):
         (tmp_path / side).mkdir()
         write_image(tmp_path / side / "1.png", np.full((10, 30, 3), 200, np.uint8))
     item = PairedDataset(find_pairs(tmp_path), size=24, seed=0, augment=True)[0]
     assert item["sharp"].shape == (3, 24, 24)
     assert torch.allclose(item["sharp"], torch.full((3, 24, 24), 200 / 127.5 - 1))
-    photo = read_image(photographs(("chelsea.png",))[0])
-    assert at_least(photo[:20, :50], 64).shape == (64, 160, 3)
-    assert at_least(photo[:50, :21], 64).shape[1] == 64
-    assert at_least(photo, 64) is photo
+    photo = np.zeros((50, 21, 3), np.uint8)
+    assert at_least(photo, 64).shape == (152, 64, 3) and at_least(photo, 21) is photo
 
 
 def test_items_are_the_same_from_any_worker_and_after_a_resume(same_pairs):
@@ -373,15 +371,6 @@ def test_borders_of_a_crop_are_true():
     assert blurry[:, -1].max() == 0
     alone = paired.blur_crop(sharp, Crop(0, 0, 48, 48), np.random.default_rng(0), ["gaussian_blur"], noise=0)
     assert alone[0].max() == 0
-
-
-def test_sharp_source_may_be_anything_with_a_name():
-    files = ImageFiles(photographs(), cache=True)
-    one = BlurDataset(files, size=32, seed=0)[3]
-    other = BlurDataset(photographs(), size=32, seed=0)[3]
-    assert torch.equal(one["blurry"], other["blurry"]) and one["path"] == other["path"]
-    with pytest.raises(ValueError, match="zoom"):
-        BlurDataset(files, size=32, seed=0, blur_types=["zoom"])
 
 
 def test_sharp_pictures_of_a_tree_and_of_a_folder(tmp_path):
