@@ -1,4 +1,4 @@
-"""Make pairs of sharp and blurry pictures from photographs, for training a deblurring network.
+"""Make pairs of sharp and blurry images from photos, for training a deblurring network.
 
     python tool_make_deblur_dataset.py --source_dir PHOTOS --output_dir ./training/deblur --num_samples 10000
 
@@ -6,241 +6,250 @@ writes, in the output folder,
 
     clear_images/clear_000000.png, blur_images/blur_000000.png, ...
     blur_types.json    one JSON object a line: clear_image, blur_image, blur_type, source, parameters
-    preview.png        some pairs to look at, blurry on the left
+    preview.png        some pairs of each blur type, blurry on the left
 
-Without --source_dir the photographs inside scikit-image serve. Sample number i is the same, byte for byte,
-for the same seed and sources, whatever the number of workers or samples: the same command continues where it
-stopped, and a larger --num_samples adds to what is there.
+Without --source_dir the photos inside scikit-image serve. Sample number i is the same, byte for byte, for the
+same seed and sources, whatever the number of workers or samples: the same command continues where it stopped,
+and a larger --num_samples adds to what is there.
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from hashlib import sha256
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
+import torch
 import tyro
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from harness.jobs import parse_shard, share_of
-from harness.settings import check_counts, check_fractions, run_main
-from ldm.checkpoint import write_atomically
-from ldm.data.image import list_images, photographs, read_image, write_image
+from harness.flags import Count, Fraction, Range, Whole
+from harness.settings import check_ranges, run_main
+from ldm.data.crop import Crop, at_least, sharpness
+from ldm.data.image import list_images, photographs, read_image, write_image, write_whole
 from ldm.data.lists import json_lines
-from ldm.data.paired import at_least, blur_crop, sharpness
+from ldm.data.paired import blur_crop
 from ldm.data.pairs import JSONL
+from ldm.data.shards import check_made_from, digest, parse_shard, part_paths, share_of
 from ldm.data.stream import SampleStream
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types
 
 PNG_LEVEL = 2  # a third of the time of level 6, files 8% larger
-# Settings that may differ from those a folder was begun with.
-NOT_IN_PICTURES = ("source_dir", "output_dir", "num_samples", "workers", "shard")
+SAVE_EVERY = 20  # seconds between two savings of the list: a killed run loses no more
+REPORTED = 20  # unusable sources that are named at the end
+IN_IMAGES = ("image_size", "sharpest_of", "blur_types", "blur_scale", "jpeg_probability", "seed")
 
 
 @dataclass
 class Settings:
-    """Make pairs of blurry and sharp pictures from sharp photographs."""
+    """Make pairs of blurry and sharp images from sharp photos."""
 
-    source_dir: str | None = None  # photographs, here and below; None takes those inside scikit-image
-    output_dir: str = "./training/deblur"  # what is there already is kept
-    num_samples: int = 1000  # pairs
-    image_size: int = 512  # pixels; each picture is a random square of a photograph, scaled down to this
-    small_images: Literal["upscale", "skip"] = "upscale"  # what happens to photographs below image_size
-    sharpest_of: int = 1  # squares are drawn for each pair, of which the sharpest is taken
-    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # drawn evenly
-    blur_scale: float = 1.0  # multiplies all blur sizes; 1 suits pictures of 256 to 1024 pixels
-    jpeg_probability: float = 0.0  # part of the blurry pictures that went through a JPEG of quality 60 to 95
-    seed: int = 0  # of the squares and the blurs
-    shard: str = "1/1"  # i/n: only every n-th pair from the i-th on, for n processes on one folder
-    # processes; 0 takes one for each processor core
-    workers: Annotated[int, tyro.conf.arg(aliases=["--num_workers"])] = 0
+    # ---- data
+    source_dir: str | None = None  # folder of photos, with its subfolders; default: those inside scikit-image
+    output_dir: str = "./training/deblur"  # folder of the data set; samples that are there are kept
+    num_samples: Count = 1000  # number of pairs in the whole data set
+    image_size: Annotated[int, Range(16)] = 512  # width and height of the images in pixels
+    sharpest_of: Count = 1  # number of random squares of a photo of which the sharpest is taken
+    seed: Whole = 0  # random seed of the squares and the blurs
+
+    # ---- blur
+    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # kinds of blur, all equally frequent
+    blur_scale: Annotated[float, Range(1e-6)] = (
+        1.0  # factor of all blur sizes, 1 suits images of 256 to 1024 px
+    )
+    jpeg_probability: Fraction = 0.0  # fraction of the blurry images that are JPEGs of quality 60 to 95
+
+    # ---- processes
+    # number of worker processes on this machine, 0 for one on each processor core
+    workers: Annotated[Whole, tyro.conf.arg(aliases=["--num_workers"])] = 0
+    shard: str = "1/1"  # i/n for n commands on one folder: this one makes every n-th pair from the i-th on
 
 
 @dataclass
 class Summary:
-    """Samples made now, samples that were there, and the sources not used with the reason."""
+    """Counts of samples made now, there before and left to other shards; unused sources with the reason."""
 
     made: int = 0
     kept: int = 0
-    missing: int = 0  # those that other shards have yet to make
+    missing: int = 0
     not_used: dict[str, str] = field(default_factory=dict)
 
 
 def make_dataset(settings: Settings) -> Summary:
-    """Write the data set, or what is missing of it.
+    """Write the data set, or the missing part of it.
 
-    Raises ValueError for settings that cannot be or that differ from those the folder was begun with, and
+    Raises ValueError for settings out of range or other than those the folder was begun with, and
     FileNotFoundError if there are no sources.
     """
-    check(settings)
+    # Settings, sources and samples that are there
+    check_ranges(settings)
+    check_blur_types(settings.blur_types)
     mine = share_of(range(settings.num_samples), settings.shard)
     paths = list_images(settings.source_dir) if settings.source_dir else photographs()
     folder = Path(settings.output_dir)
     for name in ("clear_images", "blur_images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     claim(folder, settings, paths)
-
     records = finished(folder)
     todo = [index for index in mine if index not in records]
     summary = Summary(kept=len(mine) - len(todo))
-    saved, cost = time.monotonic(), 0.0
+
+    # Samples, in the order of their numbers; the list is saved now and then
+    number, count = parse_shard(settings.shard)
+    own_list = folder / JSONL if count == 1 else part_paths(folder / JSONL, count)[number - 1]
+
+    def save_list() -> None:
+        write_records(own_list, [records[n] for n in sorted(records) if n % count == number - 1])
+
+    saved = time.monotonic()
+    read_source.cache_clear()  # the files may be others than those of an earlier call
     try:
         for index, record, not_used in tqdm(
-            run(todo, Maker(settings, paths)), "pairs", len(mine), initial=summary.kept, unit="pair"
+            load(todo, settings, paths), "pairs", len(mine), initial=summary.kept
         ):
             records[index] = record
             summary.made += 1
             summary.not_used |= not_used
-            if time.monotonic() - saved > 5 + 20 * cost:  # a killed run loses seconds
-                start = time.monotonic()
-                write_records(folder, records, settings.shard)
-                saved, cost = time.monotonic(), time.monotonic() - start
+            if time.monotonic() - saved > SAVE_EVERY:
+                save_list()
+                saved = time.monotonic()
     finally:
-        write_records(folder, records, settings.shard)
+        save_list()
+
+    # The whole list and the preview: by the last shard, or by two at once with the same content
     records = finished(folder)
-    summary.missing = settings.num_samples - len(records.keys() & {*range(settings.num_samples)})
-    if not summary.missing:  # the last shard, or two at once with the same content
-        write_records(folder, records, settings.shard, JSONL)
+    summary.missing = sum(index not in records for index in range(settings.num_samples))
+    if not summary.missing:
+        write_records(folder / JSONL, [records[n] for n in sorted(records)])
         write_preview(folder, records)
     return summary
 
 
-def check(settings: Settings) -> None:
-    """Raise ValueError for numbers out of range or unknown blur types."""
-    check_blur_types(settings.blur_types)
-    check_counts(settings, "num_samples sharpest_of")
-    check_counts(settings, "image_size", least=16)
-    check_counts(settings, "workers seed", least=0)
-    check_fractions(settings, "jpeg_probability")
-    if settings.blur_scale <= 0:
-        raise ValueError(f"blur_scale must be positive, got {settings.blur_scale}")
-
-
 def claim(folder: Path, settings: Settings, paths: list[Path]) -> None:
-    """Note in the folder what its pictures depend on; ValueError if it was begun with something else."""
-    wanted = {key: value for key, value in asdict(settings).items() if key not in NOT_IN_PICTURES}
-    names = "\n".join(source_name(path, settings) for path in paths)
-    wanted |= {"blur_types": list(settings.blur_types), "sources": sha256(names.encode()).hexdigest()[:16]}
+    """Note in the folder what its images depend on; ValueError if it was begun with something else."""
+    wanted = {name: asdict(settings)[name] for name in IN_IMAGES} | {"blur_types": list(settings.blur_types)}
+    wanted["sources"] = digest(source_name(path, settings) for path in paths)
     file = folder / "settings.json"
     if not file.exists():
-        return write_apart(file, json.dumps(wanted, indent=1), settings.shard)
+        return write_whole(file, lambda temporary: temporary.write_text(json.dumps(wanted, indent=1)))
     try:
-        given = asdict(Settings()) | dict(json.loads(file.read_text()))  # older files lack newer settings
+        before = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}; take a new --output_dir") from error
-    now = [f"{key} {given.get(key)} -> {new}" for key, new in wanted.items() if given.get(key) != new]
-    if now := ", ".join(now):
-        raise ValueError(f"{folder} was begun with other settings ({now}): take a new --output_dir")
+        raise ValueError(f"{file} is damaged: {error}; take another output folder") from error
+    check_made_from(folder, before, wanted)
 
 
 def source_name(path: Path, settings: Settings) -> str:
     return path.relative_to(settings.source_dir).as_posix() if settings.source_dir else path.name
 
 
-# ---- one sample --------------------------------------------------------------------------------------------
+# ---- samples -----------------------------------------------------------------------------------------------
 
 
-class Maker:
+def load(todo: list[int], settings: Settings, paths: list[Path]) -> DataLoader:
+    """The samples of `todo`, in this order, from as many processes as the settings say."""
+    workers = min(settings.workers or os.cpu_count() or 1, max(1, len(todo)))
+    return DataLoader(
+        Maker(settings, paths),
+        batch_size=None,
+        sampler=todo,
+        num_workers=workers if workers > 1 else 0,
+        collate_fn=unchanged,
+        worker_init_fn=use_one_thread,
+        generator=torch.Generator(),  # the global one belongs to the script that calls this
+    )
+
+
+def unchanged(sample: tuple) -> tuple:
+    return sample
+
+
+def use_one_thread(worker: int) -> None:
+    cv2.setNumThreads(0)  # the processes are the parallelism (1 would wait for threads of the parent)
+
+
+class Maker(Dataset):
     """Makes sample `index`, in whatever process, from nothing but the settings and the list of sources."""
 
     def __init__(self, settings: Settings, paths: list[Path]):
         self.settings, self.paths = settings, paths
-        self.read = lru_cache(maxsize=16)(read_image)
 
-    def __call__(self, index: int) -> tuple[int, dict, dict[str, str]]:
-        """Write both pictures; index, record, and the sources that had to be passed over with the reason."""
-        settings, folder = self.settings, Path(self.settings.output_dir)
-        rng = np.random.default_rng([settings.seed, index])
+    def __len__(self) -> int:
+        return self.settings.num_samples
+
+    def __getitem__(self, index: int) -> tuple[int, dict, dict[str, str]]:
+        """Write both images: index, line of the list, sources that were passed over with the reason."""
+        folder = Path(self.settings.output_dir)
         image, path, not_used = self.source(index)
-        sharp, blurry, blur_type, parameters = make_pair(image, rng, settings)
-        names = {"clear_image": f"clear_images/clear_{index:06d}.png"}
-        names["blur_image"] = f"blur_images/blur_{index:06d}.png"
-        write_image(folder / names["clear_image"], sharp, PNG_LEVEL)
-        write_image(folder / names["blur_image"], blurry, PNG_LEVEL)
-        source = source_name(path, settings)
-        return index, {**names, "blur_type": blur_type, "source": source, "parameters": parameters}, not_used
+        rng = np.random.default_rng([self.settings.seed, index])
+        sharp, blurry, blur_type, parameters = make_pair(image, rng, self.settings)
+        record = {
+            "clear_image": f"clear_images/clear_{index:06d}.png",
+            "blur_image": f"blur_images/blur_{index:06d}.png",
+            "blur_type": blur_type,
+            "source": source_name(path, self.settings),
+            "parameters": parameters,
+        }
+        write_image(folder / record["clear_image"], sharp, PNG_LEVEL)
+        write_image(folder / record["blur_image"], blurry, PNG_LEVEL)
+        return index, record, not_used
 
     def source(self, index: int) -> tuple[np.ndarray, Path, dict[str, str]]:
-        """The photograph of sample `index`: every one once, in random order, then again in another order.
+        """The photo of sample `index`: every one once, in random order, then again in another order.
 
-        Where one cannot be used the next in that order stands in.
+        Where one cannot be read the next in that order stands in.
         """
         not_used = {}
         end = index + 2 * len(self.paths)  # every source comes at least once
         for _, candidate in SampleStream(len(self.paths), self.settings.seed, start=index, total=end):
             path = self.paths[candidate]
             try:
-                image = self.read(path)
+                return read_source(path), path, not_used
             except (ValueError, OSError) as error:
                 not_used[str(path)] = str(error)
-                continue
-            if self.settings.small_images == "upscale" or min(image.shape[:2]) >= self.settings.image_size:
-                return image, path, not_used
-            not_used[str(path)] = f"smaller than {self.settings.image_size} pixels: {path}"
         raise ValueError(f"no source can be used; the first: {next(iter(not_used.values()))}")
+
+
+@lru_cache(maxsize=16)
+def read_source(path: Path) -> np.ndarray:
+    return read_image(path)
 
 
 def make_pair(
     image: np.ndarray, rng: np.random.Generator, settings: Settings
-) -> tuple[np.ndarray, np.ndarray, str, dict]:
+) -> tuple[np.ndarray, np.ndarray, str, dict[str, Any]]:
     """A random square of uint8 (h, w, 3), scaled to image_size: sharp, blurry, blur type, blur parameters."""
-    size = settings.image_size
-    image = at_least(image, size)
-    squares = [random_square(image, rng, size) for _ in range(settings.sharpest_of)]
-    if len(squares) > 1:  # in photographs of a shallow focus most are blurred already
-        squares.sort(key=lambda s: sharpness(s[0][s[1] : s[1] + size, s[2] : s[2] + size]))
-    image, y, x = squares[-1]
-    options = {"scale": settings.blur_scale, "jpeg_probability": settings.jpeg_probability}
-    blurry, sharp, blur_type, parameters = blur_crop(image, y, x, size, rng, settings.blur_types, **options)
-    return sharp, blurry, blur_type, parameters
+    image = at_least(image, settings.image_size)
+    squares = [random_square(image, rng, settings.image_size) for _ in range(settings.sharpest_of)]
+    if len(squares) > 1:  # in photos of a shallow focus most are blurred already
+        squares.sort(key=lambda square: sharpness(square[1].cut(square[0])))
+    image, crop = squares[-1]
+    blurry, blur_type, parameters = blur_crop(
+        image,
+        crop,
+        rng,
+        settings.blur_types,
+        scale=settings.blur_scale,
+        jpeg_probability=settings.jpeg_probability,
+    )
+    return crop.cut(image), blurry, blur_type, parameters
 
 
-def random_square(image: np.ndarray, rng: np.random.Generator, size: int) -> tuple[np.ndarray, int, int]:
-    """The picture scaled down at random, and the corner of a square of `size` pixels in it."""
+def random_square(image: np.ndarray, rng: np.random.Generator, size: int) -> tuple[np.ndarray, Crop]:
+    """The image scaled down at random, and a square of `size` pixels in it."""
     height, width = image.shape[:2]
     side = math.exp(rng.uniform(math.log(size), math.log(min(height, width))))
-    target = max(size, round(width * size / side)), max(size, round(height * size / side))
+    target = (max(size, round(width * size / side)), max(size, round(height * size / side)))
     if target != (width, height):
         image = cv2.resize(image, target, interpolation=cv2.INTER_AREA)
-    y, x = (int(rng.integers(length - size + 1)) for length in image.shape[:2])
-    return image, y, x
-
-
-# ---- many samples ------------------------------------------------------------------------------------------
-
-
-def run(todo: list[int], maker: Maker) -> Iterator[tuple[int, dict, dict[str, str]]]:
-    """The samples of `todo`, in this order, from as many processes as the settings say."""
-    workers = min(maker.settings.workers or os.cpu_count() or 1, max(1, len(todo)))
-    if workers == 1:
-        yield from map(maker, todo)
-        return
-    first = {"initializer": start_worker, "initargs": (maker.settings, maker.paths)}
-    with ProcessPoolExecutor(workers, **first) as pool:
-        try:
-            yield from pool.map(work, todo, chunksize=4)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def start_worker(settings: Settings, paths: list[Path]) -> None:
-    global maker_of_process
-    maker_of_process = Maker(settings, paths)
-    cv2.setNumThreads(0)  # the processes are the parallelism (1 would wait for threads the fork left behind)
-
-
-def work(index: int) -> tuple[int, dict, dict[str, str]]:
-    return maker_of_process(index)
+    return image, Crop.random(image.shape, size, rng)
 
 
 # ---- the list of samples -----------------------------------------------------------------------------------
@@ -248,44 +257,36 @@ def work(index: int) -> tuple[int, dict, dict[str, str]]:
 
 def finished(folder: Path) -> dict[int, dict]:
     """Records of the samples that are on disk, by index, of all shards."""
-    lists = [path for path in (folder / JSONL, *folder.glob(f"{JSONL}.*-of-*")) if path.exists()]
-    records = [record for path in lists for _, record in json_lines(path)]
-    whole = [r for r in records if all((folder / r[key]).is_file() for key in ("clear_image", "blur_image"))]
-    return {int(Path(record["clear_image"]).stem.rpartition("_")[2]): record for record in whole}
+    records = {}
+    stem, suffix = Path(JSONL).stem, Path(JSONL).suffix
+    for path in (folder / JSONL, *folder.glob(f"{stem}.*-of-*{suffix}")):
+        for _, record in json_lines(path) if path.exists() else ():
+            if (folder / record["clear_image"]).is_file() and (folder / record["blur_image"]).is_file():
+                records[int(Path(record["clear_image"]).stem.rpartition("_")[2])] = record
+    return records
 
 
-def write_records(folder: Path, records: dict[int, dict], shard: str, name: str = "") -> None:
-    """Write the list, or while shards are at work those of one to a list of its own, or to `name`."""
-    i, n = parse_shard(shard)
-    if n > 1 and not name:
-        records = {index: record for index, record in records.items() if index % n == i - 1}
-        name = f"{JSONL}.{i}-of-{n}"
-    lines = "".join(json.dumps(records[index], ensure_ascii=False) + "\n" for index in sorted(records))
-    write_apart(folder / (name or JSONL), lines, shard)
-
-
-def write_apart(path: Path, text: str, shard: str) -> None:
-    """Write a text atomically, also if other shards do so at once."""
-    own = path.with_name(f"{path.name}.{shard.replace('/', '_')}")
-    write_atomically(own, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    os.replace(own, path)
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """Write a list of samples, also while other shards do so."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_preview(folder: Path, records: dict[int, dict], rows: int = 4, side: int = 256) -> None:
-    """Pairs of each blur type side by side, blurry first: one column of pairs a type."""
+    """Write an image of pairs of each blur type, blurry first: one column of pairs a type."""
     by_type: dict[str, list[dict]] = {}
     for index in sorted(records):
         by_type.setdefault(records[index]["blur_type"], []).append(records[index])
-    columns = []
-    for name in sorted(by_type):
-        shown = []
-        for record in by_type[name][:rows]:
-            pair = [read_image(folder / record[key]) for key in ("blur_image", "clear_image")]
-            small = [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in pair]
-            shown.append(np.hstack(small))
-        shown += [np.full_like(shown[0], 255)] * (rows - len(shown))
-        columns.append(np.vstack(shown))
-    write_image(folder / "preview.png", np.hstack(columns))
+    sheet = np.full((rows * side, 2 * side * len(by_type), 3), 255, np.uint8)
+    for column, name in enumerate(sorted(by_type)):
+        for row, record in enumerate(by_type[name][:rows]):
+            for half, key in enumerate(("blur_image", "clear_image")):
+                image = cv2.resize(
+                    read_image(folder / record[key]), (side, side), interpolation=cv2.INTER_AREA
+                )
+                left = (2 * column + half) * side
+                sheet[row * side : (row + 1) * side, left : left + side] = image
+    write_image(folder / "preview.png", sheet)
 
 
 def main(settings: Settings) -> None:
@@ -297,11 +298,9 @@ def main(settings: Settings) -> None:
     else:
         print(f"look at: {folder / 'preview.png'}")
     if summary.not_used:
-        print(f"{len(summary.not_used)} sources were not used:")
-        for reason in islice(summary.not_used.values(), 20):
+        print(f"{len(summary.not_used)} sources were not used, such as:")
+        for reason in list(summary.not_used.values())[:REPORTED]:
             print(f"  {reason}")
-        if len(summary.not_used) > 20:
-            print(f"  and {len(summary.not_used) - 20} more")
     print(f"next: python tutorial_train_deblur.py --data_root {settings.output_dir}")
 
 

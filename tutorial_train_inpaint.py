@@ -58,8 +58,9 @@ from harness.logs import summary
 from harness.run import last_checkpoint
 from harness.settings import check_optimizer, check_ranges, plain, run_main
 from ldm.checkpoint import write_weights
+from ldm.data.crop import ScaledCrop
 from ldm.data.image import photographs, read_image, side_by_side, write_image
-from ldm.data.inpaint import CocoInpaintingDataset, MaskType, Window
+from ldm.data.inpaint import CocoInpaintingDataset, MaskType
 from ldm.data.masks import check_masks, list_photographs
 from tool_export_control import control_alone
 
@@ -287,7 +288,7 @@ def cut_photographs(folder: Path, count: int, size: int = 128) -> None:
         y, x = (int(rng.integers(length - side + 1)) for length in image.shape[:2])
         square = image[y : y + side, x : x + side]
         if not (folder / f"{n:03d}.png").is_file():
-            write_image(folder / f"{n:03d}.png", Window.draw(square.shape[:2], size, None).cut(square))
+            write_image(folder / f"{n:03d}.png", ScaledCrop.fit(square.shape, size).cut(square))
 
 
 def score_item(item: dict, filled: np.ndarray) -> dict[str, float]:

@@ -36,9 +36,9 @@ from harness import flags
 from harness.run import Run, average_gradients, start_fabric
 from harness.settings import check_ranges, plain, run_main
 from ldm.checkpoint import MODELS, read_trained, write_atomically, write_half
+from ldm.data.crop import at_least, sharpness
 from ldm.data.dead_leaves import dead_leaves
 from ldm.data.image import list_images, photographs, read_image, to_tensor, to_uint8, write_image
-from ldm.data.paired import at_least, sharpness
 from ldm.data.stream import item_generator, item_seed
 from ldm.metrics import psnr
 from ldm.models.autoencoder import AutoencoderKL

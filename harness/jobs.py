@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -21,8 +20,10 @@ from harness.profile import PROFILE, cost_lines, measure
 from harness.provenance import Provenance
 from harness.settings import check_ranges, plain
 from ldm import checkpoint
-from ldm.data.image import list_images, over_white, side_by_side, to_8_bit
+from ldm.data.decode import to_8_bit
+from ldm.data.image import list_images, over_white, side_by_side
 from ldm.data.picture import Picture, check_fits, read_note, read_picture, write_picture
+from ldm.data.shards import share_of
 from ldm.device import choose_device, describe_start
 from ldm.tiling import fill_hidden
 from ldm.util import listing, settle_precision
@@ -189,21 +190,6 @@ def check_targets(jobs: Sequence[Job]) -> None:
                 f"{makers[place]} and {source} would both become {target}: rename one, or choose by a pattern"
             )
         makers[place] = source
-
-
-def parse_shard(shard: str) -> tuple[int, int]:
-    """`2/4` -> (2, 4). Raises ValueError for anything else than i/n with 1 <= i <= n."""
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    i, n = (int(number) for number in found.groups()) if found else (0, 0)
-    if not 1 <= i <= n:
-        raise ValueError(f"shard must be i/n with i from 1 to n, such as 2/4, not {shard}")
-    return i, n
-
-
-def share_of(items: Sequence, shard: str) -> Sequence:
-    """Every n-th item from the i-th on, for a shard `i/n`: n processes have each item exactly once."""
-    i, n = parse_shard(shard)
-    return items[i - 1 :: n]
 
 
 # ---- the work ----------------------------------------------------------------------------------------------

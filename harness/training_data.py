@@ -11,11 +11,11 @@ from harness.validation import HeldOut, middle
 from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.paired import (
     BlurDataset,
+    ConcatSource,
     CropDataset,
     ImageFiles,
     MixedDataset,
     PairedDataset,
-    Together,
 )
 from ldm.data.pairs import Pair, check_apart, check_sizes, find_pairs, sharp_pairs, split_pairs
 from ldm.data.patches import Patches, Source, SourceDataset, check_paired, is_patches, open_source
@@ -85,7 +85,7 @@ def blurred_anew(
     """Crops, at most `largest` pixels wide, of sharp photographs and of dead leaves, blurred on the fly, and
     the fraction `pairs_fraction` of crops of `pairs` (see `extra_pairs`)."""
     leaves = DeadLeaves(largest + 64, settings.dead_leaves, settings.seed)
-    sources = Together((ImageFiles(photographs, settings.cache), settings.photo_crops), (leaves, 1))
+    sources = ConcatSource((ImageFiles(photographs, settings.cache), settings.photo_crops), (leaves, 1))
     size, seed = settings.crop_size, settings.seed
     if settings.realistic_blur:
         dataset = RealisticBlurDataset(sources, size, seed, settings.crop_candidates, **look)

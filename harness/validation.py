@@ -7,8 +7,8 @@ import numpy as np
 from tqdm import tqdm
 
 from harness.run import Run
+from ldm.data.crop import at_least
 from ldm.data.image import read_image, side_by_side
-from ldm.data.paired import at_least
 from ldm.data.pairs import Pair, check_alike
 from ldm.data.stream import readable
 from ldm.metrics import psnr, radial_power, rgb_shift, spectrum_distance, ssim

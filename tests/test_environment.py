@@ -14,7 +14,7 @@ from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.degraded import DegDataset
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.inpaint import CocoInpaintingDataset
-from ldm.data.paired import BlurDataset, ImageFiles, PairedDataset, Together
+from ldm.data.paired import BlurDataset, ConcatSource, ImageFiles, PairedDataset
 from ldm.data.pairs import Pair
 from ldm.data.stream import Readable
 from ldm.data.tasks import Tasks
@@ -106,7 +106,7 @@ def test_every_data_set_can_be_sent_to_a_spawned_process(tmp_path):
     kontext = DegDataset(tmp_path / "photos", "mend", **options)
     sets = [
         PairedDataset(pairs, 16, 0, cache=True),
-        BlurDataset(Together((ImageFiles(photos), 1), (DeadLeaves(32, 2, 0), 1)), 16, 0),
+        BlurDataset(ConcatSource((ImageFiles(photos), 1), (DeadLeaves(32, 2, 0), 1)), 16, 0),
         CocoInpaintingDataset(tmp_path / "photos", size=64),
         DeblurDataset(PairedDataset(pairs, 16, 0), "", 0.5, {}),
         kontext,

@@ -271,7 +271,7 @@ def test_a_mask_file_and_strokes_are_one_mask(tmp_path):
             expected[start:stop] = 1
         assert np.array_equal(mask, expected)
     write_image(tmp_path / "file.png", np.zeros((20, 20), np.uint8))
-    with pytest.raises(ValueError, match="file.png is 20x20, its picture 60x40 .*same shape"):
+    with pytest.raises(ValueError, match="file.png is 20x20, its image 60x40 .*same shape"):
         save_mask(None, tmp_path / "picture.png", tmp_path / "file.png")
 
 

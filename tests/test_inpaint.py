@@ -343,7 +343,7 @@ def test_the_command_fills_a_folder(weights, tmp_path, capsys):
         infer.restore_files(settings)
     printed = capsys.readouterr().out
     assert "0 made, 1 kept (unchanged), 0 left out, 1 failed" in printed
-    assert "a_mask.png is 32x64, its picture 64x64" in printed
+    assert "a_mask.png is 32x64, its image 64x64" in printed
 
 
 def test_outpainting_beyond_a_format_is_found_before_the_work(weights, tmp_path, monkeypatch):

@@ -13,8 +13,9 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
 from ldm.data.coco import CocoRecords
+from ldm.data.crop import ScaledCrop
 from ldm.data.image import photographs, read_image, write_image
-from ldm.data.inpaint import CocoInpaintingDataset, Window, make_hint
+from ldm.data.inpaint import CocoInpaintingDataset, make_hint
 
 SIZE = (96, 128)  # of the pictures: height, width
 
@@ -84,15 +85,17 @@ def test_the_flat_file_is_used_and_a_stale_one_noticed(place, tmp_path, monkeypa
     assert CocoRecords(source, "captions").of(0)[4].decode() == "größe 4."
     monkeypatch.setattr("ldm.data.coco.flatten", lambda *_: pytest.fail("read again"))
     again = CocoRecords(source, "captions")
-    assert len(again.of(0)) == 5 and len(pickle.dumps(again)) < 2000
-    assert len(pickle.loads(pickle.dumps(again)).of(0)) == 5
+    assert len(again.of(0)) == 5 and len(pickle.loads(pickle.dumps(again)).of(0)) == 5
     monkeypatch.undo()
     source.write_text(source.read_text().replace("00dfe", "00df"))
     assert CocoRecords(source, "captions").of(0)[0].decode() == "größ 0."
-    again.file.write_bytes(again.file.read_bytes()[:50])
+    twin = tmp_path / "a.captions.safetensors"
+    twin.write_bytes(twin.read_bytes()[:50])
     assert CocoRecords(source, "captions").of(0)[0].decode() == "größ 0."
+    twin.unlink()
+    twin.mkdir()
     with pytest.warns(UserWarning, match="kept in memory"):
-        assert len(CocoRecords(source, "captions", tmp_path / "no" / "x.safetensors").of(0)) == 5
+        assert len(CocoRecords(source, "captions").of(0)) == 5
 
 
 @pytest.mark.parametrize("kind", ["rectangle", "irregular", "mixed", "object", "folder"])
@@ -182,7 +185,7 @@ def test_wrong_options(place, options, message):
         ("[1, 2]", "lists `images` and `annotations`"),
         ('{"images": [{"id": 1}], "annotations": []}', "an entry has no 'file_name'"),
         ('{"images": [{"id": 1, "file_name": "x"}], "annotations": [{}]}', "an entry has no 'image_id'"),
-        ('{"images": [{"id": 1, "file_name": "x"}], "annotations": []}', "names none of the 4 pictures"),
+        ('{"images": [{"id": 1, "file_name": "x"}], "annotations": []}', "names none of the 4 images"),
         (
             '{"images": [{"id": 1, "file_name": "0.png", "height": 9, "width": 9}],'
             '"annotations": [{"id": 5, "image_id": 1, "segmentation": {"size": [8, 9], "counts": [72]}}]}',
@@ -191,7 +194,7 @@ def test_wrong_options(place, options, message):
         (
             '{"images": [{"id": 1, "file_name": "0.png"}],'
             '"annotations": [{"id": 5, "image_id": 1, "segmentation": [[1, 1, 5, 1, 5, 5]]}]}',
-            "no height and width",
+            "its image is said to have 0 x 0 pixels",
         ),
         (
             '{"images": [{"id": 1, "file_name": "0.png", "height": 9, "width": 1000000}],'
@@ -206,7 +209,7 @@ def test_wrong_options(place, options, message):
         (
             '{"images": [{"id": 1, "file_name": "0.png", "height": 9, "width": 9}],'
             '"annotations": [{"id": 5, "image_id": 1, "segmentation": [[1, 1, 5, 1, 5, 1e30]]}]}',
-            "annotation 5 .*far outside of the picture",
+            "annotation 5 .*far outside of the image",
         ),
         (
             '{"images": [{"id": 1, "file_name": "0.png", "height": 9, "width": 9}],'
@@ -253,8 +256,8 @@ def test_the_mask_of_a_photograph_is_cut_as_the_photograph_is(place, tmp_path):
     seen = set()
     for epoch in range(30):
         item = items[(epoch, 0)]
-        window = Window.draw(SIZE, 64, np.random.default_rng(item["seed"]))
-        hole = window.cut_mask(mask // 255)
+        crop = ScaledCrop.fit(SIZE, 64, np.random.default_rng(item["seed"]))
+        hole = crop.cut_mask(mask // 255)
         same = (item["mask"][..., 0].numpy() == hole).mean()
         assert same < 0.02 or same > 0.98
         seen.add(round(same))
@@ -281,8 +284,3 @@ def test_masks_without_a_hole_are_met_with_their_name(place, tmp_path, value):
     write_image(tmp_path / "m.png", np.full(SIZE, value, np.uint8))
     with pytest.raises(ValueError, match=f"m.png.*brightest value .*is {value} of 255"):
         dataset(place, mask_dir=tmp_path)[0]
-
-
-def test_a_white_mask_is_shrunk(place, tmp_path):
-    write_image(tmp_path / "m.png", np.full(SIZE, 255, np.uint8))
-    assert dataset(place, mask_dir=tmp_path)[0]["mask"].mean() == pytest.approx(0.3, abs=1e-3)

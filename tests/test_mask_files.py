@@ -79,7 +79,7 @@ def test_transparency_of_at_most_a_half_changes_nothing(tmp_path):
 
 def test_a_colour_photograph_is_no_mask(tmp_path):
     write_image(tmp_path / "photo.png", read_image(photographs()[0]))
-    with pytest.raises(ValueError, match="photo.png is a photograph without transparency, not a mask"):
+    with pytest.raises(ValueError, match="photo.png is an image in colour without transparency, not a mask"):
         read_mask(tmp_path / "photo.png")
 
 
@@ -130,14 +130,14 @@ def test_masks_to_train_on_have_a_hole(tmp_path, monkeypatch):
 
 
 def test_another_size_of_the_same_shape_is_resized():
-    with pytest.warns(UserWarning, match="m.png is 60x40, its picture 120x80 .*: it is resized"):
+    with pytest.warns(UserWarning, match="m.png is 60x40, its image 120x80 .*: it is resized"):
         assert np.array_equal(resize_mask(SQUARE, (80, 120), "m.png"), SQUARE.repeat(2, 0).repeat(2, 1))
     dot = np.zeros((400, 600), np.uint8)
     dot[399, 0] = 1
     with pytest.warns(UserWarning, match="it is resized"):
         small = resize_mask(dot, (40, 60), "m.png")
     assert small.sum() == small[39, 0] == 1  # a hole of one pixel is not lost
-    with pytest.raises(ValueError, match="m.png is 60x40, its picture 40x60 .*same shape"):
+    with pytest.raises(ValueError, match="m.png is 60x40, its image 40x60 .*same shape"):
         resize_mask(SQUARE, (60, 40), "m.png")
 
 
@@ -176,9 +176,9 @@ def test_a_folder_of_masks_below_that_of_the_photographs_and_the_other_way_round
     assert below.find(Path("a.png")) == tmp_path / "masks" / "a.png"
     assert MaskFolder(tmp_path, tmp_path / "masks").paths == [tmp_path / "a.png"]
     write_all(tmp_path, "only/x.png")
-    with pytest.raises(FileNotFoundError, match="no photographs in .*: all pictures there are masks"):
+    with pytest.raises(FileNotFoundError, match="no photos in .*: all images there are masks"):
         list_photographs(tmp_path / "only", tmp_path / "only" / "x.png")
-    with pytest.raises(FileNotFoundError, match="no masks in .*: beside a photograph NAME"):
+    with pytest.raises(FileNotFoundError, match="no masks in .*: beside a photo NAME"):
         MaskFolder(tmp_path / "only", tmp_path / "only")
 
 

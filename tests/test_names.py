@@ -10,8 +10,8 @@ import pytest
 
 import infer
 from harness.settings import read_settings
+from ldm.data.crop import ScaledCrop
 from ldm.data.image import image_size, list_images, write_image
-from ldm.data.inpaint import Window
 from tests.faults import tiny_runs
 from tests.test_commands import ROOT, SMALL, module_of, settings_of
 from tests.tiny_flux import write_tiny_folder
@@ -138,7 +138,7 @@ def workplace(tmp_path_factory):
         )
     content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "thing"}]}
     (place / "instances.json").write_text(json.dumps(content))
-    mask = Window.draw((64, 64), 64, None).cut(tiny_runs.read_image(place / "photos" / "000.png")) * 0
+    mask = ScaledCrop.fit((64, 64), 64).cut(tiny_runs.read_image(place / "photos" / "000.png")) * 0
     mask[8:24, 8:24] = 255
     write_image(place / "mask.png", mask)
     tree = sorted((place / "gopro").glob("*/blur/*"))  # from the current folder, as data_list.py writes them

@@ -154,7 +154,7 @@ def test_machines_that_do_not_share_the_output_folder(place, tmp_path, trainer):
     flags = SHORT[trainer] | after | {"num_nodes": 2}
     works = [script(command(trainer, place, folder, **flags)) for folder in folders]
     for code, said in end_both(start_both(works, tmp_path / "log"), tmp_path / "log"):
-        assert code == 1 and "all machines must see one --output_dir" in said.splitlines()[-1], said[-2000:]
+        assert code == 1 and "all machines must see one output folder" in said.splitlines()[-1], said[-2000:]
 
 
 def wait_for_the_dead(rank: int) -> None:

@@ -1,7 +1,6 @@
 """What the pixels of a TIFF mean: every kind of colour, number, layout and transparency, or one sentence."""
 
 import re
-import zlib
 
 import numpy as np
 import pytest
@@ -106,7 +105,7 @@ def test_cmyk(tmp_path, dtype, planar):
         read_image(tmp_path / "b.tif")
 
 
-@pytest.mark.parametrize("factor", [1, 256, 257])
+@pytest.mark.parametrize("factor", [256, 257])
 def test_palette(tmp_path, factor):
     colours = np.random.default_rng(0).integers(0, 256, (3, 256)).astype(np.uint16)
     indices = numbers(np.uint8, 1)[..., 0]
@@ -205,16 +204,6 @@ def test_cut_off_files_are_refused(tmp_path, compression, dtype):
     path.write_bytes(content)
     retagged(path, 257, 2**30)  # a height that would fill the memory
     with pytest.raises(ValueError, match="it is cut off"):
-        read_image(path)
-
-
-def test_a_page_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
-    path = tmp_path / "a.tif"
-    strip = zlib.compress(bytes(2**24 + 200))
-    tifffile.imwrite(
-        path, iter([strip]), shape=(8, 8), dtype=np.uint16, compression="deflate", photometric="minisblack"
-    )
-    with pytest.raises(ValueError, match="it unpacks to more than its size"):
         read_image(path)
 
 

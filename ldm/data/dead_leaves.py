@@ -1,7 +1,7 @@
-"""Dead leaves: pictures of overlapping textured shapes, sharp sources without a single photograph.
+"""Dead leaves: images of overlapping textured shapes, sharp sources without a single photo.
 
 Lee, Mumford and Huang (Occlusion Models for Natural Images, IJCV 2001) showed that shapes with power-law
-sizes that occlude one another have the edges and scales of photographs; Achddou, Gousseau and Ladjal
+sizes that occlude one another have the edges and scales of photos; Achddou, Gousseau and Ladjal
 (Synthetic Images as a Regularity Prior for Image Restoration Neural Networks, SSVM 2021) trained restoration
 networks on them.
 """
@@ -11,7 +11,7 @@ import math
 import cv2
 import numpy as np
 
-from ldm.data.stream import item_seed
+from ldm.data.stream import Key, item_seed
 
 FINE = 2  # drawn at this scale, then reduced, which antialiases the rims
 SHIFT = 4  # cv2 takes coordinates in 1/16 pixel
@@ -21,11 +21,12 @@ CORNERS = np.array([3, 4, 4, 5, 6, 24, 24, 24])  # of the leaves; 24 is as good 
 
 
 def dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
-    """One picture, uint8 RGB (size, size, 3): every leaf has its own colour, shade, stripes and grain."""
+    """Draw an image, uint8 RGB (size, size, 3): every leaf has its own colour, shade, stripes and grain."""
     labels = _labels(size, rng).astype(np.intp)  # (fine, fine), 0 is the ground
-    count, (y, x) = labels.max() + 1, np.indices(labels.shape, np.float32) / FINE
-    grey, chroma = rng.uniform(20, 235, (count, 1)), rng.normal(0, 28, (count, 3))
-    color = np.clip(grey + chroma, 0, 255).astype(np.float32)
+    count = labels.max() + 1
+    y, x = np.indices(labels.shape, np.float32) / FINE
+    grey = rng.uniform(20, 235, (count, 1))
+    color = np.clip(grey + rng.normal(0, 28, (count, 3)), 0, 255).astype(np.float32)
 
     shade = _waves(rng, count, wavelength=(size / 2, 4 * size), amplitude=40)
     stripes = _waves(rng, count, wavelength=(4, 40), amplitude=60 * (rng.random(count) < 0.3))
@@ -35,9 +36,9 @@ def dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
         light += amplitude * np.sin(across * x + down * y + phase)
     light += rng.gamma(0.7, 12, count).astype(np.float32)[labels] * _grain(labels.shape, rng)
 
-    picture = color.take(labels, axis=0) + light[..., None]
-    picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
-    return np.rint(picture.clip(0, 255)).astype(np.uint8)
+    image = color.take(labels, axis=0) + light[..., None]
+    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+    return np.rint(image.clip(0, 255)).astype(np.uint8)
 
 
 def leaf_radii(count: int, smallest: float, largest: float, rng: np.random.Generator) -> np.ndarray:
@@ -51,10 +52,12 @@ def _labels(size: int, rng: np.random.Generator) -> np.ndarray:
     mean_square = 2 * math.log(LARGEST / SMALLEST) / (SMALLEST**-2 - LARGEST**-2)  # of the radius
     count = math.ceil(COVER / (0.65 * math.pi * mean_square))  # with corners: 0.65 of a disk's area
     radius = size * leaf_radii(count, SMALLEST, LARGEST, rng)
-    corners, turn = rng.choice(CORNERS, count), rng.uniform(0, 2 * math.pi, count)
+    corners = rng.choice(CORNERS, count)
+    turn = rng.uniform(0, 2 * math.pi, count)
     stretch = rng.uniform(0.5, 1.0, count)  # short axis over long axis
     angle = 2 * math.pi * np.arange(CORNERS.max()) / corners[:, None]  # (count, 24), `corners` of them used
-    along, across = np.cos(angle) * radius[:, None], np.sin(angle) * (radius * stretch)[:, None]
+    along = np.cos(angle) * radius[:, None]
+    across = np.sin(angle) * (radius * stretch)[:, None]
     cos, sin = np.cos(turn)[:, None], np.sin(turn)[:, None]
     points = np.stack([cos * along - sin * across, sin * along + cos * across], axis=-1)  # (count, 24, 2)
     points += rng.uniform(0, size, (count, 1, 2))
@@ -77,24 +80,28 @@ def _waves(
 
 def _grain(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A random field of four octaves, standard deviation about 1."""
-    octaves = [rng.standard_normal([n // 2**k + 1 for n in shape], dtype=np.float32) for k in range(1, 5)]
-    return sum(cv2.resize(octave, shape[::-1], interpolation=cv2.INTER_LINEAR) for octave in octaves) / 1.5
+    total = np.zeros(shape, np.float32)
+    for octave in range(1, 5):
+        coarse = (shape[0] // 2**octave + 1, shape[1] // 2**octave + 1)
+        noise = rng.standard_normal(coarse, dtype=np.float32)
+        total += cv2.resize(noise, shape[::-1], interpolation=cv2.INTER_LINEAR)
+    return total / 1.5
 
 
 class DeadLeaves:
-    """Endless dead leaves as the sharp source of ldm.data.paired.BlurDataset: `length` new ones an epoch."""
+    """Dead leaves as a sharp source of ldm.data.paired.BlurDataset: `length` new images in every epoch."""
 
     def __init__(self, size: int, length: int, seed: int):
         if size < 8:
-            raise ValueError(f"dead leaves need at least 8 pixels, got {size}")
+            raise ValueError(f"the size of dead leaves must be at least 8 pixels, not {size}")
         self.size, self.length, self.seed = size, length, seed
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, key: int | tuple[int, int]) -> np.ndarray:
+    def __getitem__(self, key: Key) -> np.ndarray:
         return dead_leaves(self.size, np.random.default_rng([item_seed(self.seed, key), self.size]))
 
-    def name(self, key: int | tuple[int, int]) -> str:
-        """What stands for a path."""
+    def name(self, key: Key) -> str:
+        """A name in the place of a path."""
         return f"dead leaves {key}"

@@ -1,14 +1,16 @@
-"""Pictures inside a BasicSR lmdb, named as if it were a folder: gt.lmdb/0001_s001.png."""
+"""Images inside a BasicSR lmdb, named as if it were a folder: gt.lmdb/0001_s001.png."""
 
 import io
-import os
 import threading
 from pathlib import Path
 from typing import Any
 
 from ldm.util import check_package
 
-META = "meta_info.txt"  # in it: one picture a line, as `0001_s001.png (480,480,3) 1`
+META = "meta_info.txt"  # in it: one image a line, as `0001_s001.png (480,480,3) 1`
+# lmdb opens no database twice in one process: threads take turns. It is closed after each image (to open it
+# takes far less time than to decode a PNG), since a handle must not be used across a fork.
+TURN = threading.Lock()
 
 
 class DamagedDatabase(ValueError):
@@ -21,7 +23,7 @@ def database(path: Path) -> Path | None:
 
 
 def list_packed(folder: Path) -> list[Path]:
-    """The pictures of an lmdb.
+    """The images of an lmdb.
 
     Raises FileNotFoundError without meta_info.txt, ValueError if that is damaged or lmdb is not installed.
     """
@@ -32,52 +34,33 @@ def list_packed(folder: Path) -> list[Path]:
         lines = (folder / META).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{folder / META} is not text in UTF-8: {error}") from error
-    if not lines or not all(" (" in line for line in lines if line.strip()):
+    lines = [line for line in lines if line.strip()]
+    if not lines or not all(" (" in line for line in lines):
         raise ValueError(f"{folder / META} must hold lines as NAME.png (HEIGHT,WIDTH,3) 1")
-    return [folder / line.rsplit(" (", 1)[0] for line in lines if line.strip()]
+    return [folder / line.rsplit(" (", 1)[0] for line in lines]
 
 
 def read_packed(path: Path) -> io.BytesIO:
-    """The file of a picture in an lmdb. Raises FileNotFoundError if there is none."""
+    """The file of an image in an lmdb. Raises FileNotFoundError if there is none, DamagedDatabase."""
     folder = database(path)
     key = path.relative_to(folder).with_suffix("").as_posix()
-    with _open(str(folder)).begin() as transaction:
+    with TURN, _open(folder) as environment, environment.begin() as transaction:
         data = transaction.get(key.encode())
     if data is None:
         raise FileNotFoundError(f"image not found: {path}")
     return io.BytesIO(data)
 
 
-_handles: dict[str, Any] = {}
-_lock = threading.Lock()
+def _open(folder: Path) -> Any:
+    import lmdb  # here: only these data sets need the package
 
-
-def _open(folder: str) -> Any:
-    """An lmdb's handle: the one of this process, whose threads share it."""
-    import lmdb
-
-    file = Path(folder) / "data.mdb"
-    with _lock:
-        if folder not in _handles:
-            try:
-                handle = lmdb.open(folder, readonly=True, lock=False, readahead=False)
-            except lmdb.Error as error:
-                raise DamagedDatabase(f"cannot read {file}: {error}") from error
-            if file.stat().st_size < (handle.info()["last_pgno"] + 1) * handle.stat()["psize"]:
-                handle.close()  # to read behind the end would end the process
-                raise DamagedDatabase(f"cannot read {file}: it is cut off")
-            _handles[folder] = handle
-        return _handles[folder]
-
-
-def _close_inherited() -> None:
-    """A handle must not be used across a fork, and the library opens no lmdb twice in one process."""
-    global _lock
-    _lock = threading.Lock()
-    for handle in _handles.values():
-        handle.close()
-    _handles.clear()
-
-
-if hasattr(os, "register_at_fork"):  # Windows has no fork
-    os.register_at_fork(after_in_child=_close_inherited)
+    file = folder / "data.mdb"
+    try:
+        environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise DamagedDatabase(f"cannot read {file}: {error}") from error
+    pages = environment.info()["last_pgno"] + 1
+    if file.stat().st_size < pages * environment.stat()["psize"]:
+        environment.close()  # to read behind the end would end the process
+        raise DamagedDatabase(f"cannot read {file}: it is cut off")
+    return environment

@@ -1,7 +1,7 @@
-"""Pairs of a blurry and a sharp picture: finding them on disk, splitting them by scene."""
+"""Pairs of a blurry and a sharp image: finding them on disk, checking them, splitting them by scene."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -9,32 +9,25 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.image import (
-    EXTENSIONS,
-    UNREADABLE,
-    image_size,
-    list_images,
-    natural_key,
-    read_image,
-    subfolders,
-)
+from ldm.data.image import EXTENSIONS, UNREADABLE, image_size, list_images, natural_key, read_image, walk
 from ldm.data.lists import CAPTIONS, read_json_list, read_list
-from ldm.data.scenes import place, scenes, side, sides
+from ldm.data.scenes import DEBLURRED, place, scenes, side
 from ldm.util import listing
 
 JSONL = "blur_types.json"  # the list that tool_make_deblur_dataset.py writes
 SAMPLE = 9  # pairs whose sharpness is compared
+Paths = tuple[Path, Path]  # blurry, sharp
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures of one scene; `group` names the photograph or sequence they come from."""
+    """Two images of one scene; `group` names the photo or sequence that they come from."""
 
     blurry: Path
     sharp: Path
     blur_type: str = ""
     group: str = ""
-    caption: str = ""  # what the pair's line says
+    caption: str = ""  # that of the pair's line in a list
 
 
 def find_pairs(
@@ -43,65 +36,81 @@ def find_pairs(
     data_root: str | Path | None = None,
     blurred: bool = True,
 ) -> list[Pair]:
-    """Pairs in natural order, from whatever `source` is:
+    """Find pairs, in natural order. `source` is one of:
 
-    - a folder (or lmdb), with `sharp_dir` another: files of the same relative path and stem are pairs;
+    - a folder (or lmdb), with `sharp_dir` another: files of the same relative path are pairs, whatever their
+      extensions (see match_folders);
     - a folder made by tool_make_deblur_dataset.py, or its blur_types.json (any .json or .jsonl);
-    - a tree: every folder at or below `source` that holds one folder of blurry and one of sharp pictures, by
-      their names (blur, input, lq | sharp, gt, target: see ldm/data/scenes.py; `blur_gamma` is not used);
-    - HIDE: folders of blurry pictures, and one of all sharp ones in `source` or beside it;
+    - a tree: every folder at or below `source` that holds one folder of blurry and one of sharp images, by
+      words in their names (LAYOUTS in ldm/data/scenes.py);
+    - HIDE: folders of blurry images, and one of all sharp ones in `source` or beside it;
     - a list file, one pair a line: two paths with a tab between them, or with a space, and then a path that
       has spaces itself stands in double quotes; lines that are empty or begin with # are skipped. The names
-      tell which column is the sharp one, else the blurry one is first. BasicSR's meta_info lists too.
+      tell which column is the sharp one, else the blurry one is first.
     A list that is not in the current folder is looked for in `data_root`. Paths inside a file are relative to
     `data_root`, else to the file's own folder or the current one.
 
-    Raises FileNotFoundError or ValueError that names the file, the line or the picture without partner, or
-    says that the pairs are reversed (with `blurred`: if names tell nothing, by a sample of the pictures).
+    Raises FileNotFoundError or ValueError that names the file, the line or the image without partner, or
+    says that the pairs are reversed (with `blurred`: if names tell nothing, by a sample of the images).
     """
-    source = Path(source)
-    if not source.exists() and data_root:
-        if not (Path(data_root) / source).is_file():
-            raise FileNotFoundError(f"no such file: {source}, nor {Path(data_root) / source}")
-        source = Path(data_root) / source
-    told = True
+    source = _located(Path(source), data_root)
+    names_tell = True
     if sharp_dir is not None:
-        told = _folders_told(source, Path(sharp_dir))
-        pairs, single = match_folders(source, sharp_dir)
-        _refuse_singles(single)
+        sides = (side(source.name), side(Path(sharp_dir).name))
+        names_tell = sides in (("blurry", "sharp"), ("blurry", ""), ("", "sharp"))
+        pairs = _grouped(match_folders(source, sharp_dir), Path(sharp_dir))
     elif source.is_dir():
-        in_list = (source / JSONL).is_file()
-        pairs = _json_pairs(source / JSONL, data_root) if in_list else _tree_pairs(source)
+        file = source / JSONL
+        pairs = _json_pairs(file, data_root) if file.is_file() else _tree_pairs(source)
     elif source.suffix.lower() in (".json", ".jsonl"):
         pairs = _json_pairs(source, data_root)
     elif source.is_file():
-        found, told = read_list(source, data_root)
-        pairs = _grouped([pair[:2] for pair in found])
+        found, names_tell = read_list(source, data_root)
+        pairs = _grouped(found)
     else:
         raise FileNotFoundError(f"no such data set: {source}")
     if not pairs:
         raise FileNotFoundError(f"no pairs in {source}")
     pairs = sorted(pairs, key=lambda pair: natural_key(pair.blurry))
-    if blurred and not told:
-        _refuse_reversed(pairs, source)
+    if blurred and not names_tell:
+        _check_sharpness(pairs, source)
     return pairs
 
 
-def match_folders(blurry_dir: str | Path, sharp_dir: str | Path) -> tuple[list[Pair], list[Path]]:
-    """Pairs of the same relative path and stem in two folders, and the pictures that have no partner.
+def _located(source: Path, data_root: str | Path | None) -> Path:
+    """`source`, or the list file of that name in `data_root`."""
+    if source.exists() or not data_root:
+        return source
+    inside = Path(data_root) / source
+    if not inside.is_file():
+        raise FileNotFoundError(f"no such file: {source}, nor {inside}")
+    return inside
 
-    If no two have the same, blur_1 and gt_1 are partners too. A picture's group is its scene
-    (ldm.data.scenes). Raises ValueError if the two are one folder.
+
+def match_folders(blurry_dir: str | Path, sharp_dir: str | Path) -> list[Paths]:
+    """Pairs of images of one relative path in two folders, but for extensions and words of the sides.
+
+    So a/blur_1.png and a/gt_1.png are partners, and so are the only images of two folders (RSBlur). Raises
+    ValueError if the two are one folder, or for images without a partner.
     """
     check_apart(blurry_dir, sharp_dir)
-    blurry, sharp = _by_stem(Path(blurry_dir)), _by_stem(Path(sharp_dir))
-    if not blurry.keys() & sharp.keys():
-        blurry, sharp = _by_stem(Path(blurry_dir), place), _by_stem(Path(sharp_dir), place)
-    groups = dict(zip(blurry, scenes([PurePosixPath(stem) for stem in blurry]), strict=True))
-    pairs = [Pair(path, sharp[stem], group=groups[stem]) for stem, path in blurry.items() if stem in sharp]
-    both = blurry.keys() & sharp.keys()
-    single = [path for stem, path in [*blurry.items(), *sharp.items()] if stem not in both]
-    return pairs, single
+    blurry, sharp = _by_place(Path(blurry_dir)), _by_place(Path(sharp_dir))
+    if len(blurry) == len(sharp) == 1:
+        return [(*blurry.values(), *sharp.values())]
+    single = [path for name, path in blurry.items() if name not in sharp]
+    single += [path for name, path in sharp.items() if name not in blurry]
+    _refuse_singles(single)
+    return [(path, sharp[name]) for name, path in blurry.items()]
+
+
+def _by_place(folder: Path) -> dict[PurePosixPath, Path]:
+    paths = {}
+    for path in list_images(folder):
+        name = place(path.relative_to(folder))
+        if name in paths:
+            raise ValueError(f"two images of one name in {folder}: {paths[name].name} and {path.name}")
+        paths[name] = path
+    return paths
 
 
 def check_apart(blurry: str | Path, sharp: str | Path) -> None:
@@ -110,56 +119,39 @@ def check_apart(blurry: str | Path, sharp: str | Path) -> None:
         raise ValueError(f"the blurry and the sharp images are one folder, {sharp}: give two")
 
 
-def _by_stem(folder: Path, name: Callable = lambda path: path.with_suffix("")) -> dict[str, Path]:
-    paths = {}
-    for path in list_images(folder):
-        stem = name(path.relative_to(folder)).as_posix()
-        if stem in paths:
-            raise ValueError(f"two pictures of one name in {folder}: {paths[stem].name} and {path.name}")
-        paths[stem] = path
-    return paths
-
-
 def _refuse_singles(single: list[Path]) -> None:
     if single:
-        raise ValueError(f"pictures without a partner: {listing(single, 3)}")
+        raise ValueError(f"images without a partner: {listing(single, 3)}")
 
 
-def _grouped(pairs: Sequence[tuple[Path, Path]], root: Path | None = None) -> list[Pair]:
-    """Pairs with their scenes, told by the paths of the sharp pictures from `root`, or from where all are."""
+def _grouped(pairs: Sequence[Paths], root: Path | None = None) -> list[Pair]:
+    """Pairs with their scenes, told by the paths of the sharp images from `root`, or from where all are."""
     places = [place(sharp.relative_to(root) if root else Path(os.path.abspath(sharp))) for _, sharp in pairs]
-    common = os.path.commonpath([where.parent for where in places]) if places and not root else ""
-    groups = scenes([where.relative_to(common) for where in places])
-    return [Pair(*pair, group=group) for pair, group in zip(pairs, groups, strict=True)]
+    if places and not root:
+        common = os.path.commonpath([where.parent for where in places])
+        places = [where.relative_to(common) for where in places]
+    return [Pair(*pair, group=group) for pair, group in zip(pairs, scenes(places), strict=True)]
 
 
 def _json_pairs(file: Path, data_root: str | Path | None) -> list[Pair]:
     found = read_json_list(file, data_root)
-    plain = _grouped([pair[:2] for pair in found])
-    return [
-        replace(
-            pair,
+    pairs = _grouped([(blurry, sharp) for blurry, sharp, _ in found])
+    for index, (_, _, record) in enumerate(found):
+        pairs[index] = replace(
+            pairs[index],
             blur_type=record.get("blur_type", ""),
-            group=record.get("source", pair.group),
+            group=record.get("source", pairs[index].group),
             caption=next((record[key] for key in CAPTIONS if key in record), ""),
         )
-        for pair, (_, _, record) in zip(plain, found, strict=True)
-    ]
+    return pairs
 
 
 # ---- trees -------------------------------------------------------------------------------------------------
 
 
 def _tree_pairs(root: Path) -> list[Pair]:
-    """Pairs of all folders at or below `root` that hold two folders of the two kinds; else HIDE's."""
-    pairs = []
-    folders = _pair_folders(root)
-    for blurry, sharp in folders if any(sharp for _, sharp in folders) else ():
-        if sharp is None:
-            raise FileNotFoundError(f"no folder of sharp pictures (gt, sharp, target) beside {blurry}")
-        found, single = match_folders(blurry, sharp)
-        _refuse_singles(single)
-        pairs += [(pair.blurry, pair.sharp) for pair in found]
+    """Pairs of all folders at or below `root` that hold a folder of each side; else HIDE's."""
+    pairs = [pair for folders in _pair_folders(root) for pair in match_folders(*folders)]
     if pairs:
         return _grouped(pairs, root)
     pairs = _shared_sharp(root)
@@ -171,38 +163,31 @@ def _tree_pairs(root: Path) -> list[Pair]:
     return _grouped(pairs)
 
 
-def _pair_folders(here: Path, searched: set[str] | None = None) -> list[tuple[Path, Path | None]]:
-    """Folders of blurry and of sharp pictures side by side, in `here` or below; None for one that is missing.
+def _pair_folders(root: Path) -> list[Paths]:
+    """Folders of blurry and of sharp images side by side, at or below `root`.
 
-    Links are followed, but no folder is `searched` twice. Raises ValueError for several folders of a kind.
+    Raises ValueError for several folders of a side.
     """
-    searched = set() if searched is None else searched
-    if os.path.realpath(here) in searched:
-        return []
-    searched.add(os.path.realpath(here))
-    names = [folder.name for folder in subfolders(here)]
-    copies = {name for name in names if name.removesuffix(".lmdb") != name and name[:-5] in names}
-    told = sides(sorted({*names} - copies, key=natural_key))
-    blurry, sharp = ([here / name for name in told if told[name] == kind] for kind in ("blurry", "sharp"))
     found = []
-    if blurry and sharp:
+    for here, folders, _ in walk(root):
+        blurry = [name for name in folders if side(name) == "blurry"]
+        sharp = [name for name in folders if side(name) == "sharp"]
+        if not sharp and any(name.lower().startswith("blur") for name in blurry):  # SRN's
+            sharp = [name for name in folders if DEBLURRED.fullmatch(name)]
+        if not blurry or not sharp:
+            continue
         if len(blurry) + len(sharp) > 2:
-            several = ", ".join(path.name for path in [*blurry, *sharp])
+            several = ", ".join([*blurry, *sharp])
             raise ValueError(f"{here} has several folders of one kind, {several}: give one of each kind")
-        found = [(blurry[0], sharp[0])]
-    paired = {*found[0]} if found else set()
-    for folder in sorted((here / name for name in told), key=Path.is_symlink):  # real folders first
-        if folder not in paired and folder.suffix != ".lmdb":
-            found += _pair_folders(folder, searched)
-    if blurry and not sharp and not found:
-        found = [(blurry[0], None)]
+        found.append((here / blurry[0], here / sharp[0]))
+        folders[:] = [name for name in folders if name not in (blurry[0], sharp[0])]
     return found
 
 
-def _shared_sharp(root: Path) -> list[tuple[Path, Path]]:
-    """Pairs of HIDE: one folder of all sharp pictures in `root`, or beside or above it, matched by name."""
+def _shared_sharp(root: Path) -> list[Paths]:
+    """Pairs of HIDE: one folder of all sharp images in `root`, or beside or above it, matched by name."""
     for top in (root, *root.absolute().parents[:2]):
-        folders = [path for path in top.iterdir() if side(path.name) == "sharp" and _holds_pictures(path)]
+        folders = [path for path in top.iterdir() if side(path.name) == "sharp" and _holds_images(path)]
         if len(folders) != 1 or root.absolute().is_relative_to(folders[0].absolute()):
             continue
         sharp = {path.stem: path for path in list_images(folders[0])}
@@ -214,38 +199,47 @@ def _shared_sharp(root: Path) -> list[tuple[Path, Path]]:
     return []
 
 
-def _holds_pictures(folder: Path) -> bool:
-    """Whether it is a folder with pictures directly in it, or an lmdb."""
-    if not folder.is_dir() or folder.suffix == ".lmdb":
-        return folder.is_dir()
-    return any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
+def _holds_images(folder: Path) -> bool:
+    return folder.is_dir() and any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
 
 
 def has_pairs(folder: Path) -> bool:
-    """Whether a folder holds pairs that `find_pairs` finds without further help."""
-    return (folder / JSONL).is_file() or any(sharp for _, sharp in _pair_folders(folder))
+    """True if a folder holds pairs that `find_pairs` finds without further help."""
+    return (folder / JSONL).is_file() or bool(_pair_folders(folder))
+
+
+def sharp_pairs(folder: str | Path | None) -> list[Pair]:
+    """Each sharp image below a folder, paired with itself: it is blurred later.
+
+    In a tree of pairs these are the images in folders of sharp ones, grouped by scene; elsewhere they are all
+    images, each a group of its own, or a sequence where the names tell one. Without a folder: none.
+    """
+    if folder is None:
+        return []
+    top = Path(folder)
+    paths = list_images(top)
+    sharp_folders = {sharp for _, sharp in _pair_folders(top)}
+    if sharp_folders:
+        in_tree = []
+        for path in paths:
+            names = path.relative_to(top).parts[:-1]
+            if "sharp" in map(side, names) or sharp_folders.intersection(path.parents):
+                in_tree.append((path, path))
+        return _grouped(in_tree, top)
+    names = scenes([PurePosixPath(path.stem) for path in paths])
+    return [Pair(path, path, group=str(path.parent / name)) for path, name in zip(paths, names, strict=True)]
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
-def _folders_told(blurry_dir: Path, sharp_dir: Path) -> bool:
-    """Whether the names of two folders tell their sides. Raises ValueError if they tell the contrary."""
-    sides = side(blurry_dir.name), side(sharp_dir.name)
-    if sides == ("sharp", "blurry"):
+def _check_sharpness(pairs: Sequence[Pair], source: Path) -> None:
+    """Raise ValueError if the blurry images are sharper than their partners in most of a sample."""
+    chosen = np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs))).astype(int)
+    sharper = [pairs[n] for n in chosen if _is_sharper(pairs[n].blurry, pairs[n].sharp)]
+    if len(sharper) > 0.7 * len(chosen):
         raise ValueError(
-            f"{blurry_dir} holds sharp pictures by its name and {sharp_dir} blurry ones: exchange them"
-        )
-    return sides in (("blurry", "sharp"), ("blurry", ""), ("", "sharp"))
-
-
-def _refuse_reversed(pairs: Sequence[Pair], source: Path) -> None:
-    """Raise ValueError if the blurry pictures are sharper than their partners in most of a sample."""
-    sample = [pairs[n] for n in np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs))).astype(int)]
-    sharper = [pair for pair in sample if _is_sharper(pair.blurry, pair.sharp)]
-    if len(sharper) > 0.7 * len(sample):
-        raise ValueError(
-            f"{source}: the pairs are reversed: in {len(sharper)} of {len(sample)} the blurry picture is "
+            f"{source}: the pairs are reversed: in {len(sharper)} of {len(chosen)} the blurry image is "
             f"sharper than its partner, such as {sharper[0].blurry} than {sharper[0].sharp}"
         )
 
@@ -258,7 +252,7 @@ def _is_sharper(blurry: Path, sharp: Path) -> bool:
 
 
 def _gradient(path: Path) -> float:
-    """Mean size of the differences of neighbouring pixels of the grey, noise being smoothed away first."""
+    """Mean difference of neighbouring pixels of the grey image, after its noise is smoothed."""
     grey = cv2.GaussianBlur(read_image(path).mean(axis=2), (0, 0), 1.0)
     return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
 
@@ -267,43 +261,19 @@ def check_sizes(pairs: Sequence[Pair]) -> None:
     """Read all headers; raises ValueError for a pair of two sizes. Damaged files are left to training."""
     for pair in tqdm(pairs, "checking sizes", leave=False, disable=len(pairs) < 1000):
         try:
-            shapes = [image_size(path)[::-1] for path in (pair.blurry, pair.sharp)]
+            blurry, sharp = image_size(pair.blurry), image_size(pair.sharp)
         except UNREADABLE:
             continue
-        check_alike(pair.blurry, pair.sharp, *shapes)
+        check_alike(pair.blurry, pair.sharp, blurry[::-1], sharp[::-1])
 
 
 def check_alike(blurry: Path, sharp: Path, shape: Sequence[int], sharp_shape: Sequence[int]) -> None:
-    """Raise ValueError that names both pictures of a pair if their shapes (h, w, ...) differ."""
+    """Raise ValueError that names both images of a pair if their shapes (h, w, ...) differ."""
     if tuple(shape) != tuple(sharp_shape):
-        (h, w, *_), (sharp_h, sharp_w, *_) = shape, sharp_shape
         raise ValueError(
-            f"the pictures of a pair differ in size: {blurry} is {w}x{h}, "
-            f"{sharp} is {sharp_w}x{sharp_h} (width x height)"
+            f"the images of a pair differ in size: {blurry} is {shape[1]}x{shape[0]}, "
+            f"{sharp} is {sharp_shape[1]}x{sharp_shape[0]} (width x height)"
         )
-
-
-def sharp_pairs(folder: str | Path | None) -> list[Pair]:
-    """Each sharp picture below a folder, paired with itself: that is how one to be blurred is written.
-
-    In a tree of pairs, or of `sharp` folders, these are the pictures in such folders, grouped by scene;
-    elsewhere they are all pictures, each a group of its own, or a sequence where the names tell one.
-    Without a folder: none.
-    """
-    if folder is None:
-        return []
-    top = Path(folder)
-    paths = list_images(top)
-    sharp_folders = {sharp for _, sharp in _pair_folders(top) if sharp}
-    in_tree = [
-        path
-        for path in paths
-        if "sharp" in map(side, path.relative_to(top).parts[:-1]) or sharp_folders.intersection(path.parents)
-    ]
-    if in_tree and (len(in_tree) == len(paths) or sharp_folders):
-        return _grouped([(path, path) for path in in_tree], top)
-    names = scenes([PurePosixPath(path.stem) for path in paths])
-    return [Pair(path, path, group=str(path.parent / name)) for path, name in zip(paths, names, strict=True)]
 
 
 def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -313,9 +283,12 @@ def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction must be in [0, 1), got {fraction}")
+    if not fraction:
+        return list(pairs), []
     groups = sorted({pair.group for pair in pairs}, key=natural_key)
-    if fraction and len(groups) < 2:
+    if len(groups) < 2:
         raise ValueError(f"cannot hold out a part: all pairs come from one source, {groups[0]!r}")
-    count = min(max(1, round(fraction * len(groups))), len(groups) - 1) if fraction else 0
-    held_out = {groups[index] for index in np.random.default_rng(seed).permutation(len(groups))[:count]}
+    count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
+    chosen = np.random.default_rng(seed).permutation(len(groups))[:count]
+    held_out = {groups[index] for index in chosen}
     return [p for p in pairs if p.group not in held_out], [p for p in pairs if p.group in held_out]

@@ -1,4 +1,4 @@
-"""Patches in an HDF5 file, and crops from any two sources of pictures: pairs, or blurry and sharp apart."""
+"""Patches in an HDF5 file, and crops of two sources of images, pairs or not."""
 
 import os
 from pathlib import Path
@@ -6,8 +6,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ldm.data.image import DamagedImage, list_images
-from ldm.data.paired import CropDataset, ImageFiles, Key, at_least, sharpness
+from ldm.data.crop import at_least
+from ldm.data.decode import DamagedImage
+from ldm.data.image import list_images
+from ldm.data.paired import CropDataset, Crops, ImageFiles
+from ldm.data.stream import Key, split_key
 
 KEYS = ("sharp", "blur")  # of the file: uint8 (n, size, size, 3) each
 SUFFIXES = (".h5", ".hdf5")
@@ -39,7 +42,8 @@ class Patches:
     """
 
     def __init__(self, path: str | Path, key: str):
-        self.path, self.key, self._file, self._process = Path(path), key, None, 0
+        self.path, self.key = Path(path), key
+        self._file, self._process = None, 0
         with open_patches(path) as file:
             self.length, self.size = file[key].shape[:2]
 
@@ -52,26 +56,27 @@ class Patches:
     def __getitem__(self, key: Key) -> np.ndarray:
         if self._process != os.getpid():  # an HDF5 handle must not be used across a fork
             self._file, self._process = h5py.File(self.path, "r"), os.getpid()
-        index = key[1] if isinstance(key, tuple) else key
+        index = split_key(key)[1]
         try:
             return self._file[self.key][index]
         except OSError as error:
             raise DamagedImage(f"{self.path} is damaged at {self.key}[{index}]: {error}") from error
 
     def name(self, key: Key) -> str:
-        """What stands for a path."""
-        return f"{self.path}:{self.key}[{key[1] if isinstance(key, tuple) else key}]"
+        """A name in the place of a path."""
+        return f"{self.path}:{self.key}[{split_key(key)[1]}]"
 
 
 Source = ImageFiles | Patches
 
 
 def is_patches(path: str | Path | None) -> bool:
+    """Tell a file of patches by its suffix."""
     return path is not None and Path(path).suffix.lower() in SUFFIXES
 
 
 def open_source(path: str | Path, key: str, cache: bool = False) -> Source:
-    """The pictures of a folder, or the patches `key` of a file."""
+    """The images of a folder, or the patches `key` of a file."""
     return Patches(path, key) if is_patches(path) else ImageFiles(list_images(path), cache)
 
 
@@ -79,17 +84,17 @@ def check_paired(blurry: Patches, sharp: Patches) -> None:
     """Raise ValueError if two sources cannot be pairs."""
     with open_patches(sharp.path) as file:
         if not file.attrs.get("paired", True):
-            raise ValueError(f"{sharp.path} is unpaired (for --blur_data): its patches are no pairs")
+            raise ValueError(f"{sharp.path} is unpaired: its blurry and sharp patches are no pairs")
     if len(blurry) != len(sharp):
         raise ValueError(f"{sharp.path} has {len(blurry)} blurry and {len(sharp)} sharp patches: no pairs")
 
 
 class SourceDataset(CropDataset):
-    """Crops of two sources: number n with number n if `paired`, else each sharp one with any blurry one, the
-    sharp one the sharpest of `candidates` windows.
+    """Crops of two sources: number n with number n if `paired`, else each sharp image with any blurry one.
 
-    Items, and `look`, as in CropDataset. Raises ValueError for pairs of sources of different lengths, and
-    for crops that are larger than the patches of a file.
+    Unpaired, the sharp crop is the sharpest of `candidates`. Items and `options` are those of CropDataset.
+    Raises ValueError for pairs of sources of different lengths, and for crops that are larger than the
+    patches of a file.
     """
 
     def __init__(
@@ -100,9 +105,9 @@ class SourceDataset(CropDataset):
         seed: int,
         paired: bool = False,
         candidates: int = 1,
-        **look: float,
+        **options: float,
     ):
-        super().__init__(len(sharp), size, seed, **look)
+        super().__init__(len(sharp), size, seed, **options)
         self.blurry, self.sharp, self.paired, self.candidates = blurry, sharp, paired, candidates
         for source in (blurry, sharp):
             if isinstance(source, Patches) and source.size < size:
@@ -110,17 +115,12 @@ class SourceDataset(CropDataset):
         if paired:
             check_paired(blurry, sharp)
 
-    def _crops(self, key: Key, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str, str]:
-        index = key[1] if isinstance(key, tuple) else key
+    def _crops(self, key: Key, rng: np.random.Generator) -> Crops:
+        index = split_key(key)[1]
         other = index if self.paired else int(rng.integers(len(self.blurry)))
-        blurry, sharp = at_least(self.blurry[other], self.size), at_least(self.sharp[index], self.size)
-        y, x = self._window(*blurry.shape[:2], rng)
-        here = y, x
-        if not self.paired:
-            windows = [self._window(*sharp.shape[:2], rng) for _ in range(self.candidates)]
-            here = max(windows, key=lambda at: sharpness(sharp[at[0] :, at[1] :][: self.size, : self.size]))
-        crops = [
-            image[top : top + self.size, left : left + self.size]
-            for image, (top, left) in ((blurry, (y, x)), (sharp, here))
-        ]
-        return *crops, f"{self.blurry.name(other)} with {self.sharp.name(index)}", ""
+        blurry = at_least(self.blurry[other], self.size)
+        sharp = at_least(self.sharp[index], self.size)
+        crop = self._crop(blurry, rng)
+        sharp_crop = crop if self.paired else self._crop(sharp, rng, self.candidates)
+        name = f"{self.blurry.name(other)} with {self.sharp.name(index)}"
+        return crop.cut(blurry), sharp_crop.cut(sharp), name, ""

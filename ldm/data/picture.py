@@ -12,18 +12,8 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from ldm.data.image import (
-    DAMAGED,
-    Decoded,
-    decode,
-    opened,
-    over_white,
-    read_exif,
-    tell_frames,
-    to_8_bit,
-    turn,
-    write_whole,
-)
+from ldm.data.decode import DAMAGED, Decoded, decode, opened, read_exif, tell_frames, to_8_bit, turn
+from ldm.data.image import over_white, write_whole
 from ldm.data.tiff import read_16_bits
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of results, by their ending

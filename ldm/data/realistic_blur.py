@@ -6,7 +6,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ldm.data.paired import BLUR_MARGIN, CropDataset, Key, at_least, sharpness
+from ldm.data.crop import Crop, at_least, random_crop
+from ldm.data.paired import BLUR_MARGIN, CropDataset, Crops
+from ldm.data.stream import Key
 from ldm.modules.image_degradation.blur import compress_jpeg, random_blur
 from ldm.modules.image_degradation.shake import camera_shake
 
@@ -34,8 +36,7 @@ class RealisticBlur:
 
 
 class RealisticBlurDataset(CropDataset):
-    """Pairs from sharp images alone, degraded as `recipe` (RealisticBlur's defaults) says;
-    new in every epoch.
+    """Pairs from sharp images alone, degraded by `recipe` (default: RealisticBlur()), anew in every epoch.
 
     `images` as in BlurDataset. Of `candidates` crops the sharpest is taken.
     """
@@ -47,13 +48,13 @@ class RealisticBlurDataset(CropDataset):
         seed: int,
         candidates: int = 1,
         recipe: RealisticBlur | None = None,
-        **look: float,
+        **options: float,
     ):
-        super().__init__(len(images), size, seed, **look)
+        super().__init__(len(images), size, seed, **options)
         self.images, self.candidates = images, candidates
         self.recipe = recipe or RealisticBlur()
 
-    def _crops(self, key: Key, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, str, str]:
+    def _crops(self, key: Key, rng: np.random.Generator) -> Crops:
         image = at_least(self.images[key], self.size)
         shrink = rng.uniform(0.5, 0.9) if rng.random() < self.recipe.shrink_after else 1.0
         shortest = min(image.shape[:2])
@@ -62,10 +63,10 @@ class RealisticBlurDataset(CropDataset):
         size = round(self.size / shrink)  # of the crop when it is blurred
         scales = [scale for scale in self.recipe.photo_scales if size <= shortest * scale]
         scale = scales[rng.integers(len(scales))] if scales else size / shortest
-        around, y, x = self._surroundings(image, size, scale, rng)
-        sharp = around[y : y + size, x : x + size]
+        around, crop = self._surroundings(image, size, scale, rng)
+        sharp = crop.cut(around)
         blurred, blur_type = self._degrade(around, rng)
-        blurry = blurred[y : y + size, x : x + size]
+        blurry = crop.cut(blurred)
         if size != self.size:
             target = (self.size, self.size)
             sharp = cv2.resize(sharp, target, interpolation=cv2.INTER_AREA)
@@ -79,26 +80,20 @@ class RealisticBlurDataset(CropDataset):
 
     def _surroundings(
         self, image: np.ndarray, size: int, scale: float, rng: np.random.Generator
-    ) -> tuple[np.ndarray, int, int]:
-        """The sharpest of some crops of `size` pixels at `scale` with a margin, and where the crop begins."""
+    ) -> tuple[np.ndarray, Crop]:
+        """A part of the image at `scale`, and the crop of `size` pixels in it, with a margin around."""
         side = min(int(np.ceil(size / scale)), *image.shape[:2])
-        best, sharpest = (0, 0), -1.0
-        for _ in range(self.candidates):
-            y, x = (int(rng.integers(length - side + 1)) for length in image.shape[:2])
-            value = sharpness(image[y : y + side, x : x + side]) if self.candidates > 1 else 0.0
-            if value > sharpest:
-                best, sharpest = (y, x), value
-        y, x = best
-        margin = int(BLUR_MARGIN / scale)
-        top, left = max(0, y - margin), max(0, x - margin)
-        part = image[top : y + side + margin, left : x + side + margin]
+        crop = random_crop(image, side, rng, self.candidates)
+        around = crop.grown(int(BLUR_MARGIN / scale), image.shape)
+        crop = crop.inside(around)
+        part = around.cut(image)
         if scale != 1:
             target = (round(part.shape[1] * scale), round(part.shape[0] * scale))
             target = (max(target[0], size), max(target[1], size))
             part = cv2.resize(part, target, interpolation=cv2.INTER_AREA)
-        offset_y = min(round((y - top) * scale), part.shape[0] - size)
-        offset_x = min(round((x - left) * scale), part.shape[1] - size)
-        return part, offset_y, offset_x
+        top = min(round(crop.top * scale), part.shape[0] - size)
+        left = min(round(crop.left * scale), part.shape[1] - size)
+        return part, Crop(top, left, size, size)
 
     def _degrade(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, str]:
         """Blur by a type drawn from the recipe's fractions; the image and the type ("" = left sharp)."""

@@ -1,5 +1,4 @@
-"""The order in which training samples are seen, as a pure function of seed and position, and what takes the
-place of a sample that cannot be read."""
+"""The order of training samples, a pure function of seed and position; substitutes for unreadable ones."""
 
 import sys
 import zlib
@@ -13,7 +12,12 @@ from torch.utils.data import Dataset, Sampler
 
 from ldm.data.image import UNREADABLE
 
-Key = int | tuple[int, int]
+Key = int | tuple[int, int]  # index of a sample, or epoch and index
+
+
+def split_key(key: Key) -> tuple[int, int]:
+    """Epoch and index of a sample; a plain index means epoch 0."""
+    return key if isinstance(key, tuple) else (0, key)
 
 
 class SampleStream(Sampler):
@@ -74,9 +78,9 @@ class SampleStream(Sampler):
 class Readable(Dataset):
     """`dataset`, with other samples in the place of those whose images are damaged or missing.
 
-    Which one takes the place follows from the key alone, so that a resumed run sees the same samples. It is
-    of the same group, if the dataset has `group` (see SampleStream). Each file is reported once; call
-    `share_reports` before other processes use this.
+    The substitute follows from the key alone, so that a resumed run sees the same samples. It is of the same
+    group, if the dataset has `group` (see SampleStream). Each file is reported once; call `share_reports`
+    before other processes use this.
     """
 
     def __init__(self, dataset: Dataset):
@@ -87,48 +91,47 @@ class Readable(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> Any:
-        """A sample. Raises ValueError if no sample that may take its place can be read."""
+        """A sample, or its substitute. Raises ValueError if none that may take its place can be read."""
         problems = []
         for candidate in self._candidates(key):
             try:
                 sample = self.dataset[candidate]
             except UNREADABLE as error:
                 problems.append(str(error))
-                continue
-            for problem in problems:
-                self._report(problem)
-            return sample
+            else:
+                self._report(problems)
+                return sample
         raise ValueError(f"none of {len(problems)} training images can be read; the first: {problems[0]}")
 
     def share_reports(self) -> None:
-        """Let several processes know which files are reported."""
+        """Share the list of reported files with processes that are started later."""
         self.reported.share_memory_()
 
     def _candidates(self, key: Key) -> Iterator[Key]:
         """The key, then all others of its epoch and group in an order that depends on it alone."""
         yield key
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = split_key(key)
         group = getattr(self.dataset, "group", None)
         for other in np.random.default_rng([epoch, index]).permutation(len(self)).tolist():
-            candidate = (epoch, other) if isinstance(key, tuple) else other
-            if other != index and (group is None or group(candidate) == group(key)):
-                yield candidate
+            if other != index and (group is None or group((epoch, other)) == group(key)):
+                yield epoch, other
 
-    def _report(self, problem: str) -> None:
-        place = zlib.crc32(problem.encode(errors="surrogateescape")) % len(self.reported)
-        if not self.reported[place]:
-            self.reported[place] = True
-            warn(f"{problem}: another image takes its place")
+    def _report(self, problems: list[str]) -> None:
+        for problem in problems:
+            place = zlib.crc32(problem.encode(errors="surrogateescape")) % len(self.reported)
+            if not self.reported[place]:
+                self.reported[place] = True
+                warn(f"{problem}: another image takes its place")
 
 
 def first_samples(dataset: Dataset, count: int) -> list:
-    """The first `count` samples, or all if there are fewer; others take the place of unreadable ones."""
+    """The first `count` samples, or all if there are fewer, with substitutes for unreadable ones."""
     source = Readable(dataset)
     return [source[index] for index in range(min(count, len(dataset)))]
 
 
 def readable(source: Any, numbers: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """Numbers and what `source` has for them, without those whose images are damaged or missing."""
+    """Numbers and items of `source`, without those whose images are damaged or missing."""
     for number in numbers:
         try:
             yield number, source[number]
@@ -147,8 +150,8 @@ def warn(text: str) -> None:
 
 
 def item_seed(seed: int, key: Key) -> int:
-    """The seed in [0, 2^63) of everything random about one sample; a plain index means epoch 0."""
-    epoch, index = key if isinstance(key, tuple) else (0, key)
+    """The seed in [0, 2^63) of everything random about one sample."""
+    epoch, index = split_key(key)
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -158,7 +161,7 @@ def item_generator(seed: int) -> torch.Generator:
 
 
 DATA = "the processes do not see the same data: they found {} training images"
-PLACE = "the processes would go on after {} steps or samples: all machines must see one --output_dir"
+PLACE = "the processes would go on after {} steps or samples: all machines must see one output folder"
 
 
 def check_same(value: int, problem: str) -> None:

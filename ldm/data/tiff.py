@@ -1,8 +1,11 @@
-"""What the numbers in a TIFF file mean: its first image as 8 or 16 bits, white as the largest number."""
+"""The first image of a TIFF file as 8 or 16 bits, white as the largest number: tifffile reads, Pillow helps.
+
+tifffile reads planes, tiles, deep numbers and every kind of transparency right, but most compressions only
+with the package imagecodecs. Pillow reads all compressions, but only 8 bits right; OpenCV 16 bits with LZW.
+"""
 
 import logging
 import math
-import zlib
 from typing import TYPE_CHECKING, BinaryIO
 
 import cv2
@@ -12,18 +15,16 @@ from PIL import Image
 if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage  # takes a second to import
 
-WHITE_IS_ZERO, PALETTE, CMYK = 0, 3, 5  # photometric interpretations (TIFF 6.0, page 37)
-COLOURS = {WHITE_IS_ZERO: 1, 1: 1, 2: 3, PALETTE: 1, CMYK: 4}  # channels of each that is read here
-DEFLATE = (8, 32946)  # compressions
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, CMYK = 0, 1, 2, 5  # photometric interpretations (TIFF 6.0, page 37)
+COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, CMYK: 4}  # channels of those that are read here
 ASSOCIATED, UNASSOCIATED = 1, 2  # transparency: with colours multiplied by it, and without
-MOST_SAMPLES = 16  # of a pixel
+MOST_SAMPLES = 16  # channels of a pixel, the colours and others
 DENSEST = 2**16  # no compression makes data smaller than by this
-MARGIN = 2**24  # bytes that tiles may reach beyond their image
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def is_tiff(file: BinaryIO) -> bool:
-    """Whether a file begins as TIFF or BigTIFF do."""
+    """True if a file begins as TIFF and BigTIFF do."""
     file.seek(0)
     head = file.read(4)
     file.seek(0)
@@ -40,7 +41,7 @@ def open_tiff(file: BinaryIO) -> "TiffFile":
 
 
 def count_images(tiff: "TiffFile") -> int:
-    """How many images a file holds, without previews and masks of others."""
+    """Number of images in a file, without previews and masks of others."""
     return max(1, sum(not (page.is_reduced or page.is_mask) for page in tiff.pages))
 
 
@@ -53,18 +54,19 @@ def read_page(page: "TiffPage", file: BinaryIO) -> tuple[Image.Image | np.ndarra
     """The image of a page and the EXIF orientation that it still needs.
 
     Pillow's image where a channel has 8 bits or fewer; uint16 (h, w, 1 to 4), grey or RGB with or without
-    transparency, where it has more. Raises ValueError for what cannot be read, or could mean several things.
+    transparency, where it has more. Raises ValueError for a page that cannot be read, or could mean several
+    things.
     """
     colours = COLOURS.get(page.photometric)
-    small = page.bitspersample <= 8 and page.sampleformat == 1
-    if small and (colours is None or page.bitspersample < 8 or not _can_decode(page)):
-        if page.planarconfig == 2 and page.samplesperpixel == 2:
-            raise ValueError(f"{_form(page)} cannot be read: save it with its channels interleaved")
-        return _with_pillow(file), 1
+    decoder = _has_decoder(page)
+    if page.bitspersample <= 8 and page.sampleformat == 1:
+        if colours is None or page.bitspersample < 8 or not decoder:
+            return _with_pillow(page, file), 1
     known = page.bitspersample in (8, 16, 32, 64) and page.dtype is not None and page.dtype.kind in "uif"
     if not known or colours is None or not colours <= page.samplesperpixel <= MOST_SAMPLES:
         raise ValueError(f"{_form(page)} cannot be read: save it as RGB with 8 or 16 bits a channel")
-    values = _meaning(_decode(page, file), page)
+    values = _decode(page, file) if decoder else _with_opencv(page, file)
+    values = _interpret(values, page)
     orientation = page_orientation(page)
     if page.photometric == CMYK:
         values = values if values.dtype == np.uint8 else (values >> 8).astype(np.uint8)
@@ -80,29 +82,20 @@ def as_image(values: np.ndarray, profile: bytes | None = None, mode: str = "") -
     return image
 
 
-def _with_pillow(file: BinaryIO) -> Image.Image:
-    """It has libtiff for all compressions and gives the image upright."""
-    file.seek(0)
-    image = Image.open(file)
-    image.load()
-    return image
-
-
 def _form(page: "TiffPage") -> str:
-    names = [getattr(value, "name", value) for value in (page.photometric, page.compression)]
-    planes = ", in planes" if page.planarconfig == 2 and page.samplesperpixel > 1 else ""
-    kind = "" if page.sampleformat == 1 else f", {getattr(page.sampleformat, 'name', page.sampleformat)}"
-    return (
-        f"a TIFF of {page.samplesperpixel} x {page.bitspersample} bits ({names[0]}, compression {names[1]}"
-        f"{planes}{kind})"
+    photometric, compression = (
+        getattr(value, "name", value) for value in (page.photometric, page.compression)
     )
+    planes = ", in planes" if page.planarconfig == 2 and page.samplesperpixel > 1 else ""
+    channels = f"{page.samplesperpixel} x {page.bitspersample} bits"
+    return f"a TIFF of {channels} ({photometric}, compression {compression}{planes})"
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------
+# ---- three readers -----------------------------------------------------------------------------------------
 
 
-def _can_decode(page: "TiffPage") -> bool:
-    """Whether tifffile knows the compression: most need the package imagecodecs."""
+def _has_decoder(page: "TiffPage") -> bool:
+    """True if tifffile can unpack a page: most compressions need the package imagecodecs."""
     from tifffile import TIFF
 
     try:
@@ -112,17 +105,34 @@ def _can_decode(page: "TiffPage") -> bool:
 
 
 def _decode(page: "TiffPage", file: BinaryIO) -> np.ndarray:
-    """The numbers of a page as they stand in the file: (h, w, samples)."""
-    shape = page.imagelength, page.imagewidth, page.samplesperpixel
-    if _can_decode(page):
-        _check_whole(page, file)
-        values = page.asarray()
-        if page.planarconfig == 2 and page.samplesperpixel > 1:
-            values = np.moveaxis(values, 0, -1)
-        return values.reshape(shape)
-    values = None
-    if page.planarconfig == 1 and page.dtype == np.uint16:  # the form that OpenCV reads right
-        values = read_16_bits(file)
+    """The numbers of a page, (h, w, samples), by tifffile. Raises ValueError for one that is cut off."""
+    end = file.seek(0, 2)
+    parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    whole = len(parts) == math.prod(page.chunked) and all(n and start + n <= end for start, n in parts)
+    most = sum(page.databytecounts) * (1 if page.compression == 1 else DENSEST)
+    if not whole or most < page.nbytes:
+        raise ValueError("it is cut off")
+    values = page.asarray()
+    if page.planarconfig == 2 and page.samplesperpixel > 1:
+        values = np.moveaxis(values, 0, -1)
+    return values.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
+
+
+def _with_pillow(page: "TiffPage", file: BinaryIO) -> Image.Image:
+    """A page of at most 8 bits, upright."""
+    if page.planarconfig == 2 and page.samplesperpixel == 2:
+        raise ValueError(f"{_form(page)} cannot be read: save it with its channels interleaved")
+    file.seek(0)
+    image = Image.open(file)
+    image.load()
+    return image
+
+
+def _with_opencv(page: "TiffPage", file: BinaryIO) -> np.ndarray:
+    """The numbers of a page, (h, w, samples). Raises ValueError for other forms than OpenCV reads right."""
+    shape = (page.imagelength, page.imagewidth, page.samplesperpixel)
+    interleaved = page.planarconfig == 1 and page.dtype == np.uint16
+    values = read_16_bits(file) if interleaved else None
     if values is None or values.shape != shape:
         raise ValueError(
             f"{_form(page)} cannot be read: save it without compression, or pip install imagecodecs"
@@ -143,54 +153,27 @@ def read_16_bits(file: BinaryIO) -> np.ndarray | None:
     return values if values.shape[2] == 1 else values[..., [2, 1, 0, 3][: values.shape[2]]]
 
 
-def _check_whole(page: "TiffPage", file: BinaryIO) -> None:
-    """Raise ValueError for a page that is cut off, or unpacks to more than its size."""
-    end = file.seek(0, 2)
-    parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
-    whole = len(parts) == math.prod(page.chunked) and all(n and start + n <= end for start, n in parts)
-    size = sum(page.databytecounts)
-    if whole and page.compression in DEFLATE:
-        most = min(math.prod(page.chunks) * page.dtype.itemsize, page.nbytes + MARGIN)
-        size = sum(_inflated_size(file, *part, most) for part in parts)
-    if not whole or size * (1 if page.compression in (1, *DEFLATE) else DENSEST) < page.nbytes:
-        raise ValueError("it is cut off")
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
-def _inflated_size(file: BinaryIO, start: int, count: int, most: int) -> int:
-    """Bytes that a part of a file unpacks to: tifffile would unpack it to any size."""
-    file.seek(start)
-    unpack = zlib.decompressobj()
-    try:
-        size = len(unpack.decompress(file.read(count), most + 1))
-    except zlib.error as error:
-        raise ValueError(f"it is damaged: {error}") from error
-    if size > most:
-        raise ValueError("it unpacks to more than its size")
-    return size
-
-
-def _meaning(values: np.ndarray, page: "TiffPage") -> np.ndarray:
+def _interpret(values: np.ndarray, page: "TiffPage") -> np.ndarray:
     """uint8 or uint16 (h, w, 1 to 4): grey or RGB, with its transparency; or CMYK."""
     colours = COLOURS[page.photometric]
     extra = [int(kind) for kind in page.extrasamples]
-    at = next((n for n, kind in enumerate(extra) if kind in (ASSOCIATED, UNASSOCIATED)), None)
     if not extra and values.shape[2] == colours + 1:  # OpenCV does not say that it is transparency
-        at, extra = 0, [UNASSOCIATED]
-    if page.photometric == PALETTE:
-        table = np.asarray(page.colormap).T
-        table = table >> 8 if table.max() > 255 else table
-        colour = table.astype(np.uint8)[values[..., 0]]
-    else:
-        values = values if values.dtype in (np.uint8, np.uint16) else scale(values)
-        colour = values[..., :colours]
+        extra = [UNASSOCIATED]
+    if values.dtype not in (np.uint8, np.uint16):
+        values = scale(values)
+    colour = values[..., :colours]
     if page.photometric == WHITE_IS_ZERO:
         colour = ~colour
-    if at is None:
+    channels = [n for n, kind in enumerate(extra) if kind in (ASSOCIATED, UNASSOCIATED)]
+    if not channels:
         return colour
-    alpha = values[..., colours + at].astype(colour.dtype)
     if page.photometric == CMYK:
         raise ValueError("it is CMYK with transparency: save it as RGB")
-    if extra[at] == ASSOCIATED:
+    alpha = values[..., colours + channels[0]]
+    if extra[channels[0]] == ASSOCIATED:
         white = np.iinfo(colour.dtype).max
         share = np.maximum(alpha, 1)[..., None].astype(np.float32) / white
         colour = np.rint((colour / share).clip(0, white)).astype(colour.dtype)
@@ -203,11 +186,14 @@ def scale(values: np.ndarray) -> np.ndarray:
     Floats may go a little beyond it, as sharpening and highlights do: they are clipped. Whole numbers begin
     at 255 and may not be negative. Raises ValueError where nothing fits.
     """
-    low, high, is_float = values.min(), values.max(), values.dtype.kind == "f"
-    whole = min(65535, np.iinfo(values.dtype).max) if not is_float else 65535
-    fits = [(1, 16)] * is_float + [(255, 260), (whole, 66000)]
-    white = next((white for white, most in fits if high <= most), None)
-    if white is None or not low >= -0.5 * white * is_float:
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f":
+        limits = [(1, 16), (255, 260), (65535, 66000)]  # white, and the largest number that it allows
+    else:
+        limits = [(255, 260), (min(65535, np.iinfo(values.dtype).max), 66000)]
+    white = next((white for white, most in limits if high <= most), None)
+    lowest = -0.5 * white if white and values.dtype.kind == "f" else 0
+    if white is None or not low >= lowest:  # NaN is not >= anything
         raise ValueError(
             f"its numbers ({values.dtype}) go from {low:g} to {high:g}: save it with 8 or 16 bits a channel, "
             "or as floats from 0 to 1"

@@ -14,11 +14,10 @@ from numpy.random import Generator
 from scipy.special import ndtri
 
 Parameters = dict[str, float | int]
-Range = tuple[float, float]  # lowest and highest of what is drawn
+Range = tuple[float, float]  # lowest and highest value of a random parameter
 
 LEVELS = 65535  # steps of linear light in the look-up table back to sRGB
 DARK_SIGNAL = 0.002  # what the sensor counts without light, as a fraction of full scale
-DIRECT_KERNEL = 9  # kernels up to this size are convolved directly, larger ones by Fourier transform
 
 
 # ---- light -----------------------------------------------------------------------------------------------
@@ -74,7 +73,7 @@ def compress_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 
 
 def motion_path(rng: Generator, length: float, shake: float) -> np.ndarray:
-    """Way of the scene over the sensor during one exposure: (steps, 2) points x, y in pixels, mean (0, 0).
+    """Path of the scene over the sensor during one exposure: (steps, 2) points x, y in pixels, mean (0, 0).
 
     A random walk at constant speed (Boracchi & Foi, Modeling the Performance of Image Restoration from
     Motion Blur, IEEE TIP 2012): the velocity keeps its direction (inertia) but for gaussian tremor, a pull
@@ -135,28 +134,11 @@ def aperture_kernel(radius: float, blades: int = 0, angle: float = 0.0) -> np.nd
 
 def convolve(light: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Convolve float32 (h, w) or (h, w, c) with an odd square kernel, borders reflected; same shape out."""
-    if len(kernel) <= DIRECT_KERNEL:
-        return cv2.filter2D(light, -1, cv2.flip(kernel, -1), borderType=cv2.BORDER_REFLECT_101)
-    edge, (height, width) = len(kernel) // 2, light.shape[:2]
-    rows, columns = cv2.getOptimalDFTSize(height + 2 * edge), cv2.getOptimalDFTSize(width + 2 * edge)
-    spectrum = np.zeros((rows, columns), np.float32)
-    spectrum[: len(kernel), : len(kernel)] = kernel
-    cv2.dft(spectrum, dst=spectrum)
-    # reflect at least `edge` pixels on every side; what the good size adds at the bottom right is not used
-    borders = edge, rows - height - edge, edge, columns - width - edge
-    blurred = np.empty_like(light)
-    for channel in range(light[0, 0].size):
-        plane = light if light.ndim == 2 else cv2.extractChannel(light, channel)
-        plane = cv2.copyMakeBorder(plane, *borders, cv2.BORDER_REFLECT_101)
-        cv2.mulSpectrums(cv2.dft(plane, dst=plane), spectrum, 0, plane)
-        cv2.dft(plane, dst=plane, flags=cv2.DFT_INVERSE | cv2.DFT_SCALE)
-        plane = plane[2 * edge : 2 * edge + height, 2 * edge : 2 * edge + width]
-        blurred.reshape(height, width, -1)[..., channel] = plane
-    return blurred
+    return cv2.filter2D(light, -1, cv2.flip(kernel, -1), borderType=cv2.BORDER_REFLECT_101)
 
 
 # ---- the four blurs ----------------------------------------------------------------------------------------
-# uint8 RGB (h, w, 3) in, the same and what was drawn out; `camera` are the options of `record`.
+# uint8 RGB (h, w, 3) in, the same and the random parameters out; `camera` are the options of `record`.
 
 
 def motion_blur(
@@ -168,17 +150,19 @@ def motion_blur(
     **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
     """Camera shake along a path of `scale * length` pixels; `shake` 0 is a straight pan, 1 a tangle."""
-    length, shake = scale * rng.uniform(*length), rng.uniform(*shake)
+    length = scale * rng.uniform(*length)
+    shake = rng.uniform(*shake)
     path = motion_path(rng, length, shake)
     light = convolve(_light(image), motion_kernel(path))
-    turn = math.degrees(math.atan2(*np.linalg.eigh(np.cov(path.T))[1][::-1, 1])) % 180
-    return record(light, rng, {"length": length, "shake": shake, "angle": turn}, **camera)
+    _, axes = np.linalg.eigh(np.cov(path.T))  # the last one is the main direction of the path
+    angle = math.degrees(math.atan2(axes[1, 1], axes[0, 1])) % 180
+    return record(light, rng, {"length": length, "shake": shake, "angle": angle}, **camera)
 
 
 def gaussian_blur(
     image: np.ndarray, rng: Generator, sigma: Range = (1.0, 5.0), scale: float = 1.0, **camera: float
 ) -> tuple[np.ndarray, Parameters]:
-    """Isotropic gaussian of deviation `scale * sigma` pixels: haze, a soft lens, a rescaled picture."""
+    """Isotropic gaussian of deviation `scale * sigma` pixels: haze, a soft lens, a rescaled image."""
     sigma = scale * rng.uniform(*sigma)
     kernel = gaussian_kernel(sigma)
     light = cv2.sepFilter2D(_light(image), -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
@@ -225,9 +209,11 @@ def lens_blur(
 
 def vignette(height: int, width: int, field: float) -> np.ndarray:
     """cos^4 fall-off of light (height, width): 1 in the middle, cos(`field` degrees)^4 in the corners."""
-    y, x = np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2
+    y = np.arange(height) - (height - 1) / 2
+    x = np.arange(width) - (width - 1) / 2
     scale = math.tan(math.radians(field)) / max(math.hypot(x[0], y[0]), 1)
-    y, x = (y * scale).astype(np.float32), (x * scale).astype(np.float32)
+    y = (y * scale).astype(np.float32)
+    x = (x * scale).astype(np.float32)
     return (1 + (y**2)[:, None] + x**2) ** -2  # cos^2 = 1 / (1 + tan^2)
 
 
@@ -238,18 +224,19 @@ def record(
     noise: float | Range = 3e-4,
     jpeg_probability: float = 0.0,
 ) -> tuple[np.ndarray, Parameters]:
-    """What the camera makes of blurred light: sensor noise, sRGB curve, 8 bits and perhaps a JPEG file.
+    """Record blurred light as a camera does: sensor noise, sRGB curve, 8 bits and perhaps a JPEG file.
 
-    `noise` is the highest gain of `add_sensor_noise` (0 = none), drawn uniformly, or a range from which the
-    gain is drawn log-uniformly; with `jpeg_probability` the image goes through a JPEG of quality 60 to 95.
-    Returns the uint8 image and `drawn` with what was drawn here added.
+    `noise` is the highest gain of `add_sensor_noise` (0 = none), sampled uniformly, or a range from which the
+    gain is sampled log-uniformly; with `jpeg_probability` the image goes through a JPEG of quality 60 to 95.
+    Returns the uint8 image, and `drawn` with the random parameters of this function added.
     """
     gain = float(np.exp(rng.uniform(*np.log(noise)))) if isinstance(noise, tuple) else rng.uniform(0, noise)
     quality = int(rng.integers(60, 96)) if rng.random() < jpeg_probability else None
     image = linear_to_srgb(add_sensor_noise(light, rng, gain) if gain else light)
     drawn = {**drawn, "noise": gain}
     if quality:
-        image, drawn = compress_jpeg(image, quality), {**drawn, "jpeg_quality": quality}
+        image = compress_jpeg(image, quality)
+        drawn["jpeg_quality"] = quality
     return image, {name: round(value, 6) for name, value in drawn.items()}
 
 
