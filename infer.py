@@ -400,7 +400,7 @@ class DBGAN(OnePass):
     output_prefix: str = "deblurred_"  # before the names of the results
 
     def restorer(self) -> Restorer:
-        from ldm.modules.generators import load_generator, restore_image
+        from train_dbgan import load_generator, restore_image
 
         network = self.place(load_generator(self.checkpoint_path, "deblur"))
         return lambda image, path: restore_image(network, image, **self.how())
@@ -415,7 +415,7 @@ class BGAN(OnePass):
     seed: int = 0  # with the file's name it decides on the blur
 
     def restorer(self) -> Restorer:
-        from ldm.modules.generators import blur_image, load_generator
+        from train_dbgan import blur_image, load_generator
 
         network = self.place(load_generator(self.checkpoint_path, "blur"))
 

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from ldm.modules.gan import Discriminator, ImagePool, initialise, relativistic_d_loss, relativistic_g_loss
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import vgg19
@@ -28,7 +29,6 @@ from ldm import checkpoint
 from ldm.data.image import list_images, photographs, read_image, to_tensor, write_image
 from ldm.data.pairs import find_pairs
 from ldm.metrics import radial_power, spectrum_distance
-from ldm.modules.gan import Discriminator, ImagePool, initialise, relativistic_d_loss, relativistic_g_loss
 from ldm.modules.generators import (
     OTHERS,
     BGANGenerator,

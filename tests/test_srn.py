@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ldm.modules.gan import Discriminator
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
 from PIL import Image
@@ -20,7 +21,6 @@ from torch.nn import functional as F
 import train_srn
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
-from ldm.modules.gan import Discriminator
 from ldm.modules.losses import fft_loss, pixel_loss
 from tests.fill import draw, fill, relative_error
 from train_srn import Settings, SRNDeblurNet, load_network, main, pyramid, restore, scale_losses
