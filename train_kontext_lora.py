@@ -373,7 +373,7 @@ def main(settings: Settings) -> None:
     ema = EMA(adapter, settings.ema_decay)
     parts = {"state_dict": adapter, "optimizer": optimizer, "ema": ema}
     known = {**plain(settings), "samples": len(dataset), "tasks": tasks}
-    run = Run(fabric, settings.output_dir, known, parts, MAY_CHANGE, {**plain(Settings()), "tasks": {}})
+    run = Run(fabric, settings.output_dir, known, parts, MAY_CHANGE)
     count = sum(parameter.numel() for parameter in adapter.parameters())
     run.say(f"{dataset.describe()}\n{count / 1e6:.2f} M LoRA parameters on {len(adapter)} layers")
 

@@ -346,13 +346,6 @@ def test_a_run_starts_from_weights(tmp_path, capsys):
     main(settings(tmp_path, **{**chosen, "init_weights": tmp_path / "wild.pth"}))
 
 
-def test_max_steps_replaces_epochs(tmp_path, capsys):
-    chosen = {"dead_leaves": 8, "width": 2, "crop_size": 16, "val_images": 2, "val_crop": 32, "batch_size": 2}
-    main(Settings(output_dir=tmp_path, max_steps=3, num_workers=0, schedule="power", **chosen))
-    state = checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")
-    assert state["step"] == 3 and state["scheduler"]["_last_lr"] == [0.0]
-
-
 def test_files_with_module_in_their_keys_load(network, tmp_path):
     weights = {f"module.{name}": value for name, value in network.state_dict().items()}
     checkpoint.write_weights(tmp_path / "wild.pth", weights)
@@ -403,14 +396,6 @@ def test_bad_pairs(pairs, tmp_path):
         main(settings(tmp_path, data=file, val_data=pairs / "GOPR2", batch_size=1))
     with pytest.raises(ValueError, match=r"000010.png is 20x20, .*000010.png is 80x51"):
         main(settings(tmp_path, data=file, val_data=file, val_images=3))
-
-
-def test_mixed_file_kinds_train(pairs, tmp_path):
-    """Grey and 16-bit PNG beside RGB."""
-    grey = read_image(pairs / "GOPR1/sharp/000002.png")[..., 0]
-    Image.fromarray(grey).save(pairs / "GOPR1/sharp/000002.png")
-    Image.fromarray(grey.astype(np.uint16) * 128).save(pairs / "GOPR1/blur/000002.png")
-    main(settings(tmp_path, data=pairs, val_fraction=0.5, epochs=1))
 
 
 def test_a_damaged_image_is_passed_over_and_the_run_resumes_exactly(pairs, tmp_path, monkeypatch, capsys):
