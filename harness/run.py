@@ -64,7 +64,7 @@ def start_fabric(
 def launched_nodes() -> int:
     """Number of machines that torchrun or srun started this run on; 1 without either."""
     if SLURMEnvironment.detect():
-        return int(os.environ["SLURM_NNODES"])
+        return int(os.environ.get("SLURM_NNODES", 1))
     return int(os.environ.get("GROUP_WORLD_SIZE", 1))
 
 
