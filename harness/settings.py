@@ -65,7 +65,7 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 def _report_once(problem: threading.ExceptHookArgs) -> None:
-    """Show what ends a thread, but for OSError: it is TensorBoard's, which raises it in the main thread too."""
+    """Report the error that ends a thread, but for OSError: TensorBoard raises its own in the main thread."""
     if not isinstance(problem.exc_value, OSError):
         threading.__excepthook__(problem)
 
