@@ -70,10 +70,7 @@ FORMS = {  # in one precision each
         plan.controlnet,
         replace(INPAINT, sd_locked=False, hint_channels=4, precision="bf16"),
     ),
-    "srn, channels_last": (
-        plan.srn,
-        replace(SRN, channels_last=True, residual=True, max_grad_norm=1.0, precision="16"),
-    ),
+    "srn, clipped": (plan.srn, replace(SRN, residual=True, max_grad_norm=1.0, precision="16")),
     "dbgan content": (partial(plan.dbgan, stage="deblur", phase=0), replace(DBGAN, precision="bf16")),
     "dbgan paired": (partial(plan.dbgan, stage="paired"), replace(DBGAN, precision="16")),
     "kontext": (plan.kontext, KONTEXT),
