@@ -53,9 +53,7 @@ class Settings:
 
     # ---- data
     data: Path | None = None  # pairs: GoPro tree, list of `blurry sharp` lines, or paired .h5 file
-    blur_data: Path | None = (
-        None  # real blurred photos: a folder, or an unpaired .h5 file with sharp ones too
-    )
+    blur_data: Path | None = None  # real blurred photos: a folder, or an unpaired .h5 file of both sides
     sharp_dir: Path | None = None  # folder of sharp photos for `blur`; without --data for all, to be blurred
     val_data: Path | None = None  # pairs to validate on, in any form of --data
     crop_size: int = 128  # side of the training crops in pixels, a multiple of 16
@@ -81,9 +79,7 @@ class Settings:
     batch_size: flags.BatchSize = 4  # number of crops per batch and device
     accumulate_grad_batches: flags.Accumulate = 4  # number of batches per optimizer step
     learning_rate: flags.Weight = 1e-4  # peak learning rate of all networks
-    schedule: Literal["cosine", "constant"] = (
-        "cosine"  # learning rate of each phase; constant: to be continued
-    )
+    schedule: Literal["cosine", "constant"] = "cosine"  # learning rate over the steps of each phase
     warmup_steps: flags.Whole = 0  # number of steps in which the learning rate rises from 0
     max_grad_norm: flags.Weight = 0.0  # highest norm of all gradients together; 0 = not clipped
     content_loss: PixelLoss = "l1"  # distance of pixels in the content loss
