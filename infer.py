@@ -125,7 +125,7 @@ class DBGAN(OnePass):
     output_prefix: str = "deblurred_"  # text before the names of the results
 
     def restorer(self) -> Restorer:
-        from ldm.modules.generators import load_generator, restore_image
+        from train_dbgan import load_generator, restore_image
 
         network = self.place(load_generator(self.checkpoint_path, "deblur"))
 
@@ -145,7 +145,7 @@ class BGAN(OnePass):
     seed: int = 0  # random seed, which together with the file's name decides on the blur
 
     def restorer(self) -> Restorer:
-        from ldm.modules.generators import blur_image, load_generator
+        from train_dbgan import blur_image, load_generator
 
         network = self.place(load_generator(self.checkpoint_path, "blur"))
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cldm.model import read_control
 from harness.settings import check_new, run_main
-from ldm.modules.generators import load_generator
+from train_dbgan import load_generator
 from train_srn import SRNDeblurNet, load_network, pyramid
 
 SIZES = (70, 90), (33, 101), (64, 128)  # compared

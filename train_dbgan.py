@@ -11,11 +11,13 @@ The same command again resumes a stopped run. Published for GoPro: 31.10 dB. Mor
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import tyro
 from lightning_fabric import Fabric
@@ -24,17 +26,20 @@ from torch.nn import functional as F
 
 from harness import flags
 from harness.run import Run, average_gradients, last_checkpoint, start_fabric, unscale_gradients
-from harness.settings import check_counts, check_fractions, plain, run_main
-from harness.training_data import Data, open_data
-from harness.validation import Spectra, line, report
-from ldm.checkpoint import fingerprint
+from harness.settings import check_ranges, plain, run_main
+from harness.validation import HeldOut, Spectra, line, open_held_out, report
+from ldm.checkpoint import fill, fingerprint, read_trained, write_half
+from ldm.data.blurred import blurred_photos
 from ldm.data.demo import write_demo
-from ldm.data.patches import open_source
-from ldm.modules import gan, generators
+from ldm.data.paired import CropDataset, ImageFiles, PairedDataset
+from ldm.data.pairs import check_apart, find_pairs, sharp_pairs
+from ldm.data.patches import Patches, Source, SourceDataset, is_patches, open_source
+from ldm.data.stream import item_generator
 from ldm.modules.ema import EMA
-from ldm.modules.image_degradation.blur import BLUR_TYPES
+from ldm.modules.generators import OTHERS, Made, authors_form, content_loss, final, restore_image, to_unit
+from ldm.modules.image_pool import ImagePool
 from ldm.modules.losses import PixelLoss
-from ldm.modules.perceptual import FILE, PerceptualLoss
+from ldm.modules.perceptual import PerceptualLoss
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -44,80 +49,55 @@ class Settings:
     """Train BGAN (sharp to blurry) and DBGAN (blurry to sharp)."""
 
     mode: tyro.conf.Positional[Literal["paired", "blur", "deblur", "all"]] = "all"
-    demo: bool = False  # small networks on generated data, minutes on a CPU; other flags still count
-    output_dir: Path = Path("outputs/dbgan")  # a folder of logs, pictures and checkpoints for every stage
+    demo: bool = False  # train small networks on generated data, minutes on a CPU; other flags still count
 
-    data: Path | None = None  # pairs: GoPro tree, list of `blurry sharp` lines, or paired .h5
-    blur_data: Path | None = None  # real blurred photographs: a folder, or unpaired .h5 (with its sharp ones)
-    sharp_dir: Path | None = None  # sharp photographs for `blur`; without --data for all, blurred on the fly
-    val_data: Path | None = None  # pairs to evaluate on, in any form of --data
-    crop_size: int = 128  # of training images, a multiple of 16
-
-    generator: Literal["dbgan", *generators.OTHERS] = "dbgan"  # the network that deblurs (docs/dbgan.md)
-    width: int = 64  # channels of the generators
-    init_weights: Path | None = None  # start the deblurring generator from this file
-    perceptual_loss_weight: float = 1.0  # 0: VGG-19 is not needed
-
-    blur_epochs: int = 20  # passes over the data, of `blur`
-    pretrain_epochs: int = 20  # of `deblur`, on the content loss alone
-    epochs: int = 20  # adversarial ones, of `deblur` and of `paired`
-    max_steps: flags.MaxSteps = -1  # optimizer steps of every phase; above 0 it replaces the epochs
-    batch_size: flags.BatchSize = 4  # of each device
-    learning_rate: float = 1e-4  # at the start, by a cosine down to
-
-    precision: flags.Precision = "32"  # bf16 or 16: mixed, faster on GPUs
-    devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
-
-    dead_leaves: int = 0  # without it: generated pictures in every epoch, beside --sharp_dir or alone
-    val_blur_data: Path | None = None  # real blurred photographs to compare BGAN's with; None: --blur_data
-    val_fraction: float = 0.05  # without val_data: the part of the data that is held out (whole sequences)
-    val_images: int = 32  # evaluate on at most that many, drawn once
-    val_crop: int = 256  # evaluate on that many pixels in the middle; 0 = whole images: far slower
+    # ---- data
+    data: Path | None = None  # pairs: GoPro tree, list of `blurry sharp` lines, or paired .h5 file
+    blur_data: Path | None = None  # real blurred photos: a folder, or an unpaired .h5 file of both sides
+    sharp_dir: Path | None = None  # folder of sharp photos for `blur`; without --data for all, to be blurred
+    val_data: Path | None = None  # pairs to validate on, in any form of --data
+    crop_size: int = 128  # side of the training crops in pixels, a multiple of 16
+    dead_leaves: flags.Whole = 0  # number of generated images in an epoch, to be blurred, without --data
+    realistic_blur: bool = True  # blur as real cameras do: varying shake, noise, JPEG; off: four simple blurs
     pairs: Path | None = None  # real pairs mixed among crops blurred on the fly, in any form of --data
-    pairs_fraction: float = 0.1  # fraction of the crops that come from --pairs
-    realistic_blur: bool = False  # blur on the fly as real cameras do: varying shake, noise, JPEG
-    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # blur types made on the fly, without --realistic_blur
-    blur_scale: float = 1.0  # scale of the blur sizes, without --realistic_blur
-    jpeg_probability: float = 0.0  # part of the images blurred on the fly that went through a JPEG file
-    sharp_fraction: float = 0.0  # part of them that is not, or hardly, blurred: do no harm
-    photo_crops: int = 1  # crops of each photograph of --sharp_dir in an epoch: its ratio to --dead_leaves
-    crop_candidates: int = 1  # windows drawn for a crop of --sharp_dir, of which the sharpest is taken
-    color_jitter: float = 0.1  # the same for both pictures of an item: against a tint of the results
+    pairs_fraction: flags.Fraction = 0.1  # fraction of the crops that come from --pairs
+    photo_crops: flags.Count = 1  # number of crops of each photo of --sharp_dir in an epoch
+    crop_candidates: flags.Count = 1  # number of random crops of a sharp photo of which the sharpest is taken
     cache: bool = False  # keep all training images decoded in memory
+    val_fraction: flags.Fraction = 0.05  # fraction held out for validation if --val_data is not given
+    val_crop: flags.Whole = 256  # validate on the middle N pixels; 0 = whole images, far slower
 
-    blocks: int = 16  # of the deblurring generator; of nafnet's fourth encoder, mprnet's parts of stage 3
-    blur_blocks: int = 9  # of BGAN
-    sampling: bool = False  # work at half resolution: 4 times less to compute
-    batch_norm: bool = False  # in BGAN; the paper has it, colours are steadier without
-    varying_noise: bool = False  # BGAN draws four numbers for every pixel, not for the whole picture
-    discriminator_width: int = 64  # channels of the discriminators' first layer
+    # ---- model
+    generator: Literal["dbgan", *OTHERS] = "dbgan"  # network that deblurs (docs/dbgan.md has a table)
+    width: flags.Count = 64  # number of channels of the generators, and at most of the discriminators
+    blocks: flags.Count = 16  # number of blocks of the deblurring generator; BGAN has 9 for every 16
+    init_weights: Path | None = None  # file of weights that the deblurring generator starts from
 
-    init_std: float = 0.01  # deviation of first weights (dbgan, srresnet, deblurgan); narrow ones want more
-    init_blur_weights: Path | None = None  # and BGAN from this
-    content_loss: PixelLoss = "l1"  # distance of pixels
-    fft_loss_weight: float = 0.0  # of the distance of Fourier transforms beside it
-    content_loss_weight: float = 0.005  # alpha
-    adversarial_loss_weight: float = 0.01  # beta
-    cycle_loss_weight: float = 10.0  # in `blur`: there and back
-    identity_loss_weight: float = 5.0  # in `blur`: what is blurry already stays
-    vgg_file: Path = FILE  # weights of VGG-19, of the perceptual loss
-    bgan_path: Path | None = None  # for `deblur`; None takes OUTPUT_DIR/blur/bgan.safetensors
-    generated_fraction: float = 0.5  # of DBGAN's blurry pictures that BGAN makes, from the sharp ones
+    # ---- training
+    epochs: flags.Whole = 20  # number of epochs of each phase; 0 = content loss alone, for --max_steps
+    max_steps: flags.MaxSteps = -1  # number of optimizer steps of each phase; above 0 it replaces epochs
+    batch_size: flags.BatchSize = 4  # number of crops per batch and device
+    accumulate_grad_batches: flags.Accumulate = 4  # number of batches per optimizer step
+    learning_rate: flags.Weight = 1e-4  # peak learning rate of all networks
+    schedule: Literal["cosine", "constant"] = "cosine"  # learning rate over the steps of each phase
+    warmup_steps: flags.Whole = 0  # number of steps in which the learning rate rises from 0
+    max_grad_norm: flags.Weight = 0.0  # highest norm of all gradients together; 0 = not clipped
+    content_loss: PixelLoss = "l1"  # distance of pixels in the content loss
+    fft_loss_weight: flags.Weight = 0.0  # weight of the distance of Fourier transforms in the content loss
+    perceptual_loss_weight: flags.Weight = 1.0  # weight of the perceptual loss; with 0 VGG-19 is not needed
+    generated_fraction: flags.Fraction = 0.5  # fraction of DBGAN's blurry crops that BGAN makes of sharp ones
+    precision: flags.Precision = "32"  # numbers to compute in; bf16 and 16 are mixed and faster on GPUs
+    channels_last: bool = True  # use the memory layout that is faster, above all on a GPU
+    compile: bool = False  # use torch.compile: minutes at the start, then faster steps
+    devices: flags.Devices = 1  # number of GPUs of each machine (processes on a CPU)
+    num_workers: flags.Whole = 8  # number of processes that prepare images
+    seed: int = 0  # random seed of the data order, initial weights and noise
 
-    accumulate_grad_batches: flags.Accumulate = 4  # batches to one optimizer step
-    schedule: Literal["cosine", "constant"] = "cosine"  # constant suits runs that are continued later
-    last_learning_rate: float = 1e-6  # learning rate at the end of the cosine
-    warmup_steps: int = 0  # optimizer steps over which the learning rate rises from 0
-    max_grad_norm: float = 0.0  # highest global norm of all gradients; 0 = not clipped
-    pool_size: int = 50  # earlier pictures that the discriminators of `blur` see again; 0 = none
-    ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used; 0 for none
-    seed: int = 0  # of the data's order, first weights and noise
-
-    channels_last: bool = True  # memory layout: faster, above all on a GPU
-    compile: bool = False  # torch.compile: minutes at the start, faster steps
-    num_nodes: int = 1  # machines
-    num_workers: int = 8  # processes that prepare images
-    log_epoch: int = 1  # evaluate and save every so many epochs
+    # ---- logging
+    output_dir: Path = Path(
+        "outputs/dbgan"
+    )  # folder of logs, images and checkpoints, one in it for each stage
+    log_epoch: flags.Count = 1  # number of epochs between validations, each of which saves a checkpoint
 
 
 DEMO_DATA = Path("outputs/dbgan_demo/data")
@@ -126,74 +106,243 @@ DEMO = {
     "data": DEMO_DATA / "train",
     "blur_data": DEMO_DATA / "real",
     "val_data": DEMO_DATA / "valid",
-    "val_blur_data": DEMO_DATA / "valid" / "blur",
-    "val_crop": 256,
     "crop_size": 48,
-    "color_jitter": 0.2,
     "cache": True,
     "width": 16,
     "blocks": 2,
-    "blur_blocks": 1,
-    "discriminator_width": 16,
-    "init_std": 0.08,
     "perceptual_loss_weight": 0.0,
-    "content_loss_weight": 1.0,
-    "adversarial_loss_weight": 0.001,
-    "cycle_loss_weight": 1.0,
-    "identity_loss_weight": 0.5,
     "generated_fraction": 0.2,
-    "blur_epochs": 6,
-    "pretrain_epochs": 6,
-    "epochs": 4,
+    "epochs": 6,
     "accumulate_grad_batches": 1,
     "learning_rate": 1e-3,
-    "ema_decay": 0.99,
-    "channels_last": True,
     "num_workers": 1,
     "log_epoch": 2,
 }
-# What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
-MAY_CHANGE = "devices num_nodes batch_size num_workers log_epoch cache channels_last compile".split()
-MAY_CHANGE += ["mode", "val_crop"]
-LENGTH = ["max_steps", "pretrain_epochs", "epochs"]  # may change too where the schedule is constant
+
+
+class Weights(NamedTuple):
+    """Weights of the losses, beside the perceptual loss."""
+
+    content: float = 0.005  # alpha (paper, section 3)
+    adversarial: float = 0.01  # beta (paper, section 3)
+    cycle: float = 10.0  # of `blur`: from sharp to blurry and back (Zhu et al. 2017)
+    identity: float = 5.0  # of `blur`: what is blurry already stays
+
+
+WITHOUT_VGG = Weights(content=1.0, adversarial=0.001)  # the content loss takes the perceptual loss's place
+DEMO_WEIGHTS = WITHOUT_VGG._replace(cycle=1.0, identity=0.5)  # BGAN must move within a few hundred steps
+
+NOISE = 4  # random numbers that BGAN gets for an image
+LAST_LEARNING_RATE = 1e-6  # at the end of the cosine
+EMA_DECAY = 0.999  # EMA weights are validated and exported
+POOL = 50  # earlier images that the discriminators of `blur` see again
 SOFT_REAL, SOFT_FAKE = 0.9, 0.1  # soft labels of the least-squares discriminators
+COLOR_JITTER = 0.1  # the same for both images of a pair: against a tint of the results
+VAL_IMAGES = 32  # validate on at most that many
+# Settings that may differ when a run is resumed: they change the speed, not the weights (beyond rounding).
+MAY_CHANGE = "mode devices batch_size num_workers log_epoch cache channels_last compile val_crop".split()
+LENGTH = ["max_steps", "epochs"]  # may change too where the learning rate is constant
+
+
+# ---- networks ----------------------------------------------------------------------------------------------
+
+
+def initialise(network: nn.Module, width: int) -> None:
+    """Draw weights from a normal distribution: deviation 0.01 as in the paper; narrow networks want more."""
+    std = 0.01 if width >= 64 else 0.08
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
+
+
+class DenseBlock(nn.Module):
+    """Five 3x3 convolutions, four LeakyReLU; each sees all before it, and the block adds to its input."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(n * width, width, 3, padding=1) for n in range(1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for conv in self.convs[:4]:
+            seen.append(F.leaky_relu(conv(torch.cat(seen, dim=1)), 0.2))  # (b, width, h, w)
+        return x + self.convs[4](torch.cat(seen, dim=1))
+
+
+class DBGANGenerator(nn.Module):
+    """The paper's deblurring network: 16 dense blocks, no normalisation, and a residual to the input.
+
+    forward(blurry): (b, 3, h, w) in [0, 1] -> the same size, not clamped.
+    """
+
+    multiple = 1
+
+    def __init__(self, width: int = 64, blocks: int = 16, channels: int = 3):
+        super().__init__()
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(DenseBlock(width) for _ in range(blocks)))
+        wide, last = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
+        self.last = nn.Sequential(wide, nn.LeakyReLU(0.2), last)
+        initialise(self, width)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image[:, :3] + self.last(self.blocks(self.first(image)))
+
+
+class BGANGenerator(DBGANGenerator):
+    """The paper's blurring network: 9 dense blocks that see the sharp image and a noise of four numbers.
+
+    forward(sharp, noise): (b, 3, h, w) and (b, 4, 1, 1) from a normal distribution -> blurry (b, 3, h, w).
+    """
+
+    def __init__(self, width: int = 64, blocks: int = 9):
+        super().__init__(width, blocks, channels=3 + NOISE)
+
+    def forward(self, sharp: Tensor, noise: Tensor) -> Tensor:
+        tiled = noise.expand(-1, -1, *sharp.shape[2:])  # (b, 4, h, w)
+        return super().forward(torch.cat([sharp, tiled.to(sharp)], dim=1))
+
+
+def draw_noise(sharp: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Noise for BGAN, drawn on the CPU: the same on every device."""
+    return torch.randn(len(sharp), NOISE, 1, 1, generator=generator).to(sharp)
+
+
+class Discriminator(nn.Module):
+    """SRGAN's (Ledig et al. 2017, figure 4) for crops of any size: (b, 3, h, w) in [0, 1] -> logits (b,).
+
+    The mean over positions stands before the two dense layers.
+    """
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.LeakyReLU(0.2)]
+        enter = width
+        for factor, stride in ((1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)):
+            leave = factor * width
+            conv = nn.Conv2d(enter, leave, 3, stride, padding=1)
+            layers += [conv, nn.BatchNorm2d(leave), nn.LeakyReLU(0.2)]
+            enter = leave
+        self.features = nn.Sequential(*layers)  # (b, 8 width, h / 16, w / 16)
+        self.score = nn.Sequential(nn.Linear(enter, 16 * width), nn.LeakyReLU(0.2), nn.Linear(16 * width, 1))
+        initialise(self, width)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.score(self.features(image).mean(dim=(2, 3)))[:, 0].float()
+
+
+GENERATORS: dict[str, Callable[[int, int], nn.Module]] = {"dbgan": DBGANGenerator, **OTHERS}
+
+
+# ---- files of weights, and images of any size --------------------------------------------------------------
+
+
+def load_generator(path: str | Path, kind: Literal["blur", "deblur"]) -> nn.Module:
+    """Load a generator from a file of this script, or a deblurring one of MPRNet's or NAFNet's authors.
+
+    Raises FileNotFoundError, or ValueError if it is not in it.
+    """
+    weights, content = read_trained(path)
+    form = content["settings"]
+    own = {name.removeprefix(f"{kind}."): v for name, v in weights.items() if name.startswith(f"{kind}.")}
+    if kind == "deblur" and not form:
+        own = {name.removeprefix("module."): value for name, value in weights.items()}
+        form = authors_form({name: value.shape for name, value in own.items()})
+    if not own or not form.keys() >= {"generator", "width", "blocks"}:
+        raise ValueError(f"{path} holds no {kind}ring generator of train_dbgan.py")
+    if kind == "blur":
+        blocks = sum(name.startswith("blocks.") and name.endswith(".convs.0.weight") for name in own)
+        network = BGANGenerator(form["width"], blocks)
+    else:
+        network = GENERATORS[form["generator"]](form["width"], form["blocks"])
+    return fill(network, own, path).eval()
+
+
+def export(generators: nn.ModuleDict, settings: Settings, folder: Path, suffix: str = "") -> None:
+    """Write each generator in half precision, with what `load_generator` must know: bgan, dbgan + suffix."""
+    form = {"generator": settings.generator, "width": settings.width, "blocks": settings.blocks}
+    for kind, network in generators.items():
+        weights = {f"{kind}.{name}": value for name, value in network.state_dict().items()}
+        name = "bgan" if kind == "blur" else "dbgan"
+        write_half(folder / f"{name}{suffix}.safetensors", weights, form)
+
+
+def blur_image(network: nn.Module, image: np.ndarray, seed: int, **options: Any) -> np.ndarray:
+    """Blur a uint8 image (h, w, 3) by BGAN with the noise of this seed; `options` as in `restore_image`."""
+    noise = draw_noise(torch.empty(1, 3, 1, 1), item_generator(seed))
+    return restore_image(network, image, noise, **options)
 
 
 # ---- losses ------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Players:
+class StageModels:
     """All that a stage trains, and what it needs besides. `blurrer` is a finished BGAN."""
 
     generators: nn.ModuleDict
     discriminators: nn.ModuleDict
-    pools: dict[str, gan.ImagePool] = field(default_factory=dict)
+    weights: Weights
+    pools: dict[str, ImagePool] = field(default_factory=dict)
     perceptual: PerceptualLoss | None = None
     blurrer: nn.Module | None = None
 
 
-def blurred(blurrer: nn.Module, sharp: Tensor) -> Tensor:
-    """What BGAN makes of sharp pictures, with new noise."""
-    return blurrer(sharp, blurrer.draw_noise(sharp))
+def judge(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (b,) of real and fake images in one batch: apart, BatchNorm would hide how they differ."""
+    real_scores, fake_scores = discriminator(torch.cat([real, fake.to(real)])).chunk(2)
+    return real_scores, fake_scores
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Let gradients pass through the network and leave none in it."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
+def relativistic_d_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Loss of the discriminator: real images look more real than fake ones do on average.
+
+    Scores (b,): C(real) - mean C(fake) against the label 1, C(fake) - mean C(real) against 0, by the mean of
+    their cross-entropies (relativistic average GAN, Jolicoeur-Martineau 2019; the paper's RBL and RDBL).
+    """
+    return (bce(real - fake.mean(), 1.0) + bce(fake - real.mean(), 0.0)) / 2
+
+
+def relativistic_g_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Loss of the generator, through `fake`: both probabilities are 0.5, real and fake look alike."""
+    return (bce(real - fake.mean(), 0.5) + bce(fake - real.mean(), 0.5)) / 2
+
+
+def bce(logits: Tensor, label: float) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
+
+
+def least_squares(scores: Tensor, label: float) -> Tensor:
+    return (scores - label).square().mean()  # Mao et al. 2017
 
 
 def relativistic_losses(
-    players: Players, name: str, made: Tensor | list[Tensor], real: Tensor, alpha: float, settings: Settings
+    models: StageModels, name: str, made: Made, real: Tensor, alpha: float, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Losses of a discriminator and of the generator that `made` comes from (paper, section 3).
 
     The generator's is perceptual + alpha * content + beta * relativistic. Both can be minimised in one
     backward: `made` is detached for the first, the discriminator frozen for the second.
     """
-    discriminator, shown = players.discriminators[name], generators.final(made)
-    loss_d = gan.relativistic_d_loss(*gan.judge(discriminator, real, shown.detach()))
-    with gan.frozen(discriminator):
-        adversarial = gan.relativistic_g_loss(*gan.judge(discriminator, real, shown))
-    content = generators.content_loss(made, real, settings.content_loss, settings.fft_loss_weight)
-    loss_g = alpha * content + settings.adversarial_loss_weight * adversarial
-    if players.perceptual:
-        distance = players.perceptual(shown * 2 - 1, real * 2 - 1).mean()
+    discriminator, shown = models.discriminators[name], final(made)
+    loss_d = relativistic_d_loss(*judge(discriminator, real, shown.detach()))
+    with frozen(discriminator):
+        adversarial = relativistic_g_loss(*judge(discriminator, real, shown))
+    content = content_loss(made, real, settings.content_loss, settings.fft_loss_weight)
+    loss_g = alpha * content + models.weights.adversarial * adversarial
+    if models.perceptual:
+        distance = models.perceptual(shown * 2 - 1, real * 2 - 1).mean()
         loss_g = loss_g + settings.perceptual_loss_weight * distance
     return loss_d, loss_g
 
@@ -203,68 +352,73 @@ def relativistic_losses(
 Terms = Iterator[dict[str, Tensor]]
 
 
-def content_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
-    """DBGAN before it meets a discriminator."""
-    blurry = blurred_again(players.blurrer, settings, blurry, sharp)
-    restored = players.generators["deblur"](blurry)
-    loss = generators.content_loss(restored, sharp, settings.content_loss, settings.fft_loss_weight)
-    yield {"total_loss": loss}
+def content_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
+    """Content-loss pretraining of DBGAN."""
+    blurry = blurred_again(models.blurrer, settings.generated_fraction, blurry, sharp)
+    restored = models.generators["deblur"](blurry)
+    yield {"total_loss": content_loss(restored, sharp, settings.content_loss, settings.fft_loss_weight)}
 
 
-def deblur_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
+def deblur_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """DBGAN against its discriminator (paper, equations of RDBL)."""
-    blurry = blurred_again(players.blurrer, settings, blurry, sharp)
-    restored = players.generators["deblur"](blurry)
-    alpha = settings.content_loss_weight
-    loss_d, loss_g = relativistic_losses(players, "sharp", restored, sharp, alpha, settings)
+    blurry = blurred_again(models.blurrer, settings.generated_fraction, blurry, sharp)
+    restored = models.generators["deblur"](blurry)
+    loss_d, loss_g = relativistic_losses(models, "sharp", restored, sharp, models.weights.content, settings)
     yield {"loss_d": loss_d, "total_loss": loss_g}
 
 
-def paired_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
+def paired_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """Both networks on pairs; DBGAN sees what BGAN makes as well."""
-    made = blurred(players.generators["blur"], sharp)
-    alpha = 0.0 if players.perceptual else settings.content_loss_weight  # BGAN's has no content term
-    loss_d, loss_g = relativistic_losses(players, "blur", made, blurry, alpha, settings)
+    made = blurred(models.generators["blur"], sharp)
+    alpha = 0.0 if models.perceptual else models.weights.content  # BGAN's loss has no content term
+    loss_d, loss_g = relativistic_losses(models, "blur", made, blurry, alpha, settings)
     yield {"loss_d_blur": loss_d, "loss_g": loss_g}
     blurry = mix(made.detach().clamp(0, 1), blurry, settings.generated_fraction)
-    for found in deblur_losses(replace(players, blurrer=None), settings, blurry, sharp):
-        yield {"loss_d_sharp": found["loss_d"], "loss_g": found["total_loss"]}
+    for losses in deblur_losses(replace(models, blurrer=None), settings, blurry, sharp):
+        yield {"loss_d_sharp": losses["loss_d"], "loss_g": losses["total_loss"]}
 
 
-def unpaired_losses(players: Players, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
+def unpaired_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """BGAN and a network back, without pairs: least-squares GAN, cycles, identity (Zhu et al. 2017)."""
-
-    blur = partial(blurred, players.generators["blur"])
+    blur = partial(blurred, models.generators["blur"])
 
     def deblur(image: Tensor) -> Tensor:
-        return generators.final(players.generators["deblur"](image))
+        return final(models.generators["deblur"](image))
 
     ways = [("blur", blur, deblur, sharp, blurry), ("sharp", deblur, blur, blurry, sharp)]
     for name, there, back, source, real in ways:
-        made, discriminator = there(source), players.discriminators[name]
-        real_scores, fake_scores = gan.judge(discriminator, real, players.pools[name](made))
-        loss_d = gan.least_squares(real_scores, SOFT_REAL) + gan.least_squares(fake_scores, SOFT_FAKE)
-        with gan.frozen(discriminator):
-            _, fake_scores = gan.judge(discriminator, real, made)
+        made, discriminator = there(source), models.discriminators[name]
+        real_scores, fake_scores = judge(discriminator, real, models.pools[name](made))
+        loss_d = least_squares(real_scores, SOFT_REAL) + least_squares(fake_scores, SOFT_FAKE)
+        with frozen(discriminator):
+            _, fake_scores = judge(discriminator, real, made)
         cycle = F.l1_loss(back(made).float(), source)
-        loss_g = gan.least_squares(fake_scores, SOFT_REAL) + settings.cycle_loss_weight * cycle
+        loss_g = least_squares(fake_scores, SOFT_REAL) + models.weights.cycle * cycle
         yield {f"loss_d_{name}": loss_d / 2, "loss_g": loss_g}
     for _, there, _, _, real in ways:
-        yield {"loss_g": settings.identity_loss_weight * F.l1_loss(there(real).float(), real)}
+        yield {"loss_g": models.weights.identity * F.l1_loss(there(real).float(), real)}
 
 
-def blurred_again(blurrer: nn.Module | None, settings: Settings, blurry: Tensor, sharp: Tensor) -> Tensor:
-    """The blurry pictures, some of them replaced by BGAN's from the sharp ones."""
+def blurred(blurrer: nn.Module, sharp: Tensor) -> Tensor:
+    """Sharp images blurred by BGAN, with new noise."""
+    return blurrer(sharp, draw_noise(sharp))
+
+
+def blurred_again(blurrer: nn.Module | None, fraction: float, blurry: Tensor, sharp: Tensor) -> Tensor:
+    """The blurry images, a fraction of them replaced by BGAN's from the sharp ones."""
     if blurrer is None:
         return blurry
     with torch.no_grad():
         made = blurred(blurrer, sharp).float().clamp(0, 1)
-    return mix(made, blurry, settings.generated_fraction)
+    return mix(made, blurry, fraction)
 
 
 def mix(made: Tensor, real: Tensor, fraction: float) -> Tensor:
     chosen = torch.rand(len(real), 1, 1, 1) < fraction
     return torch.where(chosen.to(real.device), made.to(real), real)
+
+
+# ---- training step -----------------------------------------------------------------------------------------
 
 
 def train_step(
@@ -275,19 +429,21 @@ def train_step(
     losses: Callable[[Tensor, Tensor], Terms],
     max_grad_norm: float = 0.0,
 ) -> dict[str, Tensor]:
-    """One step of all networks on the mean gradient of `parts` equal parts of a batch; the mean losses."""
+    """Take one step of all networks on the mean gradient of `parts` equal parts of a batch; mean losses."""
     optimizer.zero_grad()
     sums: dict[str, Tensor] = {}
-    pieces = (generators.to_unit(batch[name]).chunk(parts) for name in ("blurry", "sharp"))
-    for blurry, sharp in zip(*pieces, strict=True):
+    blurry_parts = to_unit(batch["blurry"]).chunk(parts)
+    sharp_parts = to_unit(batch["sharp"]).chunk(parts)
+    for blurry, sharp in zip(blurry_parts, sharp_parts, strict=True):
         terms = losses(blurry, sharp)
         while True:
             with fabric.autocast():
-                found = next(terms, None)
-            if found is None:
+                term = next(terms, None)
+            if term is None:
                 break
-            fabric.backward(sum(found.values()) / parts)
-            sums |= {name: sums.get(name, 0) + value.detach() / parts for name, value in found.items()}
+            fabric.backward(sum(term.values()) / parts)
+            for name, value in term.items():
+                sums[name] = sums.get(name, 0) + value.detach() / parts
     average_gradients(fabric, optimizer)  # DDP's wrapper cannot run a network twice in a step
     if max_grad_norm:
         unscale_gradients(fabric, optimizer)
@@ -297,187 +453,273 @@ def train_step(
     return sums
 
 
-def learning_rate_factor(
-    step: int, phases: list[int], last: float, schedule: str = "cosine", warmup_steps: int = 0
-) -> float:
-    """Learning-rate multiplier after `step` steps: in each phase 1, or a cosine from 1 to `last`."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
+def learning_rate_factor(step: int, phases: list[int], settings: Settings) -> float:
+    """Learning-rate multiplier after `step` steps: in each phase a cosine from 1, or always 1."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
         return 1.0
+    last = LAST_LEARNING_RATE / max(settings.learning_rate, LAST_LEARNING_RATE)
     phases = [length for length in phases if length]
     while len(phases) > 1 and step >= phases[0]:
         step -= phases.pop(0)
     return last + (1 - last) * (1 + math.cos(math.pi * min(1, step / phases[0]))) / 2
 
 
+# ---- data --------------------------------------------------------------------------------------------------
+
+
 def check(settings: Settings) -> None:
-    """Raise ValueError for numbers that cannot be."""
-    check_counts(settings, "blur_epochs batch_size accumulate_grad_batches log_epoch")
-    check_counts(settings, "width blocks blur_blocks discriminator_width devices num_nodes")
-    if not 0 <= settings.last_learning_rate <= settings.learning_rate:
-        last = settings.last_learning_rate
-        raise ValueError(f"last_learning_rate must lie between 0 and learning_rate, not {last}")
-    check_counts(settings, "pretrain_epochs epochs pool_size warmup_steps", least=0)
-    check_fractions(settings, "ema_decay", whole=False)
-    check_fractions(settings, "generated_fraction")
+    """Raise ValueError for settings that would fail only later."""
+    check_ranges(settings)
+    data, mode = settings.data, settings.mode
+    if settings.crop_size < 16 or settings.crop_size % 16:
+        raise ValueError(f"crop_size must be a multiple of 16, not {settings.crop_size}")
+    if mode in ("blur", "all") and not settings.blur_data:
+        raise ValueError("the stage `blur` needs --blur_data: real blurred photos (or try --demo)")
+    if mode != "blur" and not (data or settings.sharp_dir or settings.dead_leaves):
+        raise ValueError("nothing to train on: give --data, --sharp_dir or --dead_leaves (or try --demo)")
+    if data and (settings.dead_leaves or settings.pairs):
+        raise ValueError("--dead_leaves and --pairs go with photos blurred on the fly, not with --data")
+    if not settings.epochs and (mode != "deblur" or settings.max_steps < 1):
+        raise ValueError("nothing to train: --epochs 0 is for `deblur` on the content loss, with --max_steps")
+
+
+def open_data(settings: Settings, stage: str) -> tuple[CropDataset, HeldOut]:
+    """Training set of a stage, and validation set."""
+    data, size, seed, cache = settings.data, settings.crop_size, settings.seed, settings.cache
+    pairs = []
+    if not is_patches(data):
+        pairs = find_pairs(data) if data else sharp_pairs(settings.sharp_dir)
+    pairs, held_out = open_held_out(
+        pairs, settings.val_data, settings.val_fraction, VAL_IMAGES, seed, settings.val_crop
+    )
+    photos = [pair.sharp for pair in pairs]
+    options = {"augment": True, "color_jitter": COLOR_JITTER}
+    if stage == "blur":
+        blurry, sharp = open_unpaired(settings, photos)
+        candidates = settings.crop_candidates if settings.sharp_dir else 1
+        return SourceDataset(blurry, sharp, size, seed, candidates=candidates, **options), held_out
+    if is_patches(data):
+        blurry, sharp = Patches(data, "blur"), Patches(data, "sharp")
+        return SourceDataset(blurry, sharp, size, seed, paired=True, **options), held_out
+    if data:
+        return PairedDataset(pairs, size, seed, cache=cache, **options), held_out
+    dataset = blurred_photos(
+        photos,
+        settings.dead_leaves,
+        size,
+        seed,
+        settings.realistic_blur,
+        repeats=settings.photo_crops,
+        candidates=settings.crop_candidates,
+        pairs=settings.pairs,
+        pairs_fraction=settings.pairs_fraction,
+        cache=cache,
+        **options,
+    )
+    return dataset, held_out
+
+
+def open_unpaired(settings: Settings, photos: list[Path]) -> tuple[Source, Source]:
+    """Real blurred images, and sharp ones: of --sharp_dir, else of the pairs, else of an .h5 file."""
+    for other in (settings.data, settings.sharp_dir):
+        if other and not is_patches(other):  # a file has both sides
+            check_apart(settings.blur_data, other)
+    blurry = open_source(settings.blur_data, "blur", settings.cache)
+    if settings.data and settings.sharp_dir:
+        photos = [pair.sharp for pair in sharp_pairs(settings.sharp_dir)]
+    if settings.sharp_dir:
+        photos = photos * settings.photo_crops
+    if photos:
+        return blurry, ImageFiles(photos, settings.cache)
+    file = settings.data or settings.blur_data
+    if not is_patches(file):
+        raise ValueError("the stage `blur` needs sharp photos: give --sharp_dir or --data")
+    return blurry, Patches(file, "sharp")
 
 
 # ---- the whole run -----------------------------------------------------------------------------------------
 
 
-STAGES = {  # what is trained, and by which losses
-    "paired": ("blur deblur", "blur sharp", [paired_losses]),
-    "blur": ("blur deblur", "blur sharp", [unpaired_losses]),
-    "deblur": ("deblur", "sharp", [content_losses, deblur_losses]),
-}
-# Settings that only another stage reads: they may change.
-UNUSED = {
-    "paired": "bgan_path blur_epochs pretrain_epochs pool_size blur_data cycle_loss_weight "
-    "identity_loss_weight".split(),
-    "blur": "bgan_path pretrain_epochs epochs generated_fraction content_loss content_loss_weight "
-    "perceptual_loss_weight adversarial_loss_weight vgg_file".split(),
-    "deblur": "blur_epochs pool_size blur_data val_blur_data cycle_loss_weight identity_loss_weight".split(),
-}
+class Stage(NamedTuple):
+    """What a stage trains, by which losses (one for each phase), and the settings that it does not read."""
+
+    generators: list[str]
+    discriminators: list[str]
+    losses: list[Callable]
+    unused: list[str]
 
 
-def make_players(settings: Settings, stage: str, vgg: nn.Module | None, device: torch.device) -> Players:
-    """The networks of a stage, on their device."""
-    makers, judges = (names.split() for names in STAGES[stage][:2])
-    width = settings.discriminator_width
-    players = Players(
-        nn.ModuleDict({kind: first_generator(kind, settings, stage) for kind in makers}),
-        nn.ModuleDict({n: gan.initialise(gan.Discriminator(width)) for n in judges}),
-        {name: gan.ImagePool(settings.pool_size) for name in judges},
-        vgg,
-    )
-    for networks in (players.generators, players.discriminators):
-        networks.to(device, memory_format=torch.channels_last if settings.channels_last else None)
-        for network in networks.values() if settings.compile else ():
-            network.compile()
-    if stage == "deblur" and settings.generated_fraction:
-        blurrer = generators.load_generator(bgan_path(settings), "blur")
-        players.blurrer = blurrer.requires_grad_(False).to(device)
-    return players
+NOT_OF_BLUR = "generated_fraction content_loss fft_loss_weight perceptual_loss_weight".split()
+STAGES = {
+    "paired": Stage(["blur", "deblur"], ["blur", "sharp"], [paired_losses], ["blur_data"]),
+    "blur": Stage(["blur", "deblur"], ["blur", "sharp"], [unpaired_losses], NOT_OF_BLUR),
+    "deblur": Stage(["deblur"], ["sharp"], [content_losses, deblur_losses], ["blur_data"]),
+}
 
 
 def first_generator(kind: str, settings: Settings, stage: str) -> nn.Module:
-    """A generator with its first weights; those of a file are not read where the stage is resumed."""
-    path = settings.init_blur_weights if kind == "blur" else settings.init_weights
-    if last_checkpoint(settings.output_dir / stage).is_file():
-        path = None
-    return generators.begin(kind, plain(settings), path, settings.init_std)
+    """A generator with its initial weights; those of a file are not read where the stage is resumed.
+
+    Raises what `load_generator` does, and ValueError if the file holds another network.
+    """
+    if kind == "blur":
+        return BGANGenerator(settings.width, max(1, settings.blocks * 9 // 16))
+    network = GENERATORS[settings.generator](settings.width, settings.blocks)
+    path = settings.init_weights
+    if path is None or last_checkpoint(settings.output_dir / stage).is_file():
+        return network
+    other = load_generator(path, "deblur")
+    if type(other) is not type(network):
+        raise ValueError(f"{path} holds a {type(other).__name__}, this run trains a {type(network).__name__}")
+    return fill(network, other.state_dict(), path)
+
+
+def make_models(
+    settings: Settings, stage: str, perceptual: PerceptualLoss | None, device: torch.device
+) -> StageModels:
+    """The networks of a stage, on their device."""
+    judges = STAGES[stage].discriminators
+    weights = Weights() if settings.perceptual_loss_weight else WITHOUT_VGG
+    models = StageModels(
+        nn.ModuleDict({kind: first_generator(kind, settings, stage) for kind in STAGES[stage].generators}),
+        nn.ModuleDict({name: Discriminator(min(64, settings.width)) for name in judges}),
+        DEMO_WEIGHTS if settings.demo else weights,
+        {name: ImagePool(POOL) for name in judges},
+        perceptual,
+    )
+    layout = torch.channels_last if settings.channels_last else None
+    for networks in (models.generators, models.discriminators):
+        networks.to(device, memory_format=layout)
+        if settings.compile:
+            for network in networks.values():
+                network.compile()
+    if stage == "deblur" and settings.generated_fraction:
+        blurrer = load_generator(bgan_path(settings), "blur")
+        models.blurrer = blurrer.requires_grad_(False).to(device)
+    return models
 
 
 def bgan_path(settings: Settings) -> Path:
-    return settings.bgan_path or settings.output_dir / "blur" / "bgan.safetensors"
+    return settings.output_dir / "blur" / "bgan.safetensors"
+
+
+def phase_lengths(settings: Settings, stage: str, steps_per_epoch: int) -> list[int]:
+    """Number of steps of each phase of a stage."""
+    length = settings.max_steps if settings.max_steps > 0 else settings.epochs * steps_per_epoch
+    if stage != "deblur":
+        return [length]
+    return [length, length if settings.epochs else 0]  # content loss, then adversarial
+
+
+def validate(
+    run: Run, networks: nn.ModuleDict, held_out: HeldOut, spectra: Spectra | None, precision: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores of the deblurring network, and distances of BGAN's spectra if it is trained; writes grids."""
+    restore = partial(restore_image, networks["deblur"], precision=precision)
+    scores, image = held_out.evaluate(restore, run)
+    run.picture("deblurred", image)
+    if spectra is None:
+        return scores, {}
+    distances, image = spectra(partial(blur_image, networks["blur"], precision=precision))
+    run.picture("blurred", image)
+    return scores, distances
 
 
 def main(settings: Settings) -> None:
     check(settings)
     stages = ["blur", "deblur"] if settings.mode == "all" else [settings.mode]
 
-    # What would fail later fails now: data, first weights, BGAN, VGG-19
-    fabric = start_fabric(settings.devices, settings.num_nodes, settings.precision, settings.seed)
+    # What would fail later fails now: data, initial weights, BGAN, VGG-19
+    fabric = start_fabric(settings.devices, precision=settings.precision, seed=settings.seed)
     if settings.demo:
         write_demo(DEMO_DATA, (settings.data, settings.val_data, settings.blur_data))
     data = {stage: open_data(settings, stage) for stage in stages}
     for stage in stages:
-        for kind in STAGES[stage][0].split():
-            first_generator(kind, settings, stage)
+        first_generator("deblur", settings, stage)
     if settings.mode == "deblur" and settings.generated_fraction and not bgan_path(settings).is_file():
         raise FileNotFoundError(
-            f"BGAN not found: {bgan_path(settings)}; train it with `blur`, give --bgan_path, or do without "
-            "(--generated_fraction 0)"
+            f"BGAN not found: {bgan_path(settings)}; train it with `blur`, copy one there "
+            "(models/bgan.safetensors is a small one), or do without (--generated_fraction 0)"
         )
     perceptual = None
     if settings.perceptual_loss_weight and settings.mode != "blur":
-        perceptual = PerceptualLoss(file=settings.vgg_file).to(fabric.device)
+        perceptual = PerceptualLoss().to(fabric.device)
     for stage in stages:
         fabric.seed_everything(settings.seed, verbose=False)
-        train(fabric, settings, stage, data[stage], perceptual)
+        train(fabric, settings, stage, *data[stage], perceptual)
 
 
-def train(fabric: Fabric, settings: Settings, stage: str, data: Data, vgg: nn.Module | None) -> None:
-    """One stage from where it stands to its end."""
-    # Networks, optimizer, average
-    players = make_players(settings, stage, vgg, fabric.device)
-    networks = players.generators
-    parameters = [*networks.parameters(), *players.discriminators.parameters()]
+def train(
+    fabric: Fabric,
+    settings: Settings,
+    stage: str,
+    dataset: CropDataset,
+    held_out: HeldOut,
+    perceptual: PerceptualLoss | None,
+) -> None:
+    """Train one stage from where it stands to its end."""
+    # Networks, optimizer, EMA, learning rate
+    models = make_models(settings, stage, perceptual, fabric.device)
+    networks = models.generators
+    parameters = [*networks.parameters(), *models.discriminators.parameters()]
     fused = fabric.device.type == "cuda"
     betas = (0.5, 0.999) if stage == "blur" else (0.9, 0.999)
     optimizer = torch.optim.Adam(parameters, settings.learning_rate, betas, fused=fused)
     fabric_optimizer = fabric.setup_optimizers(optimizer)
-    ema = EMA(networks, settings.ema_decay)
-
-    # Phases: their losses and their steps
-    dataset, held_out = data
+    ema = EMA(networks, EMA_DECAY)
     batch_size = settings.batch_size * settings.accumulate_grad_batches
     steps_per_epoch = max(1, round(len(dataset) / (batch_size * fabric.world_size)))
-    epochs = {"blur": [settings.blur_epochs], "deblur": [settings.pretrain_epochs, settings.epochs]}
-    phases = [steps_per_epoch * count for count in epochs.get(stage, [settings.epochs])]
-    if settings.max_steps > 0:
-        phases = [settings.max_steps if count else 0 for count in phases]
-    if not sum(phases):
-        raise ValueError("nothing to train: pretrain_epochs and epochs are both 0")
-    steps, last = sum(phases), settings.last_learning_rate / settings.learning_rate
-    schedule = partial(
-        learning_rate_factor,
-        phases=phases,
-        last=last,
-        schedule=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-    )
+    phases = phase_lengths(settings, stage, steps_per_epoch)
+    steps = sum(phases)
+    schedule = partial(learning_rate_factor, settings=settings, phases=phases)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
 
     # Resume
-    folder = settings.output_dir / stage
-    parts = {"state_dict": networks, "discriminators": players.discriminators, "optimizer": optimizer}
+    parts = {"state_dict": networks, "discriminators": models.discriminators, "optimizer": optimizer}
     parts |= {"scheduler": scheduler, "ema": ema}
-    parts |= {f"pool_{name}": pool for name, pool in players.pools.items()}
-    known = {**plain(settings), "samples": len(dataset), "blurrer": fingerprint(players.blurrer)}
-    may_change = [*MAY_CHANGE, *UNUSED[stage], *(LENGTH if settings.schedule == "constant" else [])]
-    run = Run(fabric, folder, known, parts, may_change, defaults=Settings())
+    parts |= {f"pool_{name}": pool for name, pool in models.pools.items()}
+    known = {**plain(settings), "samples": len(dataset), "blurrer": fingerprint(models.blurrer)}
+    may_change = MAY_CHANGE + STAGES[stage].unused
+    if settings.schedule == "constant":
+        may_change = may_change + LENGTH
+    run = Run(fabric, settings.output_dir / stage, known, parts, may_change)
     baseline, _ = held_out.evaluate(lambda blurry: blurry, run)
-    check_blur = None
+    spectra = None
     if "blur" in networks:
-        real = settings.val_blur_data or (settings.blur_data if stage == "blur" else None)
-        check_blur = Spectra(held_out, open_source(real, "blur") if real else None)
+        real = open_source(settings.blur_data, "blur") if stage == "blur" else None
+        spectra = Spectra(held_out, real)
     run.say(f"{stage}: {len(dataset)} training images, {steps} steps; {len(held_out)} held out")
 
     # Loop
     loader = run.loader(dataset, batch_size, steps, settings.seed, settings.num_workers)
     for batch in run.batches(loader, steps):
-        losses = STAGES[stage][2][0 if run.step < phases[0] else -1]
-        losses = partial(losses, players, settings)
-        how = settings.accumulate_grad_batches, losses, settings.max_grad_norm
-        metrics = train_step(fabric, fabric_optimizer, batch, *how)
+        phase = 0 if run.step < phases[0] else 1
+        losses = partial(STAGES[stage].losses[phase], models, settings)
+        metrics = train_step(
+            fabric, fabric_optimizer, batch, settings.accumulate_grad_batches, losses, settings.max_grad_norm
+        )
         scheduler.step()
         ema.update(networks)
         run.advance(metrics, batch["path"])
-        if run.step % (settings.log_epoch * steps_per_epoch) and run.step not in (phases[0], steps):
+        ends_phase = run.step in (phases[0], steps)
+        if run.step % (settings.log_epoch * steps_per_epoch) and not ends_phase:
             continue
 
-        # Evaluate the averaged weights, log, save
+        # Validate the EMA weights, export them at the end of a phase, log, save
         values = {f"train/{name}": value for name, value in run.means().items()}
         with ema.applied(networks):
-            restore = partial(generators.restore_image, networks["deblur"], precision=settings.precision)
-            scores, picture = held_out.evaluate(restore, run)
-            run.picture("deblurred", picture)
-            if check_blur:
-                blur = partial(generators.blur_image, networks["blur"], precision=settings.precision)
-                spectrum, picture = check_blur(blur)
-                run.picture("blurred", picture)
-                values |= spectrum
-            if fabric.is_global_zero and run.step in (phases[0], steps):
-                suffix = "" if run.step == steps else "_content"
-                generators.export(networks, plain(settings), folder, suffix)
+            scores, distances = validate(run, networks, held_out, spectra, settings.precision)
+            if fabric.is_global_zero and ends_phase:
+                export(networks, settings, run.folder, "" if run.step == steps else "_content")
+        values |= distances
         run.log(values | report(scores, baseline))
         run.save(score=scores["psnr"])
         run.say(f"{stage} epoch {run.step // steps_per_epoch}: {line(values, scores, baseline)}")
-    what, where = ("bgan", "blurred") if stage == "blur" else ("dbgan", "restored")
-    weights = folder / f"{what}.safetensors"
-    run.finish(f"python infer.py {what} --checkpoint_path {weights} --input PHOTOS --output_dir {where}")
+    name, results = ("bgan", "blurred") if stage == "blur" else ("dbgan", "restored")
+    weights = run.folder / f"{name}.safetensors"
+    run.finish(f"python infer.py {name} --checkpoint_path {weights} --input PHOTOS --output_dir {results}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from harness import flags
-from harness.run import Run, average_gradients, first_alone, last_checkpoint, start_fabric
+from harness.run import Run, average_gradients, last_checkpoint, rank_zero_first, start_fabric
 from harness.settings import check_ranges, plain, run_main
 from ldm.checkpoint import MODELS
 from ldm.data.degraded import DegDataset, example_sheet, stack_rows
@@ -424,7 +424,7 @@ def main(settings: Settings) -> None:
     # Prompts first, while no transformer takes memory; then the networks, all frozen but the LoRA
     folder = check_folder(settings.pretrained_model_name_or_path, (kontext.TRANSFORMER, kontext.AUTOENCODER))
     texts = [*dataset.prompts, *(text for part in previews.values() for text in part.prompts)]
-    prompts = first_alone(fabric, partial(Prompts, settings.output_dir, folder, texts, fabric.device))
+    prompts = rank_zero_first(fabric, partial(Prompts, settings.output_dir, folder, texts, fabric.device))
     distance = PerceptualLoss().to(fabric.device) if settings.perceptual_loss else None
     autoencoder, model = load_models(settings, fabric.device)
     adapter = add_trained_lora(model, settings, fabric.device)

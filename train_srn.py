@@ -10,7 +10,7 @@ The same command again resumes a stopped run. Published for GoPro: 30.26 dB. Mor
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,13 @@ from torch.nn import functional as F
 
 from harness import flags
 from harness.run import Run, last_checkpoint, start_fabric, unscale_gradients
-from harness.settings import check_counts, check_fractions, plain, run_main
-from harness.training_data import Data, blurred_anew, camera, check_pictures, extra_pairs
-from harness.validation import HeldOut, line, report
+from harness.settings import check_ranges, plain, run_main
+from harness.validation import HeldOut, line, open_held_out, report
 from ldm.checkpoint import fill, read_trained, write_half
-from ldm.data.image import photographs
-from ldm.data.paired import CropDataset, PairedDataset, crop_schedule
-from ldm.data.pairs import Pair, find_pairs, sharp_pairs, split_pairs
+from ldm.data.blurred import blurred_photos
+from ldm.data.paired import CropDataset, PairedDataset
+from ldm.data.pairs import find_pairs, sharp_pairs
 from ldm.modules.ema import EMA
-from ldm.modules.image_degradation.blur import BLUR_TYPES
 from ldm.modules.losses import PixelLoss, restoration_loss
 from ldm.tiling import pad_to_multiple, restore_picture
 from ldm.tiling import self_ensemble as average_rotations
@@ -44,72 +42,61 @@ from ldm.tiling import self_ensemble as average_rotations
 class Settings:
     """Train SRN-DeblurNet on pairs of images, or on sharp images alone."""
 
-    demo: bool = False  # a small network on generated pictures, minutes on a CPU; other flags still count
-    output_dir: Path = Path("outputs/srn")  # logs, pictures and checkpoints; an old run in it is resumed
+    demo: bool = False  # train a small network on generated images, minutes on a CPU; other flags still count
 
-    data: Path | None = None  # GoPro tree, list file of `blurry sharp` lines, .jsonl, or blurry images
-    sharp_dir: Path | None = None  # sharp images: the partners of --data, or alone, to be blurred on the fly
-    dead_leaves: int = 0  # generated pictures in every epoch, blurred on the fly, beside --sharp_dir or alone
-    val_data: Path | None = None  # pairs to evaluate on, in any form of --data
-    val_sharp_dir: Path | None = None  # their sharp images, or sharp images alone
-    crop_size: int = 256  # of training images, a multiple of 16
-
-    width: int = 32  # channels at full resolution
-    init_weights: Path | None = None  # start from the weights of this file; a run that exists is resumed
-
-    loss: PixelLoss = "mse"  # distance of pixels at each scale
-    epochs: int = 2000  # passes over the data
-    max_steps: flags.MaxSteps = -1  # optimizer steps; above 0 it replaces epochs
-    batch_size: flags.BatchSize = 16  # of each device
-    learning_rate: float = 1e-4  # at the start
-
-    precision: flags.Precision = "32"  # bf16 or 16: mixed, faster on GPUs
-    devices: flags.Devices = 1  # GPUs of each machine (processes on a CPU)
-
-    val_fraction: float = 0.05  # without the two: the part of the data that is held out (whole sequences)
-    val_images: int = 32  # evaluate on at most that many, drawn once
-    val_crop: int = 0  # evaluate on that many pixels in the middle; 0 = whole images
+    # ---- data
+    data: Path | None = None  # pairs: GoPro tree, list file of `blurry sharp` lines, .jsonl, or blurry images
+    sharp_dir: Path | None = None  # folder of sharp images: the partners of --data, or to be blurred
+    dead_leaves: flags.Whole = 0  # number of generated images in an epoch, to be blurred
+    val_data: Path | None = None  # pairs to validate on, in any form of --data
+    crop_size: int = 256  # side of the training crops in pixels, a multiple of 16
+    realistic_blur: bool = True  # blur as real cameras do: varying shake, noise, JPEG; off: four simple blurs
     pairs: Path | None = None  # real pairs mixed among crops blurred on the fly, in any form of --data
-    pairs_fraction: float = 0.1  # fraction of the crops that come from --pairs
-    realistic_blur: bool = False  # blur on the fly as real cameras do: varying shake, noise, JPEG
-    blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # blur types made on the fly, without --realistic_blur
-    blur_scale: float = 1.0  # scale of the blur sizes, without --realistic_blur
-    jpeg_probability: float = 0.0  # part of the blurred training images that went through a JPEG file
-    sharp_fraction: float = 0.0  # part of the training images that is not, or hardly, blurred: do no harm
-    photo_crops: int = 1  # crops of each photograph of --sharp_dir in an epoch: its ratio to --dead_leaves
-    crop_candidates: int = 1  # windows drawn for a crop on the fly, of which the sharpest is taken
-    late_crop_sizes: tuple[int, ...] = ()  # larger ones, in equal shares of the last half of the steps
+    pairs_fraction: flags.Fraction = 0.1  # fraction of the crops that come from --pairs
+    photo_crops: flags.Count = 1  # number of crops of each photo of --sharp_dir in an epoch
+    crop_candidates: flags.Count = 1  # number of random crops of which the sharpest is taken, on the fly
     cache: bool = False  # keep all training images decoded in memory
+    val_fraction: flags.Fraction = 0.05  # fraction held out for validation if --val_data is not given
+    val_images: flags.Count = 32  # highest number of images to validate on
+    val_crop: flags.Whole = 0  # validate on the middle N pixels; 0 = whole images
 
-    coarsest: Literal["zeros", "blurry"] = "zeros"  # estimate at the first scale; the authors' code: blurry
-    detach: bool = False  # no gradient through the upsampled estimate, as in the authors' code
+    # ---- model
+    width: flags.Count = 32  # number of channels at full resolution
     residual: bool = False  # predict the difference to the blurry image
     sampling: bool = False  # work at half resolution, on 2 x 2 pixels as channels: 4 times less to compute
-    init: Literal["default", "xavier"] = "default"  # first weights: torch's, or Xavier's
+    init: Literal["default", "xavier"] = "default"  # distribution of the initial weights: torch's or Xavier's
+    init_weights: Path | None = None  # file of weights to start from; a run that exists is resumed instead
 
-    fft_loss_weight: float = 0.0  # of the distance of Fourier transforms beside it; 0.1 is MIMO-UNet's
-    optimizer: Literal["adam", "sgd"] = "adam"  # the way to step
-    momentum: float = 0.9  # of sgd: how much of the last step goes on
-    nesterov: bool = True  # of sgd: look ahead along the momentum
-    weight_decay: flags.WeightDecay = 0.0  # L2 regularisation
-    schedule: Literal["step", "power", "cosine"] = "step"  # 0.3^(epoch // 500); (1 - t/T)^0.3; cosine
-    lstm_clip: float = 3.0  # highest global norm of the ConvLSTM's gradients
-    max_grad_norm: float = 0.0  # highest global norm of all gradients; 0 = not clipped
-    ema_decay: float = 0.999  # of the averaged weights, which are evaluated and used; 0 for none
-    seed: int = 0  # of the data's order, first weights and noise
+    # ---- training
+    epochs: flags.Count = 2000  # number of passes over the data
+    max_steps: flags.MaxSteps = -1  # number of optimizer steps; above 0 it replaces epochs
+    batch_size: flags.BatchSize = 16  # number of crops per step and device
+    learning_rate: flags.Weight = 1e-4  # learning rate of the first step
+    schedule: Literal["step", "power", "cosine"] = "step"  # 0.3^(epoch // 500), (1 - t/T)^0.3, cosine
+    loss: PixelLoss = "mse"  # distance of pixels at each scale
+    fft_loss_weight: flags.Weight = 0.0  # weight of the distance of Fourier transforms; MIMO-UNet has 0.1
+    optimizer: Literal["adam", "sgd"] = "adam"  # kind of optimizer that takes the steps
+    momentum: flags.Fraction = 0.9  # momentum of the optimizer sgd
+    nesterov: bool = True  # use Nesterov's momentum in the optimizer sgd
+    weight_decay: flags.WeightDecay = 0.0  # weight of the L2 regularisation
+    max_grad_norm: flags.Weight = 0.0  # highest norm of all gradients together; 0 = not clipped
+    precision: flags.Precision = "32"  # numbers to compute in; bf16 and 16 are mixed and faster on GPUs
+    compile: bool = False  # use torch.compile: minutes at the start, then faster steps
+    devices: flags.Devices = 1  # number of GPUs of each machine (processes on a CPU)
+    num_nodes: flags.Count = 1  # number of machines that train together
+    num_workers: flags.Whole = 8  # number of processes that prepare images
+    seed: int = 0  # random seed of the data order, initial weights and blur
 
-    channels_last: bool = True  # memory layout: faster, above all on a GPU
-    compile: bool = False  # torch.compile: minutes at the start, faster steps
-    num_nodes: int = 1  # machines
-    num_workers: int = 8  # processes that prepare images
-    log_epoch: int = 10  # evaluate and save every so many epochs
+    # ---- logging
+    output_dir: Path = Path("outputs/srn")  # folder of logs, images and checkpoints; a run in it is resumed
+    log_epoch: flags.Count = 10  # number of epochs between validations, each of which saves a checkpoint
 
 
 DEMO = {
     "output_dir": Path("outputs/srn_demo"),
     "dead_leaves": 1360,
+    "realistic_blur": False,
     "val_crop": 256,
-    "blur_scale": 0.4,
     "crop_size": 64,
     "width": 16,
     "residual": True,
@@ -117,13 +104,14 @@ DEMO = {
     "batch_size": 8,
     "learning_rate": 4e-4,
     "schedule": "power",
-    "ema_decay": 0.99,
-    "channels_last": True,
     "num_workers": 1,
     "log_epoch": 1,
 }
-# What may differ when a run is resumed: it changes the speed, not the weights (beyond rounding).
-MAY_CHANGE = "devices num_nodes batch_size num_workers log_epoch cache channels_last compile".split()
+# Settings that may differ when a run is resumed: they change the speed, not the weights (beyond rounding).
+MAY_CHANGE = "devices num_nodes batch_size num_workers log_epoch cache compile".split()
+LSTM_CLIP = 3.0  # highest norm of the ConvLSTM's gradients
+EMA_DECAY = 0.999  # EMA weights are validated and exported
+DEMO_BLUR_SCALE = 0.4  # the demonstration's blur is mild: it has minutes to learn it
 
 
 # ---- network -----------------------------------------------------------------------------------------------
@@ -204,18 +192,12 @@ class SRNDeblurNet(nn.Module):
     size. With `sampling` 2 x 2 pixels enter and leave as channels of one (ours, not the paper's).
     """
 
-    def __init__(
-        self,
-        width: int = 32,
-        coarsest: str = "zeros",
-        detach: bool = False,
-        residual: bool = False,
-        sampling: bool = False,
-    ):
+    def __init__(self, width: int = 32, residual: bool = False, sampling: bool = False):
         super().__init__()
-        self.width, self.coarsest, self.detach, self.residual = width, coarsest, detach, residual
-        self.sampling, self.side = sampling, 2 if sampling else 1  # pixels that are one to the convolutions
-        self.multiple, pixels = 16 * self.side, self.side**2
+        self.width, self.residual, self.sampling = width, residual, sampling
+        self.side = 2 if sampling else 1  # side of the squares of pixels that are one to the convolutions
+        self.multiple = 16 * self.side
+        pixels = self.side**2
         self.inblock = EBlock(6 * pixels, width, stride=1)
         self.eblock1 = EBlock(width, 2 * width, stride=2)
         self.eblock2 = EBlock(2 * width, 4 * width, stride=2)
@@ -231,12 +213,12 @@ class SRNDeblurNet(nn.Module):
         if b1.shape[-2] % self.multiple or b1.shape[-1] % self.multiple:
             sides = tuple(b1.shape[-2:])
             raise ValueError(f"height and width must be multiples of {self.multiple}, not {sides}")
-        estimate = b3 if self.coarsest == "blurry" else torch.zeros_like(b3)
-        b, h, w = len(b3), b3.shape[-2] // self.side, b3.shape[-1] // self.side
-        hidden = cell = b3.new_zeros(b, 4 * self.width, h // 4, w // 4)
-        i3, hidden, cell = self.step(b3, estimate, hidden, cell)
-        i2, hidden, cell = self.step(b2, self.upsampled(i3), double(hidden), double(cell))
-        i1, _, _ = self.step(b1, self.upsampled(i2), double(hidden), double(cell))
+        b, _, h, w = b3.shape
+        stride = 4 * self.side  # of the ConvLSTM, in pixels
+        hidden = cell = b3.new_zeros(b, 4 * self.width, h // stride, w // stride)
+        i3, hidden, cell = self.step(b3, torch.zeros_like(b3), hidden, cell)
+        i2, hidden, cell = self.step(b2, double(i3), double(hidden), double(cell))
+        i1, _, _ = self.step(b1, double(i2), double(hidden), double(cell))
         return i1, i2, i3
 
     def step(self, blurry: Tensor, estimate: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
@@ -249,27 +231,27 @@ class SRNDeblurNet(nn.Module):
         d2 = self.dblock1(hidden) + e2  # (b, 2 width, h/2, w/2)
         d1 = self.dblock2(d2) + e1  # (b, width, h, w)
         restored = F.pixel_shuffle(self.outblock(d1), self.side)  # (b, 3, h, w)
-        return (blurry + restored if self.residual else restored), hidden, cell
-
-    def upsampled(self, estimate: Tensor) -> Tensor:
-        return double(estimate.detach() if self.detach else estimate)
-
-
-def xavier(network: nn.Module) -> None:
-    """Xavier's normal first weights (Glorot and Bengio 2010), biases as they are; zero weights stay."""
-    for value in network.parameters():
-        if value.ndim > 1 and value.any():
-            nn.init.xavier_normal_(value)
+        if self.residual:
+            restored = blurry + restored
+        return restored, hidden, cell
 
 
 def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)  # (b, c, 2h, 2w)
 
 
+def xavier(network: nn.Module) -> None:
+    """Draw weights from Xavier's normal distribution (Glorot and Bengio 2010), unless they are zero."""
+    for value in network.parameters():
+        if value.ndim > 1 and value.any():
+            nn.init.xavier_normal_(value)
+
+
 def pyramid(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(b, 3, h, w) at full, half and quarter size: the one rule by which all scales are made, everywhere."""
     h, w = image.shape[-2:]
-    half, quarter = (F.interpolate(image, (h // n, w // n), mode="bilinear", antialias=True) for n in (2, 4))
+    half = F.interpolate(image, (h // 2, w // 2), mode="bilinear", antialias=True)
+    quarter = F.interpolate(image, (h // 4, w // 4), mode="bilinear", antialias=True)
     return image, half, quarter
 
 
@@ -284,74 +266,77 @@ def restore(network: SRNDeblurNet, blurry: Tensor) -> Tensor:
 def restore_image(
     network: SRNDeblurNet, blurry: np.ndarray, self_ensemble: bool = False, **options: Any
 ) -> np.ndarray:
-    """Restore a uint8 picture (h, w, 3) of any size on the network's device.
+    """Restore a uint8 image (h, w, 3) of any size on the network's device.
 
-    `options` are those of ldm.tiling.restore_picture; `self_ensemble` averages over the 8 flips and turns.
+    `options` are those of ldm.tiling.restore_picture; `self_ensemble` averages over 8 flips and rotations.
     """
-
-    one = partial(restore, network)
-    run = partial(average_rotations, one) if self_ensemble else one
+    run = partial(restore, network)
+    if self_ensemble:
+        run = partial(average_rotations, run)
     return restore_picture(blurry, run, next(network.parameters()).device, **options)
 
 
-FORM = ("width", "coarsest", "detach", "residual", "sampling")
+# ---- files of weights --------------------------------------------------------------------------------------
+
+FORM = ("width", "residual", "sampling")  # what a network is made of
 
 
 def load_network(path: str | Path) -> SRNDeblurNet:
-    """The network in a file of this script, or one with the reproduction's key names (`module.` or not).
+    """Load the network of this script's files, or of the reproduction's (keys with `module.` or not).
 
-    Raises FileNotFoundError, or ValueError if it holds another network.
+    Raises FileNotFoundError, or ValueError if the file holds another network.
     """
     weights, content = read_trained(path)
     weights = {name.removeprefix("module."): value.float() for name, value in weights.items()}
     if "inblock.conv.0.weight" not in weights:
         raise ValueError(f"{path} holds no SRN-DeblurNet: its first key is {next(iter(weights))}")
     settings = content["settings"]
-    form = {name: settings[name] for name in FORM[1:] if name in settings}
-    return fill(SRNDeblurNet(len(weights["inblock.conv.0.weight"]), **form), weights, path).eval()
+    width = len(weights["inblock.conv.0.weight"])
+    network = SRNDeblurNet(width, settings.get("residual", False), settings.get("sampling", False))
+    return fill(network, weights, path).eval()
 
 
 def start_from(network: SRNDeblurNet, path: Path) -> None:
-    """Give the network the weights of a file. Raises ValueError if it holds one of another form."""
-    found = load_network(path)
-    for name in ("width", "residual", "sampling"):
-        own, other = getattr(network, name), getattr(found, name)
-        if own != other:
-            raise ValueError(f"--init_weights {path}: its {name} is {other}, this run's {own}")
-    network.load_state_dict(found.state_dict())
+    """Give the network the weights of a file. Raises ValueError if the file holds one of another form."""
+    other = load_network(path)
+    for name in FORM:
+        wanted, value = getattr(network, name), getattr(other, name)
+        if wanted != value:
+            raise ValueError(f"--init_weights {path}: its {name} is {value}, this run's {wanted}")
+    network.load_state_dict(other.state_dict())
 
 
 def export(checkpoint: Path, path: Path) -> None:
-    """Write the network of a checkpoint in half precision with what `load_network` must know."""
+    """Write the network of a checkpoint in half precision, with its form in the metadata."""
     weights, content = read_trained(checkpoint)
-    settings = {**plain(Settings()), **content["settings"]}  # those that an older file lacks
-    write_half(path, weights, {name: settings[name] for name in FORM})
+    write_half(path, weights, {name: content["settings"][name] for name in FORM})
 
 
 # ---- loss and training step --------------------------------------------------------------------------------
 
 
-def scale_losses(restored: Sequence[Tensor], sharp: Sequence[Tensor], *loss: Any) -> list[Tensor]:
-    """Mean squared error at each scale (paper, equation 5, with kappa = 1), or what `loss` names."""
-    return [restoration_loss(i, s, *loss) for i, s in zip(restored, sharp, strict=True)]
+def scale_losses(
+    restored: Sequence[Tensor], sharp: Sequence[Tensor], loss: PixelLoss = "mse", fft_weight: float = 0.0
+) -> list[Tensor]:
+    """Mean squared error at each scale (paper, equation 5, with kappa = 1), or another distance."""
+    return [restoration_loss(i, s, loss, fft_weight) for i, s in zip(restored, sharp, strict=True)]
 
 
 def train_step(
     fabric: Fabric, network: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, settings: Settings
 ) -> dict[str, Tensor]:
-    """One step on `blurry` and `sharp` (b, 3, h, w) in [-1, 1]; loss, mse and PSNR (range 2) at full size."""
+    """Take one step on `blurry` and `sharp` (b, 3, h, w) in [-1, 1]; loss, and mse and PSNR at full size."""
     restored = network(*pyramid(batch["blurry"]))
-    losses = scale_losses(restored, pyramid(batch["sharp"]), settings.loss, settings.fft_loss_weight)
-    loss = sum(losses)
+    loss = sum(scale_losses(restored, pyramid(batch["sharp"]), settings.loss, settings.fft_loss_weight))
     optimizer.zero_grad()
     fabric.backward(loss)
     unscale_gradients(fabric, optimizer)
-    nn.utils.clip_grad_norm_(network.convlstm.parameters(), settings.lstm_clip)
+    nn.utils.clip_grad_norm_(network.convlstm.parameters(), LSTM_CLIP)
     if settings.max_grad_norm:
         nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
     optimizer.step()
     mse = F.mse_loss(restored[0].detach().float(), batch["sharp"])
-    return {"loss": loss, "mse": mse, "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}
+    return {"loss": loss, "mse": mse, "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # values span 2
 
 
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -364,12 +349,12 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimi
     return torch.optim.Adam(network.parameters(), rate, weight_decay=decay, fused=fused)
 
 
-def learning_rate_factor(step: int, steps_per_epoch: int, steps: int, settings: Settings) -> float:
-    """What the learning rate is multiplied by after `step` of `steps` steps."""
+def learning_rate_factor(step: int, steps_per_epoch: int, steps: int, schedule: str) -> float:
+    """Learning-rate multiplier after `step` of `steps` steps."""
     left = max(0.0, 1 - step / steps)
-    if settings.schedule == "power":
+    if schedule == "power":
         return left**0.3
-    if settings.schedule == "cosine":
+    if schedule == "cosine":
         return (1 - math.cos(math.pi * left)) / 2
     return 0.3 ** (step // steps_per_epoch // 500)
 
@@ -378,41 +363,51 @@ def learning_rate_factor(step: int, steps_per_epoch: int, steps: int, settings: 
 
 
 def check(settings: Settings) -> None:
-    """Raise ValueError for a setting that would fail only later."""
-    check_counts(settings, "epochs batch_size log_epoch width devices num_nodes")
-    check_pictures(settings, (settings.crop_size, *settings.late_crop_sizes), 32 if settings.sampling else 16)
-    check_fractions(settings, "ema_decay", whole=False)
+    """Raise ValueError for settings that would fail only later."""
+    check_ranges(settings)
+    multiple = 32 if settings.sampling else 16
+    if settings.crop_size < multiple or settings.crop_size % multiple:
+        raise ValueError(f"crop_size must be a multiple of {multiple}, not {settings.crop_size}")
     if not (settings.data or settings.sharp_dir or settings.dead_leaves):
         raise ValueError("nothing to train on: give --data, --sharp_dir or --dead_leaves (or try --demo)")
+    if settings.data and (settings.dead_leaves or settings.pairs):
+        raise ValueError("--dead_leaves and --pairs go with images blurred on the fly, not with --data")
 
 
-def make_data(settings: Settings) -> Data:
-    """The training set and what is held out: given, or a part of the data, or scikit-image's photographs."""
-    seed, data = settings.seed, settings.data
-    pairs = find_pairs(data, settings.sharp_dir) if data else sharp_pairs(settings.sharp_dir)
-    if settings.val_data:
-        held_out = find_pairs(settings.val_data, settings.val_sharp_dir)
-    elif settings.val_sharp_dir:
-        held_out = sharp_pairs(settings.val_sharp_dir)
-    elif pairs:
-        pairs, held_out = split_pairs(pairs, settings.val_fraction, seed)
+def make_data(settings: Settings) -> tuple[CropDataset, HeldOut]:
+    """Training set, and validation set."""
+    size, seed, cache = settings.crop_size, settings.seed, settings.cache
+    blur_scale = DEMO_BLUR_SCALE if settings.demo else 1.0
+    if settings.data:
+        pairs = find_pairs(settings.data, settings.sharp_dir)
     else:
-        held_out = [Pair(path, path) for path in photographs()]
-
-    validation = HeldOut(held_out, settings.val_images, seed, settings.val_crop, **camera(settings))
-    if data:
-        return PairedDataset(pairs, settings.crop_size, seed, augment=True, cache=settings.cache), validation
-    largest = max(settings.crop_size, *settings.late_crop_sizes, 0)
-    photos = [pair.sharp for pair in pairs]
-    return blurred_anew(settings, photos, largest, extra_pairs(settings), augment=True), validation
-
-
-def batches(run: Run, dataset: CropDataset, settings: Settings, steps: int) -> Iterator[dict]:
-    """All batches from where the run stands, in crops that grow."""
-    for size, end in crop_schedule(settings.crop_size, settings.late_crop_sizes, steps):
-        if run.step < end:
-            part = dataset.resized(size)
-            yield from run.loader(part, settings.batch_size, end, settings.seed, settings.num_workers)
+        pairs = sharp_pairs(settings.sharp_dir)
+    pairs, held_out = open_held_out(
+        pairs,
+        settings.val_data,
+        settings.val_fraction,
+        settings.val_images,
+        seed,
+        settings.val_crop,
+        blur_scale,
+    )
+    if settings.data:
+        return PairedDataset(pairs, size, seed, cache=cache, augment=True), held_out
+    dataset = blurred_photos(
+        [pair.sharp for pair in pairs],
+        settings.dead_leaves,
+        size,
+        seed,
+        settings.realistic_blur,
+        repeats=settings.photo_crops,
+        candidates=settings.crop_candidates,
+        pairs=settings.pairs,
+        pairs_fraction=settings.pairs_fraction,
+        cache=cache,
+        blur_scale=blur_scale,
+        augment=True,
+    )
+    return dataset, held_out
 
 
 # ---- the whole run -----------------------------------------------------------------------------------------
@@ -429,26 +424,27 @@ def main(settings: Settings) -> None:
     steps_per_epoch = max(1, round(len(dataset) / (settings.batch_size * fabric.world_size)))
     steps = settings.max_steps if settings.max_steps > 0 else settings.epochs * steps_per_epoch
 
-    # Network, optimizer, average
-    network = SRNDeblurNet(*(getattr(settings, name) for name in FORM))
+    # Network, optimizer, EMA. Convolutions are faster in channels_last, above all on a GPU.
+    network = SRNDeblurNet(settings.width, settings.residual, settings.sampling)
     if settings.init == "xavier":
         xavier(network)
     if settings.init_weights and not last_checkpoint(settings.output_dir).is_file():
         start_from(network, settings.init_weights)
-    if settings.channels_last:
-        network.to(memory_format=torch.channels_last)
+    network.to(fabric.device, memory_format=torch.channels_last)
     if settings.compile:
         network.compile()
-    optimizer = make_optimizer(network.to(fabric.device), settings)
+    optimizer = make_optimizer(network, settings)
     trained, fabric_optimizer = fabric.setup(network, optimizer)
-    schedule = partial(learning_rate_factor, steps_per_epoch=steps_per_epoch, steps=steps, settings=settings)
+    schedule = partial(
+        learning_rate_factor, steps_per_epoch=steps_per_epoch, steps=steps, schedule=settings.schedule
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    ema = EMA(network, settings.ema_decay)
+    ema = EMA(network, EMA_DECAY)
 
     # Resume
     parts = {"state_dict": network, "optimizer": optimizer, "scheduler": scheduler, "ema": ema}
     known = {**plain(settings), "samples": len(dataset)}
-    run = Run(fabric, settings.output_dir, known, parts, MAY_CHANGE, defaults=Settings())
+    run = Run(fabric, settings.output_dir, known, parts, MAY_CHANGE)
     baseline, _ = held_out.evaluate(lambda blurry: blurry, run)
     run.say(f"{len(dataset)} training images, {steps} steps; {len(held_out)} held out")
     restorer = partial(restore_image, network, precision=settings.precision)
@@ -458,7 +454,8 @@ def main(settings: Settings) -> None:
         run.say(f"before the first step: {line({}, scores, baseline)}")
 
     # Loop
-    for batch in run.batches(batches(run, dataset, settings, steps), steps):
+    loader = run.loader(dataset, settings.batch_size, steps, settings.seed, settings.num_workers)
+    for batch in run.batches(loader, steps):
         metrics = train_step(fabric, trained, fabric_optimizer, batch, settings)
         scheduler.step()
         ema.update(network)
@@ -466,11 +463,11 @@ def main(settings: Settings) -> None:
         if run.step % (settings.log_epoch * steps_per_epoch) and run.step != steps:
             continue
 
-        # Evaluate the averaged weights, log, save
+        # Validate the EMA weights, log, save
         train = {f"train/{name}": value for name, value in run.means().items()}
         with ema.applied(network):
-            scores, picture = held_out.evaluate(restorer, run)
-        run.picture("sample", picture)
+            scores, image = held_out.evaluate(restorer, run)
+        run.picture("sample", image)
         run.log(train | report(scores, baseline))
         run.save(score=scores["psnr"])
         epoch = f"epoch {run.step // steps_per_epoch}: train mse {train['train/mse']:.5f}"

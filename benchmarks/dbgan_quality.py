@@ -21,15 +21,15 @@ from harness.validation import middle
 from ldm.checkpoint import read_settings, read_weights, write_weights
 from ldm.data.image import PHOTOGRAPHS, photographs, read_image
 from ldm.metrics import psnr, radial_power, spectrum_distance
-from ldm.modules.generators import blur_image, load_generator, restore_image
 from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
+from train_dbgan import blur_image, load_generator, restore_image
 
 SCORED = 128  # pixels in the middle of a photograph
 
 
 @dataclass
 class Settings:
-    """Write the weights that come with the project from a run of train_dbgan.py."""
+    """Write the pretrained weights included in the repo from a run of train_dbgan.py."""
 
     run: Path = Path("outputs/dbgan")  # the run's folder
     stages: tuple[str, str] = ("deblur", "blur")  # those that dbgan and bgan are of

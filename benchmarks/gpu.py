@@ -1,7 +1,7 @@
 """Ten minutes of one GPU: is everything right on it, how fast is it, and a training run on it.
 
     python -m benchmarks.gpu
-    python -m benchmarks.gpu --train "--sharp_dir PHOTOS --generator nafnet --init_weights mine.safetensors"
+    python -m benchmarks.gpu --train "--sharp_dir PHOTOS --generator unet --init_weights mine.safetensors"
 
 Each stage is a process of its own with a time limit: checks against the CPU (gpu_checks.py), figures at full
 size with random weights (gpu_figures.py; its peers are those of requirements-dev.txt), and train_dbgan.py
@@ -37,7 +37,9 @@ class Settings:
     """Check, measure and train on this machine's GPU."""
 
     output_dir: Path = Path("outputs/gpu")  # the report, and the training's folder
-    train: str = ""  # options of train_dbgan.py for the training; none: a small NAFNet on dead leaves
+    train: str = (
+        ""  # options of train_dbgan.py for the training; none: the U-Net on the photos that are there
+    )
     tiny: bool = False  # tiny networks on any device: whether it runs at all
 
 

@@ -72,14 +72,14 @@ def srn(device: str, side: int) -> System:
     return System(list(network.parameters()), run)
 
 
-def gan(kind: generators.Kind, name: str, device: str, side: int) -> System:
+def gan(kind: str, name: str, device: str, side: int) -> System:
     """DBGAN's generator, or BGAN's."""
-    network = generators.load_generator(MODELS / name, kind).to(device, memory_format=torch.channels_last)
+    network = train_dbgan.load_generator(MODELS / name, kind).to(device, memory_format=torch.channels_last)
     entering, wanted = (generators.to_unit(image) for image in pair(side, device))
     extra = ()
     if kind == "blur":
         entering, wanted = wanted, entering
-        extra = (network.draw_noise(wanted.cpu(), torch.Generator().manual_seed(0)).to(device),)
+        extra = (train_dbgan.draw_noise(wanted.cpu(), torch.Generator().manual_seed(0)).to(device),)
 
     def run() -> tuple[Tensor, Tensor]:
         made = network(entering, *extra)
@@ -211,10 +211,10 @@ def resumed(name: str, make: Callable[[], plan.Work]) -> list[Row]:
 
 def resumptions(device: str) -> Iterator[Case]:
     """Runs of tiny networks."""
-    small = {"batch_size": 2, "ema_decay": 0.9, "learning_rate": 1e-3}
-    control = {"image_size": 64, "config_path": "models/cldm_tiny_deblur.yaml", **small}
+    small = {"batch_size": 2, "learning_rate": 1e-3}
+    control = {"image_size": 64, "config_path": "models/cldm_tiny_deblur.yaml", "ema_decay": 0.9, **small}
     narrow = {"width": 8, "crop_size": 32, **small}
-    networks = {"blocks": 1, "blur_blocks": 1, "discriminator_width": 8, "accumulate_grad_batches": 1}
+    networks = {"blocks": 1, "accumulate_grad_batches": 1}
     deblur = tutorial_train_deblur.Settings(perceptual_loss_weight=0.0, **control)
     control["config_path"] = "models/cldm_tiny_inpaint.yaml"
     inpaint = tutorial_train_inpaint.Settings(**control)

@@ -109,7 +109,7 @@ def srn(tiny: bool, device: str) -> Iterator[Case]:
 
     yield timed(f"SRN restores {w} x {h}, bf16", partial(restoring, True), 0, (30, 0), tiny)
     yield timed(f"SRN restores {w} x {h}, 32", partial(restoring, False), 0, (0, 0), tiny)
-    settings = train_srn.Settings(precision="bf16", channels_last=True)
+    settings = train_srn.Settings(precision="bf16")
     if tiny:
         settings = replace(settings, width=8, crop_size=32, batch_size=2)
     name = f"SRN trains, bf16, batch {settings.batch_size}"
@@ -121,8 +121,7 @@ def dbgan(tiny: bool, device: str) -> Iterator[Case]:
     start_fabric()
     settings = train_dbgan.Settings(perceptual_loss_weight=0.0)
     if tiny:
-        settings = replace(settings, width=8, blocks=1, blur_blocks=1, crop_size=32, discriminator_width=8)
-        settings = replace(settings, accumulate_grad_batches=1)
+        settings = replace(settings, width=8, blocks=1, crop_size=32, accumulate_grad_batches=1)
     images = settings.batch_size * settings.accumulate_grad_batches
     make = partial(plan.dbgan, settings, device, "blur")
     yield timed("DBGAN blur, defaults", lambda: make().step, images, (0, 12), tiny)

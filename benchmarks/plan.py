@@ -37,12 +37,11 @@ from cldm.deblur import add_hint_latent
 from cldm.model import read_config
 from cldm.training import choose_precision, prepare_model
 from harness.flags import lightning_precision
-from harness.settings import plain, run_main
+from harness.settings import run_main
 from ldm.models.kontext import TRANSFORMER, FluxAutoencoder
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, FluxParams
 from ldm.modules.fp8 import store_in_fp8
-from ldm.modules.generators import make_generator
 from ldm.modules.lora import block_linears
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import half_dtype, instantiate_from_config, make_adamw
@@ -190,16 +189,15 @@ def controlnet(settings: Any, device: str) -> Work:
 def srn(settings: train_srn.Settings, device: str) -> Work:
     """A step of SRN-DeblurNet."""
     fabric = fake_fabric(settings.precision, device)
-    network = train_srn.SRNDeblurNet(*(getattr(settings, name) for name in train_srn.FORM)).to(device)
-    if settings.channels_last:
-        network.to(memory_format=torch.channels_last)
+    network = train_srn.SRNDeblurNet(settings.width, settings.residual, settings.sampling)
+    network.to(device, memory_format=torch.channels_last)
     optimizer = train_srn.make_optimizer(network, settings)
     if settings.optimizer == "adam":
         optimizer.param_groups[0]["fused"] = (
             True  # as the script has it on CUDA, which these tensors stand for
         )
     trained, optimizer = fabric.setup(network, optimizer)
-    ema = EMA(network, settings.ema_decay)
+    ema = EMA(network, train_srn.EMA_DECAY)
     images = 2 * torch.rand(2, settings.batch_size, 3, *[settings.crop_size] * 2, device=device) - 1
     batch = {"blurry": images[0], "sharp": images[1]}
 
@@ -215,27 +213,27 @@ def dbgan(settings: train_dbgan.Settings, device: str, stage: str = "blur", phas
     fabric = fake_fabric(settings.precision, device)
     perceptual = None
     if settings.perceptual_loss_weight and stage != "blur":
-        perceptual = PerceptualLoss(file=settings.vgg_file).to(device)
+        perceptual = PerceptualLoss().to(device)
     alone = replace(settings, generated_fraction=0.0, compile=False)
-    players = train_dbgan.make_players(alone, stage, perceptual, torch.device(device))
+    models = train_dbgan.make_models(alone, stage, perceptual, torch.device(device))
     if stage == "deblur" and settings.generated_fraction:
-        blurrer = make_generator("blur", plain(settings)).eval()
-        players.blurrer = blurrer.requires_grad_(False).to(device)
-    generators = players.generators
-    parameters = [*generators.parameters(), *players.discriminators.parameters()]
+        blurrer = train_dbgan.first_generator("blur", settings, stage).eval()
+        models.blurrer = blurrer.requires_grad_(False).to(device)
+    generators = models.generators
+    parameters = [*generators.parameters(), *models.discriminators.parameters()]
     optimizer = fabric.setup_optimizers(torch.optim.Adam(parameters, settings.learning_rate, fused=True))
-    ema = EMA(generators, settings.ema_decay)
+    ema = EMA(generators, train_dbgan.EMA_DECAY)
     parts, size = settings.accumulate_grad_batches, settings.crop_size
     images = 2 * torch.rand(2, parts * settings.batch_size, 3, size, size, device=device) - 1
     batch = {"blurry": images[0], "sharp": images[1]}
-    losses = partial(train_dbgan.STAGES[stage][2][phase], players, settings)
+    losses = partial(train_dbgan.STAGES[stage].losses[phase], models, settings)
 
     def step() -> None:
         train_dbgan.train_step(fabric, optimizer, batch, parts, losses, settings.max_grad_norm)
         ema.update(generators)
 
-    networks = {"state_dict": generators, "discriminators": players.discriminators}
-    return Work(step, {**networks, "optimizer": optimizer.optimizer, "ema": ema, **players.pools})
+    networks = {"state_dict": generators, "discriminators": models.discriminators}
+    return Work(step, {**networks, "optimizer": optimizer.optimizer, "ema": ema, **models.pools})
 
 
 def kontext(settings: train_kontext_lora.Settings, device: str) -> Work:
@@ -412,7 +410,7 @@ class DBGAN(OnCard, train_dbgan.Settings):
     def plans(self) -> Iterator[tuple[str, Callable, int]]:
         images = self.batch_size * self.accumulate_grad_batches
         for stage in ("blur", "deblur") if self.mode == "all" else (self.mode,):
-            for phase, losses in enumerate(train_dbgan.STAGES[stage][2]):
+            for phase, losses in enumerate(train_dbgan.STAGES[stage].losses):
                 name = f"DBGAN {stage}, {losses.__name__}, {self.accumulate_grad_batches} x {self.batch_size}"
                 yield name, partial(dbgan, self, stage=stage, phase=phase), images
 

@@ -19,13 +19,13 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_dbgan
 import train_srn
 from harness.run import start_fabric
 from harness.validation import HeldOut, middle
 from ldm.data.image import photographs, read_image
 from ldm.data.pairs import Pair, find_pairs
 from ldm.metrics import psnr, rgb_shift, ssim
-from ldm.modules import generators
 
 Restore = Callable[[np.ndarray], np.ndarray]
 
@@ -70,8 +70,8 @@ def open_network(path: Path, precision: str = "32") -> tuple[torch.nn.Module, Re
         network = train_srn.load_network(path)
         restore_image = train_srn.restore_image
     except ValueError:
-        network = generators.load_generator(path, "deblur")
-        restore_image = generators.restore_image
+        network = train_dbgan.load_generator(path, "deblur")
+        restore_image = train_dbgan.restore_image
     network.to(memory_format=torch.channels_last)
     return network, partial(restore_image, network, precision=precision)
 

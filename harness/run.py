@@ -1,8 +1,8 @@
-"""What the plain training loops share: the folder of a run, its logs, checkpoints, resume and error messages.
+"""Runs of the plain training loops: the folder of a run, its logs, checkpoints, resume and error messages.
 
-fabric = start_fabric(settings.devices, settings.num_nodes, settings.precision, settings.seed)
+fabric = start_fabric(devices, num_nodes, precision, seed)
 parts = {"state_dict": network, "optimizer": optimizer, "ema": ema}
-run = Run(fabric, settings.output_dir, settings, parts, may_change=("num_workers",))
+run = Run(fabric, output_dir, recorded, parts, may_change=("num_workers",))
 for batch in run.batches(run.loader(dataset, batch_size, steps, seed, num_workers), steps):
     ...                                         # forward, backward, optimizer step
     run.advance({"loss": loss}, batch["name"])  # counts the step, watches for NaN
@@ -12,6 +12,7 @@ for batch in run.batches(run.loader(dataset, batch_size, steps, seed, num_worker
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import TensorBoardLogger
+from lightning_fabric.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -34,22 +36,23 @@ from ldm.data.stream import DATA, PLACE, SampleStream, check_same
 from ldm.device import choose_device, describe_start
 from ldm.util import flush_denormals, match_layout, settle_precision
 
-CHECK_EVERY = 10  # steps between two looks at the losses: each look waits for the device
+CHECK_EVERY = 10  # steps between two checks of the losses: each check waits for the device
 
 
 def start_fabric(
-    devices: int = 1, num_nodes: int = 1, precision: str = "32", seed: int = 0, on_cuda: str = ""
+    devices: int = 1, num_nodes: int = 0, precision: str = "32", seed: int = 0, on_cuda: str = ""
 ) -> Fabric:
     """A launched, seeded Fabric: CUDA if there is any, else the CPU; DDP if there are several processes.
 
-    It says on what and in which precision the run computes: on CUDA `on_cuda`, if the script sees to that
-    itself. Raises ValueError for a precision other than 32, 16 and bf16, or Lightning's names of these, and
-    for 16 on a CPU.
+    Without `num_nodes` the launcher (torchrun, srun) says how many machines there are. The line that tells
+    device and precision has `on_cuda` as the precision on CUDA, if the script sees to that itself. Raises
+    ValueError for a precision other than 32, 16 and bf16, or Lightning's names of these, and for 16 on a CPU.
     """
     flush_denormals()
     torch.backends.cudnn.benchmark = True  # its fastest algorithm for crops of one size
     device = choose_device()
     precision = settle_precision(lightning_precision(precision), device)
+    num_nodes = num_nodes or launched_nodes()
     fabric = Fabric(accelerator=device.type, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
     fabric.print(describe_start(device, on_cuda if on_cuda and device.type == "cuda" else precision))
@@ -57,10 +60,17 @@ def start_fabric(
     return fabric
 
 
-def average_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
-    """Every gradient that `optimizer` is about to use becomes its mean over the processes, as DDP does.
+def launched_nodes() -> int:
+    """Number of machines that torchrun or srun started this run on; 1 without either."""
+    if SLURMEnvironment.detect():
+        return int(os.environ.get("SLURM_NNODES", 1))
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
 
-    They travel as one tensor for each type: an exchange of each by itself would wait hundreds of times.
+
+def average_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
+    """Replace every gradient that `optimizer` is about to use by its mean over the processes, as DDP does.
+
+    They are exchanged as one tensor for each type: one exchange for each would wait hundreds of times.
     """
     if fabric.world_size == 1:
         return
@@ -73,8 +83,8 @@ def average_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
         torch._foreach_copy_(same, [part.view(g.shape) for part, g in zip(parts, same, strict=True)])
 
 
-def first_alone(fabric: Fabric, work: Callable[[], Any]) -> Any:
-    """What `work` returns, called by the first process before the others: it writes what they read.
+def rank_zero_first(fabric: Fabric, work: Callable[[], Any]) -> Any:
+    """Call `work` in the first process before the others: it writes what they read. Returns its result.
 
     Fabric's own rank_zero_first waits for a process that has ended as for one that works: for ever.
     """
@@ -86,14 +96,14 @@ def first_alone(fabric: Fabric, work: Callable[[], Any]) -> Any:
 
 
 def unscale_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
-    """Gradients of a float16 loss in true size, to be clipped. Fabric's own refuses fused optimizers."""
+    """Undo the scaling of a float16 loss's gradients, to clip them. Fabric's own refuses fused optimizers."""
     scaler = getattr(fabric.strategy.precision, "scaler", None)
     if scaler is not None:
         scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
 
 
 def last_checkpoint(output_dir: str | Path) -> Path:
-    """Where a run in this folder has its last checkpoint. If it is there, the run is resumed, and the weights
+    """Path of the last checkpoint of a run in this folder. If it exists the run is resumed, and the weights
     that it started from are not read again."""
     return Path(output_dir) / "checkpoints" / "last.ckpt"
 
@@ -101,35 +111,41 @@ def last_checkpoint(output_dir: str | Path) -> Path:
 class Run:
     """A training run in `output_dir`, resumed at its last checkpoint if there is one.
 
-    `settings` is a dataclass or a dict; one that differs from the checkpoint's raises ValueError, unless it
-    is named in `may_change`. `parts` are what has state (`state_dict`, `load_state_dict`), the network under
-    "state_dict": unwrapped, so that the files carry its own names. `defaults` are the settings of a file
-    that lacks them: it was made before they came. Log before saving: a resumed run forgets the rows of
-    steps after its checkpoint and writes them again.
+    `recorded`, a dataclass or a dict, are the run's settings and facts of its data; one that differs from the
+    checkpoint's raises ValueError, unless it is named in `may_change`. `parts` are what has state
+    (`state_dict`, `load_state_dict`), the network under "state_dict": unwrapped, so that the files carry its
+    own names. Log before saving: a resumed run forgets the rows of steps after its checkpoint and writes them
+    again.
     """
 
     def __init__(
         self,
         fabric: Fabric,
         output_dir: str | Path,
-        settings: Any,
+        recorded: Any,
         parts: dict,
         may_change: Iterable[str] = (),
-        defaults: Any = (),
     ):
-        self.fabric, self.parts = fabric, {**parts, "precision": fabric.strategy.precision}
-        self.folder, self.settings = Path(output_dir), plain(settings)
+        self.fabric = fabric
+        self.folder = Path(output_dir)
+        self.recorded = plain(recorded)
+        self.parts = {**parts, "precision": fabric.strategy.precision}
         self.last_checkpoint = last_checkpoint(output_dir)
-        self.best_checkpoint = self.folder / "checkpoints" / "best.ckpt"
-        self.step, self.best, self.samples_per_step = 0, -math.inf, 1
-        self._sums, self._count = {}, 0  # of the metrics since the last means()
-        self._seconds, self._steps, self._mark = 0.0, 0, None  # training time since the last means()
-        self._pending: list[tuple[int, dict, list]] = []  # steps whose losses nobody has looked at
-        self._bar = None
+        self.best_checkpoint = self.last_checkpoint.with_name("best.ckpt")
+        self.step = 0
+        self.best = -math.inf  # highest score so far
+        self.samples_per_step = 1
+        self._resumed_samples: int | None = None  # samples per step of the run that is resumed
+        self._sums: dict[str, float] = {}  # sums of the metrics since the last means()
+        self._count = 0  # number of steps in the sums
+        self._seconds, self._steps = 0.0, 0  # training time since the last means()
+        self._mark = 0.0  # when the present step began
+        self._pending: list[tuple[int, dict, list]] = []  # steps whose losses are not yet checked for NaN
+        self._bar: tqdm | None = None
         for name in ("logs", "images", "checkpoints"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._joint_batch: int | None = None  # of the run that is resumed
-        self._resume({"output_dir", *may_change}, plain(defaults or {}))
+        if self.last_checkpoint.is_file():
+            self._resume({"output_dir", *may_change})
         check_same(self.step, PLACE)
         if fabric.is_global_zero:
             self.csv = MetricsCsv(self.folder / "logs" / "metrics.csv", self.step or -1)
@@ -138,9 +154,10 @@ class Run:
     def loader(
         self, dataset: Dataset, batch_size: int, steps: int, seed: int, num_workers: int = 0
     ) -> DataLoader:
-        """Batches from where the run stands up to `steps` steps; `batch_size` is what each process sees in a
-        step: of one group, if the dataset has `group` (SampleStream). Runs of n processes with batches of b
-        and of one with n * b are the same.
+        """Batches from where the run stands up to `steps` steps, in the order of SampleStream.
+
+        `batch_size` is what each process sees in a step. Runs of n processes with batches of b and of one
+        process with batches of n * b are the same.
 
         Raises ValueError if the processes see other data, or the resumed run saw other numbers of samples.
         """
@@ -148,22 +165,31 @@ class Run:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.samples_per_step = joint = batch_size * world_size
-        if self._joint_batch not in (None, joint):
+        if self._resumed_samples not in (None, joint):
             raise ValueError(
-                f"{self.last_checkpoint} was trained with {self._joint_batch} samples a step, this run has "
-                f"{batch_size} on each of {world_size} processes: batch_size counts those of one device"
+                f"{self.last_checkpoint} was trained with {self._resumed_samples} samples a step, this run "
+                f"has {batch_size} on each of {world_size} processes: batch_size counts those of one device"
             )
-        start, total = self.step * joint, steps * joint
         check_same(len(dataset), DATA)
-        place = self.fabric.global_rank, world_size, getattr(dataset, "group", None), joint
-        stream = SampleStream(len(dataset), seed, start, total, *place)
+        stream = SampleStream(
+            len(dataset),
+            seed,
+            start=self.step * joint,
+            total=steps * joint,
+            rank=self.fabric.global_rank,
+            world_size=world_size,
+            group=getattr(dataset, "group", None),
+            batch=joint,
+        )
         loader = make_loader(dataset, batch_size, num_workers, stream)
         return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
     def batches(self, loader: Iterable, steps: int) -> Iterator:
         """The loader's batches under a progress bar that `advance` moves."""
-        look = {"disable": not self.fabric.is_global_zero, "unit": "step", "dynamic_ncols": True}
-        with tqdm(total=steps, initial=self.step, **look) as self._bar:
+        hidden = not self.fabric.is_global_zero
+        with tqdm(
+            total=steps, initial=self.step, disable=hidden, unit="step", dynamic_ncols=True
+        ) as self._bar:
             self._mark = time.perf_counter()
             for batch in loader:
                 step = self.step
@@ -173,7 +199,7 @@ class Run:
             self._check_losses()
 
     def advance(self, metrics: Mapping[str, torch.Tensor], files: Iterable[str] = ()) -> None:
-        """One optimizer step is done: `metrics` are its losses and the like, scalars; `files` made its batch.
+        """Count an optimizer step; `metrics` are its losses and other scalars, `files` its batch is made of.
 
         Raises ValueError (within CHECK_EVERY steps) if one of them is NaN or infinite.
         """
@@ -185,11 +211,14 @@ class Run:
             self._check_losses()
         if self._bar is not None:
             now = time.perf_counter()
-            self._seconds, self._mark = self._seconds + now - self._mark, now
+            self._seconds += now - self._mark
+            self._mark = now
             self._bar.update()
 
     def _check_losses(self) -> None:
-        problem, values = "", {}
+        """Add the pending losses to the means. Raises ValueError if one is NaN or infinite in any process."""
+        problem = ""
+        values: dict[str, float] = {}
         for step, metrics, files in self._pending:
             values = {name: value.item() for name, value in metrics.items()}
             bad = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
@@ -202,20 +231,18 @@ class Run:
         if values and self._bar is not None:
             shown = {**values, "images/s": self._rate()}
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
-        if self._in_any_process(bool(problem)):
+        # Every process stops if one of them has a problem: the others would wait for it for ever.
+        problems = torch.tensor(float(bool(problem)), device=self.fabric.device)
+        if self.fabric.all_reduce(problems, reduce_op="sum").item() > 0:
             last = self.last_checkpoint
             kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved yet"
             raise ValueError(f"training stopped: {problem or 'NaN in another process'}; {kept}")
-
-    def _in_any_process(self, here: bool) -> bool:
-        flag = torch.tensor(float(here), device=self.fabric.device)
-        return self.fabric.all_reduce(flag, reduce_op="sum").item() > 0
 
     def _rate(self) -> float:
         return self._steps * self.samples_per_step / max(self._seconds, 1e-9)
 
     def means(self) -> dict[str, float]:
-        """Means over steps and processes of what `advance` was given since the last call, and images/s."""
+        """Means of the metrics over steps and processes since the last call, and images/s."""
         self._check_losses()
         means = {name: value / self._count for name, value in self._sums.items()}
         if self.fabric.world_size > 1:
@@ -223,7 +250,8 @@ class Run:
             sums = {name: torch.tensor(value, device=device) for name, value in means.items()}
             means = {name: value.item() for name, value in self.fabric.all_reduce(sums).items()}
         means["images/s"] = self._rate()
-        self._sums, self._count, self._seconds, self._steps = {}, 0, 0.0, 0
+        self._sums, self._count = {}, 0
+        self._seconds, self._steps = 0.0, 0
         return means
 
     def log(self, metrics: Mapping[str, float]) -> None:
@@ -252,39 +280,42 @@ class Run:
         self._check_losses()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         check_finite(state["state_dict"], self.step)
-        is_best = score is not None and score > self.best
-        self.best = score if is_best else self.best
+        paths = [self.last_checkpoint]
+        if score is not None and score > self.best:
+            self.best = score
+            # The best first: a run that is killed between the two files comes to this step again.
+            paths.insert(0, self.best_checkpoint)
         own = {"random": checkpoint.random_states(), "sums": self._sums, "count": self._count}
-        state |= {"step": self.step, "best": self.best, "settings": self.settings}
-        state |= {"samples_per_step": self.samples_per_step, "processes": self.gather(own)}
+        state |= {
+            "step": self.step,
+            "best": self.best,
+            "settings": self.recorded,
+            "samples_per_step": self.samples_per_step,
+            "processes": self.gather(own),
+        }
         if self.fabric.is_global_zero:
-            # the best first: a run killed between the two comes to this step again
-            for path in [self.best_checkpoint] * is_best + [self.last_checkpoint]:
+            for path in paths:
                 checkpoint.save(path, state)
         self.fabric.barrier()
 
     def gather(self, content: Any) -> list:
-        """What every process gave, in the order of their ranks."""
+        """Collect the contents of all processes, in the order of their ranks."""
         if self.fabric.world_size == 1:
             return [content]
         contents = [None] * self.fabric.world_size
         torch.distributed.all_gather_object(contents, content)
         return contents
 
-    def _resume(self, may_change: set[str], defaults: dict) -> None:
+    def _resume(self, may_change: set[str]) -> None:
         path = self.last_checkpoint
-        if not path.is_file():
-            return
         state = checkpoint.load(path, mmap=False)  # saving replaces the file, and Windows keeps a mapped one
-        lacks = [name for name in (*self.parts, "step", "settings", "processes") if name not in state]
-        lacks += [] if isinstance(state.get("settings", {}), dict) else ["settings"]
-        if lacks:
-            raise ValueError(f"{path} is from another script: it lacks {', '.join(lacks)}")
-        saved = {**defaults, **state["settings"]}
-        check_settings(saved, self.settings, may_change, path)
-        self._joint_batch = state.get("samples_per_step")
-        if self._joint_batch is None and "batch_size" in saved:  # it then meant that of all devices together
-            self._joint_batch = saved["batch_size"] * saved.get("accumulate_grad_batches", 1)
+        needed = (*self.parts, "step", "settings", "processes", "samples_per_step")
+        missing = [name for name in needed if name not in state]
+        if "settings" in state and not isinstance(state["settings"], dict):
+            missing.append("settings")
+        if missing:
+            raise ValueError(f"{path} is from another script: it lacks {', '.join(missing)}")
+        check_settings(state["settings"], self.recorded, may_change, path)
         try:
             self._restore(state)
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
@@ -293,18 +324,22 @@ class Run:
         self.say(f"resuming {path} at step {self.step}")
 
     def _restore(self, state: dict) -> None:
+        """Give all parts, and this process if it is one of as many as then, their saved states."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Optimizer):
                 match_layout(part)
-        self.step, self.best = int(state["step"]), float(state["best"])
+        self.step = int(state["step"])
+        self.best = float(state["best"])
+        self._resumed_samples = int(state["samples_per_step"])
         if len(state["processes"]) == self.fabric.world_size:
             own = state["processes"][self.fabric.global_rank]
-            self._sums, self._count = own["sums"], own["count"]
+            self._sums = own["sums"]
+            self._count = own["count"]
             checkpoint.restore_random_states(own["random"])
 
     def finish(self, what_next: str) -> None:
-        """Close the logs and say where everything is and what to run next."""
+        """Close the logs; print where everything is and what to run next."""
         if self.fabric.is_global_zero:
             self.board.finalize("success")
         self.say(summary(self.folder, self.step, what_next, f" ({self.best:.3f})"))

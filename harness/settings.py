@@ -1,4 +1,4 @@
-"""The settings block of a script: read from the command line, checked, kept in checkpoints."""
+"""The settings block of a script: read from the command line, checked, recorded in checkpoints."""
 
 import errno
 import os
@@ -20,13 +20,13 @@ from ldm.util import check_package
 
 def run_main(
     main: Callable[[Any], None],
-    settings: type | dict[str, type],
+    settings_type: type | dict[str, type],
     demo: Mapping[str, Any] | None = None,
     complete: Callable[[list[str]], list[str]] | None = None,
 ) -> None:
-    """Read `settings` from the command line, call `main`; a user's mistake is one line and exit code 1.
+    """Read the settings from the command line and call `main`; a user's mistake is one line and exit code 1.
 
-    A dictionary of settings makes its names subcommands; `demo` is what --demo stands for (read_settings),
+    A dictionary of types makes its names subcommands; `demo` is what --demo stands for (read_settings),
     `complete` adds to the words of the command line what they leave out. With TRACEBACK=1 in the environment
     the whole traceback is shown instead of the line.
     """
@@ -36,7 +36,7 @@ def run_main(
         words = complete(sys.argv[1:]) if complete else None
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            main(read_settings(settings, demo, words))
+            main(read_settings(settings_type, demo, words))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
@@ -68,31 +68,32 @@ def _show_warning(message: Warning, *_: Any) -> None:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether an exchange with a process that has ended raises this (gloo's errors have no class)."""
+    """Tell the error of an exchange with a process that has ended (gloo's errors have no class)."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _report_once(problem: threading.ExceptHookArgs) -> None:
-    """A thread's OSError is TensorBoard's, which raises it again in the main thread: not shown twice."""
+    """Report the error that ends a thread, but for OSError: TensorBoard raises its own in the main thread."""
     if not isinstance(problem.exc_value, OSError):
         threading.__excepthook__(problem)
 
 
 def read_settings(
-    settings: type | dict[str, type],
+    settings_type: type | dict[str, type],
     demo: Mapping[str, Any] | None = None,
     words: Sequence[str] | None = None,
 ) -> Any:
-    """The settings that the command line (or `words`) gives; SystemExit with a message if it cannot be read.
+    """Read the settings from the command line, or from `words`; SystemExit with a message if that fails.
 
-    Where it has --demo, the values of `demo` are the defaults: every flag beside it counts.
+    Where --demo is given, the values of `demo` are the defaults: every flag beside it counts.
     """
-    if isinstance(settings, dict):
-        return tyro.extras.subcommand_cli_from_dict(settings, args=words, use_underscores=True)
+    if isinstance(settings_type, dict):
+        return tyro.extras.subcommand_cli_from_dict(settings_type, args=words, use_underscores=True)
     words = list(sys.argv[1:] if words is None else words)
-    chosen = tyro.cli(settings, args=words, use_underscores=True)
+    chosen = tyro.cli(settings_type, args=words, use_underscores=True)
     if demo and chosen.demo:
-        return tyro.cli(settings, args=words, default=settings(demo=True, **demo), use_underscores=True)
+        start = settings_type(demo=True, **demo)
+        return tyro.cli(settings_type, args=words, default=start, use_underscores=True)
     return chosen
 
 
@@ -137,36 +138,39 @@ def check_optimizer(name: str) -> None:
         check_package("bitsandbytes", "--optimizer adamw8bit")
 
 
-def plain(settings: Any) -> dict:
+def plain(values: Any) -> dict:
     """A dataclass or dict of settings as a dict that a checkpoint can hold (paths become strings)."""
-    values = settings if isinstance(settings, Mapping) else asdict(settings)
+    values = values if isinstance(values, Mapping) else asdict(values)
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-DATA_FACTS = ("samples", "blurrer", "tasks")  # what a checkpoint notes beside the settings
+DATA_FACTS = ("samples", "blurrer", "tasks")  # facts that a checkpoint records beside the settings
 
 
 def check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> None:
     """Raise ValueError if settings `saved` in the checkpoint `path` differ from those of the run now."""
-    names = sorted({*saved, *now} - may_change)
-    differ = {name: saved.get(name) for name in names if saved.get(name) != now.get(name)}
-    if not differ:
-        return
-    changes = "; ".join(f"{name} was {before!r}, is {now.get(name)!r}" for name, before in differ.items())
-    ways = [as_flag(name, before) for name, before in differ.items() if name not in DATA_FACTS]
-    if "samples" in differ:
-        ways.append(
-            "the same number of training images (one that is damaged may stay: training passes it over, and "
-            "an empty file in the place of one that is gone)"
+    changes, ways = [], []
+    for name in sorted({*saved, *now} - may_change):
+        before, after = saved.get(name), now.get(name)
+        if before == after:
+            continue
+        changes.append(f"{name} was {before!r}, is {after!r}")
+        if name == "samples":
+            ways.append(
+                "the same number of training images (one that is damaged may stay: training passes it over, "
+                "and an empty file in the place of one that is gone)"
+            )
+        elif name not in DATA_FACTS:
+            ways.append(as_flag(name, before))
+    if changes:
+        raise ValueError(
+            f"{path} is of a run with other settings: {'; '.join(changes)}. "
+            f"To continue it: {', '.join(ways) or 'the old ones'}. To start anew: another --output_dir"
         )
-    raise ValueError(
-        f"{path} is of a run with other settings: {changes}. "
-        f"To continue it: {', '.join(ways) or 'the old ones'}. To start anew: another --output_dir"
-    )
 
 
 def as_flag(name: str, value: Any) -> str:
-    """How a value of a setting is given on the command line."""
+    """The option that gives a setting this value on the command line."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no_{name}"
     words = map(str, value) if isinstance(value, list | tuple) else [str(value)]

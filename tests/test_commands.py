@@ -150,14 +150,13 @@ FEW = "--batch_size 2 --num_workers 0 --precision 32"
 CONTROL = (
     f"{FEW} --image_size 64 --max_steps 2 --save_steps 2 --val_samples 2 --val_steps 2 --val_ddim_steps 1"
 )
-PLAIN = f"{FEW} --max_steps 1 --crop_size 32 --val_images 1 --val_crop 32 --no_compile"
+PLAIN = f"{FEW} --max_steps 1 --crop_size 32 --val_crop 32 --no_compile"
 SMALL = {
     "tutorial_train_deblur.py": f"{CONTROL} --config_path {TINY} --val_fraction 0.3 "
     "--perceptual_loss_weight 0",
     "tutorial_train_inpaint.py": f"{CONTROL} --config_path {TINY.with_stem('cldm_tiny_inpaint')}",
-    "train_srn.py": f"{PLAIN} --width 2 --crop_size 32",  # two times 16 for --sampling
-    "train_dbgan.py": f"{PLAIN} --width 4 --blocks 1 --blur_blocks 1 --discriminator_width 2 --accumulate 1 "
-    "--perceptual_loss_weight 0",
+    "train_srn.py": f"{PLAIN} --width 2 --val_images 1",  # two times 16 for --sampling
+    "train_dbgan.py": f"{PLAIN} --width 4 --blocks 1 --accumulate 1 --perceptual_loss_weight 0",
     "train_kontext_lora.py": "--max_steps 1 --resolution 32 --rank 2 --batch_size 1 --accumulate 1 "
     "--num_workers 0 --preview_steps 1",
     "extras.train_small_base": "--photos PHOTOS --pieces 6 --autoencoder_steps 1 --unet_steps 1 "

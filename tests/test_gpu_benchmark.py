@@ -33,7 +33,7 @@ def test_every_stage_runs_at_tiny_size(tmp_path, monkeypatch, capfd):
     assert all(stages.values()) and len(rows) >= 50
     wrong = [row for row in rows if row["stage"] != "machine" and not row["unit"]]
     assert [row["what"] for row in wrong] == ["deblurring network, weights"], wrong
-    assert (tmp_path / "training" / "deblur" / "dbgan_content.safetensors").is_file()
+    assert (tmp_path / "training" / "deblur" / "dbgan.safetensors").is_file()
     exact = [row for row in stages["checks"] if row["unit"] != "dB"]  # bf16's dB are those of real sizes
     assert len(exact) >= 22 and all(row["met"] == "yes" for row in exact), exact
     assert capfd.readouterr().out.count("| of the time |") == 2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tool_make_dbgan_dataset as tool
-from harness.training_data import HeldOutPatches
+from harness.validation import HeldOutPatches
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.patches import Patches, SourceDataset, open_patches
 

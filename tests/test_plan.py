@@ -33,7 +33,7 @@ def measured_peak(work) -> int:
     ("make", "settings"),
     [
         (plan.srn, replace(SRN, width=16, crop_size=128, batch_size=4)),
-        (partial(plan.dbgan, stage="blur"), replace(DBGAN, width=16, crop_size=64, pool_size=0)),
+        (partial(plan.dbgan, stage="blur"), replace(DBGAN, width=16, crop_size=64)),
     ],
 )
 def test_the_counted_peak_is_the_real_one(make, settings):
@@ -96,7 +96,7 @@ def test_silu_after_a_norm_turns_the_layout_round_in_its_own_pass():
 def test_a_step_of_every_script_is_counted_and_shown(capsys):
     words = {
         "srn": "--width 8 --crop_size 32 --batch_size 2 --card 3060",
-        "dbgan": "--width 8 --blocks 1 --blur_blocks 1 --crop_size 32 --perceptual_loss_weight 0",
+        "dbgan": "--width 8 --blocks 1 --crop_size 32 --perceptual_loss_weight 0",
         "deblur": "--config_path models/cldm_tiny_deblur.yaml --image_size 64 --optimizer adamw8bit",
         "inpaint": "--config_path models/cldm_tiny_inpaint.yaml --image_size 64 --cache_latents",
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.run import average_gradients, first_alone, start_fabric
+from harness.run import average_gradients, rank_zero_first, start_fabric
 from harness.settings import is_lost_peer
 from ldm import checkpoint
 from tests.faults import tiny_runs
@@ -161,7 +161,7 @@ def wait_for_the_dead(rank: int) -> None:
     fabric = start_fabric(1, num_nodes=2)
     if rank:
         os._exit(9)
-    first_alone(fabric, lambda: None)
+    rank_zero_first(fabric, lambda: None)
 
 
 def test_the_first_does_not_wait_for_a_process_that_has_ended(tmp_path):

@@ -10,10 +10,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from lightning_fabric.plugins.environments import SLURMEnvironment
 from torch import nn
 
 from harness.logs import MetricsCsv
-from harness.run import Run, start_fabric
+from harness.run import Run, launched_nodes, start_fabric
 from harness.settings import run_main
 from ldm import checkpoint
 from ldm.checkpoint import read_trained
@@ -143,14 +144,15 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 def test_other_settings_do_not_resume(tmp_path):
     train(tmp_path, steps=4)
+    train(tmp_path / "whole", steps=4)
     with pytest.raises(ValueError, match=r"learning_rate was 0.1, is 0.2"):
         train(tmp_path, steps=4, learning_rate=0.2)
     with pytest.raises(ValueError, match=r"it lacks optimizer"):
         checkpoint.save(tmp_path / "checkpoints/last.ckpt", {"state_dict": {}})
         train(tmp_path)
     with pytest.raises(ValueError, match=r"it lacks settings"):
-        parts = ("state_dict", "optimizer", "ema", "precision", "step", "settings", "processes")
-        checkpoint.save(tmp_path / "checkpoints/last.ckpt", dict.fromkeys(parts, "x"))
+        state = checkpoint.load(tmp_path / "whole/checkpoints/last.ckpt")
+        checkpoint.save(tmp_path / "checkpoints/last.ckpt", state | {"settings": "x"})
         train(tmp_path)
 
 
@@ -342,3 +344,12 @@ def test_workers_leave_the_cores_to_each_other(tmp_path):
     before = cv2.getNumThreads()
     batches = list(run.loader(Threads(), 2, 2, 0, num_workers=1))
     assert max(batch["threads"].max().item() for batch in batches) <= 1 and cv2.getNumThreads() == before
+
+
+def test_the_launcher_says_how_many_machines_there_are(monkeypatch):
+    assert launched_nodes() == 1
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # torchrun's
+    assert launched_nodes() == 3
+    monkeypatch.setattr(SLURMEnvironment, "detect", lambda: True)
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    assert launched_nodes() == 2

@@ -23,14 +23,12 @@ def test_flags_beside_demo_count(script):
     """Also those whose value is what it would be without --demo; and all that is not given is the demo's."""
     module = importlib.import_module(script)
     settings, demo = module.Settings, module.DEMO
-    chosen = read_settings(settings, demo, ["--demo"])
-    assert chosen == settings(demo=True, **demo)
     usual = settings()
+    assert read_settings(settings, demo, ["--demo"]) == settings(demo=True, **demo)
     assert read_settings(settings, demo, []) == usual
-    for name in demo:
-        value = getattr(usual, name)
-        chosen = read_settings(settings, demo, ["--demo", *as_words(name, value)])
-        assert chosen == settings(demo=True, **demo | {name: value}), name
+    words = [word for name in demo for word in as_words(name, getattr(usual, name))]
+    given = {name: getattr(usual, name) for name in demo}
+    assert read_settings(settings, demo, ["--demo", *words]) == settings(demo=True, **given)
 
 
 def test_flags_beside_demo_count_from_python_too(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Exponential moving average of trained parameters."""
+"""Exponential moving average (EMA) of trained parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class EMA:
-    """Average of the trainable parameters of `module`, kept in float32 on their device.
+    """EMA of the trainable parameters of `module`, kept in float32 on their device.
 
     The decay of update n is min(decay, (1 + n) / (10 + n)), so that the average is useful from the start. A
     decay of 0 is no average: it equals the parameters.
@@ -17,8 +17,10 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float = 0.9999):
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), not {decay}")
-        self.decay, self.updates = decay, 0
-        self._module, self._parameters = None, []  # those of `average`, found once: modules are deep trees
+        self.decay = decay
+        self.updates = 0
+        self._module: nn.Module | None = None  # the last one that was averaged, and its parameters
+        self._parameters: list[nn.Parameter] = []  # found once: modules are deep trees
         self.average = {
             name: parameter.detach().float().clone()
             for name, parameter in module.named_parameters()
@@ -32,28 +34,32 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         if self._module is not module:
             parameters = dict(module.named_parameters())
-            self._module, self._parameters = module, [parameters[name] for name in self.average]
+            self._module = module
+            self._parameters = [parameters[name] for name in self.average]
         torch._foreach_lerp_(list(self.average.values()), [p.float() for p in self._parameters], 1 - decay)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Within this context `module` has the averaged parameters; afterwards its own again."""
+        """Give `module` the EMA weights within this context; afterwards it has its own again."""
         parameters = dict(module.named_parameters())
         own = {name: parameters[name].detach().clone() for name in self.average}
-        with torch.no_grad():
-            for name, value in self.average.items():
-                parameters[name].copy_(value)
+        self._copy(self.average, parameters)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, value in own.items():
-                    parameters[name].copy_(value)
+            self._copy(own, parameters)
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(values: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]) -> None:
+        for name, value in values.items():
+            parameters[name].copy_(value)
 
     def state_dict(self) -> dict:
         return {"decay": self.decay, "updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
-        self.decay, self.updates = state["decay"], state["updates"]
+        self.decay = state["decay"]
+        self.updates = state["updates"]
         for name, value in self.average.items():
             value.copy_(state["average"][name])

@@ -1,4 +1,4 @@
-"""Distances of a restored picture from the sharp one that restoration networks are trained by."""
+"""Distances of a restored image from the sharp one, which restoration networks are trained by."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PixelLoss = Literal["mse", "l1", "charbonnier"]
-EPSILON = 1e-3  # of Charbonnier's distance, in the unit of the pictures
+EPSILON = 1e-3  # of Charbonnier's distance, in the unit of the images
 
 
 def pixel_loss(restored: Tensor, sharp: Tensor, kind: PixelLoss = "mse") -> Tensor:
@@ -15,15 +15,19 @@ def pixel_loss(restored: Tensor, sharp: Tensor, kind: PixelLoss = "mse") -> Tens
     restored = restored.float()
     if kind == "charbonnier":
         return ((restored - sharp).square() + EPSILON**2).sqrt().mean()
-    return {"mse": F.mse_loss, "l1": F.l1_loss}[kind](restored, sharp)
+    if kind == "l1":
+        return F.l1_loss(restored, sharp)
+    return F.mse_loss(restored, sharp)
 
 
 def restoration_loss(
     restored: Tensor, sharp: Tensor, kind: PixelLoss = "mse", fft_weight: float = 0.0
 ) -> Tensor:
-    """Distance of pixels, and `fft_weight` times that of the Fourier transforms."""
+    """Distance of pixels, plus `fft_weight` times that of the Fourier transforms."""
     loss = pixel_loss(restored, sharp, kind)
-    return loss + fft_weight * fft_loss(restored, sharp) if fft_weight else loss
+    if fft_weight:
+        loss = loss + fft_weight * fft_loss(restored, sharp)
+    return loss
 
 
 def fft_loss(restored: Tensor, sharp: Tensor) -> Tensor:

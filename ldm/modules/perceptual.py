@@ -44,12 +44,13 @@ class PerceptualLoss(nn.Module):
         return torch.stack(distances).sum(dim=0)
 
     def _features(self, image: Tensor) -> list[Tensor]:
-        h, found = ((image + 1) / 2 - self.mean) / self.std, []
+        h = ((image + 1) / 2 - self.mean) / self.std
+        features = []
         for index, layer in enumerate(self.features):
             h = layer(h)
             if index in self.layers:
-                found.append(h)
-        return found
+                features.append(h)
+        return features
 
 
 def _read_features(file: Path) -> nn.Module:
@@ -60,6 +61,6 @@ def _read_features(file: Path) -> nn.Module:
     except (URLError, OSError) as error:
         raise FileNotFoundError(
             f"the perceptual loss needs VGG-19: put torchvision's {Path(file).name} at {file} "
-            f"({VGG19_Weights.IMAGENET1K_V1.url}), or switch the term off "
-            f"(--perceptual_loss_weight 0; Kontext: --no_perceptual_loss). Its download failed: {error}"
+            f"({VGG19_Weights.IMAGENET1K_V1.url}), or train without the perceptual loss. "
+            f"Its download failed: {error}"
         ) from error

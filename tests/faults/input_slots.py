@@ -126,7 +126,7 @@ def short(name: str, place: Path, output: Path, **changes: object) -> list[str]:
         "deblur": {"max_steps": 4, "val_steps": 4, "save_steps": 2},
         "inpaint": {"max_steps": 4, "val_steps": 4, "save_steps": 4},
         "srn": {"epochs": 1, "val_images": 9},
-        "dbgan": {"blur_epochs": 1, "epochs": 1, "pretrain_epochs": 0, "val_images": 9},
+        "dbgan": {"epochs": 1},
         "kontext": {"max_train_steps": 4, "save_every": 4},
         "base": {"autoencoder_steps": 1, "unet_steps": 1, "flux_steps": 1},
     }[name]
@@ -412,7 +412,6 @@ SLOTS = [
     Slot("deblur --resume_path", WEIGHTS, training("deblur", "resume_path", "deblur.safetensors")),
     Slot("inpaint --resume_path", WEIGHTS, training("inpaint", "resume_path", "inpaint.safetensors")),
     Slot("inpaint --init_control", WEIGHTS, training("inpaint", "init_control", CONTROL)),
-    Slot("dbgan --bgan_path", WEIGHTS, training("dbgan", "bgan_path", WEIGHTS_OF["bgan"], "", "deblur")),
     Slot("kontext --resume_lora", WEIGHTS, training("kontext", "resume_lora", WEIGHTS_OF["kontext"])),
     *(
         Slot(f"{name} resumed", WEIGHTS, resumed(name, "checkpoints/last.ckpt"))
@@ -432,11 +431,6 @@ SLOTS = [
     Slot("srn --init_weights", WEIGHTS, training("srn", "init_weights", "srn.safetensors")),
     Slot(
         "dbgan --init_weights", WEIGHTS, training("dbgan", "init_weights", "dbgan.safetensors", "", "paired")
-    ),
-    Slot(
-        "dbgan --init_blur_weights",
-        WEIGHTS,
-        training("dbgan", "init_blur_weights", "bgan.safetensors", "", "blur"),
     ),
     Slot(
         "deblur --resume_path small base",

@@ -42,11 +42,11 @@ from ldm import checkpoint
 from ldm.data.image import list_images, photographs, read_image, write_image
 from ldm.data.packed import META
 from ldm.models.prompts import prompt_file
-from ldm.modules.generators import make_generator
 from ldm.modules.image_degradation.blur import random_blur
 from tests.tiny_flux import write_tiny_folder
 from tool_make_deblur_dataset import Settings as PairSettings
 from tool_make_deblur_dataset import make_dataset
+from train_dbgan import DBGANGenerator
 from train_srn import SRNDeblurNet
 from tutorial_train_inpaint import cut_photographs
 
@@ -56,10 +56,7 @@ TRAINERS = ("deblur", "inpaint", "srn", "dbgan", "kontext")
 # The same ones with other inputs: the trainer, its flags ("@x" is a path in the place).
 VARIANTS = {
     "srn_packed": ("srn", {"data": "@packed", "init_weights": "@srn.safetensors"}),
-    "dbgan_init": (
-        "dbgan",
-        {"init_weights": "@dbgan.safetensors", "init_blur_weights": "@bgan.safetensors"},
-    ),
+    "dbgan_init": ("dbgan", {"init_weights": "@dbgan.safetensors"}),
     "kontext_tasks": ("kontext", {"tasks": "@tasks.yaml", "captions": True, "blocks_to_swap": 3}),
 }
 RUNS = (*TRAINERS, *VARIANTS, "base")  # all that can be killed; base is extras/train_small_base.py
@@ -224,12 +221,9 @@ def _make_starts(place: Path) -> None:
         pack(place / "gopro", kind, place / "packed" / f"{kind}.lmdb")
     torch.manual_seed(1)
     checkpoint.write_weights(place / "srn.safetensors", SRNDeblurNet(2).state_dict())
-    form = {"generator": "dbgan", "width": 4, "blocks": 1, "blur_blocks": 1, "sampling": False}
-    form |= {"batch_norm": False, "varying_noise": False}
-    for kind, name in (("blur", "bgan"), ("deblur", "dbgan")):
-        weights = make_generator(kind, form).state_dict()
-        named = {f"{kind}.{key}": value for key, value in weights.items()}
-        checkpoint.write_half(place / f"{name}.safetensors", named, form)
+    weights = {f"deblur.{key}": value for key, value in DBGANGenerator(4, 1).state_dict().items()}
+    form = {"generator": "dbgan", "width": 4, "blocks": 1}
+    checkpoint.write_half(place / "dbgan.safetensors", weights, form)
     (place / "captioned").mkdir()
     for prompt in PROMPTS:
         embeddings = {"t5": torch.randn(1, 16, 48), "pooled": torch.randn(1, 32)}
@@ -287,11 +281,9 @@ def command(name: str, place: Path, output_dir: Path, workers: int = 0, **change
         "log_epoch": 1,
         "crop_size": 16,
         "val_crop": 32,
-        "val_images": 2,
         "batch_size": 2,
     }
-    dbgan = {"blocks": 1, "blur_blocks": 1, "discriminator_width": 2, "perceptual_loss_weight": 0}
-    dbgan |= {"blur_epochs": 3, "pretrain_epochs": 1, "epochs": 2, "accumulate": 1, "pool_size": 3}
+    dbgan = {"blocks": 1, "perceptual_loss_weight": 0, "epochs": 2, "accumulate": 1}
     kontext = {"hr_root": place / "photos", "pretrained_model_name_or_path": place / "flux"}
     kontext |= {"instance_prompt": "restore", "resolution": 32, "rank": 2, "train_batch_size": 2}
     kontext |= {"gradient_accumulation_steps": 1, "max_train_steps": 6, "learning_rate": 3e-3}
@@ -310,7 +302,7 @@ def command(name: str, place: Path, output_dir: Path, workers: int = 0, **change
     flags = {
         "deblur": control | {"data_root": place / "pairs", "perceptual_loss_weight": 0, "val_fraction": 0.2},
         "inpaint": control | {"image_dir": place / "photos", "precision": "32"},
-        "srn": gopro | {"data": place / "gopro", "width": 2, "epochs": 4},
+        "srn": gopro | {"data": place / "gopro", "width": 2, "epochs": 4, "val_images": 2},
         "dbgan": gopro
         | dbgan
         | {"data": place / "gopro", "blur_data": place / "real", "width": 4, "learning_rate": 1e-3},
