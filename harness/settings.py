@@ -105,21 +105,6 @@ def check_ranges(values: Any) -> None:
                 range_.check(name, getattr(values, name))
 
 
-def check_counts(settings: Any, names: str, least: int = 1) -> None:
-    """Raise ValueError if one of the settings, named with spaces between, is below `least`."""
-    for name in names.split():
-        if getattr(settings, name) < least:
-            raise ValueError(f"{name} must be at least {least}, not {getattr(settings, name)}")
-
-
-def check_fractions(settings: Any, names: str, whole: bool = True) -> None:
-    """Raise ValueError if one of the settings is not in [0, 1], or [0, 1) if it may not be the `whole`."""
-    for name in names.split():
-        value = getattr(settings, name)
-        if not 0 <= value <= 1 or (value == 1 and not whole):
-            raise ValueError(f"{name} must lie in [0, 1{']' if whole else ')'}, not {value}")
-
-
 def check_new(output: Path, overwrite: bool, suffix: str = "") -> Path:
     """The file that a tool is to write. Raises ValueError if it is there or has another suffix than the one
     that must be, and FileNotFoundError if its folder is missing."""
