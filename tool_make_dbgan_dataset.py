@@ -45,18 +45,16 @@ class Settings:
     # ---- data
     blur_train_data: Path | None = None  # folder of real blurred photos for training; default: write pairs
     blur_valid_data: Path | None = None  # folder of real blurred photos for validation
-    deblur_train_data: Path | None = (
-        None  # GoPro tree for training; with blurred photos any folder of sharp ones
-    )
+    # GoPro tree for training; with blurred photos any folder of sharp ones
+    deblur_train_data: Path | None = None
     deblur_valid_data: Path | None = None  # GoPro tree or folder of sharp photos for validation
 
     # ---- patches
     by_focus: bool = False  # take sharp and blurry parts of the same photos, in focus and out of it
     patch_size: Annotated[int, Range(8)] = 128  # width and height of the patches in pixels
     stride: Whole = 0  # pixels from one patch to the next; 0 for patch_size, so that they do not overlap
-    shard: str = (
-        "1/1"  # i/n for n commands on the same files: this one cuts every n-th image from the i-th on
-    )
+    # i/n for n commands on the same files: this one cuts every n-th image from the i-th on
+    shard: str = "1/1"
 
 
 def main(settings: Settings) -> None:

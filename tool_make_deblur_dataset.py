@@ -61,9 +61,8 @@ class Settings:
 
     # ---- blur
     blur_types: tuple[str, ...] = tuple(BLUR_TYPES)  # kinds of blur, all equally frequent
-    blur_scale: Annotated[float, Range(1e-6)] = (
-        1.0  # factor of all blur sizes, 1 suits images of 256 to 1024 px
-    )
+    # factor of all blur sizes, 1 suits images of 256 to 1024 px
+    blur_scale: Annotated[float, Range(1e-6)] = 1.0
     jpeg_probability: Fraction = 0.0  # fraction of the blurry images that are JPEGs of quality 60 to 95
 
     # ---- processes

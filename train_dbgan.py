@@ -94,9 +94,8 @@ class Settings:
     seed: int = 0  # random seed of the data order, initial weights and noise
 
     # ---- logging
-    output_dir: Path = Path(
-        "outputs/dbgan"
-    )  # folder of logs, images and checkpoints, one in it for each stage
+    # folder of logs, images and checkpoints, one in it for each stage
+    output_dir: Path = Path("outputs/dbgan")
     log_epoch: flags.Count = 1  # number of epochs between validations, each of which saves a checkpoint
 
 

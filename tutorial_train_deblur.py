@@ -70,9 +70,8 @@ class Settings:
     prompt: str = "a sharp, detailed, high-quality photograph"
     use_augmentation: bool = False  # random crop, flips, rotations and colour jitter, alike for both images
     blur_on_the_fly: bool = False  # use the sharp images alone, and blur them anew every time
-    val_fraction: Annotated[float, Range(0, 1, include_most=False)] = (
-        0.05  # held-out part of the source photos
-    )
+    # held-out part of the source photos
+    val_fraction: Annotated[float, Range(0, 1, include_most=False)] = 0.05
     val_samples: Count = 16  # largest number of held-out pairs to validate on
     num_workers: Whole = 4  # number of processes that read and decode images
 

@@ -76,9 +76,8 @@ class Settings:
     image_dir: Annotated[str, tyro.conf.arg(aliases=["--data_root"])] = "./training/coco/train2017"
     ann_file: str = ""  # COCO's instances_*.json, for holes in the shape of objects
     mask_dir: str = ""  # folder of masks of your own, white where the hole is
-    mask_type: MaskType | None = (
-        None  # kind of holes; None: object with ann_file, folder with mask_dir, else mixed
-    )
+    # kind of holes; None: object with ann_file, folder with mask_dir, else mixed
+    mask_type: MaskType | None = None
     mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest part of the crop that is a hole
     captions_file: str = ""  # COCO's captions_*.json, for prompts
     prompt: str = ""  # prompt of images without a caption in captions_file or in NAME.txt beside them
@@ -92,9 +91,8 @@ class Settings:
     resume_path: flags.StartPath = "./models/control_sd15_ini.ckpt"  # starting weights by tool_add_control.py
     config_path: str = "./models/cldm_v15.yaml"  # yaml of the model, of the same family as resume_path
     init_control: str = ""  # file of a ControlNet to start from, such as control_v11p_sd15_inpaint.pth
-    hint_channels: Annotated[int, Range(3, 4)] = (
-        3  # 4 adds the mask to the hint; other tools do not read that
-    )
+    # 4 adds the mask to the hint; other tools do not read that
+    hint_channels: Annotated[int, Range(3, 4)] = 3
     sd_locked: bool = True  # freeze the UNet's decoder; to train it too, use learning_rate 2e-6
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
 
@@ -116,9 +114,8 @@ class Settings:
     strategy: flags.Strategy = "auto"  # for several devices: ddp copies the model to each, fsdp splits it
 
     # ---- logging
-    output_dir: str = (
-        ""  # folder of the run, resumed if there is one; empty: outputs/controlnet_inpainting_TIME
-    )
+    # folder of the run, resumed if there is one; empty: outputs/controlnet_inpainting_TIME
+    output_dir: str = ""
     log_steps: Count = 50  # number of optimizer steps between rows of metrics
     save_steps: Count = 1000  # number of optimizer steps between checkpoints
     val_steps: Count = 1000  # number of optimizer steps between validations, and between image grids
