@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -177,19 +178,25 @@ def is_result(path: Path, command: Command) -> bool:
 def check_targets(jobs: Sequence[Job]) -> None:
     """Raise ValueError if a result would overwrite a source, a user's file beside it, or another result."""
     sources = {source.resolve() for source, _ in jobs}
-    makers: dict[Path, Path] = {}
+    makers: dict[str, Path] = {}
     for source, target in jobs:
         place = target.resolve()
+        name = on_disk(place)
         beside = place.parent == source.resolve().parent and os.path.exists(place)
         if place in sources or (beside and not read_note(place)):
             raise ValueError(
                 f"the result of {source} would overwrite {target}: choose another output folder or prefix"
             )
-        if place in makers:
+        if name in makers:
             raise ValueError(
-                f"{makers[place]} and {source} would both become {target}: rename one, or choose by a pattern"
+                f"{makers[name]} and {source} would both become {target}: rename one, or choose by a pattern"
             )
-        makers[place] = source
+        makers[name] = source
+
+
+def on_disk(path: Path) -> str:
+    """The name by which a disk knows a path: on Windows and macOS the case of letters makes no difference."""
+    return str(path).casefold() if sys.platform in ("win32", "darwin") else str(path)
 
 
 # ---- the work ----------------------------------------------------------------------------------------------

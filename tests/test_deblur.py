@@ -524,7 +524,7 @@ def test_a_caption_must_be_a_text(settings, tmp_path):
     data = captioned(tmp_path, settings.data_root)
     text = (data / "blur_types.json").read_text().replace('"a cat after {blur_type}"', "7")
     (data / "blur_types.json").write_text(text)
-    with pytest.raises(ValueError, match="blur_types.json:1: .* must be texts"):
+    with pytest.raises(ValueError, match="blur_types.json:1: .* must be a text"):
         find_crops(replace(settings, data_root=str(data)))
 
 

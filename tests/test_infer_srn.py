@@ -299,6 +299,17 @@ def test_a_folder_that_is_input_and_output_is_restored_once(photos, weights, cap
     assert "left out 1, result of an earlier run: grey.png" in printed
 
 
+@pytest.mark.parametrize(("platform", "differ"), [("linux", True), ("darwin", False), ("win32", False)])
+def test_names_that_differ_in_capitals_alone(photos, weights, monkeypatch, platform, differ):
+    write_image(photos / "A.png", np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr("sys.platform", platform)
+    if differ:
+        assert len(list_jobs(command(photos, weights))[0]) == 4
+    else:
+        with pytest.raises(ValueError, match="would both become"):
+            list_jobs(command(photos, weights))
+
+
 def test_tiles_agree_with_the_whole_picture(weights):
     """With a network of small reach: away from the borders the PSNR differs by less than 0.1 dB."""
     sharp = read_image(photographs(("rocket.jpg",))[0])[100:228, 200:392]

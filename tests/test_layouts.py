@@ -183,6 +183,14 @@ def test_hide_has_one_folder_of_all_sharp_pictures(tmp_path):
         find_pairs(tmp_path / "test")
 
 
+def test_a_scene_without_its_sharp_folder_is_named(tmp_path):
+    make(tmp_path, *TREES["realblur"])
+    gt = tmp_path / "RealBlur-J_ECC_IMCORR_centroid_itensity_ref" / "scene002" / "gt"
+    gt.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="no folder of sharp images beside .*scene002/blur"):
+        find_pairs(tmp_path)
+
+
 def test_two_folders_of_a_kind_are_named(tmp_path):
     make(tmp_path, "blur/1.png sharp/1.png", "blur_crops/1.png sharp_crops/1.png")
     with pytest.raises(ValueError, match="several folders of one kind, blur, blur_crops, sharp, sharp_crops"):

@@ -166,21 +166,26 @@ def _tree_pairs(root: Path) -> list[Pair]:
 def _pair_folders(root: Path) -> list[Paths]:
     """Folders of blurry and of sharp images side by side, at or below `root`.
 
-    Raises ValueError for several folders of a side.
+    Raises ValueError for several folders of a side, FileNotFoundError for a scene that lacks one of the two.
     """
     found = []
+    lone = []
     for here, folders, _ in walk(root):
         blurry = [name for name in folders if side(name) == "blurry"]
         sharp = [name for name in folders if side(name) == "sharp"]
         if not sharp and any(name.lower().startswith("blur") for name in blurry):  # SRN's
             sharp = [name for name in folders if DEBLURRED.fullmatch(name)]
         if not blurry or not sharp:
+            lone += [here / name for name in [*blurry, *sharp] if _holds_images(here / name)]
             continue
         if len(blurry) + len(sharp) > 2:
             several = ", ".join([*blurry, *sharp])
             raise ValueError(f"{here} has several folders of one kind, {several}: give one of each kind")
         found.append((here / blurry[0], here / sharp[0]))
         folders[:] = [name for name in folders if name not in (blurry[0], sharp[0])]
+    if found and lone:
+        other = "sharp" if side(lone[0].name) == "blurry" else "blurry"
+        raise FileNotFoundError(f"no folder of {other} images beside {lone[0]}")
     return found
 
 
