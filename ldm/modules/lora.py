@@ -147,7 +147,7 @@ def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> tuple[nn.M
 def start_from(adapter: nn.ModuleDict, path: Path) -> None:
     """Copy the LoRA of a file into a new one. Raises ValueError if targets, rank or base differ."""
     weights = read_lora(path)[0]
-    check_fit(adapter, weights, path)
+    check_fit(adapter.state_dict(), weights, path, "the LoRA of this run")
     for stem, lora in adapter.items():
         # alpha may differ: the up matrix takes the factor, so that the change of the weight stays the same
         factor = weights[f"{stem}.alpha"].item() / lora.alpha.item()
