@@ -150,8 +150,6 @@ def check(settings: Settings) -> None:
     check_optimizer(settings.optimizer)
     if settings.cache_latents and (settings.use_augmentation or settings.blur_on_the_fly):
         raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation, --no_blur_on_the_fly")
-    if settings.strategy == "fsdp":
-        check_sharding(settings.devices * settings.num_nodes, settings.precision, settings.optimizer)
     if not settings.demo:
         check_start_file(settings.resume_path)
 
@@ -278,8 +276,10 @@ def main(settings: Settings) -> None:
     if settings.demo:
         announce_demo()
     folder, last = Path(settings.output_dir), last_checkpoint(settings.output_dir)
-    settings = replace(settings, precision=begin(settings.precision, settings.seed, last))
     check(settings)
+    settings = replace(settings, precision=begin(settings.precision, settings.seed, last))
+    if settings.strategy == "fsdp":
+        check_sharding(settings.devices * settings.num_nodes, settings.precision, settings.optimizer)
     config = read_config(settings.config_path)
     attention = "WithAttention" if settings.use_attention else ""
     config["target"] = f"cldm.deblur.DeblurControlNet{attention}"  # any configuration of the family will do

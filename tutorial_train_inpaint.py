@@ -158,8 +158,6 @@ def check(settings: Settings) -> None:
     check_optimizer(settings.optimizer)
     if settings.cache_latents and settings.use_augmentation:
         raise ValueError("--cache_latents needs crops that stay: --no_use_augmentation")
-    if settings.strategy == "fsdp":
-        check_sharding(settings.devices * settings.num_nodes, settings.precision, settings.optimizer)
     if not settings.demo:
         check_start_file(settings.resume_path)
 
@@ -316,8 +314,10 @@ def main(settings: Settings) -> None:
         announce_demo()
     settings = replace(settings, output_dir=run_folder(settings))
     folder, last = Path(settings.output_dir), last_checkpoint(settings.output_dir)
-    settings = replace(settings, precision=begin(settings.precision, settings.seed, last))
     check(settings)
+    settings = replace(settings, precision=begin(settings.precision, settings.seed, last))
+    if settings.strategy == "fsdp":
+        check_sharding(settings.devices * settings.num_nodes, settings.precision, settings.optimizer)
     config = read_config(settings.config_path)
     config["target"] = "cldm.inpaint.InpaintControlNet"  # any configuration of the family will do
     config["params"]["control_stage_config"]["params"]["hint_channels"] = settings.hint_channels

@@ -154,7 +154,7 @@ def test_checkpointing_changes_memory_not_gradients():
 def test_every_compiled_block_is_one_graph(checkpointing):
     """As --compile does it, with a LoRA; a break in the graph raises with fullgraph."""
     model, inputs, results = tiny_flux(), tiny_inputs(), []
-    adapter = fill(make_lora(model, "all", 2, 2.0, 0.0))
+    adapter = fill(make_lora(model, "all", 2, 2.0))
     model.checkpointing = checkpointing
     blocks, counter = [*model.double_blocks, *model.single_blocks], CompileCounter()
     torch._dynamo.reset()
