@@ -44,7 +44,7 @@ def run_on_two(work: Callable, *arguments: object) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=240)
+        process.join(timeout=900)
     for process in processes:
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
