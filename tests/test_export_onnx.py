@@ -50,7 +50,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
         tool.main(tool.Settings(path, tmp_path / "out.pt"))
     control = {"control_model.zero_convs.0.0.weight": torch.zeros(4, 4, 1, 1)}
     checkpoint.write_weights(tmp_path / "control.safetensors", control)
-    with pytest.raises(ValueError, match="control.safetensors is a ControlNet: .*tool_export_control.py"):
+    with pytest.raises(ValueError, match="control.safetensors is a ControlNet, .*tool_export_control.py"):
         tool.main(tool.Settings(tmp_path / "control.safetensors", tmp_path / "out.onnx"))
     checkpoint.write_weights(tmp_path / "other.safetensors", {"a": torch.zeros(1)})
     with pytest.raises(ValueError, match="other.safetensors holds no deblurring generator"):
