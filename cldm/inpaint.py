@@ -33,7 +33,7 @@ class InpaintControlNet(ControlLDM):
     def log_images(self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20) -> dict[str, Tensor]:
         """Columns of the training grid, each (b, 3, 8h, 8w) in [-1, 1].
 
-        `result` is sampled for the hint alone, `composite` is the truth with the result in its hole.
+        `result` is sampled for the hint alone, `composite` is the ground truth with the result in its hole.
         """
         images = super().log_images(batch, max_images, ddim_steps)
         mask = image_of(batch, "mask")[:max_images]
@@ -62,10 +62,10 @@ class InpaintControlNet(ControlLDM):
 
 
 def hole_scores(composite: np.ndarray, truth: np.ndarray, hole: Tensor) -> dict[str, float]:
-    """`psnr_hole` in dB and `gradients_hole`, the energy of the gradients as a part of the truth's, of uint8
-    (h, w, 3) in the hole (h, w); and the same of Telea's filling (2004), which knows the surroundings alone.
+    """Score an inpainted image in its hole, and OpenCV's Telea (2004) beside it.
 
-    Nothing but means of what could be there scores higher in the first and lower in the second.
+    `psnr_hole` in dB and `gradients_hole`, the energy of the gradients relative to the ground truth, both of
+    uint8 images (h, w, 3) in the hole (h, w). Blurred guesses score high in the first and low in the second.
     """
     hole = hole.cpu().numpy()
     telea = cv2.inpaint(truth, hole.astype(np.uint8), 5, cv2.INPAINT_TELEA)
