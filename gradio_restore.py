@@ -40,7 +40,7 @@ class Settings:
     precision: Literal["auto", "32", "16", "bf16"] = "auto"
 
     # ---- weights; None takes those of a run in outputs/ if there is one, else the included ones in models/
-    srn_path: Path = Path("models/srn_deblur.safetensors")  # weights of SRN-DeblurNet
+    srn_path: Path = Path("models/srn_deblur.safetensors")  # weights file of SRN-DeblurNet, from train_srn.py
     dbgan_path: Path | None = None  # weights of DBGAN's deblurring generator
     bgan_path: Path | None = None  # weights of BGAN's blurring generator
     deblur_path: Path | None = None  # weights of the deblurring ControlNet

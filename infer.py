@@ -175,7 +175,7 @@ class ControlNet(Command):
     # precision of the computation; auto: bf16 where the device has it, 16 on older GPUs, else 32
     precision: Precision = "auto"
 
-    KIND: ClassVar[str] = ""  # of the included model's file
+    KIND: ClassVar[str] = ""  # name of the included model: deblur or inpaint
 
     def settled_precision(self) -> str:
         return settle_precision(self.precision, self.torch_device(), "16")

@@ -124,8 +124,8 @@ class Weights(NamedTuple):
 
     content: float = 0.005  # alpha (paper, section 3)
     adversarial: float = 0.01  # beta (paper, section 3)
-    cycle: float = 10.0  # of `blur`: from sharp to blurry and back (Zhu et al. 2017)
-    identity: float = 5.0  # of `blur`: what is blurry already stays
+    cycle: float = 10.0  # weight of the cycle loss in `blur`: sharp to blurry and back (Zhu et al. 2017)
+    identity: float = 5.0  # weight of the identity loss in `blur`: blurry images stay as they are
 
 
 WITHOUT_VGG = Weights(content=1.0, adversarial=0.001)  # the content loss takes the perceptual loss's place

@@ -437,15 +437,6 @@ def test_the_sharpest_of_the_candidates_is_taken(tmp_path):
     assert in_focus(1) < 0.85 < 0.99 < in_focus(8)
 
 
-def test_crops_grow_on_a_schedule(same_pairs):
-    assert paired.crop_schedule(96, (), 10) == [(96, 10)]
-    assert paired.crop_schedule(96, (128, 160), 100) == [(96, 50), (128, 75), (160, 100)]
-    dataset = PairedDataset(same_pairs, size=16, seed=0, cache=True)
-    larger = dataset.resized(24)
-    assert larger[0]["sharp"].shape == (3, 24, 24) and dataset[0]["sharp"].shape == (3, 16, 16)
-    assert larger.sharp is dataset.sharp  # decoded once
-
-
 def test_a_crop_has_no_fall_off_of_its_own():
     flat = np.full((80, 80, 3), 200, np.uint8)
     source = [Path("flat.png")]
@@ -484,4 +475,3 @@ def test_pairs_are_mixed_among_crops_on_the_fly(same_pairs, fraction):
         assert torch.allclose(item["blurry"], -item["sharp"], atol=0.01)  # both sides have the same crop
     again = mixed[(0, 7)]
     assert torch.equal(again["blurry"], real[7]["blurry"])  # a pure function of the key
-    assert mixed.resized(8)[(0, 7)]["sharp"].shape == (3, 8, 8)

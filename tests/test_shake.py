@@ -32,6 +32,15 @@ def test_a_pure_translation_is_the_convolution_with_its_kernel(image):
     assert np.abs(opposite - expected)[25:-25, 25:-25].max() > 0.1
 
 
+def test_most_paths_are_nearly_straight_and_some_are_tangles(image):
+    """As in short exposures; a uniform draw would have a median of half the range."""
+    draws = [
+        shake.camera_shake(image[:32, :32], np.random.default_rng(n), shake=(0, 1))[1] for n in range(60)
+    ]
+    roughness = np.array([parameters["shake"] for parameters in draws])
+    assert np.median(roughness) < 0.25 and roughness.max() > 0.7
+
+
 def test_energy_is_kept():
     light = np.zeros((101, 121, 3), np.float32)
     light[45:55, 55:65] = (0.9, 0.5, 0.1)

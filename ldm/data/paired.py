@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import cv2
 import numpy as np
@@ -123,12 +122,6 @@ class CropDataset(Dataset):
         images = {"blurry": to_tensor(blurry), "sharp": to_tensor(sharp)}
         return {**images, "path": path, "blur_type": blur_type, "seed": seed}
 
-    def resized(self, size: int) -> Self:
-        """The same data in crops of another size."""
-        other = copy(self)
-        other.size = size
-        return other
-
     def _crops(self, key: Key, rng: np.random.Generator) -> Crops:
         """Blurry and sharp uint8 (size, size, 3), where they come from, and the blur type."""
         raise NotImplementedError
@@ -238,10 +231,6 @@ class MixedDataset(CropDataset):
             return self.dataset[key]
         return self.pairs[own_seed, int(rng.integers(len(self.pairs)))]
 
-    def resized(self, size: int) -> Self:
-        """The same data in crops of another size."""
-        return MixedDataset(self.dataset.resized(size), self.pairs.resized(size), self.fraction)
-
 
 def blur_crop(
     image: np.ndarray,
@@ -254,12 +243,6 @@ def blur_crop(
     around = crop.grown(BLUR_MARGIN, image.shape)
     blurred, blur_type, parameters = random_blur(around.cut(image), rng, blur_types, **options)
     return crop.inside(around).cut(blurred), blur_type, parameters
-
-
-def crop_schedule(first: int, late: Sequence[int], steps: int) -> list[tuple[int, int]]:
-    """Crop sizes, each with the step where it ends: the late sizes share the last half of the steps."""
-    parts = 2 * max(1, len(late))
-    return [(size, steps - steps * (len(late) - n) // parts) for n, size in enumerate((first, *late))]
 
 
 def color_matrix(rng: np.random.Generator, strength: float) -> np.ndarray:

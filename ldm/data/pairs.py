@@ -151,7 +151,11 @@ def _json_pairs(file: Path, data_root: str | Path | None) -> list[Pair]:
 
 def _tree_pairs(root: Path) -> list[Pair]:
     """Pairs of all folders at or below `root` that hold a folder of each side; else HIDE's."""
-    pairs = [pair for folders in _pair_folders(root) for pair in match_folders(*folders)]
+    found, lone = _pair_folders(root)
+    if found and lone:
+        other = "sharp" if side(lone[0].name) == "blurry" else "blurry"
+        raise FileNotFoundError(f"no folder of {other} images beside {lone[0]}")
+    pairs = [pair for folders in found for pair in match_folders(*folders)]
     if pairs:
         return _grouped(pairs, root)
     pairs = _shared_sharp(root)
@@ -163,10 +167,10 @@ def _tree_pairs(root: Path) -> list[Pair]:
     return _grouped(pairs)
 
 
-def _pair_folders(root: Path) -> list[Paths]:
-    """Folders of blurry and of sharp images side by side, at or below `root`.
+def _pair_folders(root: Path) -> tuple[list[Paths], list[Path]]:
+    """Folders of blurry and of sharp images side by side, at or below `root`, and those of one side alone.
 
-    Raises ValueError for several folders of a side, FileNotFoundError for a scene that lacks one of the two.
+    Raises ValueError for several folders of a side.
     """
     found = []
     lone = []
@@ -183,10 +187,7 @@ def _pair_folders(root: Path) -> list[Paths]:
             raise ValueError(f"{here} has several folders of one kind, {several}: give one of each kind")
         found.append((here / blurry[0], here / sharp[0]))
         folders[:] = [name for name in folders if name not in (blurry[0], sharp[0])]
-    if found and lone:
-        other = "sharp" if side(lone[0].name) == "blurry" else "blurry"
-        raise FileNotFoundError(f"no folder of {other} images beside {lone[0]}")
-    return found
+    return found, lone
 
 
 def _shared_sharp(root: Path) -> list[Paths]:
@@ -210,7 +211,7 @@ def _holds_images(folder: Path) -> bool:
 
 def has_pairs(folder: Path) -> bool:
     """True if a folder holds pairs that `find_pairs` finds without further help."""
-    return (folder / JSONL).is_file() or bool(_pair_folders(folder))
+    return (folder / JSONL).is_file() or bool(_pair_folders(folder)[0])
 
 
 def sharp_pairs(folder: str | Path | None) -> list[Pair]:
@@ -223,7 +224,7 @@ def sharp_pairs(folder: str | Path | None) -> list[Pair]:
         return []
     top = Path(folder)
     paths = list_images(top)
-    sharp_folders = {sharp for _, sharp in _pair_folders(top)}
+    sharp_folders = {sharp for _, sharp in _pair_folders(top)[0]}
     if sharp_folders:
         in_tree = []
         for path in paths:
