@@ -25,8 +25,6 @@ import torch
 import tyro
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from harness import flags
@@ -81,7 +79,6 @@ class Settings:
     resume_lora: Path | None = None  # LoRA file to start from, of the same rank and targets
     base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the frozen network; fp8 halves its memory
     blocks_to_swap: flags.Whole = 0  # number of blocks offloaded to CPU memory: less GPU memory, slower
-    shard_base: bool = False  # split the frozen network over the devices (FSDP) instead of copying it
 
     # ---- training
     batch_size: flags.BatchSize = 4  # batch size of each device, which memory must hold
@@ -132,7 +129,7 @@ DEMO = {
 HELD_OUT = ("chelsea", "coffee")  # photographs that the demo does not train on
 INCLUDED_LORA = MODELS / "small_kontext_lora.safetensors"
 # What may differ when a run is resumed: it changes speed or reports, not the weights (beyond rounding).
-MAY_CHANGE = """num_workers compile gradient_checkpointing blocks_to_swap shard_base save_steps examples_only
+MAY_CHANGE = """num_workers compile gradient_checkpointing blocks_to_swap save_steps examples_only
 validation_root preview_steps""".split()
 GUIDANCE = 1.0  # guidance scale that the network gets in training
 WEIGHT_DECAY = 0.01
@@ -150,14 +147,11 @@ def check(settings: Settings) -> None:
     check_ranges(settings)
     if not settings.tasks and not settings.hr_root.exists():
         raise FileNotFoundError(f"no clean photographs at {settings.hr_root}: give --hr_root (or try --demo)")
-    processes = settings.devices * settings.num_nodes
-    if settings.shard_base and (processes < 2 or settings.base_precision != "bf16"):
-        raise ValueError("--shard_base needs --devices 2 or more and --base_precision bf16")
     # without checkpointing the backward pass would keep the fetched copies of all blocks
     if settings.blocks_to_swap and not settings.gradient_checkpointing:
         raise ValueError("--blocks_to_swap needs --gradient_checkpointing")
-    if settings.blocks_to_swap and (settings.shard_base or settings.compile):
-        raise ValueError("--blocks_to_swap goes neither with --shard_base nor with --compile")
+    if settings.blocks_to_swap and settings.compile:
+        raise ValueError("--blocks_to_swap does not work with --compile")
 
 
 # ---- loss --------------------------------------------------------------------------------------------------
@@ -220,7 +214,7 @@ def load_models(settings: Settings, device: torch.device) -> tuple[kontext.FluxA
     autoencoder.decoder.use_checkpoint = True
     model = kontext.load_flux(
         folder / kontext.TRANSFORMER,
-        "cpu" if settings.shard_base else device,
+        device,
         kontext.own_dtype(device),
         fp8=settings.base_precision == "fp8",
         progress=partial(tqdm, desc="loading the transformer", unit="tensors"),
@@ -231,19 +225,12 @@ def load_models(settings: Settings, device: torch.device) -> tuple[kontext.FluxA
 
 
 def add_trained_lora(model: Flux, settings: Settings, device: torch.device) -> nn.ModuleDict:
-    """Add a new LoRA (or that of --resume_lora) to the model, then shard and compile the model on request."""
+    """Add a new LoRA (or that of --resume_lora) to the model, and compile the model on request."""
     adapter = make_lora(model, settings.lora_targets, settings.rank, alpha=settings.rank).to(device)
     if settings.resume_lora and not last_checkpoint(settings.output_dir).is_file():
         start_from(adapter, settings.resume_lora)
-    blocks = (*model.double_blocks, *model.single_blocks)
-    if settings.shard_base:
-        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        lora_weights = set(adapter.parameters())  # these stay whole in each process
-        for part in (*blocks, model):
-            fully_shard(part, mesh=mesh, reshard_after_forward=part is not model, ignored_params=lora_weights)
-        model.to(device)
     if settings.compile:
-        for block in blocks:
+        for block in (*model.double_blocks, *model.single_blocks):
             block.compile()
     return adapter
 
@@ -309,10 +296,9 @@ def validate(
 ) -> dict[str, float]:
     """Restore the first images of every task, log them, and return the scores, which the first process has.
 
-    Scores are val/psnr and the like; of several tasks val/TASK/psnr, and val/psnr is their mean. A sharded
-    base needs all processes in each forward pass: then all of them restore the same images.
+    Scores are val/psnr and the like; of several tasks val/TASK/psnr, and val/psnr is their mean.
     """
-    if not (run.fabric.is_global_zero or settings.shard_base):
+    if not run.fabric.is_global_zero:
         return {}
     images, scores = [], {}
     for task, dataset in previews.items():

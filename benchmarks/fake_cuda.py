@@ -87,7 +87,7 @@ class Count(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return self._number(args[0])
         result = func(*args, **kwargs)
-        if func.namespace in ("aten", "fsdp", "c10d"):
+        if func.namespace in ("aten", "c10d"):
             self._add(func, args, kwargs, result)
         return result
 

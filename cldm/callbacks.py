@@ -15,7 +15,6 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from cldm.logger import StepCallback
-from cldm.sharding import split_like, whole
 from harness.logs import check_finite, stop_message
 from ldm import checkpoint
 from ldm.modules.ema import EMA
@@ -122,7 +121,7 @@ class Checkpoints(StepCallback):
     def save(self, trainer: pl.Trainer, name: str) -> None:
         """Write a checkpoint; raises ValueError, and leaves the old one, if a parameter is not finite."""
         trained = {k: p for k, p in trainer.lightning_module.named_parameters() if p.requires_grad}
-        check_finite(whole(trained), trainer.global_step)
+        check_finite(trained, trainer.global_step)
         trainer.save_checkpoint(self.folder / name)
 
     def on_save_checkpoint(self, trainer, pl_module, content: dict) -> None:
@@ -152,8 +151,7 @@ class EMACallback(StepCallback):
         super().on_train_start(trainer, pl_module)
         self.ema = EMA(pl_module, self.decay)
         if self.state:
-            average = {k: split_like(v, self.state["average"][k]) for k, v in self.ema.average.items()}
-            self.ema.load_state_dict({**self.state, "average": average})
+            self.ema.load_state_dict(self.state)
             self.state = None
 
     def on_step(self, trainer, model, batch) -> None:
@@ -170,7 +168,7 @@ class EMACallback(StepCallback):
             self.context = None
 
     def on_save_checkpoint(self, trainer, pl_module, content: dict) -> None:
-        content["ema"] = whole(self.ema.state_dict())
+        content["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, trainer, pl_module, content: dict) -> None:
         self.state = content.get("ema")

@@ -9,7 +9,6 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from cldm.sharding import ShardedStrategy
 from harness.logs import MetricsCsv, progress_bar
 from ldm.data.image import to_uint8, write_image
 
@@ -46,11 +45,10 @@ class ImageLogger(StepCallback):
     def on_step(self, trainer, model, batch) -> None:
         if trainer.global_step % self.batch_frequency:
             return
-        if trainer.is_global_zero or isinstance(trainer.strategy, ShardedStrategy):  # split: all must compute
+        if trainer.is_global_zero:
             with trainer.precision_plugin.val_step_context():
                 images = model.log_images(batch, self.max_images)
-            if trainer.is_global_zero:
-                self.write(trainer, "train", images)
+            self.write(trainer, "train", images)
 
     def on_validation_end(self, trainer, pl_module) -> None:
         if trainer.is_global_zero and pl_module.validation_images:

@@ -18,7 +18,6 @@ from cldm.callbacks import AtomicCheckpointIO, Checkpoints, EMACallback, LossChe
 from cldm.cldm import ControlLDM
 from cldm.logger import ImageLogger, MetricsLogger, ProgressBar
 from cldm.model import check_weights
-from cldm.sharding import ShardedStrategy
 from harness.flags import lightning_precision
 from harness.loading import make_loader
 from harness.settings import check_settings
@@ -35,7 +34,7 @@ PARTS = {
 }
 # Settings that a resumed run may change; another value of any other would make it another run.
 MAY_CHANGE = {
-    *("output_dir", "max_steps", "max_epochs", "devices", "num_nodes", "strategy", "num_workers"),
+    *("output_dir", "max_steps", "max_epochs", "devices", "num_nodes", "compile", "num_workers"),
     *("gradient_checkpointing", "log_steps", "save_steps", "val_steps", "val_ddim_steps"),
 }
 # Warnings of Lightning about what is meant here.
@@ -171,11 +170,17 @@ class StreamData(pl.LightningDataModule):
 
 
 def prepare_model(
-    model: ControlLDM, precision: str, clips: bool, processes: int, gradient_checkpointing: bool
+    model: ControlLDM,
+    precision: str,
+    clips: bool,
+    processes: int,
+    gradient_checkpointing: bool,
+    compiled: bool = False,
 ) -> None:
     """Make a model ready to train: its layout is channels_last, frozen parts are stored in the precision.
 
-    `clips` tells that gradients are clipped, `processes` is how many train together.
+    `clips` tells that gradients are clipped, `processes` is how many train together, `compiled` that
+    torch.compile compiles ControlNet and UNet at their first call.
     """
     half = half_dtype(precision)
     # the fused kernel unscales gradients itself, too late for clipping: Lightning refuses that for bf16 too
@@ -189,8 +194,12 @@ def prepare_model(
         if half == torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False):
             model.first_stage_model.to(torch.bfloat16)  # in which it computes then: float16 overflows in it
     # not for several processes, which exchange gradients during the backward pass, nor if it computes twice
-    model.cast_together = half is not None and processes == 1 and not gradient_checkpointing
+    alone = processes == 1 and not gradient_checkpointing
+    model.cast_together = half is not None and alone and not compiled  # a compiler fuses the casts itself
     model.to(memory_format=torch.channels_last)
+    if compiled:
+        model.control_model.compile()
+        unet.compile()
 
 
 def rate_schedule(name: str, steps: int) -> Callable[[int], float]:
@@ -199,13 +208,11 @@ def rate_schedule(name: str, steps: int) -> Callable[[int], float]:
     return partial(learning_rate_factor, steps=steps, schedule=name, warmup=warmup)
 
 
-def choose_strategy(name: str, model: ControlLDM, processes: int) -> str | ShardedStrategy:
-    """Lightning's strategy for auto, ddp or fsdp."""
-    if name == "fsdp":
-        return ShardedStrategy()
+def choose_strategy(model: ControlLDM, processes: int) -> str:
+    """Name of Lightning's strategy: DDP if several processes train."""
     if model.only_mid_control and processes > 1:  # the zero convolutions of the skips get no gradients
         return "ddp_find_unused_parameters_true"
-    return name
+    return "auto"
 
 
 def make_callbacks(

@@ -50,7 +50,6 @@ AnyPrecision = Annotated[
 ]
 ImageSize = Annotated[int, tyro.conf.arg(aliases=["--resolution"])]
 LRScheduler = Literal["constant", "linear", "cosine"]
-Strategy = Literal["auto", "ddp", "fsdp"]
 AdamW = Literal["adamw", "adamw8bit"]
 StartPath = Annotated[str, tyro.conf.arg(aliases=["--pretrained_model_name_or_path"])]
 

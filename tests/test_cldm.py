@@ -309,6 +309,15 @@ def test_weights_cast_together_take_the_same_step(model, reference, dtype):
         assert gradient.dtype == torch.float32 and torch.equal(gradient, steps[1][name]), name
 
 
+def test_the_two_networks_are_compiled_on_request(model, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled.append)
+    prepare_model(model, "bf16", False, 1, gradient_checkpointing=False)
+    assert not compiled and model.cast_together
+    prepare_model(model, "bf16", False, 1, gradient_checkpointing=False, compiled=True)
+    assert compiled == [model.control_model, model.model.diffusion_model] and not model.cast_together
+
+
 @pytest.mark.parametrize("sd_locked", [True, False])
 def test_what_is_frozen_is_stored_in_half_precision(model, reference, sd_locked):
     model.sd_locked = sd_locked

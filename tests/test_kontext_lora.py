@@ -1,5 +1,4 @@
 import csv
-import os
 import shutil
 import subprocess
 import sys
@@ -184,31 +183,6 @@ def test_accumulated_steps_equal_one_large_batch(folder, tmp_path):
     )  # batches of 4 and of 1 round apart
 
 
-WATCHED = """# the script, which stops unless blocks are in parts after a forward and after a preview
-from torch.distributed.tensor import DTensor
-
-import train_kontext_lora as script
-
-
-def check(model):
-    parts = [p for block in (*model.double_blocks, *model.single_blocks) for n, p in block.named_parameters()
-             if ".lora." not in n]
-    assert parts and all(isinstance(p, DTensor) for p in parts)
-
-
-def add_trained_lora(model, *arguments):
-    adapter = add(model, *arguments)
-    model.register_forward_hook(lambda *_: check(model))
-    picture = script.Run.picture
-    script.Run.picture = lambda *arguments: (check(model), picture(*arguments))
-    return adapter
-
-
-add, script.add_trained_lora = script.add_trained_lora, add_trained_lora
-script.run_main(script.main, script.Settings)
-"""
-
-
 def test_a_run_with_swapped_blocks_leaves_the_same_weights(folder, tmp_path):
     main(make_settings(folder, tmp_path / "a", max_steps=2))
     main(make_settings(folder, tmp_path / "b", max_steps=2, blocks_to_swap=5))
@@ -216,16 +190,13 @@ def test_a_run_with_swapped_blocks_leaves_the_same_weights(folder, tmp_path):
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_two_processes_with_a_sharded_base_equal_one(folder, tmp_path):
+def test_two_processes_equal_one(folder, tmp_path):
     common = {"max_steps": 2}
     main(make_settings(folder, tmp_path / "one", batch_size=2, **common))
     settings = make_settings(folder, tmp_path / "two", batch_size=1, devices=2, **common)
     values = {name: value for name, value in vars(settings).items() if not isinstance(value, bool)}
     flags = [f"--{name}={value}" for name, value in values.items() if value != getattr(Settings(), name)]
-    (tmp_path / "watched.py").write_text(WATCHED)
-    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, str(tmp_path / "watched.py"), "--shard_base", *flags]
-    subprocess.run(command, check=True, env=environment)
+    subprocess.run([sys.executable, "train_kontext_lora.py", *flags], check=True)
     assert distance(trained(tmp_path / "one"), trained(tmp_path / "two")) < 1e-3
 
 
@@ -516,9 +487,8 @@ def test_demo(tmp_path, monkeypatch, capsys):
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), not 1.0"),
         ({"preview_steps": 0}, "preview_steps must be at least 1"),
         ({"blocks_to_swap": 7}, r"blocks_to_swap must lie in 0 ... 6 \(all blocks\), not 7"),
-        ({"blocks_to_swap": 2, "compile": True}, "blocks_to_swap goes neither with --shard_base nor"),
+        ({"blocks_to_swap": 2, "compile": True}, "blocks_to_swap does not work with --compile"),
         ({"blocks_to_swap": 2, "gradient_checkpointing": False}, "needs --gradient_checkpointing"),
-        ({"shard_base": True}, "--shard_base needs --devices 2"),
         ({"rank": 500}, "rank must lie in 1 ... 128, not 500"),
         ({"hr_root": Path("absent")}, "no clean photographs at absent: give --hr_root"),
         ({"captions": True}, "no image in .*photos has a caption"),
