@@ -82,7 +82,7 @@ def index_folder(folder: Path, kind: str, prefix: str = "", suffix: str = "") ->
 
 
 def find_files(settings: Settings) -> tuple[dict[str, dict[str, Path]], dict[str, int]]:
-    """Find the files of each image, by name, then kind; and how many of each kind have no partner.
+    """Find the files of each image, by name, then kind; and how many of each kind are unmatched.
 
     If no names agree those of the files alone do, without folders: HIDE has one folder of sharp images.
     Raises ValueError if there is no image to score.
@@ -147,7 +147,7 @@ def evaluate(settings: Settings) -> tuple[dict, list[dict], dict[str, dict[str, 
     rows = sorted((row for row in rows if "skipped" not in row), key=lambda row: row["psnr"])
     if not rows:
         raise ValueError(f"none of {len(files)} pairs can be scored: {next(iter(skipped.values()))}")
-    pairs = {"found": len(files), "used": len(rows), "skipped": skipped, "without_partner": unmatched}
+    pairs = {"found": len(files), "used": len(rows), "skipped": skipped, "unmatched": unmatched}
     report = {"pairs": pairs, **means(rows), "worst": [row["name"] for row in rows[:WORST]]}
     return report | made, rows, files
 
@@ -187,10 +187,10 @@ def describe_making(settings: Settings) -> dict:
 def as_text(report: dict) -> str:
     """Return the report as lines to print."""
     pairs = report["pairs"]
-    alone = ", ".join(f"{count} {kind}" for kind, count in pairs["without_partner"].items() if count)
+    alone = ", ".join(f"{count} {kind}" for kind, count in pairs["unmatched"].items() if count)
     lines = [f"pairs     {pairs['found']} found, {pairs['used']} used, {len(pairs['skipped'])} skipped"]
     if alone:
-        lines[0] += f"; without partner: {alone}"
+        lines[0] += f"; unmatched: {alone}"
     lines += [f"  skipped {name}: {reason}" for name, reason in pairs["skipped"].items()]
     for name in report["definitions"]:
         digits, unit = (3, " dB") if name.startswith("psnr") else (4, "")

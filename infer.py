@@ -87,7 +87,7 @@ class OnePass(Command):
         return network.to(self.torch_device(), memory_format=torch.channels_last)
 
     def tiling(self) -> dict[str, Any]:
-        """Return these options as ldm.tiling.restore_picture takes them."""
+        """Return these options as ldm.tiling.restore_photo takes them."""
         return {"precision": self.precision, "tile": self.tile, "overlap": self.overlap}
 
 
@@ -283,7 +283,7 @@ class Inpaint(ControlNet):
     grow_mask: Whole = 0  # pixels by which the hole is made larger first
     # pixels around each hole that are worked on, hole by hole; -1 works on the whole image
     only_masked_padding: Annotated[int, Range(-1)] = -1
-    resolution: Count = 512  # with padding, smaller regions are scaled up to that many pixels squared
+    resolution: Count = 512  # regions cut with padding are scaled up to about N x N pixels
 
     KIND = "inpaint"
     LESS_MEMORY = "give --precision 16, or --only_masked_padding 32"

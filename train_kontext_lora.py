@@ -310,7 +310,7 @@ def validate(
     if "" not in previews:
         for name in found:
             scores[f"val/{name}"] = float(np.mean([scores[f"val/{task}/{name}"] for task in previews]))
-    run.picture("preview", stack_rows(images))
+    run.log_image("preview", stack_rows(images))
     return scores
 
 

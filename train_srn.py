@@ -32,7 +32,7 @@ from ldm.data.paired import CropDataset, PairedDataset
 from ldm.data.pairs import find_pairs, sharp_pairs
 from ldm.modules.ema import EMA
 from ldm.modules.losses import PixelLoss, restoration_loss
-from ldm.tiling import pad_to_multiple, restore_picture
+from ldm.tiling import pad_to_multiple, restore_photo
 from ldm.tiling import self_ensemble as average_rotations
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
@@ -46,7 +46,7 @@ class Settings:
 
     # ---- data
     data: Path | None = None  # pairs: GoPro tree, list file of `blurry sharp` lines, .jsonl, or blurry images
-    sharp_dir: Path | None = None  # folder of sharp images: the partners of --data, or to be blurred
+    sharp_dir: Path | None = None  # sharp images: ground truth of --data, or photos to blur on the fly
     dead_leaves: flags.Whole = 0  # number of generated images in an epoch, to be blurred
     val_data: Path | None = None  # pairs to validate on, in any form of --data
     crop_size: int = 256  # side of the training crops in pixels, a multiple of 16
@@ -268,12 +268,12 @@ def restore_image(
 ) -> np.ndarray:
     """Restore a uint8 image (h, w, 3) of any size on the network's device.
 
-    `options` are those of ldm.tiling.restore_picture; `self_ensemble` averages over 8 flips and rotations.
+    `options` are those of ldm.tiling.restore_photo; `self_ensemble` averages over 8 flips and rotations.
     """
     run = partial(restore, network)
     if self_ensemble:
         run = partial(average_rotations, run)
-    return restore_picture(blurry, run, next(network.parameters()).device, **options)
+    return restore_photo(blurry, run, next(network.parameters()).device, **options)
 
 
 # ---- files of weights --------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def main(settings: Settings) -> None:
         train = {f"train/{name}": value for name, value in run.means().items()}
         with ema.applied(network):
             scores, image = held_out.evaluate(restorer, run)
-        run.picture("sample", image)
+        run.log_image("sample", image)
         run.log(train | report(scores, baseline))
         run.save(score=scores["psnr"])
         epoch = f"epoch {run.step // steps_per_epoch}: train mse {train['train/mse']:.5f}"

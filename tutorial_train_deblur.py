@@ -93,7 +93,7 @@ class Settings:
     deblur_loss_weight: Weight = 1.0  # weight of the losses on the decoded image, 0 to switch them off
     perceptual_loss_weight: Weight = 0.1  # weight of the VGG-19 distance among these losses
     deblur_every: Count = 1  # steps from one with these losses, as many times as heavy, to the next
-    lr_scheduler: flags.LRScheduler = "constant"  # course of the learning rate; others begin with a warmup
+    lr_scheduler: flags.LRScheduler = "constant"  # learning-rate schedule; all but constant warm up
     max_grad_norm: Weight = 0.0  # largest global norm of the gradients, 0 for no clipping
     optimizer: flags.AdamW = "adamw"  # adamw8bit takes a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: Decay = 0.0  # EMA decay; EMA weights are used for validation and export, 0 for none

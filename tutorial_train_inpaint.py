@@ -103,7 +103,7 @@ class Settings:
     accumulate_grad_batches: flags.Accumulate = 1  # number of batches in one optimizer step
     precision: flags.AnyPrecision = "auto"  # bf16 where CUDA has it, else 16; 32 on a CPU; frozen parts too
     cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
-    lr_scheduler: flags.LRScheduler = "constant"  # course of the learning rate; others begin with a warmup
+    lr_scheduler: flags.LRScheduler = "constant"  # learning-rate schedule; all but constant warm up
     max_grad_norm: Weight = 0.0  # largest global norm of the gradients, 0 for no clipping
     optimizer: flags.AdamW = "adamw"  # adamw8bit takes a quarter of its memory (bitsandbytes, CUDA)
     ema_decay: Decay = 0.0  # EMA decay; EMA weights are used for validation and export, 0 for none

@@ -56,7 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class LossCheck(StepCallback):
     """Stops training at a loss that is not finite.
 
-    It looks at the losses before anything is made of the weights: every `log_steps`, `save_steps` and
+    It checks the losses before anything is made of the weights: every `log_steps`, `save_steps` and
     `val_steps` steps, and at the end. `last` is the last checkpoint, for the message.
     """
 
@@ -114,7 +114,7 @@ class Checkpoints(StepCallback):
             self.save(trainer, "last.ckpt")
 
     def due(self, trainer: pl.Trainer) -> bool:
-        """Tell if last.ckpt must be of this step: every `save_steps`, and the last of the run."""
+        """Return whether last.ckpt must be of this step: every `save_steps`, and the last of the run."""
         step = trainer.global_step
         return step > 0 and (step % self.save_steps == 0 or step == trainer.max_steps)
 

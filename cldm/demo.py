@@ -54,11 +54,11 @@ def show_demo(included: Path, held_out: Dataset, folder: Path, restore: Restore,
     columns = [[pixels(item["hint"], "hint") for item in items]]
     for name, (path, base) in runs.items():
         model = open_control_model(path, base)
-        pictures = [restore(model, item) for item in tqdm(items, name, dynamic_ncols=True)]
-        scores = [score(item, picture) for item, picture in zip(items, pictures, strict=True)]
+        images = [restore(model, item) for item in tqdm(items, name, dynamic_ncols=True)]
+        scores = [score(item, image) for item, image in zip(items, images, strict=True)]
         means = {key: np.mean([values[key] for values in scores]) for key in scores[0]}
         print(f"  {name}: {', '.join(f'{key} {value:.2f}' for key, value in means.items())}")
-        columns.append(pictures)
+        columns.append(images)
     columns.append([pixels(item["jpg"]) for item in items])
     rows = [side_by_side(list(row)) for row in zip(*columns, strict=True)]
     (folder / "images").mkdir(exist_ok=True)

@@ -122,12 +122,12 @@ def inpaint_image(
     """Fill the hole of uint8 (h, w, 3), or (h, w, 4) with alpha; mask (h, w) is not 0 in the hole.
 
     Pixels farther than `mask_blur` from the hole (grown by `grow_mask`) come back as they are, bit for bit;
-    where it is filled the result is opaque. An empty mask gives the picture back; this and a full one give a
-    warning.
-    Raises ValueError if mask and picture differ in size, or for an option out of range.
+    where it is filled the result is opaque. An empty mask returns the image unchanged; an empty and a full
+    mask give a warning.
+    Raises ValueError if mask and image differ in size, or for an option out of range.
     """
     if mask.shape != image.shape[:2]:
-        raise ValueError(f"the mask is {mask.shape}, the picture {image.shape[:2]} (height, width)")
+        raise ValueError(f"the mask is {mask.shape}, the image {image.shape[:2]} (height, width)")
     if options.mask_blur < 0 or options.grow_mask < 0 or options.only_masked_padding < -1:
         raise ValueError("mask_blur and grow_mask must be 0 or more, only_masked_padding -1 or more")
     hole = (mask > 0).astype(np.uint8)
@@ -135,7 +135,7 @@ def inpaint_image(
         warnings.warn("the mask is black: there is nothing to fill", stacklevel=2)
         return image.copy()
     if hole.all():
-        warnings.warn("the mask is white everywhere: all of the picture is replaced", stacklevel=2)
+        warnings.warn("the mask is white everywhere: the whole image is replaced", stacklevel=2)
     if options.grow_mask:
         hole = (distance_to(hole) <= options.grow_mask).astype(np.uint8)
     result = image.copy()
@@ -147,7 +147,7 @@ def inpaint_image(
 
 
 def expand(image: np.ndarray, mask: np.ndarray, sides: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Picture and mask larger by pixels at left, top, right and bottom, all of them hole (outpainting).
+    """Image and mask larger by pixels at left, top, right and bottom, all of them hole (outpainting).
 
     Raises ValueError for fewer than 0 pixels.
     """
@@ -159,7 +159,7 @@ def expand(image: np.ndarray, mask: np.ndarray, sides: Sequence[int]) -> tuple[n
 
 
 def regions_of(hole: np.ndarray, padding: int, blur: int) -> list[tuple[slice, slice]]:
-    """The parts of the picture to work on: all of it for padding -1, else each hole and so much around it.
+    """The parts of the image to work on: all of it for padding -1, else each hole and so much around it.
 
     Holes whose parts overlap share one.
     """
@@ -198,7 +198,7 @@ def paste(image: np.ndarray, filled: np.ndarray, hole: np.ndarray, blur: int) ->
 def fill(
     model: ControlLDM, image: np.ndarray, hole: np.ndarray, options: Inpainting, progress: Callable
 ) -> np.ndarray:
-    """What the model makes of uint8 (h, w, 3) with a hole (h, w): a whole picture of the same size.
+    """What the model makes of uint8 (h, w, 3) with a hole (h, w): a whole image of the same size.
 
     The latents of what is known are put back at every step; a cell is known if no pixel of it is in the hole.
     """
@@ -211,8 +211,8 @@ def fill(
     scaled_hole = cv2.resize(hole, (width, height), interpolation=cv2.INTER_NEAREST)
     known = scaled if options.strength < 1 else fill_smoothly(scaled.astype(np.float32), scaled_hole)
 
-    def on_device(picture: np.ndarray) -> Tensor:
-        return pad_to_multiple(to_tensor(picture)[None], MULTIPLE).to(model.device)
+    def on_device(image: np.ndarray) -> Tensor:
+        return pad_to_multiple(to_tensor(image)[None], MULTIPLE).to(model.device)
 
     mask = torch.from_numpy(scaled_hole)[None, None].float()
     mask = F.pad(mask, (0, -width % MULTIPLE, 0, -height % MULTIPLE)).to(model.device)

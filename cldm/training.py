@@ -179,7 +179,7 @@ def prepare_model(
 ) -> None:
     """Make a model ready to train: its layout is channels_last, frozen parts are stored in the precision.
 
-    `clips` tells that gradients are clipped, `processes` is how many train together, `compiled` that
+    `clips` says that gradients are clipped, `processes` is how many train together, `compiled` that
     torch.compile compiles ControlNet and UNet at their first call.
     """
     half = half_dtype(precision)

@@ -61,7 +61,7 @@ def _read_range(words: list[str]) -> float | tuple[float, float]:
     return tuple(numbers) if len(numbers) == 2 else numbers[0]
 
 
-# A number, or LOW,HIGH: drawn from there anew for every picture.
+# A number, or LOW,HIGH: a value in that range is sampled for every image.
 NumberOrRange = Annotated[
     float | tuple[float, float],
     tyro.constructors.PrimitiveConstructorSpec(

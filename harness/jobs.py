@@ -23,7 +23,7 @@ from harness.settings import check_ranges, plain
 from ldm import checkpoint
 from ldm.data.decode import to_8_bit
 from ldm.data.image import list_images, over_white, side_by_side
-from ldm.data.picture import Picture, check_fits, read_note, read_picture, write_picture
+from ldm.data.photo import Photo, check_fits, read_note, read_photo, write_photo
 from ldm.data.shards import share_of
 from ldm.device import choose_device, describe_start
 from ldm.tiling import fill_hidden
@@ -276,23 +276,23 @@ def restore_all(
 
 def restore_one(command: Command, restore: Restorer, source: Path, target: Path, note: str) -> None:
     """Restore an image and write the result. Raises one of PROBLEMS if that fails."""
-    picture = read_picture(source, command.DEEP and command.format == "png")
-    height, width = command.result_size(*picture.pixels.shape[:2])
+    photo = read_photo(source, command.DEEP and command.format == "png")
+    height, width = command.result_size(*photo.pixels.shape[:2])
     panels = command.PANELS * (width + 4) if command.comparison else width
     check_fits(target, height, max(width, panels))
     try:
-        restored = run_restorer(restore, picture, source, command.SEES_ALPHA)
+        restored = run_restorer(restore, photo, source, command.SEES_ALPHA)
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        size = f"{picture.pixels.shape[1]} x {picture.pixels.shape[0]} pixels"
+        size = f"{photo.pixels.shape[1]} x {photo.pixels.shape[0]} pixels"
         raise ValueError(f"{size} need more memory than the device has: {command.LESS_MEMORY}") from error
     written = {target: restored}
     if command.comparison:
         shown = over_white(to_8_bit(restored))
-        written[command.comparison_path(target)] = command.compare(picture.shown(), shown, source)
+        written[command.comparison_path(target)] = command.compare(photo.shown(), shown, source)
     for path, pixels in written.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_picture(path, pixels, picture, note, command.quality)
+        write_photo(path, pixels, photo, note, command.quality)
 
 
 def show_steps(steps: list) -> Iterable:
@@ -301,15 +301,15 @@ def show_steps(steps: list) -> Iterable:
 
 
 def run_restorer(
-    restore: Restorer, picture: Picture, path: Path, sees_alpha: bool, progress: Callable = show_steps
+    restore: Restorer, photo: Photo, path: Path, sees_alpha: bool, progress: Callable = show_steps
 ) -> np.ndarray:
-    """Restore a picture with its transparency. The network sees no hidden colours.
+    """Restore an image with its transparency. The network sees no hidden colours.
 
     Raises torch.OutOfMemoryError wherever memory is short: CPU memory has errors of other kinds.
     """
-    image = picture.with_alpha(picture.pixels) if sees_alpha else fill_hidden(picture.pixels, picture.alpha)
+    image = photo.with_alpha(photo.pixels) if sees_alpha else fill_hidden(photo.pixels, photo.alpha)
     try:
-        return picture.with_alpha(restore(image, path, progress))
+        return photo.with_alpha(restore(image, path, progress))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
             raise torch.OutOfMemoryError(str(error)) from error
@@ -318,11 +318,11 @@ def run_restorer(
 
 def profile_one(command: Command, restore: Restorer, source: Path) -> None:
     """Measure the restoration of one image again; print what was found and keep it beside the results."""
-    picture = read_picture(source, command.DEEP and command.format == "png")
-    work = lambda: run_restorer(restore, picture, source, command.SEES_ALPHA)  # noqa: E731
+    photo = read_photo(source, command.DEEP and command.format == "png")
+    work = lambda: run_restorer(restore, photo, source, command.SEES_ALPHA)  # noqa: E731
     profile = {
-        "picture": str(source),
-        "size": picture.pixels.shape[1::-1],
+        "image": str(source),
+        "size": photo.pixels.shape[1::-1],
         "options": plain(command),
         **measure(work, command.torch_device()),
         "checkpoint": checkpoint.describe(command.weights()),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.packed import database, read_packed
-from ldm.data.picture import read_note
+from ldm.data.photo import read_note
 
 VERSION = 3  # of the pixels that this code makes of the same files and options
 LARGE = 2**30  # bytes: larger files are known by size and date instead of by their content

@@ -260,7 +260,7 @@ class Run:
             self.csv.append({"step": self.step, **metrics})
             self.board.log_metrics(metrics, self.step)
 
-    def picture(self, name: str, image: np.ndarray) -> None:
+    def log_image(self, name: str, image: np.ndarray) -> None:
         """Write uint8 (h, w, 3) to images/NAME_STEP.png and to TensorBoard."""
         if self.fabric.is_global_zero:
             write_image(self.folder / "images" / f"{name}_{self.step:07d}.png", image)

@@ -68,7 +68,7 @@ def _show_warning(message: Warning, *_: Any) -> None:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Tell the error of an exchange with a process that has ended (gloo's errors have no class)."""
+    """Return whether the peer process has ended (gloo's errors have no class of their own)."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 

@@ -131,7 +131,7 @@ def fill_smoothly(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def restore_picture(
+def restore_photo(
     image: np.ndarray,
     restore: Callable[[Tensor], Tensor],
     device: torch.device,

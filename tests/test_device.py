@@ -16,7 +16,7 @@ from ldm import checkpoint
 from ldm.data.image import write_image
 from ldm.device import choose_device, cpu_computes_in_bf16, describe_start, why_no_cuda
 from ldm.modules.swap import BlockSwap
-from ldm.tiling import restore_picture
+from ldm.tiling import restore_photo
 from ldm.util import compute_dtype, make_adamw, settle_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -185,7 +185,7 @@ def test_float32_is_not_rounded_to_tf32(monkeypatch, kind, precision):
     before = cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        restore_picture(np.zeros((8, 8, 3), kind), look, CPU, precision)
+        restore_photo(np.zeros((8, 8, 3), kind), look, CPU, precision)
         assert seen == [(precision == "bf16", "high" if precision == "bf16" else "highest", False)]
         assert (cudnn.allow_tf32, torch.get_float32_matmul_precision(), cudnn.benchmark) == (
             True,

@@ -42,7 +42,7 @@ def test_report_csv_and_page(folders, capsys):
         "found": 4,
         "used": 4,
         "skipped": {},
-        "without_partner": {"restored": 0, "sharp": 0, "blurry": 0},
+        "unmatched": {"restored": 0, "sharp": 0, "blurry": 0},
     }
     with open(folders / "report.csv") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
@@ -69,7 +69,7 @@ def test_what_cannot_be_scored_is_named(folders, capsys):
     (folders / "restored" / "deblurred_chelsea_x.png").unlink()
     evaluate.main(settings(folders, blurry=None))
     printed = capsys.readouterr().out
-    assert "3 found, 1 used, 2 skipped; without partner: 1 sharp" in printed
+    assert "3 found, 1 used, 2 skipped; unmatched: 1 sharp" in printed
     assert "skipped coffee: images of different shapes" in printed
     assert "skipped rocket: cannot read image" in printed
     (folders / "sharp" / "rocket.png").unlink()
@@ -112,7 +112,7 @@ def test_a_made_data_set_is_matched_by_number(tmp_path):
     for sharp, blurry in ((made, made), (made / "clear_images", made / "blur_images")):
         chosen = evaluate.Settings(restored, sharp, blurry, prefix="deblurred_blur_")
         report, rows, files = evaluate.evaluate(chosen)
-        assert set(files) == {"000001"} and report["pairs"]["without_partner"]["sharp"] == 1
+        assert set(files) == {"000001"} and report["pairs"]["unmatched"]["sharp"] == 1
         assert files["000001"]["blurry"] == made / "blur_images/blur_000001.png"
     (restored / "blur_images").mkdir()  # what infer.py --input made --pattern "blur_images/*" leaves
     (restored / "deblurred_blur_000001.png").rename(restored / "blur_images/deblurred_blur_000001.png")
@@ -139,7 +139,7 @@ def test_other_trees_are_matched_by_scene_and_frame(layout, tmp_path):
         write_image(spare, image)
     for blurry in (tree, tree / "test-close-ups") if layout == "hide" else (tree,):
         report, _, files = evaluate.evaluate(evaluate.Settings(restored, tree, blurry, prefix="deblurred_"))
-        assert report["pairs"]["without_partner"] == {"restored": 0, "sharp": 0, "blurry": 0}
+        assert report["pairs"]["unmatched"] == {"restored": 0, "sharp": 0, "blurry": 0}
         found = [
             tuple(str(paths[kind].relative_to(tree)) for kind in ("blurry", "sharp"))
             for paths in files.values()

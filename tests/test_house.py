@@ -1,7 +1,10 @@
 """Check the structure: import directions, `settings` only in scripts, and file names in the pages."""
 
 import ast
+import io
 import re
+import tokenize
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -115,3 +118,75 @@ def test_every_module_named_in_a_page_exists(page):
             continue
         assert file is not None, name
         assert not last or re.search(rf"\b{last[0]}\b", file.read_text(encoding="utf-8")), name
+
+
+def help_lines(path: Path) -> list[tuple[str, str]]:
+    """Settings of a script and the comments that tyro shows as their help: behind a field, or above it."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        is_settings = isinstance(node, ast.ClassDef) and any(map(is_dataclass, node.decorator_list))
+        if not is_settings or not (node.name == "Settings" or path.name == "infer.py"):
+            continue
+        for setting in node.body:
+            if not isinstance(setting, ast.AnnAssign):
+                continue
+            _, _, comment = lines[setting.end_lineno - 1].partition("  # ")
+            above = setting.lineno - 2
+            while not comment and lines[above].lstrip().startswith("# "):
+                comment = f"{lines[above].strip()[2:]} {comment}".strip()
+                above -= 1
+            found.append((setting.target.id, comment))
+    return found
+
+
+def is_dataclass(decorator: ast.expr) -> bool:
+    return ast.unparse(decorator).partition("(")[0] == "dataclass"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_every_help_line_stands_alone(path):
+    found = help_lines(path)
+    for name, comment in found:
+        words = comment.split()
+        assert len(words) >= 4, f"{name}: {comment!r} is too short to be understood alone"
+        assert words[0] not in "a an the of to in on at by for with from as".split(), f"{name}: {comment}"
+    repeated = Counter(comment for name, comment in found if path.name != "infer.py")
+    assert [comment for comment, count in repeated.items() if count > 1] == []
+
+
+# Private words that readers had to guess, and what the field says (docs/contributing.md has the list).
+BANNED = {
+    r"com(es|ing|e) along": "included, pretrained",
+    r"taught|teach(es|ing)?": "trained, learned",
+    r"the truth": "ground truth",
+    r"what is held out|held out pictures": "held-out set",
+    r"averaged weights": "EMA weights",
+    r"main memory": "CPU memory",
+    r"in earnest|by heart|players?|knobs?|riddles?": "plain words",
+    r"pictures?": "image, photo",
+    r"spoil(s|ed|t)?": "degrade",
+}
+
+
+def prose(path: Path) -> str:
+    """Text of a page outside code blocks; docstrings, comments and messages of a source."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return re.sub(r"^```.*?^```|^    .*?$|`[^`]*`|\]\([^)]*\)|^\|[^|]*\|", " ", text, flags=re.M | re.S)
+    text = re.sub(r'"[^"\n]*"\.split\(\)', "", text)  # lists of words are data
+    kinds = (tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return "\n".join(token.string for token in tokens if token.type in kinds)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*sources(), *(page for page in PAGES if "zh" not in page.name)],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_no_private_words(path):
+    text = prose(path)
+    found = {word: use for word, use in BANNED.items() if re.search(rf"\b({word})\b", text, re.IGNORECASE)}
+    assert not found, f"{path.name}: " + ", ".join(f"/{word}/ (use: {use})" for word, use in found.items())

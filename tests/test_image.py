@@ -25,7 +25,7 @@ from ldm.data.image import (
     to_uint8,
     write_image,
 )
-from ldm.data.picture import read_picture
+from ldm.data.photo import read_photo
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 RGB = np.stack([GREY, 255 - GREY, GREY.T], axis=-1)
@@ -389,7 +389,7 @@ def test_a_file_that_is_gone_since_it_was_listed(tmp_path):
     write_image(tmp_path / "a.png", RGB)
     path = list_images(tmp_path)[0]
     path.unlink()
-    for read in (read_image, read_rgba, image_size, read_picture):
+    for read in (read_image, read_rgba, image_size, read_photo):
         with pytest.raises(FileNotFoundError, match=f"image not found: {path}"):
             read(path)
 

@@ -143,7 +143,7 @@ def test_black_and_white_masks(model):
     image = photograph(64, 80)
     with pytest.warns(UserWarning, match="mask is black"):
         assert np.array_equal(inpaint_image(model, image, np.zeros((64, 80), np.uint8), OPTIONS), image)
-    with pytest.warns(UserWarning, match="white everywhere: all of the picture is replaced"):
+    with pytest.warns(UserWarning, match="white everywhere: the whole image is replaced"):
         everything = inpaint_image(model, image, np.ones((64, 80), np.uint8), OPTIONS)
     assert everything.shape == image.shape and everything.std() > 0
 
@@ -168,7 +168,7 @@ def test_transparency_is_kept_outside_and_gone_inside(model):
 
 def test_wrong_options_are_named(model):
     image = photograph(64, 64)
-    with pytest.raises(ValueError, match=r"mask is \(64, 65\), the picture \(64, 64\)"):
+    with pytest.raises(ValueError, match=r"mask is \(64, 65\), the image \(64, 64\)"):
         inpaint_image(model, image, np.ones((64, 65), np.uint8), OPTIONS)
     changes = [{"mask_blur": -1}, {"grow_mask": -1}, {"only_masked_padding": -2}]
     changes += [{"method": "euler"}, {"strength": 1.5}]

@@ -179,7 +179,7 @@ def test_hide_has_one_folder_of_all_sharp_pictures(tmp_path):
     with pytest.raises(FileNotFoundError, match="no pairs in .*photos: expected"):
         find_pairs(empty / "photos")
     (tmp_path / "GT" / "7fromGOPR2.MP4.png").unlink()
-    with pytest.raises(ValueError, match="without a partner: .*test-close-ups/7fromGOPR2.MP4.png"):
+    with pytest.raises(ValueError, match="without a counterpart: .*test-close-ups/7fromGOPR2.MP4.png"):
         find_pairs(tmp_path / "test")
 
 

@@ -52,7 +52,7 @@ def test_subfolders_are_matched_by_relative_path_and_are_groups(tmp_path):
 def test_missing_partner_is_named(tmp_path):
     for name in ("in/1.png", "in/2.png", "out/1.png", "out/3.png"):
         picture(tmp_path / name)
-    with pytest.raises(ValueError, match="without a partner: .*in/2.png, .*out/3.png"):
+    with pytest.raises(ValueError, match="without a counterpart: .*in/2.png, .*out/3.png"):
         find_pairs(tmp_path / "in", tmp_path / "out")
     picture(tmp_path / "in" / "1.bmp")
     with pytest.raises(ValueError, match="two images of one name.*1.bmp and 1.png|1.png and 1.bmp"):

@@ -68,7 +68,7 @@ def test_a_profile_is_written_and_reported(command, capsys):
     assert 50e6 < profile["peak_memory"] <= peak_resident_memory()
     assert profile["options"]["tile"] == 1536 and profile["torch"] == torch.__version__
     assert profile["checkpoint"] == checkpoint.describe(command.checkpoint_path)
-    assert (profile["checkpoint"]["step"], profile["picture"]) == (7, str(command.input / "a.png"))
+    assert (profile["checkpoint"]["step"], profile["image"]) == (7, str(command.input / "a.png"))
     line = f"{srn_macs(2, 32, 48) / 1e9:.3f} GMAC"
     assert line in capsys.readouterr().out
 

@@ -30,10 +30,10 @@ def pixels(image: torch.Tensor) -> np.ndarray:
 
 def test_kinds_occur_as_the_recipe_says():
     counts = Counter(item["blur_type"] for item in items(100, 32))
-    assert counts["camera_shake"] == pytest.approx(50, abs=16)
+    assert counts["camera_shake"] == pytest.approx(60, abs=16)
     optical = counts["defocus_blur"] + counts["lens_blur"] + counts["gaussian_blur"]
-    assert optical == pytest.approx(32, abs=15)
-    assert counts["motion_blur"] > 2 and counts["two_blurs"] > 0 and counts[""] > 0
+    assert optical == pytest.approx(23, abs=13)
+    assert counts["motion_blur"] > 0 and counts["two_blurs"] > 0 and counts[""] > 0
 
 
 def test_both_sides_stay_aligned_at_every_scale():

@@ -15,7 +15,7 @@ from cldm.restore import Sampling, Tiles, coarse, deblur_image, fix_color, low_b
 from harness.settings import read_settings
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, to_tensor, to_uint8, write_image
-from ldm.data.picture import read_note
+from ldm.data.photo import read_note
 from ldm.metrics import psnr
 from tests.fill import fill
 from tool_export_control import Settings as ExportSettings

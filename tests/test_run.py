@@ -192,7 +192,7 @@ def test_metadata_that_are_no_settings_are_named(tmp_path):
 def test_pictures_land_in_the_folder_of_the_run(tmp_path):
     run = Run(start_fabric(), tmp_path, {}, {"state_dict": nn.Linear(1, 1)})
     run.step = 12
-    run.picture("sample", np.zeros((4, 6, 3), np.uint8))
+    run.log_image("sample", np.zeros((4, 6, 3), np.uint8))
     assert (tmp_path / "images/sample_0000012.png").is_file()
 
 

@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image
 
 from ldm.data.image import image_size, read_image, read_rgba
-from ldm.data.picture import read_picture
+from ldm.data.photo import read_photo
 
 H, W = 40, 50
 LAYOUTS = {
@@ -68,7 +68,7 @@ def test_every_form_means_the_same(tmp_path, dtype, layout, planar):
             true[..., -1] |= 1 << (8 * true.itemsize - 1)  # at least half opaque: the colours can be told
         options = {"photometric": photometric, "extrasamples": extra, **LAYOUTS[layout]}
         write(path, stored(true, form, extra), planar, **options)
-        picture = read_picture(path, deep=True)
+        picture = read_photo(path, deep=True)
         assert picture.pixels.dtype == dtype and image_size(path) == (W, H), form
         colour = np.broadcast_to(true[..., :colours], (H, W, 3)).astype(int)
         assert np.abs(picture.pixels - colour).max() <= ("assocalpha" in extra), form
@@ -131,7 +131,7 @@ def test_numbers_that_do_not_say_what_white_is(tmp_path, dtype, white, channels)
         write(tmp_path / "b.tif", (1.5 * values[..., :1] - 0.25).astype(dtype), photometric="minisblack")
         again = read_image(tmp_path / "b.tif")
         assert again.min() == 0 and again.max() == 255
-    picture = read_picture(tmp_path / "a.tif", deep=True)
+    picture = read_photo(tmp_path / "a.tif", deep=True)
     assert picture.pixels.dtype == np.uint16 and np.abs(picture.pixels / 257 - 255 * share).max() < 1
 
 
@@ -167,7 +167,7 @@ def test_compressions(tmp_path):
     cv2.imwrite(str(tmp_path / "lzw16.tif"), sixteen[..., ::-1], [cv2.IMWRITE_TIFF_COMPRESSION, 5])
     with tifffile.TiffFile(tmp_path / "lzw16.tif") as tiff:
         assert tiff.pages[0].compression == 5
-    assert np.array_equal(read_picture(tmp_path / "lzw16.tif", deep=True).pixels, sixteen)
+    assert np.array_equal(read_photo(tmp_path / "lzw16.tif", deep=True).pixels, sixteen)
 
 
 def retagged(path, tag: int, value: int) -> None:
@@ -183,7 +183,7 @@ def test_what_needs_another_package_is_said(tmp_path):
     with pytest.raises(ValueError, match=re.escape("16 bits (RGB, compression LZW, in planes) cannot be")):
         read_image(path)
     with pytest.raises(ValueError, match="save it without compression, or pip install imagecodecs"):
-        read_picture(path, deep=True)
+        read_photo(path, deep=True)
     write(path, numbers(np.uint8, 2), planar=True, photometric="minisblack", extrasamples=["unassalpha"])
     retagged(path, 259, 5)
     with pytest.raises(ValueError, match="cannot be read: save it with its channels interleaved"):
@@ -214,5 +214,5 @@ def test_first_of_several_pages(tmp_path):
             writer.write(page, photometric="rgb", metadata=None)
         writer.write(pages[0][::2, ::2], photometric="rgb", metadata=None, subfiletype=1)  # a preview
     with pytest.warns(UserWarning, match="a.tif: only the first of 3 frames is read"):
-        picture = read_picture(tmp_path / "a.tif", deep=True)
+        picture = read_photo(tmp_path / "a.tif", deep=True)
     assert np.array_equal(picture.pixels, pages[0])

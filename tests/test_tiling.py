@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm.tiling import fill_hidden, pad_to_multiple, restore_picture, restore_tiled, self_ensemble, tile_spans
+from ldm.tiling import fill_hidden, pad_to_multiple, restore_photo, restore_tiled, self_ensemble, tile_spans
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -110,13 +110,13 @@ def test_a_picture_reports_its_tiles_and_keeps_its_values():
         return corners
 
     cpu = torch.device("cpu")
-    whole = restore_picture(image, lambda part: part, cpu)
-    tiled = restore_picture(image, lambda part: part, cpu, tile=32, overlap=8, progress=progress)
+    whole = restore_photo(image, lambda part: part, cpu)
+    tiled = restore_photo(image, lambda part: part, cpu, tile=32, overlap=8, progress=progress)
     assert np.array_equal(whole, image) and np.array_equal(tiled, image)
     assert [(y.start, x.start) for y, x in seen] == [(y, x) for y in (0, 8) for x in (0, 19, 38)]
 
 
 def test_16_bit_pictures_keep_their_values():
     image = np.random.default_rng(0).integers(0, 65536, (20, 30, 3), dtype=np.uint16)
-    same = restore_picture(image, lambda part: part, torch.device("cpu"), "auto", tile=16, overlap=8)
+    same = restore_photo(image, lambda part: part, torch.device("cpu"), "auto", tile=16, overlap=8)
     assert same.dtype == np.uint16 and np.array_equal(same, image)

@@ -17,7 +17,7 @@ from harness.jobs import Command, run_restorer
 from harness.settings import check_ranges
 from ldm.data.image import image_size, write_image
 from ldm.data.masks import read_mask, resize_mask
-from ldm.data.picture import read_picture
+from ldm.data.photo import read_photo
 
 SIDES = ("left", "top", "right", "bottom")  # to which outpainting adds pixels
 PREVIEW = 1280  # pixels: longest side of an image as the page shows it
@@ -106,8 +106,8 @@ class RestorationService:
         check_stop(stop)
         report(0, desc=system.title)
         try:
-            picture = read_picture(image)
-            restored = run_restorer(self.restorer, picture, image, system.options.SEES_ALPHA, progress)
+            photo = read_photo(image)
+            restored = run_restorer(self.restorer, photo, image, system.options.SEES_ALPHA, progress)
         except torch.OutOfMemoryError:
             self.free()
             raise
@@ -141,8 +141,8 @@ def open_upload(path: Path, results: Path, max_megapixels: float) -> tuple[Path,
 
     Raises ValueError if it is too large, by its header, or cannot be read.
     """
-    picture = read_picture(path, max_megapixels=max_megapixels)
-    image = picture.with_alpha(picture.pixels)  # uint8 (h, w, 3 or 4)
+    photo = read_photo(path, max_megapixels=max_megapixels)
+    image = photo.with_alpha(photo.pixels)  # uint8 (h, w, 3 or 4)
     height, width = image.shape[:2]
     scale = min(1.0, PREVIEW / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -21,7 +21,7 @@ def read_caption(*images: str | Path) -> str:
 
 
 def check_captions(images: Iterable[str | Path]) -> bool:
-    """Tell whether any image has a caption beside it. All are read: a bad one raises now, not in training."""
+    """Return whether any image has a caption file. All are read: a bad one raises now, not in training."""
     paths = [Path(image) for image in images]
     folders = {folder for folder in {path.parent for path in paths} if any(folder.glob("*.[tT][xX][tT]"))}
     beside = [path for path in paths if path.parent in folders]

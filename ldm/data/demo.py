@@ -11,7 +11,7 @@ from ldm.data.image import photographs, read_image, write_image
 from ldm.modules.image_degradation.blur import random_blur
 
 TRAIN, HELD_OUT = ("astronaut.png", "motorcycle_left.png"), ("chelsea.png", "coffee.png", "rocket.jpg")
-SIZE, LEAVES = 128, 500  # pixels of the training pictures; of them, that many are dead leaves
+SIZE, LEAVES = 128, 500  # pixels of the training images; of them, that many are dead leaves
 BLUR_TYPES = ("motion_blur", "gaussian_blur", "defocus_blur")  # lens blur darkens the corners
 CAMERA = {"scale": 0.4, "noise": 0.0}  # of the blurs
 
@@ -22,7 +22,7 @@ def write_demo(folder: Path, wanted: Sequence[Path | None]) -> None:
         return
     for name in ("train/blur", "train/sharp", "real", "valid/blur", "valid/sharp"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for number, sharp in enumerate(_pictures()):
+    for number, sharp in enumerate(_crops()):
         blurry = random_blur(sharp, np.random.default_rng(number), BLUR_TYPES, **CAMERA)[0]
         if number % 2:
             write_image(folder / "real" / f"{number:04d}.png", blurry)
@@ -38,7 +38,7 @@ def write_demo(folder: Path, wanted: Sequence[Path | None]) -> None:
     write_atomically(folder / "finished", lambda temporary: temporary.touch())
 
 
-def _pictures() -> Iterator[np.ndarray]:
+def _crops() -> Iterator[np.ndarray]:
     """Sharp squares: dead leaves, then pieces of photographs."""
     for number in range(LEAVES):
         yield dead_leaves(SIZE, np.random.default_rng([SIZE, number]))

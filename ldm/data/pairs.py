@@ -50,7 +50,7 @@ def find_pairs(
     A list that is not in the current folder is looked for in `data_root`. Paths inside a file are relative to
     `data_root`, else to the file's own folder or the current one.
 
-    Raises FileNotFoundError or ValueError that names the file, the line or the image without partner, or
+    Raises FileNotFoundError or ValueError that names the file, the line or the unmatched image, or
     says that the pairs are reversed (with `blurred`: if names tell nothing, by a sample of the images).
     """
     source = _located(Path(source), data_root)
@@ -90,8 +90,8 @@ def _located(source: Path, data_root: str | Path | None) -> Path:
 def match_folders(blurry_dir: str | Path, sharp_dir: str | Path) -> list[Paths]:
     """Pairs of images of one relative path in two folders, but for extensions and words of the sides.
 
-    So a/blur_1.png and a/gt_1.png are partners, and so are the only images of two folders (RSBlur). Raises
-    ValueError if the two are one folder, or for images without a partner.
+    So a/blur_1.png and a/gt_1.png form a pair, and so are the only images of two folders (RSBlur). Raises
+    ValueError if the two are one folder, or for images without a counterpart.
     """
     check_apart(blurry_dir, sharp_dir)
     blurry, sharp = _by_place(Path(blurry_dir)), _by_place(Path(sharp_dir))
@@ -121,7 +121,7 @@ def check_apart(blurry: str | Path, sharp: str | Path) -> None:
 
 def _refuse_singles(single: list[Path]) -> None:
     if single:
-        raise ValueError(f"images without a partner: {listing(single, 3)}")
+        raise ValueError(f"images without a counterpart: {listing(single, 3)}")
 
 
 def _grouped(pairs: Sequence[Paths], root: Path | None = None) -> list[Pair]:
@@ -240,13 +240,13 @@ def sharp_pairs(folder: str | Path | None) -> list[Pair]:
 
 
 def _check_sharpness(pairs: Sequence[Pair], source: Path) -> None:
-    """Raise ValueError if the blurry images are sharper than their partners in most of a sample."""
+    """Raise ValueError if the blurry images are sharper than their counterparts in most of a sample."""
     chosen = np.linspace(0, len(pairs) - 1, min(SAMPLE, len(pairs))).astype(int)
     sharper = [pairs[n] for n in chosen if _is_sharper(pairs[n].blurry, pairs[n].sharp)]
     if len(sharper) > 0.7 * len(chosen):
         raise ValueError(
             f"{source}: the pairs are reversed: in {len(sharper)} of {len(chosen)} the blurry image is "
-            f"sharper than its partner, such as {sharper[0].blurry} than {sharper[0].sharp}"
+            f"sharper than its counterpart, such as {sharper[0].blurry} than {sharper[0].sharp}"
         )
 
 

@@ -71,7 +71,7 @@ Source = ImageFiles | Patches
 
 
 def is_patches(path: str | Path | None) -> bool:
-    """Tell a file of patches by its suffix."""
+    """Return whether the suffix is that of a file of patches."""
     return path is not None and Path(path).suffix.lower() in SUFFIXES
 
 

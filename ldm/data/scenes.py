@@ -1,4 +1,4 @@
-"""What the names of images tell: the side of a pair that one belongs to, and the scene it comes from."""
+"""Facts from image names: the side of a pair that one belongs to, and the scene it comes from."""
 
 import re
 from collections.abc import Sequence
@@ -43,10 +43,10 @@ def side(name: str) -> str:
 
 
 def path_side(path: str | PurePath, other: str | PurePath) -> str:
-    """The side of a path that its partner does not share: told by the nearest folder, then by the name."""
+    """The side of a path that its counterpart does not share: from the nearest folder, else from the name."""
     path, others = PurePath(path), PurePath(other).parts
     names = [*(part for part in reversed(path.parts[:-1]) if part not in others), path.stem]
-    return next((told for told in map(side, names) if told), "")
+    return next((found for found in map(side, names) if found), "")
 
 
 def place(path: PurePath) -> PurePosixPath:

@@ -16,7 +16,7 @@ from ldm.modules.mprnet import EDGE_WEIGHT, MPRNet, edge_loss
 from ldm.modules.nafnet import NAFNet
 from ldm.modules.restoration_unet import RestorationUNet
 from ldm.modules.sftnet import SFTNet
-from ldm.tiling import pad_to_multiple, restore_picture
+from ldm.tiling import pad_to_multiple, restore_photo
 
 Made = Tensor | list[Tensor]  # output of a network of one stage, or of several
 
@@ -145,7 +145,7 @@ def restore_image(
 ) -> np.ndarray:
     """Restore a uint8 image (h, w, 3) of any size in eval mode; train_dbgan's BGAN blurs it with a `noise`.
 
-    `options` are those of ldm.tiling.restore_picture.
+    `options` are those of ldm.tiling.restore_photo.
     """
 
     def run(part: Tensor) -> Tensor:
@@ -158,6 +158,6 @@ def restore_image(
     training = network.training
     network.eval()
     try:
-        return restore_picture(image, run, next(network.parameters()).device, **options)
+        return restore_photo(image, run, next(network.parameters()).device, **options)
     finally:
         network.train(training)

@@ -1,4 +1,4 @@
-"""MPRNet: three stages that restore quarters, halves and the whole picture, each helped by the one before.
+"""MPRNet: three stages that restore quarters, halves and the whole image, each helped by the one before.
 
 Zamir, Arora, Khan, Hayat, Khan, Yang, Shao: Multi-Stage Progressive Image Restoration, CVPR 2021. Parameters
 bear the authors' names: their files load.
@@ -136,7 +136,7 @@ class ORSNet(nn.Module):
 
 
 class SAM(nn.Module):
-    """Supervised attention: a stage's restored picture, and its features weighted by it (figure 4)."""
+    """Supervised attention: a stage's restored image, and its features weighted by it (figure 4)."""
 
     def __init__(self, width: int):
         super().__init__()

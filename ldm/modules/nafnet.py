@@ -53,7 +53,7 @@ def blocks(width: int, count: int) -> nn.Sequential:
 class NAFNet(nn.Module):
     """forward(blurry): (b, 3, h, w), any size and range -> restored, the same size, not clamped.
 
-    The picture is padded with zeros to multiples of `multiple` and cut back. The paper's networks for
+    The image is padded with zeros to multiples of `multiple` and cut back. The paper's networks for
     deblurring have encoder blocks 1, 1, 1, 28, one in the middle, and decoder blocks 1, 1, 1, 1.
     """
 

@@ -1,7 +1,7 @@
 """SFTNet: a residual trunk whose features are scaled and shifted by what a small network says of the blur.
 
 Wang, Yu, Dong, Loy: Recovering Realistic Texture in Image Super-Resolution by Deep Spatial Feature Transform,
-CVPR 2018. There the conditions come from a segmentation; here they are made from the blurry picture. The
+CVPR 2018. There the conditions come from a segmentation; here they are made from the blurry image. The
 trunk is SRResNet's (Ledig et al. 2017) without normalisation and upsampling, with a residual to the input.
 """
 

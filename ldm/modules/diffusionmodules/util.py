@@ -81,7 +81,7 @@ class GroupNormSiLU(GroupNorm32):
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Tell if a map (b, c, h, w) lies in memory as channels_last."""
+    """Return whether a map (b, c, h, w) lies in memory as channels_last."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 

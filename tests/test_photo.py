@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, ImageCms
 from harness.jobs import Command, restore_one
 from harness.provenance import content_hash
 from ldm.data.image import photographs, read_image, read_rgba
-from ldm.data.picture import check_fits, read_note, read_picture, write_picture
+from ldm.data.photo import check_fits, read_note, read_photo, write_photo
 
 TAGS, IFD = ExifTags.Base, ExifTags.IFD
 
@@ -37,9 +37,9 @@ def camera_exif(orientation: int = 6) -> Image.Exif:
 def test_exif_is_kept_and_the_picture_upright(tmp_path, ending, source):
     path, target = tmp_path / f"in.{source}", tmp_path / f"out.{ending}"
     Image.fromarray(photograph(30, 40)).save(path, exif=camera_exif())
-    picture = read_picture(path)
+    picture = read_photo(path)
     assert np.array_equal(picture.pixels, read_image(path)) and picture.pixels.shape == (40, 30, 3)
-    write_picture(target, picture.pixels, picture, "a note", quality=90)
+    write_photo(target, picture.pixels, picture, "a note", quality=90)
     with Image.open(target) as image:
         exif = image.getexif()
         assert exif[TAGS.Model] == "Camera" and exif[TAGS.DateTime] == "2026:01:02 03:04:05"
@@ -57,8 +57,8 @@ def test_exif_is_kept_and_the_picture_upright(tmp_path, ending, source):
 def test_damaged_exif_is_told_and_left_out(tmp_path):
     Image.fromarray(photograph(8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05broken")
     with pytest.warns(UserWarning):
-        picture = read_picture(tmp_path / "a.jpg")
-    write_picture(tmp_path / "b.jpg", picture.pixels, picture, "r")
+        picture = read_photo(tmp_path / "a.jpg")
+    write_photo(tmp_path / "b.jpg", picture.pixels, picture, "r")
     assert read_note(tmp_path / "b.jpg") == "r"
 
 
@@ -68,18 +68,18 @@ def test_16_bits_stay(tmp_path, channels, source):
     deep = np.random.default_rng(0).integers(0, 65536, (9, 14, channels), dtype=np.uint16)
     path = tmp_path / f"in.{source}"
     cv2.imwrite(str(path), deep if channels == 1 else deep[..., [2, 1, 0, 3][:channels]])
-    picture = read_picture(path, deep=True)
+    picture = read_photo(path, deep=True)
     assert np.array_equal(picture.pixels, np.repeat(deep, 3, 2) if channels == 1 else deep[..., :3])
     assert (picture.alpha is None) == (channels < 4)
     picture.exif[TAGS.Model] = "Camera"
-    write_picture(tmp_path / "out.png", picture.with_alpha(picture.pixels), picture, "made")
-    again = read_picture(tmp_path / "out.png", deep=True)
+    write_photo(tmp_path / "out.png", picture.with_alpha(picture.pixels), picture, "made")
+    again = read_photo(tmp_path / "out.png", deep=True)
     assert np.array_equal(again.pixels, picture.pixels) and again.exif[TAGS.Model] == "Camera"
     assert read_note(tmp_path / "out.png") == "made"
     if channels == 4:
         assert np.array_equal(again.alpha, deep[..., 3])
-    assert read_picture(path).pixels.dtype == np.uint8
-    write_picture(tmp_path / "out.jpg", picture.with_alpha(picture.pixels), picture)
+    assert read_photo(path).pixels.dtype == np.uint8
+    write_photo(tmp_path / "out.jpg", picture.with_alpha(picture.pixels), picture)
     assert read_image(tmp_path / "out.jpg").shape == (9, 14, 3)
 
 
@@ -93,7 +93,7 @@ def test_16_bits_are_upright(tmp_path, orientation, source):
     exif = Image.Exif()
     exif[TAGS.Orientation] = orientation
     if source == "png":
-        from ldm.data.picture import _deep_png
+        from ldm.data.photo import _deep_png
 
         path.write_bytes(_deep_png(deep, None, exif.tobytes()))
     else:
@@ -103,7 +103,7 @@ def test_16_bits_are_upright(tmp_path, orientation, source):
         with tifffile.TiffWriter(path) as writer:
             writer.write(deep, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
         assert path.read_bytes() != tags
-    upright = read_picture(path, deep=True).pixels
+    upright = read_photo(path, deep=True).pixels
     assert upright.dtype == np.uint16 and np.array_equal(upright // 257, read_image(path))
 
 
@@ -112,45 +112,45 @@ def test_colours_are_srgb_or_named(tmp_path):
     Image.fromarray(photograph(8, 8)).save(tmp_path / "a.png", icc_profile=lab)
     Image.fromarray(photograph(8, 8)).save(tmp_path / "b.png")
     for name, tagged in (("a", True), ("b", False)):
-        picture = read_picture(tmp_path / f"{name}.png")
+        picture = read_photo(tmp_path / f"{name}.png")
         for ending in ("png", "jpg", "webp"):
-            write_picture(tmp_path / f"{name}2.{ending}", picture.pixels, picture)
+            write_photo(tmp_path / f"{name}2.{ending}", picture.pixels, picture)
             with Image.open(tmp_path / f"{name}2.{ending}") as image:
                 assert bool(image.info.get("icc_profile")) == tagged
     deep = photograph(8, 8).astype(np.uint16) * 257
     picture.profile = b"a profile of its own"
-    write_picture(tmp_path / "c.png", deep, picture)
-    assert read_picture(tmp_path / "c.png", deep=True).profile == picture.profile
+    write_photo(tmp_path / "c.png", deep, picture)
+    assert read_photo(tmp_path / "c.png", deep=True).profile == picture.profile
 
 
 def test_transparency_is_carried_and_lies_over_white_in_jpeg(tmp_path):
     rgba = np.dstack([photograph(8, 8), np.full((8, 8), 128, np.uint8)])
     Image.fromarray(rgba).save(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png")
+    picture = read_photo(tmp_path / "a.png")
     assert np.array_equal(picture.pixels, rgba[..., :3]) and np.array_equal(
         picture.shown(), read_image(tmp_path / "a.png")
     )
-    write_picture(tmp_path / "b.png", picture.with_alpha(picture.pixels), picture)
+    write_photo(tmp_path / "b.png", picture.with_alpha(picture.pixels), picture)
     assert np.array_equal(read_rgba(tmp_path / "b.png"), rgba)
-    write_picture(tmp_path / "b.jpg", picture.with_alpha(picture.pixels), picture, quality=100)
+    write_photo(tmp_path / "b.jpg", picture.with_alpha(picture.pixels), picture, quality=100)
     assert np.abs(read_image(tmp_path / "b.jpg").astype(int) - picture.shown()).mean() < 4
 
 
 def test_a_picture_too_large_for_its_format_is_named(tmp_path):
-    picture = read_picture(photographs()[0])
+    picture = read_photo(photographs()[0])
     with pytest.raises(ValueError, match="long.webp: WEBP cannot hold this image"):
-        write_picture(tmp_path / "long.webp", np.zeros((1, 16384, 3), np.uint8), picture)
+        write_photo(tmp_path / "long.webp", np.zeros((1, 16384, 3), np.uint8), picture)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("ending", "most"), [("jpg", 65500), ("webp", 16383)])
 def test_the_longest_side_of_a_format(tmp_path, ending, most):
     """The number is the one at which the library refuses; it is checked without an image."""
-    picture = read_picture(photographs()[0])
+    picture = read_photo(photographs()[0])
     path = tmp_path / f"a.{ending}"
-    write_picture(path, np.zeros((1, most, 3), np.uint8), picture)
+    write_photo(path, np.zeros((1, most, 3), np.uint8), picture)
     with pytest.raises((ValueError, OSError)):
-        write_picture(path, np.zeros((1, most + 1, 3), np.uint8), picture)
+        write_photo(path, np.zeros((1, most + 1, 3), np.uint8), picture)
     check_fits(path, 1, most)
     check_fits(tmp_path / "a.png", 1, most + 1)
     for size in ((1, most + 1), (most + 1, 1)):
@@ -194,11 +194,11 @@ def test_damaged_files_are_named_or_read(tmp_path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    picture = read_picture(path, deep=True)
+                    picture = read_photo(path, deep=True)
                 except ValueError as error:
                     assert str(error).startswith("cannot read image")
                     continue
-            write_picture(tmp_path / "out.png", picture.with_alpha(picture.pixels), picture, "made")
+            write_photo(tmp_path / "out.png", picture.with_alpha(picture.pixels), picture, "made")
             assert read_note(tmp_path / "out.png") == "made"
             read += 1
     assert read > 10

@@ -28,7 +28,7 @@ NOTE = TAGS.ImageHistory  # where a result says what it was made from
 
 
 @dataclass
-class Picture:
+class Photo:
     """A file's pixels, as a network takes them, and what else a result of it keeps."""
 
     pixels: np.ndarray  # uint8 or uint16 (h, w, 3), upright; also under what is transparent
@@ -47,7 +47,7 @@ class Picture:
         return over_white(to_8_bit(self.with_alpha(self.pixels)))
 
 
-def read_picture(path: str | Path, deep: bool = False, max_megapixels: float | None = None) -> Picture:
+def read_photo(path: str | Path, deep: bool = False, max_megapixels: float | None = None) -> Photo:
     """Read an image with its transparency and EXIF, upright; with `deep` 16-bit PNG and TIFF as uint16.
 
     8-bit images are converted to sRGB by their ICC profile; 16-bit ones keep their colours and the profile.
@@ -64,7 +64,7 @@ def read_picture(path: str | Path, deep: bool = False, max_megapixels: float | N
             rgba = decoded.rgba()
             values = decoded.rgb() if rgba is None else rgba
     alpha = values[..., 3] if values.shape[2] == 4 else None
-    return Picture(np.ascontiguousarray(values[..., :3]), alpha, exif, profile)
+    return Photo(np.ascontiguousarray(values[..., :3]), alpha, exif, profile)
 
 
 def keep_exif(file: BinaryIO, path: str | Path) -> Image.Exif:
@@ -108,8 +108,8 @@ def _srgb_profile() -> bytes:
     return bytes(profile)
 
 
-def write_picture(
-    path: str | Path, pixels: np.ndarray, source: Picture, note: str = "", quality: int = 95
+def write_photo(
+    path: str | Path, pixels: np.ndarray, source: Photo, note: str = "", quality: int = 95
 ) -> None:
     """Write uint8 or uint16 (h, w, 3 or 4) as the ending says (FORMATS), with EXIF and profile of `source`.
 
@@ -145,7 +145,7 @@ def check_fits(path: str | Path, height: int, width: int) -> None:
 
 
 def read_note(path: str | Path) -> str:
-    """Return the note that `write_picture` left in a file; empty if there is none, or if it is no image."""
+    """Return the note that `write_photo` left in a file; empty if there is none, or if it is no image."""
     try:
         with opened(path) as file:
             return str(read_exif(file).get(NOTE, ""))
