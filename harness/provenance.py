@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ldm.data.packed import database, read_packed
 from ldm.data.photo import read_note
 
 VERSION = 3  # of the pixels that this code makes of the same files and options
@@ -53,8 +52,6 @@ class Provenance:
 
 def content_hash(path: Path) -> str:
     """Return what a file's content is known by; "missing" if there is none, which fails when it is used."""
-    if database(path):
-        return hashlib.sha256(read_packed(path).read()).hexdigest()[:16]
     if not path.is_file():
         return "missing"
     stat = path.stat()

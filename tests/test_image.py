@@ -20,7 +20,6 @@ from ldm.data.image import (
     list_images,
     natural_key,
     read_image,
-    read_rgba,
     to_tensor,
     to_uint8,
     write_image,
@@ -163,7 +162,8 @@ def test_colours_are_converted_by_the_icc_profile(tmp_path):
     half = np.dstack([RGB, np.full((8, 8), 128, np.uint8)])
     read = save(tmp_path / "rgba.png", Image.fromarray(half), icc_profile=ADOBE_RGB)
     assert np.abs(read - (128 * expected + 127 * 255) / 255).max() < 2
-    rgba = read_rgba(tmp_path / "rgba.png")
+    photo = read_photo(tmp_path / "rgba.png")
+    rgba = photo.with_alpha(photo.pixels)
     assert np.abs(rgba[..., :3] - expected).max() < 2 and (rgba[..., 3] == 128).all()
     palette = Image.fromarray(RGB).quantize(16)
     colours = np.array(palette.convert("RGB"))
@@ -389,7 +389,7 @@ def test_a_file_that_is_gone_since_it_was_listed(tmp_path):
     write_image(tmp_path / "a.png", RGB)
     path = list_images(tmp_path)[0]
     path.unlink()
-    for read in (read_image, read_rgba, image_size, read_photo):
+    for read in (read_image, image_size, read_photo):
         with pytest.raises(FileNotFoundError, match=f"image not found: {path}"):
             read(path)
 

@@ -1,17 +1,13 @@
 """Data sets as they lie on people's disks: every layout, the scenes of its split, and what is reversed."""
 
-import io
 import json
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
 
-from ldm.data.image import image_size, list_images, photographs, read_image, write_image
+from ldm.data.image import photographs, read_image, write_image
 from ldm.data.pairs import find_pairs, has_pairs, sharp_pairs, split_pairs
 from ldm.data.scenes import place, scenes, side
 
@@ -232,7 +228,7 @@ def test_scenes_by_the_names(names, groups):
 
 
 def test_sides_by_whole_words():
-    assert [side(name) for name in ("GT", "clear_images", "sharp_crops", "target.lmdb")] == ["sharp"] * 4
+    assert [side(name) for name in ("GT", "clear_images", "sharp_crops", "target")] == ["sharp"] * 4
     assert [side(name) for name in ("blur", "input", "lq", "blur_crops")] == ["blurry"] * 4
     assert [side(name) for name in ("blur_gamma", "deblur", "RealBlur_J", "sharp_and_blur", "7")] == [""] * 5
     assert str(place(Path("scene1/gt/gt_2.png"))) == "scene1/2"
@@ -308,65 +304,6 @@ def test_paths_of_a_list_from_the_list_or_from_here(tmp_path, monkeypatch):
     )  # the list's own folder comes before the current one, data_root before both
     assert {pair.blurry.parts[0] for pair in find_pairs("lists/train.txt")} == {"lists"}
     assert found(tmp_path, "lists/train.txt", data_root=tmp_path) == made
-
-
-# ---- lmdb --------------------------------------------------------------------------------------------------
-
-
-def pack(folder: Path, packed: Path) -> None:
-    """An lmdb as BasicSR's create_lmdb.py writes it: keys without extension, values PNG files."""
-    lmdb = pytest.importorskip("lmdb")
-    lines = []
-    with lmdb.open(str(packed), map_size=2**24) as environment, environment.begin(write=True) as transaction:
-        for path in list_images(folder):
-            image, data = read_image(path), io.BytesIO()
-            Image.fromarray(image).save(data, "PNG")
-            transaction.put(path.stem.encode(), data.getvalue())
-            lines.append(f"{path.name} ({image.shape[0]},{image.shape[1]},3) 1\n")
-    (packed / "meta_info.txt").write_text("".join(lines))
-
-
-def test_lmdb_of_basicsr(tmp_path):
-    made = TREES["crops"]
-    make(tmp_path / "plain", *made)
-    (tmp_path / "packed").mkdir()
-    for kind in ("blur_crops", "sharp_crops"):
-        pack(tmp_path / "plain" / kind, tmp_path / "packed" / f"{kind}.lmdb")
-    pairs = find_pairs(tmp_path / "packed")
-    assert [pair.group for pair in pairs] == GROUPS["crops"]
-    plain = find_pairs(tmp_path / "plain")
-    for one, other in zip(pairs, plain, strict=True):
-        assert np.array_equal(read_image(one.blurry), read_image(other.blurry))
-        assert np.array_equal(read_image(one.sharp), read_image(other.sharp)) and image_size(one.sharp) == (
-            96,
-            96,
-        )
-    both = [tmp_path / "packed" / f"{kind}.lmdb" for kind in ("blur_crops", "sharp_crops")]
-    assert find_pairs(*both) == pairs
-    with pytest.raises(FileNotFoundError, match="image not found: .*absent.png"):
-        read_image(both[0] / "absent.png")
-    (both[0] / "meta_info.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="blur_crops.lmdb has no meta_info.txt"):
-        find_pairs(*both)
-
-
-def test_an_lmdb_is_read_by_threads_and_in_workers_of_a_process_that_has_read_it(tmp_path):
-    make(tmp_path / "plain", *TREES["crops"])
-    (tmp_path / "packed").mkdir()
-    pack(tmp_path / "plain" / "blur_crops", tmp_path / "packed" / "blur.lmdb")
-    paths = list_images(tmp_path / "packed" / "blur.lmdb")
-    with ThreadPoolExecutor(4) as threads:
-        here = list(threads.map(read_image, paths * 4))
-    with get_context("fork").Pool(2) as workers:
-        there = workers.map(read_image, paths)
-    assert all(map(np.array_equal, here, there * 4))
-
-
-def test_lmdb_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    (tmp_path / "gt.lmdb").mkdir()
-    monkeypatch.setattr("ldm.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="gt.lmdb needs a package: pip install lmdb"):
-        list_images(tmp_path / "gt.lmdb")
 
 
 # ---- the documents' data set -------------------------------------------------------------------------------

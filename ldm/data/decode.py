@@ -14,7 +14,6 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from ldm.data.packed import DamagedDatabase, database, read_packed
 from ldm.data.tiff import as_image, count_images, is_tiff, open_tiff, page_orientation, read_page, scale
 
 # Formats that are often found among photos but are not read here.
@@ -66,18 +65,18 @@ def tell_frames(path: str | Path, decoded: Decoded) -> None:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[BinaryIO]:
-    """The file of an image, which may lie in an lmdb; errors become a ValueError that names it."""
+    """Open the file of an image; errors become a ValueError that names it."""
     path = Path(path)
     if path.suffix.lower() in LEFT_OUT:
         raise DamagedImage(
             f"cannot read image {path}: {path.suffix} files are not read, convert it to PNG or JPEG"
         )
     try:
-        if not database(path) and not path.is_file():
+        if not path.is_file():
             raise FileNotFoundError(f"image not found: {path}")
-        with read_packed(path) if database(path) else open(path, "rb") as file:
+        with open(path, "rb") as file:
             yield file
-    except (FileNotFoundError, DamagedDatabase):
+    except FileNotFoundError:
         raise
     except DAMAGED as error:
         reason = re.sub(r" <_io\.\S+ .*>$", "", str(error))  # Pillow's name of a file that is open

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.decode import LEFT_OUT, DamagedImage, decode, opened, read_size, tell_frames
-from ldm.data.packed import list_packed
 
 # Formats of photos that Pillow reads.
 EXTENSIONS = {
@@ -41,15 +40,6 @@ def read_image(path: str | Path, max_megapixels: float | None = None) -> np.ndar
         decoded = decode(file, max_megapixels)
         tell_frames(path, decoded)
         return decoded.rgb()
-
-
-def read_rgba(path: str | Path) -> np.ndarray | None:
-    """Read an image that has transparency as uint8 sRGB (h, w, 4), upright; None if it has none.
-
-    Raises as `read_image` does.
-    """
-    with opened(path) as file:
-        return decode(file).rgba()
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -175,8 +165,6 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder not found: {folder}")
-    if folder.suffix == ".lmdb":
-        return sorted(list_packed(folder), key=natural_key)
     paths, left_out = [], Counter()
     for here, _, names in walk(folder):
         for name in names:

@@ -14,9 +14,10 @@ from ldm.data.crop import Crop, at_least, random_crop
 from ldm.data.image import UNREADABLE, read_image, to_tensor
 from ldm.data.pairs import Pair, check_alike
 from ldm.data.stream import Key, item_seed, split_key
-from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types, random_blur
+from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
 
 BLUR_MARGIN = 32  # pixels around a crop that are blurred with it, so that its borders are true
+BLUR_NAMES = tuple(BLUR_TYPES)
 LUMA = np.array([0.299, 0.587, 0.114])
 Crops = tuple[np.ndarray, np.ndarray, str, str]  # blurry, sharp, where they come from, blur type
 
@@ -170,12 +171,9 @@ class BlurDataset(CropDataset):
     """Pairs from sharp images alone: the blur is new in every epoch.
 
     `images` is a list of paths, or a source such as ldm.data.dead_leaves.DeadLeaves. `blur_options` are those
-    of `random_blur` (`scale`, `noise`, `jpeg_probability`), and `field`, the fall-off of lens blur, which a
-    crop of a larger image does not have.
-
-    The fraction `sharp_fraction` of the samples is spared, so that a network learns to leave sharp images
-    alone: half of these are not blurred at all, half by at most a quarter of the blur's size. Of
-    `candidates` crops the sharpest is taken: in photos of a shallow focus most are blurred.
+    of `random_blur` (`scale`, `noise`, `jpeg_probability`), and `field` is the fall-off of lens blur, which a
+    crop of a larger image does not have. Of `candidates` crops the sharpest is taken: in photos of a shallow
+    focus most are blurred.
     """
 
     def __init__(
@@ -186,34 +184,23 @@ class BlurDataset(CropDataset):
         augment: bool = False,
         color_jitter: float = 0.0,
         cache: bool = False,
-        blur_types: Sequence[str] = tuple(BLUR_TYPES),
-        sharp_fraction: float = 0.0,
         candidates: int = 1,
         field: tuple[float, float] | None = None,
         **blur_options: float,
     ):
         super().__init__(len(images), size, seed, augment, color_jitter)
-        check_blur_types(blur_types)
         self.images = images if hasattr(images, "name") else ImageFiles(images, cache)
-        self.blur_types, self.blur_options, self.field = tuple(blur_types), blur_options, field
-        self.sharp_fraction, self.candidates = sharp_fraction, candidates
+        self.candidates, self.blur_options, self.field = candidates, blur_options, field
 
     def _crops(self, key: Key, rng: np.random.Generator) -> Crops:
         image = at_least(self.images[key], self.size)
         name = self.images.name(key)
         crop = self._crop(image, rng, self.candidates)
-        types, options = self.blur_types, dict(self.blur_options)
-        if self.sharp_fraction:
-            spared = rng.random() / self.sharp_fraction  # below 1 for that fraction
-            if spared < 0.5:
-                return crop.cut(image), crop.cut(image), name, ""
-            if spared < 1:
-                options["scale"] = options.get("scale", 1.0) * rng.uniform(0, 0.25)
-        if self.field is not None:  # only lens blur has it: the type is chosen here
-            types = [types[rng.integers(len(types))]]
-            if types == ["lens_blur"]:
-                options["field"] = self.field
-        blurry, blur_type, _ = blur_crop(image, crop, rng, types, **options)
+        options = dict(self.blur_options)
+        blur_type = BLUR_NAMES[rng.integers(len(BLUR_NAMES))]
+        if blur_type == "lens_blur" and self.field is not None:
+            options["field"] = self.field
+        blurry, _, _ = blur_crop(image, crop, rng, [blur_type], **options)
         return blurry, crop.cut(image), name, blur_type
 
 
@@ -236,7 +223,7 @@ def blur_crop(
     image: np.ndarray,
     crop: Crop,
     rng: np.random.Generator,
-    blur_types: Sequence[str] = tuple(BLUR_TYPES),
+    blur_types: Sequence[str] = BLUR_NAMES,
     **options: float,
 ) -> tuple[np.ndarray, str, dict]:
     """Blur a crop of an image with its surroundings: the blurred crop, blur type, parameters of the blur."""

@@ -38,7 +38,7 @@ def find_pairs(
 ) -> list[Pair]:
     """Find pairs, in natural order. `source` is one of:
 
-    - a folder (or lmdb), with `sharp_dir` another: files of the same relative path are pairs, whatever their
+    - a folder, with `sharp_dir` another: files of the same relative path are pairs, whatever their
       extensions (see match_folders);
     - a folder made by tool_make_deblur_dataset.py, or its blur_types.json (any .json or .jsonl);
     - a tree: every folder at or below `source` that holds one folder of blurry and one of sharp images, by

@@ -230,10 +230,6 @@ def yaml_changed(path: Path, rng: np.random.Generator) -> None:
 
 TASKS = {**YAML, "either": [*YAML["either"], *[yaml_changed] * 6]}
 CAPTION = {"bad": [utf16], "either": [*ANY["bad"], bytes_changed]}  # any other text is a caption
-META = {
-    "bad": [*ANY["bad"][1:], utf16],
-    "either": [truncated, bytes_changed, line("missing", "no.png (9,9,3) 1"), line("one", "no.png")],
-}
 
 
 # ---- h5 --------------------------------------------------------------------------------------------------

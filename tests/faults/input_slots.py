@@ -23,7 +23,6 @@ from tests.faults.damage import (
     JSON,
     JSON_LINES,
     LIST,
-    META,
     PICTURE,
     TASKS,
     TEXT,
@@ -348,7 +347,6 @@ CAPTIONED = {"captions": True, "instance_prompt": "mend", "pretrained_model_name
 WEIGHTS_MAY = {"either": [*WEIGHTS["bad"], *WEIGHTS["either"]]}  # without encoders none can be made anew
 CONTROL = "runs/inpaint/final_model/controlnet.safetensors"
 CACHE = {"bad": ANY["bad"]}
-LMDB = {"bad": ANY["bad"], "either": ANY["either"]}
 TEXT_ENCODERS = {
     "text_encoder/config.json": JSON,
     "text_encoder/model.safetensors": WEIGHTS,
@@ -426,8 +424,6 @@ SLOTS = [
     Slot("base --photos", PICTURE, training("base", "photos", "photos", "003.png", "unet")),
     Slot("kontext --tasks", TASKS, training("kontext", "tasks", "tasks.yaml", blocks_to_swap=3)),
     Slot("kontext caption", CAPTION, training("kontext", "hr_root", "captioned", "001.txt", **CAPTIONED)),
-    Slot("srn --data lmdb", LMDB, training("srn", "data", "packed", "blur.lmdb/data.mdb")),
-    Slot("srn --data meta_info", META, training("srn", "data", "packed", "sharp.lmdb/meta_info.txt")),
     Slot("srn --init_weights", WEIGHTS, training("srn", "init_weights", "srn.safetensors")),
     Slot(
         "dbgan --init_weights", WEIGHTS, training("dbgan", "init_weights", "dbgan.safetensors", "", "paired")

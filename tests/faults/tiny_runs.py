@@ -5,7 +5,6 @@ starts in milliseconds, and is killed, limited and measured as any other.
 """
 
 import atexit
-import io
 import logging
 import multiprocessing.util
 import os
@@ -22,10 +21,8 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # no pool of threads may exist where a process is forked
 
-import lmdb
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import evaluate  # noqa: F401  (imported once, here, for all processes)
@@ -40,7 +37,6 @@ from cldm.model import create_model
 from extras import train_small_base  # noqa: F401
 from ldm import checkpoint
 from ldm.data.image import list_images, photographs, read_image, write_image
-from ldm.data.packed import META
 from ldm.models.prompts import prompt_file
 from ldm.modules.image_degradation.blur import random_blur
 from tests.tiny_flux import write_tiny_folder
@@ -55,7 +51,7 @@ ROOT = Path(__file__).parent.parent.parent
 TRAINERS = ("deblur", "inpaint", "srn", "dbgan", "kontext")
 # The same ones with other inputs: the trainer, its flags ("@x" is a path in the place).
 VARIANTS = {
-    "srn_packed": ("srn", {"data": "@packed", "init_weights": "@srn.safetensors"}),
+    "srn_init": ("srn", {"init_weights": "@srn.safetensors"}),
     "dbgan_init": ("dbgan", {"init_weights": "@dbgan.safetensors"}),
     "kontext_tasks": ("kontext", {"tasks": "@tasks.yaml", "captions": True, "blocks_to_swap": 3}),
 }
@@ -217,8 +213,6 @@ def make_place(place: Path) -> None:
 
 def _make_starts(place: Path) -> None:
     """What the variants start from."""
-    for kind in ("blur", "sharp"):
-        pack(place / "gopro", kind, place / "packed" / f"{kind}.lmdb")
     torch.manual_seed(1)
     checkpoint.write_weights(place / "srn.safetensors", SRNDeblurNet(2).state_dict())
     weights = {f"deblur.{key}": value for key, value in DBGANGenerator(4, 1).state_dict().items()}
@@ -236,20 +230,6 @@ def _make_starts(place: Path) -> None:
         "  degradation_types: [noise, motion_blur]\n  noise_level: [0.05, 0.2]\n  weight: 2\n"
         f"soft:\n  hr_root: {place / 'captioned'}\n  degradation_types: downsample\n"
     )
-
-
-def pack(tree: Path, kind: str, packed: Path) -> None:
-    """The pictures in the folders `kind` of a tree as an lmdb of BasicSR."""
-    packed.mkdir(parents=True)
-    lines = []
-    with lmdb.open(str(packed), map_size=2**24) as environment, environment.begin(write=True) as transaction:
-        for path in (path for path in list_images(tree) if path.parent.name == kind):
-            image, data = read_image(path), io.BytesIO()
-            Image.fromarray(image).save(data, "PNG")
-            name = f"{path.parent.parent.name}_{path.stem}"
-            transaction.put(name.encode(), data.getvalue())
-            lines.append(f"{name}.png ({image.shape[0]},{image.shape[1]},3) 1\n")
-    (packed / META).write_text("".join(lines))
 
 
 def in_place(changes: dict, place: Path) -> dict:
