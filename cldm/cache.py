@@ -17,7 +17,6 @@ from tqdm import tqdm
 from cldm.cldm import ControlLDM
 from harness.loading import make_loader
 from ldm.checkpoint import write_atomically
-from ldm.data.packed import database
 from ldm.device import choose_device
 from ldm.models.diffusion.ddpm import image_of
 
@@ -133,7 +132,6 @@ def with_cached_latents(
 
 
 def stamp(path: str | bytes | Path) -> tuple[str, int, int]:
-    """Name, size and time of a file, or of the database that it lies in."""
-    packed = database(Path(os.fsdecode(path)))
-    status = os.stat(packed / "data.mdb" if packed else path)
+    """Name, size and time of a file."""
+    status = os.stat(path)
     return os.fsdecode(path), status.st_size, status.st_mtime_ns

@@ -169,7 +169,7 @@ SMALL = {
     "tool_make_dbgan_dataset.py": "--patch_size 32",
 }
 FEW_STEPS = f"{FEW} --max_steps 2 --save_steps 2 --val_steps 2 --val_samples 2"
-SHORT = {  # with the small models that come along
+SHORT = {  # with the included small models
     "tutorial_train_deblur.py": f"{FEW_STEPS} --val_fraction 0.3",
     "tutorial_train_inpaint.py": FEW_STEPS,
     "tool_add_control.py": "--overwrite",
@@ -180,7 +180,7 @@ ELSEWHERE = (
     "torchrun ",
     "--devices ",
     "gradio_restore.py",
-    "tool_export_onnx.py",
+    "-m extras.export_onnx",
     "-m benchmarks.",
     "-m tests.",
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import tool_export_onnx as tool
+import extras.export_onnx as tool
 from ldm import checkpoint
 from train_dbgan import DBGANGenerator, load_generator
 from train_srn import SRNDeblurNet, load_network, restore

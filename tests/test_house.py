@@ -15,7 +15,7 @@ LIBRARY = "ldm cldm harness web".split()
 # A file imports only from lower levels. tests, benchmarks and extras import all, and nothing imports them.
 LEVELS = {
     **{"ldm": 0, "harness": 1, "cldm": 2, "web": 2},
-    **{"tool_": 3, "train_": 4, "tutorial_train_": 4, "tool_export_onnx": 5},
+    **{"tool_": 3, "train_": 4, "tutorial_train_": 4},
     **{"infer": 5, "evaluate": 5, "gradio_restore": 6},
 }
 PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"]

@@ -324,7 +324,7 @@ def onnx_exported(name: str) -> Build:
     def build(folder: Path, place: Path) -> Case:
         (folder / "out").mkdir()
         weights = copied(place / WEIGHTS_OF[name], folder / Path(WEIGHTS_OF[name]).name)
-        return Case(["tool_export_onnx.py", weights, folder / "out" / "network.onnx"], weights)
+        return Case(["extras/export_onnx.py", weights, folder / "out" / "network.onnx"], weights)
 
     return build
 
@@ -444,6 +444,6 @@ SLOTS = [
         Slot(f"base {name}", kind, resumed("base", name, stage="unet", unet_steps=2, remade=True))
         for name, kind in PIECES.items()
     ),
-    *(Slot(f"tool_export_onnx {name}", WEIGHTS, onnx_exported(name)) for name in ("srn", "dbgan")),
+    *(Slot(f"export_onnx {name}", WEIGHTS, onnx_exported(name)) for name in ("srn", "dbgan")),
     Slot("tool_export_control --half", WEIGHTS, halved),
 ]

@@ -26,10 +26,10 @@ import torch
 from tqdm import tqdm
 
 import evaluate  # noqa: F401  (imported once, here, for all processes)
+import extras.export_onnx  # noqa: F401
 import infer  # noqa: F401
 import tool_add_control  # noqa: F401
 import tool_export_control  # noqa: F401
-import tool_export_onnx  # noqa: F401
 import tool_make_dbgan_dataset
 import tool_make_mask  # noqa: F401
 import tutorial_train_deblur  # noqa: F401

@@ -1,6 +1,6 @@
 """Export SRN or DBGAN to ONNX, for images of any size.
 
-    python tool_export_onnx.py models/srn_deblur.safetensors srn.onnx
+    python -m extras.export_onnx models/srn_deblur.safetensors srn.onnx
 
 One input `blurry`, one output `restored`, both float32 (1, 3, h, w) in [0, 1], RGB. The file is compared
 with PyTorch in onnxruntime on three sizes before it gets its name. Needs three packages:
