@@ -311,7 +311,7 @@ def test_weights_cast_together_take_the_same_step(model, reference, dtype):
 
 def test_the_two_networks_are_compiled_on_request(model, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", compiled.append)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
     prepare_model(model, "bf16", False, 1, gradient_checkpointing=False)
     assert not compiled and model.cast_together
     prepare_model(model, "bf16", False, 1, gradient_checkpointing=False, compiled=True)

@@ -175,7 +175,7 @@ def prose(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return re.sub(r"^```.*?^```|^    .*?$|`[^`]*`|\]\([^)]*\)|^\|[^|]*\|", " ", text, flags=re.M | re.S)
-    text = re.sub(r'"[^"\n]*"\.split\(\)', "", text)  # lists of words are data
+    text = re.sub(r'(?<!")"[^"\n]*"\.split\(\)', "[]", text)  # lists of words are data
     kinds = (tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return "\n".join(token.string for token in tokens if token.type in kinds)
