@@ -95,8 +95,11 @@ def test_captions_of_a_task(place):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a: {instance_promt: x}", "a: Key 'instance_promt' not in 'Task'. Did you mean: 'instance_prompt'"),
-        ("a: {rank: 4}", "a: Key 'rank' not in 'Task'"),
+        (
+            "a: {instance_promt: x}",
+            "a: instance_promt: Key 'instance_promt' not in 'Task'. Did you mean: 'instance_prompt'",
+        ),
+        ("a: {rank: 4}", "a: rank: Key 'rank' not in 'Task'"),
         ("a: {noise_level: loud}", "a: noise_level must be a number or a range LOW,HIGH, not loud"),
         (
             "a: {noise_level: [0.1, 0.2, 0.3]}",
@@ -105,10 +108,14 @@ def test_captions_of_a_task(place):
         ("a: {noise_level: '0.2,0.1'}", "a: noise_level 0.2,0.1 is reversed: write 0.1,0.2"),
         ("a: {weight: 0}", "a: weight must be a number above 0, not 0.0"),
         ("a: {degradation_types: rain}", "a: unknown degradation rain: choose from downsample, noise"),
+        ("a: {degradation_types: 3}", "a: unknown degradation 3: choose from"),
         ("a: {degradation_order: any}", "a: degradation_order must be one of"),
-        ("a: {captions: maybe}", "a: Value 'maybe' is not a valid bool"),
-        ("a: {degradation_rounds: 1.5}", "a: Value '1.5' of type 'float' could not be converted"),
-        ("a: {instance_prompt: }", "a: Incompatible value 'None' for field of type 'str'"),
+        ("a: {captions: maybe}", "a: captions: Value 'maybe' is not a valid bool"),
+        (
+            "a: {degradation_rounds: 1.5}",
+            "a: degradation_rounds: Value '1.5' of type 'float' could not be converted",
+        ),
+        ("a: {instance_prompt: }", "a: instance_prompt: Incompatible value 'None' for field of type 'str'"),
         ("a: {hr_root: absent}", "a: .*absent"),
         ("a: {hr_root: EMPTY}", "a: no images .* in .*empty"),
         ("a b: {weight: 1}", "a task's name must be letters, digits, _ or -, not 'a b'"),

@@ -142,7 +142,7 @@ class CocoInpaintingDataset(Dataset):
         prompt = (read_caption(path) if self.captions_beside else "") or self.prompt
         texts = self.captions.of(self.caption_rows[index]) if self.captions else []
         if texts:
-            prompt = texts[int(torch.randint(len(texts), (), generator=generator))].decode()
+            prompt = texts[int(torch.randint(len(texts), (), generator=generator))]
         return "" if torch.rand((), generator=generator) < self.prompt_dropout else prompt
 
     def _mask(self, index: int, crop: ScaledCrop, rng: np.random.Generator) -> np.ndarray:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import Dataset
@@ -20,7 +19,7 @@ RANGES = ("lr_scale", "noise_level", "blur_radius", "jpeg_quality", "degradation
 
 @dataclass
 class Task:
-    """One restoration task, with the keys of the yaml: folders, prompt and degradation as in DegDataset.
+    """The keys of a task in the yaml and their types: folders, prompt and degradation as in DegDataset.
 
     Ranges are numbers, pairs or "LOW,HIGH"; degradation types a list or a text with commas.
     """
@@ -43,40 +42,36 @@ class Task:
     weight: float = 1.0  # share of the training samples
 
     def __post_init__(self):
+        self.degradation_types = tuple(str(kind).strip() for kind in split_list(self.degradation_types or ()))
         for name in RANGES:
-            setattr(self, name, number_or_range(name, getattr(self, name)))
-        kinds = self.degradation_types or ()
-        kinds = kinds.split(",") if isinstance(kinds, str) else kinds
-        self.degradation_types = tuple(str(kind).strip() for kind in kinds)
+            value = getattr(self, name)
+            try:
+                numbers = tuple(float(word) for word in split_list(value))
+            except (TypeError, ValueError):
+                numbers = ()
+            if len(numbers) not in (1, 2):
+                raise ValueError(f"{name} must be a number or a range LOW,HIGH, not {value}")
+            setattr(self, name, numbers if len(numbers) == 2 else numbers[0])
         if not 0 < self.weight < math.inf:
             raise ValueError(f"weight must be a number above 0, not {self.weight}")
 
     def datasets(self, resolution: int, buckets: bool, seed: int) -> tuple[DegDataset, DegDataset]:
         """The training set, and the set for previews: the same crops at every preview, no flips."""
-        names = ("instance_prompt", "captions", "native_crop", "degradation_types", *RANGES)
-        options = {name: getattr(self, name) for name in (*names, "degradation_order", "degradation_rounds")}
+        others = ("hr_root", "lr_root", "validation_root", "weight")
+        options = {name: value for name, value in vars(self).items() if name not in others}
         options |= {"resolution": resolution, "buckets": buckets, "seed": seed}
-        train = DegDataset(self.hr_root, lr_data_root=self.lr_root, random_flip=self.random_flip, **options)
+        train = DegDataset(self.hr_root, lr_data_root=self.lr_root, **options)
         if self.captions and not train.captioned:
             raise ValueError(f"no image in {self.hr_root} has a caption (NAME.txt beside NAME.png)")
-        clean, degraded = self.hr_root, self.lr_root
+        options |= {"random_crop": False, "random_flip": False}
         if self.validation_root:
-            clean, degraded = self.validation_root, None
-        still = {"random_crop": False, "random_flip": False}
-        return train, DegDataset(clean, lr_data_root=degraded, **still, **options)
+            return train, DegDataset(self.validation_root, **options)
+        return train, DegDataset(self.hr_root, lr_data_root=self.lr_root, **options)
 
 
-def number_or_range(name: str, value: Any) -> float | tuple[float, float]:
-    """Read a number, or a range from a pair or "LOW,HIGH". Raises ValueError for anything else."""
-    words = value.split(",") if isinstance(value, str) else value
-    words = words if isinstance(words, list | tuple) else [words]
-    try:
-        numbers = tuple(float(word) for word in words)
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) not in (1, 2):
-        raise ValueError(f"{name} must be a number or a range LOW,HIGH, not {value}")
-    return numbers if len(numbers) == 2 else numbers[0]
+def split_list(value: Any) -> list | tuple:
+    """The parts of a list or of a text with commas; of anything else its text."""
+    return value if isinstance(value, list | tuple) else str(value).split(",")
 
 
 class Tasks(Dataset):
@@ -90,7 +85,6 @@ class Tasks(Dataset):
         samples = sum(len(dataset) for dataset in datasets.values())
         whole = sum(weights.values())
         self.counts = [max(1, round(samples * weights[name] / whole)) for name in datasets]  # in an epoch
-        self.starts = np.cumsum([0, *self.counts])
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -107,24 +101,22 @@ class Tasks(Dataset):
     def _find(self, key: int | tuple[int, int]) -> tuple[DegDataset, tuple[int, int]]:
         """The dataset that a key falls to, and the key there: its epochs have another length."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        task = int(np.searchsorted(self.starts, index, "right")) - 1
-        dataset = list(self.datasets.values())[task]
-        number = epoch * self.counts[task] + index - int(self.starts[task])
-        return dataset, divmod(number, len(dataset))
+        for dataset, count in zip(self.datasets.values(), self.counts, strict=True):
+            if index < count:
+                return dataset, divmod(epoch * count + index, len(dataset))
+            index -= count
+        raise IndexError(f"no sample {key} of {len(self)}")
 
     @property
     def prompts(self) -> list[str]:
         """Every prompt that a sample may have."""
-        prompts = [prompt for dataset in self.datasets.values() for prompt in dataset.prompts]
-        return list(dict.fromkeys(prompts))
+        return list(dict.fromkeys(text for dataset in self.datasets.values() for text in dataset.prompts))
 
     def describe(self) -> str:
         """Say what it holds, in a line for each task."""
-        lines = []
-        for (name, dataset), count in zip(self.datasets.items(), self.counts, strict=True):
-            title = f"{name}: " if name else ""
-            lines.append(f"{title}{dataset.describe()}; {count} an epoch")
-        return "\n".join(lines)
+        counts = zip(self.datasets.items(), self.counts, strict=True)
+        lines = [f"{name}: {dataset.describe()}; {count} an epoch" for (name, dataset), count in counts]
+        return "\n".join(lines).removeprefix(": ")  # the only task of a command line has no name
 
 
 def make_data(
@@ -133,21 +125,25 @@ def make_data(
     """The training set; by task the sets for previews; and the yaml's values as a checkpoint keeps them.
 
     Without a yaml at `path` there is the one task `base`, called "". Raises FileNotFoundError or ValueError;
-    the message names the yaml and the task.
+    the message names the yaml, the task and the key.
     """
     own_values = read_tasks(path) if path else {"": {}}
     train, previews, weights = {}, {}, {}
     for number, (name, own) in enumerate(own_values.items()):
         try:
-            task = merge_task(base, own)
+            typed = OmegaConf.to_container(OmegaConf.merge(Task, own))  # checks keys and types
+            # folders of the command line do not belong to a task with folders of its own
+            folders = {"lr_root": None, "validation_root": None} if "hr_root" in own else {}
+            task = replace(base, **folders | {key: typed[key] for key in own})
             # another seed for each task: an image that two tasks share gets other noise in each
             train[name], previews[name] = task.datasets(resolution, buckets, seed + 1_000_003 * number)
+            weights[name] = task.weight
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{path}: {name}: {error.full_key}: {str(error).splitlines()[0]}") from error
         except (ValueError, FileNotFoundError) as error:
             if path is None:
                 raise
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"{path}: {name}: {error}") from error
-        weights[name] = task.weight
+            raise ValueError(f"{path}: {name}: {error}") from error
     kept = {name: {key: str(value) for key, value in own.items()} for name, own in own_values.items() if name}
     return Tasks(train, weights), previews, kept
 
@@ -163,18 +159,3 @@ def read_tasks(path: Path) -> dict[str, dict[str, Any]]:
         if not re.fullmatch(r"[\w-]+", str(name)):  # it is a part of file names
             raise ValueError(f"{path}: a task's name must be letters, digits, _ or -, not {name!r}")
     return {str(name): own for name, own in content.items()}
-
-
-def merge_task(base: Task, own: Mapping[str, Any]) -> Task:
-    """`base` with a task's own values, converted to the types of their fields.
-
-    Raises ValueError for a key or a value that a task cannot have.
-    """
-    try:
-        typed = OmegaConf.merge(OmegaConf.structured(Task), own)
-    except OmegaConfBaseException as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    values = OmegaConf.to_container(typed)
-    # folders of the command line do not belong to a task with folders of its own
-    others = {"lr_root": None, "validation_root": None} if "hr_root" in own else {}
-    return replace(base, **others | {key: values[key] for key in own})
