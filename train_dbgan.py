@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import tyro
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,6 +39,9 @@ from ldm.modules.generators import OTHERS, Made, authors_form, content_loss, fin
 from ldm.modules.image_pool import ImagePool
 from ldm.modules.losses import PixelLoss
 from ldm.modules.perceptual import PerceptualLoss
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # seconds to import, which restoring an image does not need
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -424,7 +426,7 @@ def mix(made: Tensor, real: Tensor, fraction: float) -> Tensor:
 
 
 def train_step(
-    fabric: Fabric,
+    fabric: "Fabric",
     optimizer: torch.optim.Optimizer,
     batch: dict,
     parts: int,
@@ -654,7 +656,7 @@ def main(settings: Settings) -> None:
 
 
 def train(
-    fabric: Fabric,
+    fabric: "Fabric",
     settings: Settings,
     stage: str,
     dataset: CropDataset,

@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import cv2
 import numpy as np
 import torch
 import tyro
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -44,6 +43,9 @@ from ldm.modules.flux import Flux, predict_velocity
 from ldm.modules.lora import LORA_FILE, load_lora, make_lora, save_lora, start_from
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import learning_rate_factor, make_adamw
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # seconds to import, which restoring an image does not need
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -273,7 +275,7 @@ def train_step(
     return means
 
 
-def update(fabric: Fabric, adapter: nn.ModuleDict, optimizer: torch.optim.Optimizer, rate: float) -> None:
+def update(fabric: "Fabric", adapter: nn.ModuleDict, optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Take one optimizer step. The base is frozen: processes exchange the LoRA's gradients alone."""
     average_gradients(fabric, optimizer)
     nn.utils.clip_grad_norm_(adapter.parameters(), MAX_GRAD_NORM)

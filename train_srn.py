@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,6 +33,9 @@ from ldm.modules.ema import EMA
 from ldm.modules.losses import PixelLoss, restoration_loss
 from ldm.tiling import pad_to_multiple, restore_photo
 from ldm.tiling import self_ensemble as average_rotations
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # seconds to import, which restoring an image does not need
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -323,7 +325,7 @@ def scale_losses(
 
 
 def train_step(
-    fabric: Fabric, network: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, settings: Settings
+    fabric: "Fabric", network: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, settings: Settings
 ) -> dict[str, Tensor]:
     """Take one step on `blurry` and `sharp` (b, 3, h, w) in [-1, 1]; loss, and mse and PSNR at full size."""
     restored = network(*pyramid(batch["blurry"]))

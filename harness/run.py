@@ -16,13 +16,10 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.loggers import TensorBoardLogger
-from lightning_fabric.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -36,18 +33,23 @@ from ldm.data.stream import DATA, PLACE, SampleStream, check_same
 from ldm.device import choose_device, describe_start
 from ldm.util import flush_denormals, match_layout, settle_precision
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # imported where a run starts: it takes seconds
+
 CHECK_EVERY = 10  # steps between two checks of the losses: each check waits for the device
 
 
 def start_fabric(
     devices: int = 1, num_nodes: int = 0, precision: str = "32", seed: int = 0, on_cuda: str = ""
-) -> Fabric:
+) -> "Fabric":
     """A launched, seeded Fabric: CUDA if there is any, else the CPU; DDP if there are several processes.
 
     Without `num_nodes` the launcher (torchrun, srun) says how many machines there are. The line that tells
     device and precision has `on_cuda` as the precision on CUDA, if the script sees to that itself. Raises
     ValueError for a precision other than 32, 16 and bf16, or Lightning's names of these, and for 16 on a CPU.
     """
+    from lightning_fabric import Fabric
+
     flush_denormals()
     torch.backends.cudnn.benchmark = True  # its fastest algorithm for crops of one size
     device = choose_device()
@@ -62,12 +64,14 @@ def start_fabric(
 
 def launched_nodes() -> int:
     """Number of machines that torchrun or srun started this run on; 1 without either."""
+    from lightning_fabric.plugins.environments import SLURMEnvironment
+
     if SLURMEnvironment.detect():
         return int(os.environ.get("SLURM_NNODES", 1))
     return int(os.environ.get("GROUP_WORLD_SIZE", 1))
 
 
-def average_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
+def average_gradients(fabric: "Fabric", optimizer: torch.optim.Optimizer) -> None:
     """Replace every gradient that `optimizer` is about to use by its mean over the processes, as DDP does.
 
     They are exchanged as one tensor for each type: one exchange for each would wait hundreds of times.
@@ -83,7 +87,7 @@ def average_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
         torch._foreach_copy_(same, [part.view(g.shape) for part, g in zip(parts, same, strict=True)])
 
 
-def rank_zero_first(fabric: Fabric, work: Callable[[], Any]) -> Any:
+def rank_zero_first(fabric: "Fabric", work: Callable[[], Any]) -> Any:
     """Call `work` in the first process before the others: it writes what they read. Returns its result.
 
     Fabric's own rank_zero_first waits for a process that has ended as for one that works: for ever.
@@ -95,7 +99,7 @@ def rank_zero_first(fabric: Fabric, work: Callable[[], Any]) -> Any:
     return result
 
 
-def unscale_gradients(fabric: Fabric, optimizer: torch.optim.Optimizer) -> None:
+def unscale_gradients(fabric: "Fabric", optimizer: torch.optim.Optimizer) -> None:
     """Undo the scaling of a float16 loss's gradients, to clip them. Fabric's own refuses fused optimizers."""
     scaler = getattr(fabric.strategy.precision, "scaler", None)
     if scaler is not None:
@@ -120,7 +124,7 @@ class Run:
 
     def __init__(
         self,
-        fabric: Fabric,
+        fabric: "Fabric",
         output_dir: str | Path,
         recorded: Any,
         parts: dict,
@@ -149,6 +153,8 @@ class Run:
         check_same(self.step, PLACE)
         if fabric.is_global_zero:
             self.csv = MetricsCsv(self.folder / "logs" / "metrics.csv", self.step or -1)
+            from lightning_fabric.loggers import TensorBoardLogger
+
             self.board = TensorBoardLogger(self.folder / "logs", "", "", purge_step=self.step + 1)
 
     def loader(

@@ -584,6 +584,7 @@ def test_a_run_with_a_constant_rate_is_continued(data):
     )
     assert legs["step"] == 4 and all(same_states(whole[part], legs[part]) for part in PARTS)
     assert legs["scheduler"]["_last_lr"] == [1e-3]
+    assert tuple(legs["optimizer"]["param_groups"][0]["betas"]) == (0.9, 0.9)  # no discriminator is trained
     with pytest.raises(ValueError, match="max_steps was 4, is 5"):
         main(on_the_fly(data, output_dir=data / "cosine", schedule="cosine", max_steps=4))
         main(on_the_fly(data, output_dir=data / "cosine", schedule="cosine", max_steps=5))

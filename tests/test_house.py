@@ -3,6 +3,8 @@
 import ast
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from collections import Counter
 from pathlib import Path
@@ -190,3 +192,13 @@ def test_no_private_words(path):
     text = prose(path)
     found = {word: use for word, use in BANNED.items() if re.search(rf"\b({word})\b", text, re.IGNORECASE)}
     assert not found, f"{path.name}: " + ", ".join(f"/{word}/ (use: {use})" for word, use in found.items())
+
+
+def test_restoring_waits_for_no_training_library():
+    """infer.py imports these scripts: Lightning and torchvision would add seconds to every restored photo."""
+    unwanted = ("lightning_fabric", "pytorch_lightning", "torchvision", "transformers")
+    code = f"import sys, train_srn, train_dbgan; print([n for n in {unwanted} if n in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout.strip() == "[]"

@@ -6,7 +6,6 @@ from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VGG19_Weights, vgg19
 
 from ldm.checkpoint import MODELS, fill, read_weights
 
@@ -54,6 +53,8 @@ class PerceptualLoss(nn.Module):
 
 
 def _read_features(file: Path) -> nn.Module:
+    from torchvision.models import VGG19_Weights, vgg19  # here: restoring an image needs none of it
+
     if Path(file).is_file():
         return fill(vgg19(), read_weights(file), file)
     try:
