@@ -196,8 +196,9 @@ def test_no_private_words(path):
 
 def test_restoring_waits_for_no_training_library():
     """infer.py imports these scripts: Lightning and torchvision would add seconds to every restored photo."""
-    unwanted = ("lightning_fabric", "pytorch_lightning", "torchvision", "transformers")
-    code = f"import sys, train_srn, train_dbgan; print([n for n in {unwanted} if n in sys.modules])"
+    unwanted = ("lightning_fabric", "pytorch_lightning", "torchvision", "transformers", "open_clip")
+    imports = "import sys, train_srn, train_dbgan, ldm.models.kontext"
+    code = f"{imports}; print([n for n in {unwanted} if n in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )

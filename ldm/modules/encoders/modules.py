@@ -3,8 +3,8 @@
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from ldm.modules.diffusionmodules.util import LayerNorm32
 
 START, END = 49406, 49407  # the begin and end tokens of CLIP's vocabulary
-load_tokenizer = cache(open_clip.SimpleTokenizer)  # its vocabulary is in the package: nothing is downloaded
+
+
+@cache
+def load_tokenizer() -> Any:
+    """CLIP's tokenizer; its vocabulary is in the package: nothing is downloaded."""
+    import open_clip  # takes seconds, and cached prompts do without it
+
+    return open_clip.SimpleTokenizer()
 
 
 def tokenize(prompts: Sequence[str], max_length: int = 77, padding: int = END) -> Tensor:
@@ -148,6 +155,8 @@ class FrozenOpenCLIPEmbedder(nn.Module):
         super().__init__()
         if layer not in ("last", "penultimate"):
             raise ValueError(f"layer must be 'last' or 'penultimate', not {layer!r}")
+        import open_clip
+
         config = open_clip.get_model_config(arch)
         self.max_length, self.layer = max_length, layer
         self.model = open_clip.transformer.TextTransformer(
