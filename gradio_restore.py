@@ -46,6 +46,7 @@ class Settings:
     deblur_path: Path | None = None  # weights of the deblurring ControlNet
     inpaint_path: Path | None = None  # weights of the inpainting ControlNet
     base_path: Path | None = None  # Stable Diffusion for both ControlNets; None takes the file that they name
+    network_path: Path = Path("models/network.safetensors")  # weights of another network (docs/infer.md)
     kontext_path: Path | None = None  # model folder of Kontext; None takes models/FLUX.1-Kontext-dev
     lora_path: Path | None = None  # LoRA of Kontext, file or run's folder; None takes outputs/kontext_lora
     kontext_prompt: str = ""  # instruction to Kontext; empty takes the LoRA's, with it no LoRA is needed
@@ -106,6 +107,13 @@ def list_systems(settings: Settings) -> dict[str, System]:
             infer.BGAN(**common, checkpoint_path=bgan),
             ("seed",),
             SOURCE.format("train_dbgan.py (docs/dbgan.md)", "bgan"),
+        ),
+        "network": System(
+            "Network",
+            "A network of other authors, such as NAFNet, SwinIR or Real-ESRGAN, restores or enlarges.",
+            infer.Network(**common, checkpoint_path=settings.network_path),
+            (),
+            "It is a file that its authors publish (docs/infer.md); --network_path says where it is.",
         ),
     }
     for name in ("deblur", "inpaint"):  # shown on the page: a number instead of None

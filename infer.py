@@ -7,6 +7,7 @@
     python infer.py srn --input FOLDER --output_dir restored --checkpoint_path models/my.safetensors
     python infer.py dbgan --input photo.jpg --output_dir restored --checkpoint_path dbgan.safetensors
     python infer.py bgan --input sharp.jpg --output_dir blurred --checkpoint_path bgan.safetensors
+    python infer.py network --input photo.jpg --output_dir restored --checkpoint_path NAFNet-SIDD-width32.pth
     python infer.py kontext --input photo.jpg --output_dir restored --lora_path outputs/kontext_lora
     python infer.py inpaint --input_image photo.jpg --input_mask mask.png --output_dir filled
         --checkpoint_path outputs/RUN/final_model/model.ckpt
@@ -156,6 +157,36 @@ class BGAN(OnePass):
         return blur
 
 
+@dataclass(kw_only=True)
+class Network(OnePass):
+    """Restore or enlarge with a network of other authors that spandrel recognises (docs/infer.md)."""
+
+    checkpoint_path: Path  # weights file as its authors published it: NAFNet, SwinIR, Real-ESRGAN, ...
+    output_prefix: str = "restored_"  # text before the names of the results
+    tile: Whole = 512  # largest tile side in pixels of the input; 0 restores in one piece
+    overlap: Whole = 64  # pixels of the input over which neighbouring tiles are blended
+
+    LESS_MEMORY = "give a smaller --tile"
+    scale = 1  # how many times larger the results of the loaded network are
+
+    def result_size(self, height: int, width: int) -> tuple[int, int]:
+        return self.scale * height, self.scale * width
+
+    def restorer(self) -> Restorer:
+        from ldm.modules.generators import check_precision, load_foreign, restore_foreign
+
+        network = load_foreign(self.checkpoint_path).to(self.torch_device())
+        self.scale = network.scale
+        precision = check_precision(network, self.precision)
+        print(f"{self.checkpoint_path}: {network.architecture.name}, scale {network.scale}")
+
+        def restore(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
+            options = {**self.tiling(), "precision": precision}
+            return restore_foreign(network, image, progress=progress, **options)
+
+        return restore
+
+
 # ---- ControlNets on Stable Diffusion -----------------------------------------------------------------------
 
 
@@ -222,7 +253,7 @@ class Deblur(ControlNet):
     strength: Fraction = 1.0  # noise level to start from; below 1 starts from the blurry image
     fidelity: Fraction = 0.0  # how far every step is pulled to the input's low frequencies, 0 to 1
     self_ensemble: bool = False  # mean over 8 flips and rotations: truer, less texture, 8 times slower
-    cleaner: Path | None = None  # weights of SRN or DBGAN, whose result is restored instead of the input
+    cleaner: Path | None = None  # weights of SRN, DBGAN or a network, whose result is restored
     seed: int = 0  # random seed; the same seed gives the same image
     prompt: str | None = None  # text that describes the image; None takes the one of the training
     tile: Whole = 0  # tile side in pixels for large images (768, say); 0 restores in one piece
@@ -253,12 +284,19 @@ class Deblur(ControlNet):
         return restore
 
     def open_cleaner(self) -> Restorer:
-        """Load the network of --cleaner. Raises ValueError if it is of another system."""
+        """Load the network of --cleaner. Raises ValueError if it is of another system, or enlarges."""
         kind = system_of(self.cleaner)
-        if kind not in ("srn", "dbgan"):
-            raise ValueError(f"--cleaner takes weights of SRN or DBGAN, {self.cleaner} is of {kind}")
+        if kind not in ("srn", "dbgan", "network"):
+            raise ValueError(
+                f"--cleaner takes weights of SRN, DBGAN or a network, {self.cleaner} is of {kind}"
+            )
         command = COMMANDS[kind](input=self.input, checkpoint_path=self.cleaner, device=self.device)
-        return command.restorer()
+        clean = command.restorer()
+        if command.result_size(1, 1) != (1, 1):
+            raise ValueError(
+                f"--cleaner takes a network of scale 1, {self.cleaner} has scale {command.scale}"
+            )
+        return clean
 
 
 @dataclass(kw_only=True)
@@ -451,6 +489,7 @@ COMMANDS = {
     "kontext": Kontext,
     "dbgan": DBGAN,
     "bgan": BGAN,
+    "network": Network,
     "inpaint": Inpaint,
 }
 BEST = "srn"  # its included weights remove the most real motion blur: docs/weights.md
@@ -462,7 +501,8 @@ BEST = "srn"  # its included weights remove the most real motion blur: docs/weig
 def system_of(path: Path) -> str:
     """Return the subcommand that a file or folder of weights is for, by its keys and its notes.
 
-    Raises FileNotFoundError, or ValueError if it is of none.
+    It is `network` for all that is of no system here. Raises FileNotFoundError, or ValueError for a folder
+    that is of none.
     """
     from ldm.models.kontext import TRANSFORMER
     from ldm.modules.generators import authors_form
@@ -484,9 +524,7 @@ def system_of(path: Path) -> str:
         return "inpaint" if inpaints else "deblur"
     if any(".lora_" in name or name.startswith("lora_") for name in weights):
         return "kontext"
-    if authors_form(shapes):
-        return "dbgan"
-    raise ValueError(f"{path} is of none of {', '.join(COMMANDS)}: its first key is {next(iter(weights))}")
+    return "dbgan" if authors_form(shapes) else "network"
 
 
 def with_subcommand(words: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from harness.settings import check_ranges, plain
 from ldm import checkpoint
 from ldm.data.decode import to_8_bit
 from ldm.data.image import list_images, over_white, side_by_side
-from ldm.data.photo import Photo, check_fits, read_note, read_photo, write_photo
+from ldm.data.photo import Photo, check_fits, read_note, read_photo, resize_to, write_photo
 from ldm.data.shards import share_of
 from ldm.device import choose_device, describe_start
 from ldm.tiling import fill_hidden
@@ -111,7 +111,7 @@ class Command:
 
     def compare(self, image: np.ndarray, restored: np.ndarray, path: Path) -> np.ndarray:
         """Return PANELS images of the result's size in a row; all uint8 (h, w, 3)."""
-        return side_by_side([image, restored])
+        return side_by_side([resize_to(image, restored), restored])
 
     def torch_device(self) -> torch.device:
         return choose_device(self.device)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 MODELS = Path(__file__).resolve().parent.parent / "models"  # of the repository
 SUFFIXES = (".safetensors", ".ckpt", ".pth")
+# Where files hold the state dict beside other content: Lightning's, BasicSR's (EMA weights first), others'.
+WRAPPERS = ("state_dict", "params_ema", "params-ema", "params", "model_state_dict", "model", "net")
 FULL = 2**20  # bytes: a disk with less space is called full
 # Classes of Lightning that Stable Diffusion's own .ckpt files mention.
 LIGHTNING = (
@@ -98,7 +100,7 @@ def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
 
 
 def read_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
-    """State dict of a .safetensors, .ckpt or .pth file, without its `state_dict` or `params` wrapper.
+    """State dict of a .safetensors, .ckpt or .pth file, without its wrapper (WRAPPERS).
 
     Raises FileNotFoundError, or ValueError if the file is damaged or holds no tensors.
     """
@@ -130,7 +132,7 @@ def _read(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict]:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
     content = load(path, device)
-    wrapped = content.get("state_dict", content.get("params", content))  # params: NAFNet's authors'
+    wrapped = next((content[name] for name in WRAPPERS if name in content), content)
     values = wrapped.items() if isinstance(wrapped, dict) else ()
     weights = {name: value for name, value in values if isinstance(value, Tensor) and isinstance(name, str)}
     if not weights:

@@ -87,15 +87,21 @@ def self_ensemble(restore: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 
 
 def restore_tiled(
-    image: Tensor, restore: Callable[[Tensor], Tensor], tile: int, overlap: int, progress: Callable = iter
+    image: Tensor,
+    restore: Callable[[Tensor], Tensor],
+    tile: int,
+    overlap: int,
+    progress: Callable = iter,
+    scale: int = 1,
 ) -> Tensor:
     """Apply `restore` to overlapping tiles of (b, c, h, w), at most `tile` a side, and blend them.
 
     The sum is kept where `image` lies (leave it on the CPU if it is large); `restore` may move a tile to
-    another device and returns one of the same size. Raises ValueError if a tile is not above its overlap.
+    another device and returns it `scale` times as large. Raises ValueError if a tile is not above its
+    overlap.
     """
     rows, columns = (tile_spans(length, tile, overlap, MULTIPLE) for length in image.shape[-2:])
-    return blend_tiles(lambda y, x: restore(image[..., y, x]), rows, columns, 1, image.device, progress)
+    return blend_tiles(lambda y, x: restore(image[..., y, x]), rows, columns, scale, image.device, progress)
 
 
 def fill_hidden(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
@@ -139,12 +145,14 @@ def restore_photo(
     tile: int = 0,
     overlap: int = 64,
     progress: Callable = iter,
+    scale: int = 1,
 ) -> np.ndarray:
     """Restore uint8 or uint16 (h, w, 3); `restore` maps (1, 3, h, w) in [-1, 1] on `device` to the same.
 
-    The result has the image's type. With `tile` above 0 the image goes through in equal tiles of at most that
-    size, blended over `overlap` pixels or more, so that memory does not grow with it; `progress` wraps the
-    list of tiles, as tqdm does. Precision `auto` is 32 for 16-bit images.
+    The result has the image's type; it is `scale` times as large, as what `restore` returns. With `tile`
+    above 0 the image goes through in equal tiles of at most that size, blended over `overlap` pixels or more,
+    so that memory does not grow with it; `progress` wraps the list of tiles, as tqdm does. Precision `auto`
+    is 32 for 16-bit images.
     """
     deep = image.dtype == np.uint16 and precision == "auto"
     dtype = compute_dtype("32" if deep else precision, device)
@@ -154,5 +162,5 @@ def restore_photo(
             return restore(part.to(device, memory_format=torch.channels_last)).float()
 
     whole = to_tensor(image)[None]  # (1, 3, h, w)
-    restored = restore_tiled(whole, run, tile, overlap, progress) if tile else run(whole)
+    restored = restore_tiled(whole, run, tile, overlap, progress, scale) if tile else run(whole)
     return to_pixels(restored[0], image.dtype)

@@ -25,6 +25,14 @@ def test_weights_come_back(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.parametrize(
+    "wrapper", ["state_dict", "params", "params-ema", "model_state_dict", "model", "net"]
+)
+def test_weights_are_found_in_what_others_wrap_them_in(tmp_path, wrapper):
+    checkpoint.save(tmp_path / "a.pth", {wrapper: {"x": torch.ones(2)}, "epoch": 3})
+    assert checkpoint.read_weights(tmp_path / "a.pth")["x"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
 def test_a_full_disk_leaves_the_old_file(tmp_path, name):
     """A limit on the size of files stands in for the disk."""

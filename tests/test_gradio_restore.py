@@ -303,8 +303,23 @@ def test_weights_that_are_included_say_on_what_they_were_trained(tmp_path, monke
 
 
 def test_the_page_finds_the_included_weights_from_any_folder(tmp_path, monkeypatch):
+    """A network of other authors is not included."""
     monkeypatch.chdir(tmp_path)
-    assert not [name for name, system in list_systems(Settings()).items() if system.missing()]
+    settings = Settings(network_path=tmp_path / "none.pth")
+    assert [name for name, system in list_systems(settings).items() if system.missing()] == ["network"]
+
+
+def test_a_network_of_others_enlarges_what_is_transparent_too(weights, tmp_path):
+    compact = pytest.importorskip("spandrel.architectures.Compact").Compact
+    network = compact(num_in_ch=3, num_out_ch=3, num_feat=4, num_conv=1, upscale=2)
+    checkpoint.save(tmp_path / "x2.pth", {"params": network.state_dict()})
+    settings = make_settings(weights, tmp_path)
+    settings.network_path = tmp_path / "x2.pth"
+    service = RestorationService(list_systems(settings), tmp_path)
+    image = np.dstack([photograph(20, 30), np.full((20, 30), 128, np.uint8)])
+    write_image(tmp_path / "a.png", image)
+    with Image.open(service.restore("network", tmp_path / "a.png", {}, "page", ignore)) as result:
+        assert result.size == (60, 40) and (np.array(result)[..., 3] == 128).all()
 
 
 def test_hidden_colours_reach_no_network_and_transparency_comes_back(weights, tmp_path):

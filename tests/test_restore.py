@@ -201,7 +201,9 @@ def test_a_cleaner_goes_first(files, tmp_path):
     result = restore(photograph(64, 64), tmp_path / "a.png")
     assert np.abs(result.astype(int) - plain(cleaned, tmp_path / "a.png")).max() <= 1
     assert not np.array_equal(result, plain(photograph(64, 64), tmp_path / "a.png"))
-    with pytest.raises(ValueError, match="--cleaner takes weights of SRN or DBGAN, .*ours.ckpt is of deblur"):
+    with pytest.raises(
+        ValueError, match="--cleaner takes weights of SRN, DBGAN or a network, .*ours.* of deblur"
+    ):
         infer.Deblur(**settings, cleaner=files / "ours.ckpt").restorer()
 
 

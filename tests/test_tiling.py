@@ -88,6 +88,12 @@ def test_a_local_operation_is_the_same_in_tiles():
     assert difference.max() < 0.02 and difference.mean() < 1e-3
 
 
+def test_larger_tiles_make_a_larger_image():
+    image = torch.rand(1, 3, 70, 53)
+    enlarged = restore_tiled(image, lambda x: F.interpolate(x, scale_factor=3), 32, 8, scale=3)
+    assert torch.allclose(enlarged, F.interpolate(image, scale_factor=3), atol=1e-6)
+
+
 def test_seams_are_smooth():
     """Tiles of different brightness: no step between neighbouring pixels is near the step between tiles."""
     tiles = iter(range(100))

@@ -37,14 +37,21 @@ class Photo:
     profile: bytes | None = None  # ICC profile of these pixels; None: sRGB, and the file did not say so
 
     def with_alpha(self, pixels: np.ndarray) -> np.ndarray:
-        """Return pixels (h, w, 3) with this image's transparency; others as they are."""
+        """Return pixels (h, w, 3) with this image's transparency, resized to them; others as they are."""
         if self.alpha is None or pixels.shape[2] != 3 or pixels.dtype != self.alpha.dtype:
             return pixels
-        return np.dstack([pixels, self.alpha])
+        return np.dstack([pixels, resize_to(self.alpha, pixels)])
 
     def shown(self) -> np.ndarray:
         """Return uint8 (h, w, 3), transparency over white."""
         return over_white(to_8_bit(self.with_alpha(self.pixels)))
+
+
+def resize_to(image: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return uint8 or uint16 (h, w) or (h, w, c) in the size of another image, interpolated linearly."""
+    if image.shape[:2] == other.shape[:2]:
+        return image
+    return cv2.resize(image, other.shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def read_photo(path: str | Path, deep: bool = False, max_megapixels: float | None = None) -> Photo:

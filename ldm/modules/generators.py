@@ -5,18 +5,25 @@ restored image, not clamped; a network of several stages returns a list of image
 """
 
 from collections.abc import Callable
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint import read_trained
 from ldm.modules.losses import PixelLoss, restoration_loss
 from ldm.modules.mprnet import EDGE_WEIGHT, MPRNet, edge_loss
 from ldm.modules.nafnet import NAFNet
 from ldm.modules.restoration_unet import RestorationUNet
 from ldm.modules.sftnet import SFTNet
 from ldm.tiling import pad_to_multiple, restore_photo
+from ldm.util import check_package, settle_precision
+
+if TYPE_CHECKING:
+    from spandrel import ImageModelDescriptor
 
 Made = Tensor | list[Tensor]  # output of a network of one stage, or of several
 
@@ -114,7 +121,7 @@ def authors_form(shapes: dict[str, torch.Size]) -> dict:
     if "stage3_orsnet.orb1.body.0.body.0.weight" in shapes and "shallow_feat1.0.weight" in shapes:
         blocks = sum(name.startswith("stage3_orsnet.orb1.body.") for name in shapes) // 5
         return {"generator": "mprnet", "width": shapes["shallow_feat1.0.weight"][0], "blocks": blocks}
-    if "encoders.3.0.beta" in shapes and "intro.weight" in shapes:
+    if "encoders.3.0.beta" in shapes and "intro.weight" in shapes and "middle_blks.1.beta" not in shapes:
         blocks = sum(name.startswith("encoders.3.") and name.endswith(".beta") for name in shapes)
         return {"generator": "nafnet", "width": shapes["intro.weight"][0], "blocks": blocks}
     return {}
@@ -161,3 +168,73 @@ def restore_image(
         return restore_photo(image, run, next(network.parameters()).device, **options)
     finally:
         network.train(training)
+
+
+# ---- any other network, through the package spandrel -------------------------------------------------------
+
+OTHER_PURPOSES = {
+    "Inpainting": "fills holes and needs a mask",
+    "FaceSR": "restores cut-out faces of a fixed size",
+}
+
+
+def load_foreign(path: str | Path) -> "ImageModelDescriptor":
+    """Load a file of NAFNet, SwinIR, Real-ESRGAN or any network that spandrel finds by the names of weights.
+
+    It takes RGB (1, 3, h, w) in [0, 1] of any size, which it pads as needed, and returns (1, 3, scale h,
+    scale w), clamped. Raises FileNotFoundError, and ValueError without the package, for a file that holds
+    code or no such network, and for a network with another purpose or other channels.
+    """
+    weights, _ = read_trained(path)
+    check_package("spandrel", f"{path}, a network of other authors,")
+    import spandrel
+
+    if find_spec("spandrel_extra_arches"):  # Restormer and others whose licences are restrictive
+        import spandrel_extra_arches
+
+        spandrel_extra_arches.install(ignore_duplicates=True)
+    try:
+        network = spandrel.ModelLoader().load_from_state_dict(weights)
+    except spandrel.UnsupportedModelError as error:
+        raise ValueError(
+            f"{path} holds no network that spandrel {spandrel.__version__} recognises (spandrel_extra_arches "
+            f"has more): its first key is {next(iter(weights))}"
+        ) from error
+    except Exception as error:  # names as of a known network, but not its weights: anything may go wrong
+        raise ValueError(f"{path} does not fit the network that its names are of: {error}") from error
+    name = network.architecture.name
+    if network.purpose in OTHER_PURPOSES:
+        raise ValueError(f"{path} holds {name}, which {OTHER_PURPOSES[network.purpose]}: it is not used here")
+    channels = network.input_channels, network.output_channels
+    if channels != (3, 3):
+        raise ValueError(
+            f"{path} holds {name} with {channels[0]} input and {channels[1]} output channels, not 3"
+        )
+    return network
+
+
+def check_precision(network: "ImageModelDescriptor", precision: str) -> str:
+    """Return the precision for `restore_foreign`: 32 instead of `auto` where the network supports no other.
+
+    Raises ValueError for any other that it does not support.
+    """
+    settled = settle_precision(precision, network.device)
+    supported = {"16": network.supports_half, "bf16": network.supports_bfloat16}
+    if supported.get(settled, True):
+        return precision
+    if precision != "auto":
+        raise ValueError(f"{network.architecture.name} does not support precision {precision}: use 32")
+    return "32"
+
+
+def restore_foreign(network: "ImageModelDescriptor", image: np.ndarray, **options: Any) -> np.ndarray:
+    """Restore a uint8 or uint16 image (h, w, 3) of any size, `network.scale` times as large.
+
+    `options` are those of ldm.tiling.restore_photo.
+    """
+
+    def run(part: Tensor) -> Tensor:
+        restored = network(to_unit(part).contiguous())  # others' code may need the plain layout in memory
+        return restored.float() * 2 - 1
+
+    return restore_photo(image, run, network.device, scale=network.scale, **options)
