@@ -106,6 +106,10 @@ def make_unet(width: int, blocks: int) -> RestorationUNet:
     return RestorationUNet(width, middle_blocks=blocks)
 
 
+def make_wiener_unet(width: int, blocks: int) -> RestorationUNet:
+    return RestorationUNet(width, middle_blocks=blocks, wiener=True)
+
+
 OTHERS: dict[str, Callable[[int, int], nn.Module]] = {  # by width and number of blocks
     "srresnet": SRResNet,
     "deblurgan": DeblurGANGenerator,
@@ -113,6 +117,7 @@ OTHERS: dict[str, Callable[[int, int], nn.Module]] = {  # by width and number of
     "sftnet": SFTNet,
     "nafnet": make_nafnet,
     "unet": make_unet,
+    "wiener_unet": make_wiener_unet,
 }
 
 

@@ -7,8 +7,11 @@ and no global pooling: a tile is restored as the whole image would be.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ldm.modules.blind_wiener import BlindWiener
 
 SIDE = 2  # pixels along each side of the squares that become channels
 
@@ -30,10 +33,11 @@ def blocks(width: int, count: int) -> nn.Sequential:
 
 
 class RestorationUNet(nn.Module):
-    """forward(blurry): (b, 3, h, w), h and w multiples of `multiple`, any range -> restored, not clamped.
+    """forward(blurry): (b, 3, h, w), h and w multiples of `multiple`, [0, 1] -> restored, not clamped.
 
     `width` is that of the first of four levels, each of which doubles it. The last convolution starts at
-    zero: an untrained network returns its input.
+    zero: an untrained network returns its input. With `wiener` it also sees the luma that a blind Wiener
+    filter makes; in training mode the filtered image follows the restored one in a list, to be learned too.
     """
 
     def __init__(
@@ -42,11 +46,13 @@ class RestorationUNet(nn.Module):
         encoder_blocks: Sequence[int] = (1, 1, 2),
         middle_blocks: int = 4,
         decoder_blocks: Sequence[int] = (1, 1, 2),
+        wiener: bool = False,
     ):
         super().__init__()
         widths = [width * 2**level for level in range(len(encoder_blocks) + 1)]
         self.multiple = SIDE * 2 ** len(encoder_blocks)
-        self.first = nn.Conv2d(3 * SIDE**2, width, 3, padding=1)
+        self.wiener = BlindWiener() if wiener else None
+        self.first = nn.Conv2d((4 if wiener else 3) * SIDE**2, width, 3, padding=1)
         self.encoders = nn.ModuleList()
         self.downs = nn.ModuleList()
         self.ups = nn.ModuleList()
@@ -61,8 +67,16 @@ class RestorationUNet(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, blurry: Tensor) -> Tensor:
-        x = self.first(F.pixel_unshuffle(blurry, SIDE))  # (b, width, h/2, w/2)
+    def forward(self, blurry: Tensor) -> Tensor | list[Tensor]:
+        if self.wiener is None:
+            return blurry + self.correction(blurry)
+        sharper = self.wiener(blurry)
+        restored = blurry + self.correction(torch.cat([blurry, sharper], dim=1))
+        return [restored, blurry + sharper] if self.training else restored
+
+    def correction(self, x: Tensor) -> Tensor:
+        """The U-Net: (b, 3 or 4, h, w) -> (b, 3, h, w)."""
+        x = self.first(F.pixel_unshuffle(x, SIDE))  # (b, width, h/2, w/2)
         skips = []
         for encoder, down in zip(self.encoders, self.downs, strict=True):
             x = encoder(x)
@@ -71,4 +85,4 @@ class RestorationUNet(nn.Module):
         x = self.middle(x)  # (b, 8 width, h/16, w/16)
         for level in reversed(range(len(skips))):
             x = self.decoders[level](self.ups[level](x) + skips[level])
-        return blurry + F.pixel_shuffle(self.last(x), SIDE)
+        return F.pixel_shuffle(self.last(x), SIDE)
