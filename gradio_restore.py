@@ -19,7 +19,6 @@ from harness.flags import Count, Range
 from harness.settings import check_ranges, run_main
 from ldm.checkpoint import repository_path
 from ldm.device import choose_device, describe_start
-from ldm.models.kontext import TRANSFORMER
 from ldm.util import settle_precision
 from web.request_filter import RequestFilter
 from web.service import PREVIEW, SIDES, RestorationService, System
@@ -135,7 +134,7 @@ def make_kontext(settings: Settings, places: dict) -> System:
     options.num_inference_steps = options.work()["steps"]
     return System(
         "Kontext",
-        f"FLUX.1 Kontext undoes what its LoRA was trained to undo.{size_note(folder / TRANSFORMER)}",
+        f"FLUX.1 Kontext undoes what its LoRA was trained to undo.{size_note(options.transformer())}",
         options,
         SAMPLING,
         "The folder is a download of black-forest-labs/FLUX.1-Kontext-dev, train_kontext_lora.py makes "

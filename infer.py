@@ -421,11 +421,10 @@ class Kontext(Command):
     LESS_MEMORY = "give a smaller --resolution or --tile, or --blocks_to_swap"
 
     def weights(self) -> Path:
-        from ldm.models.kontext import TRANSFORMER
         from ldm.modules.lora import lora_file
 
-        folder, lora = self.files()
-        return lora_file(lora or folder / TRANSFORMER)
+        lora = self.files()[1]
+        return lora_file(lora) if lora else self.transformer()
 
     def files(self) -> tuple[Path, Path | None]:
         """Return the model folder, and the LoRA's file if there is one: the small model has its own."""
@@ -437,9 +436,10 @@ class Kontext(Command):
         return folder, lora
 
     def transformer(self) -> Path:
-        from ldm.models.kontext import TRANSFORMER
+        """Return the transformer's file, or its folder in diffusers' layout."""
+        from ldm.models.kontext import TRANSFORMER, find_network
 
-        return self.files()[0] / TRANSFORMER
+        return find_network(self.files()[0], TRANSFORMER)
 
     def inputs(self) -> list[Path]:
         return [self.weights(), self.transformer()]
@@ -504,12 +504,12 @@ def system_of(path: Path) -> str:
     It is `network` for all that is of no system here. Raises FileNotFoundError, or ValueError for a folder
     that is of none.
     """
-    from ldm.models.kontext import TRANSFORMER
+    from ldm.models.kontext import TRANSFORMER, find_network
     from ldm.modules.generators import authors_form
     from ldm.modules.lora import LORA_FILE
 
     if path.is_dir():
-        if (path / LORA_FILE).is_file() or (path / TRANSFORMER).is_file():
+        if (path / LORA_FILE).is_file() or find_network(path, TRANSFORMER).exists():
             return "kontext"
         raise ValueError(f"{path} is a folder without {LORA_FILE}: give a file, say checkpoints/best.ckpt")
     weights, content = checkpoint.read_trained(path)
@@ -546,9 +546,9 @@ def with_subcommand(words: list[str]) -> list[str]:
         path = repository_path(words[at + 1])
         command = system_of(path)
         if command == "kontext":
-            from ldm.models.kontext import TRANSFORMER
+            from ldm.models.kontext import TRANSFORMER, find_network
 
-            is_model = (path / TRANSFORMER).is_file()
+            is_model = find_network(path, TRANSFORMER).exists()
             words[at] = "--pretrained_model_name_or_path" if is_model else "--lora_path"
         return [command, *words]
     if "--input" in options:

@@ -37,7 +37,7 @@ from ldm.data.tasks import Task, Tasks, make_data
 from ldm.metrics import psnr, ssim
 from ldm.models import kontext
 from ldm.models.diffusion.flow import restore_image
-from ldm.models.prompts import Prompts, check_folder
+from ldm.models.prompts import Prompts
 from ldm.modules.ema import EMA
 from ldm.modules.flux import Flux, predict_velocity
 from ldm.modules.lora import LORA_FILE, load_lora, make_lora, save_lora, start_from
@@ -212,10 +212,10 @@ def perceptual_term(
 def load_models(settings: Settings, device: torch.device) -> tuple[kontext.FluxAutoencoder, Flux]:
     """Load the frozen autoencoder and transformer."""
     folder = settings.pretrained_model_name_or_path
-    autoencoder = kontext.load_autoencoder(folder / kontext.AUTOENCODER, device)
+    autoencoder = kontext.load_autoencoder(kontext.find_network(folder, kontext.AUTOENCODER), device)
     autoencoder.decoder.use_checkpoint = True
     model = kontext.load_flux(
-        folder / kontext.TRANSFORMER,
+        kontext.find_network(folder, kontext.TRANSFORMER),
         device,
         kontext.own_dtype(device),
         fp8=settings.base_precision == "fp8",
@@ -410,7 +410,7 @@ def main(settings: Settings) -> None:
         return
 
     # Prompts first, while no transformer takes memory; then the networks, all frozen but the LoRA
-    folder = check_folder(settings.pretrained_model_name_or_path, (kontext.TRANSFORMER, kontext.AUTOENCODER))
+    folder = kontext.check_networks(settings.pretrained_model_name_or_path)
     texts = [*dataset.prompts, *(text for part in previews.values() for text in part.prompts)]
     prompts = rank_zero_first(fabric, partial(Prompts, settings.output_dir, folder, texts, fabric.device))
     distance = PerceptualLoss().to(fabric.device) if settings.perceptual_loss else None

@@ -19,28 +19,10 @@ from torch import Tensor
 
 from harness.settings import check_new, run_main
 from ldm.checkpoint import read_metadata, read_weights, write_weights
+from ldm.models.diffusers_folder import BLOCKS
 from ldm.modules.lora import kohya_name
 
-# The parts of each fused linear, in order, and what stands alone: diffusers' name -> the original's.
-FUSED = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-}
-ALONE = {
-    "attn.to_out.0": "img_attn.proj",
-    "attn.to_add_out": "txt_attn.proj",
-    "ff.net.0.proj": "img_mlp.0",
-    "ff.net.2": "img_mlp.2",
-    "ff_context.net.0.proj": "txt_mlp.0",
-    "ff_context.net.2": "txt_mlp.2",
-    "norm1.linear": "img_mod.lin",
-    "norm1_context.linear": "txt_mod.lin",
-    "proj_out": "linear2",
-    "norm.linear": "modulation.lin",
-}
 WIDTHS = {"qkv": 3, "linear1": 7}  # outputs of a fused linear, in inputs: q, k, v, and FLUX's MLP of 4
-BLOCKS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
 KEY = re.compile(
     r"(?:transformer|diffusion_model)\.(\w+_blocks|transformer_blocks)\.(\d+)\.(.+?)\."
     r"(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))"
@@ -89,16 +71,13 @@ def convert(weights: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, T
 
 def find_place(block: str, number: str, name: str) -> tuple[str, int] | None:
     """The fused linear that a foreign name means, and which part of it; part -1 is the whole."""
-    if block in BLOCKS.values():
+    if block in BLOCKS:
         return f"{block}.{number}.{name}", -1
-    if block not in BLOCKS:
-        return None
-    beginning = f"{BLOCKS[block]}.{number}"
-    is_single = block.startswith("single")
-    for linear, parts in FUSED.items():
-        if name in parts and is_single == (linear == "linear1"):
-            return f"{beginning}.{linear}", parts.index(name)
-    return (f"{beginning}.{ALONE[name]}", -1) if name in ALONE else None
+    for ours, (theirs, modules) in BLOCKS.items():
+        for linear, parts in modules.items():
+            if block == theirs and name in parts:
+                return f"{ours}.{number}.{linear}", parts.index(name) if len(parts) > 1 else -1
+    return None
 
 
 def fuse(linear: str, found: dict[int, dict[str, Tensor]], scale: float) -> tuple[Tensor, Tensor]:

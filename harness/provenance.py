@@ -51,7 +51,14 @@ class Provenance:
 
 
 def content_hash(path: Path) -> str:
-    """Return what a file's content is known by; "missing" if there is none, which fails when it is used."""
+    """Return what a file's content is known by; "missing" if there is none, which fails when it is used.
+
+    Of a folder of weights in several files it is a hash of theirs.
+    """
+    if path.is_dir():
+        parts = sorted(part for part in path.iterdir() if part.suffix in (".safetensors", ".json"))
+        known = [f"{part.name} {content_hash(part)}" for part in parts]
+        return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
     if not path.is_file():
         return "missing"
     stat = path.stat()

@@ -262,7 +262,7 @@ def test_the_autoencoder_of_kontext_is_in_bf16_and_channels_last_on_cuda():
         mock.patch("ldm.models.kontext.FluxAutoencoder", lambda config: FluxAutoencoder(AUTOENCODER)),
         mock.patch("ldm.models.kontext.read_weights", lambda path: FluxAutoencoder(AUTOENCODER).state_dict()),
     ):
-        weight = load_autoencoder(Path(), "cuda").decoder.conv_in.weight
+        weight = load_autoencoder(Path("ae.safetensors"), "cuda").decoder.conv_in.weight
         assert weight.is_cuda and weight.dtype == torch.bfloat16
         assert weight.is_contiguous(memory_format=torch.channels_last)
 

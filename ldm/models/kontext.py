@@ -16,6 +16,15 @@ from tqdm import tqdm
 
 from ldm.checkpoint import check_fit, read_metadata, read_settings, read_weights, write_weights
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusers_folder import (
+    Joined,
+    autoencoder_sizes,
+    autoencoder_weights,
+    flux_params,
+    flux_weights,
+    list_weights,
+    read_folder,
+)
 from ldm.models.diffusion.flow import restore_image
 from ldm.models.prompts import cached_prompt, check_folder, prompt_file
 from ldm.modules.flux import Flux, FluxParams
@@ -25,6 +34,7 @@ from ldm.modules.swap import BlockSwap
 
 TRANSFORMER = "flux1-kontext-dev.safetensors"
 AUTOENCODER = "ae.safetensors"
+FOLDERS = {TRANSFORMER: "transformer", AUTOENCODER: "vae"}  # of diffusers
 AUTOENCODER_CONFIG = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 16}
 
 
@@ -57,6 +67,40 @@ def own_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
+def find_network(folder: str | Path, file: str) -> Path:
+    """Find TRANSFORMER or AUTOENCODER in a model folder: the file, or diffusers' folder where it is absent.
+
+    Without either it is the file, which is missing.
+    """
+    path, theirs = Path(folder) / file, Path(folder) / FOLDERS[file]
+    return theirs if (theirs / "config.json").is_file() and not path.is_file() else path
+
+
+def check_networks(folder: str | Path) -> Path:
+    """Return a model folder as a Path. Raises FileNotFoundError that lists which of its files are missing."""
+    files = []
+    for file in (TRANSFORMER, AUTOENCODER):
+        path = find_network(folder, file)
+        files += [f"{path.name}/{name}" for name in list_weights(path)] if path.is_dir() else [file]
+    return check_folder(folder, files)
+
+
+def open_flux(path: Path, read: Callable | None = None) -> tuple[Flux, dict[str, Tensor | Joined]]:
+    """A transformer without values, and the weights that fit it, as `read` (read_weights) reads each file.
+
+    Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    """
+    is_folder, read = path.is_dir(), read or read_weights
+    weights = read_folder(path, read) if is_folder else read(path)
+    params = flux_params(path) if is_folder else FluxParams(**read_settings(path, "flux_params"))
+    with torch.device("meta"):
+        model = Flux(params)
+    if is_folder:
+        return model, flux_weights(model.state_dict(), weights, path)
+    check_fit(model.state_dict(), weights, path, type(model).__name__)
+    return model, weights
+
+
 def load_flux(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -67,17 +111,15 @@ def load_flux(
 ) -> Flux:
     """Load a frozen transformer; with `fp8` the linears of its blocks are stored in 8 bits.
 
-    Without a `dtype` it computes in that of `own_dtype`. Sizes are Kontext's unless the file's metadata holds
-    "flux_params" (see `save_flux`). `progress` may wrap the list of names in a progress bar. The last
-    `blocks_to_swap` blocks are offloaded to (pinned) CPU memory and fetched when they run.
+    `path` is a file or a folder of diffusers. Without a `dtype` it computes in that of `own_dtype`. Sizes are
+    those of the folder's config.json, or Kontext's unless the file's metadata holds "flux_params" (see
+    `save_flux`). `progress` may wrap the list of names in a progress bar. The last `blocks_to_swap` blocks
+    are offloaded to (pinned) CPU memory and fetched when they run.
     Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     dtype = dtype or own_dtype(device)
-    weights = read_weights(path)
-    sizes = read_settings(path, "flux_params")
+    model, weights = open_flux(Path(path))
     with torch.device("meta"):
-        model = Flux(FluxParams(**sizes))
-        check_fit(model.state_dict(), weights, path, type(model).__name__)
         eight_bit = store_in_fp8(model, block_linears(model)) if fp8 else {}
         if blocks_to_swap:
             model.swap = BlockSwap([*model.double_blocks, *model.single_blocks], blocks_to_swap)
@@ -101,16 +143,29 @@ def save_flux(path: str | Path, model: Flux, **facts: str) -> None:
     write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params)), **facts})
 
 
+def open_autoencoder(path: Path, read: Callable | None = None) -> tuple[FluxAutoencoder, dict[str, Tensor]]:
+    """An autoencoder without values, and the weights that fit it; arguments and errors as in `open_flux`."""
+    is_folder, read = path.is_dir(), read or read_weights
+    weights = read_folder(path, read) if is_folder else read(path)
+    config = autoencoder_sizes(path) if is_folder else read_settings(path, "ddconfig")
+    with torch.device("meta"):
+        model = FluxAutoencoder(config)
+    if is_folder:
+        return model, autoencoder_weights(model.state_dict(), weights, path)
+    check_fit(model.state_dict(), weights, path, type(model).__name__)
+    return model, weights
+
+
 def load_autoencoder(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> FluxAutoencoder:
-    """Load the frozen autoencoder, of FLUX's sizes unless the metadata holds "ddconfig"; in `own_dtype`."""
+    """Load the frozen autoencoder of a file or of diffusers' folder; without a `dtype` in `own_dtype`.
+
+    Sizes are those of the folder's config.json, or FLUX's unless the file's metadata holds "ddconfig".
+    Raises what `load_flux` does.
+    """
     dtype = dtype or own_dtype(device)
-    weights = read_weights(path)
-    config = read_settings(path, "ddconfig")
-    with torch.device("meta"):
-        model = FluxAutoencoder(config)
-    check_fit(model.state_dict(), weights, path, type(model).__name__)
+    model, weights = open_autoencoder(Path(path))
     model.load_state_dict({name: value.to(device, dtype) for name, value in weights.items()}, assign=True)
     return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
@@ -131,7 +186,7 @@ def load_restorer(
     and `blocks_to_swap` of `load_flux`. Raises ValueError if there is no prompt, or if the LoRA was trained
     with several, which it lists.
     """
-    folder = check_folder(folder, (TRANSFORMER, AUTOENCODER))
+    folder = check_networks(folder)
     if lora_path and not lora_file(lora_path).is_file():
         raise FileNotFoundError(f"LoRA not found: {lora_file(lora_path)}")
     prompt = prompt or lora_prompt(lora_path)
@@ -139,8 +194,10 @@ def load_restorer(
     kept = [path for path in (prompt_file(run, prompt) for run in runs) if path.is_file()]
     embeddings = cached_prompt(kept[0] if kept else prompt_cache, folder, prompt, device)
     embeddings = {name: value.to(device) for name, value in embeddings.items()}
-    autoencoder = load_autoencoder(folder / AUTOENCODER, device)
-    model = load_flux(folder / TRANSFORMER, device, progress=partial(tqdm, desc="loading"), **storage)
+    autoencoder = load_autoencoder(find_network(folder, AUTOENCODER), device)
+    model = load_flux(
+        find_network(folder, TRANSFORMER), device, progress=partial(tqdm, desc="loading"), **storage
+    )
     if lora_path:
         load_lora(model, lora_path, lora_scale)
     return partial(restore_image, model, autoencoder, embeddings)

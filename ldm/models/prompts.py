@@ -55,16 +55,16 @@ def encode_prompts(
 ) -> Iterator[dict[str, Tensor]]:
     """Encode several prompts one after the other, each as `encode_prompt` does."""
     folder = check_folder(folder, TEXT_FILES)
-    with _naming(folder / "text_encoder"):
+    with naming(folder / "text_encoder"):
         pooled = _encode_clip(folder / "text_encoder", prompts, device)
-    with _naming(folder / "text_encoder_2"):
+    with naming(folder / "text_encoder_2"):
         t5, ids = _load_t5(folder, prompts)
     for number, states in enumerate(run_by_layers(t5, ids, device)):
         yield {"t5": states, "pooled": pooled[number]}
 
 
 @contextmanager
-def _naming(folder: Path) -> Iterator[None]:
+def naming(folder: Path) -> Iterator[None]:
     """Turn errors of json, tokenizers and transformers, which are of every kind, into one that says where."""
     try:
         yield
@@ -82,7 +82,7 @@ def _load_t5(folder: Path, prompts: Sequence[str]) -> tuple[nn.Module, Tensor]:
     from transformers import T5EncoderModel
 
     here = folder / "text_encoder_2"
-    length = _read_config(here).get("n_positions", 512)
+    length = read_config(here).get("n_positions", 512)
     for path in sorted(here.glob("model*.safetensors")):
         read_metadata(path)  # transformers' own errors do not name the file
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer_2" / "tokenizer.json"))
@@ -103,7 +103,7 @@ def _load_t5(folder: Path, prompts: Sequence[str]) -> tuple[nn.Module, Tensor]:
 @torch.no_grad()
 def _encode_clip(here: Path, prompts: Sequence[str], device: str | torch.device) -> list[Tensor]:
     """CLIP's pooled output (1, 768) of each prompt, bfloat16 on the CPU."""
-    config = _read_config(here)
+    config = read_config(here)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     model = CLIPTextModel(*(config[name] for name in names))
     path = here / "model.safetensors"
@@ -115,8 +115,8 @@ def _encode_clip(here: Path, prompts: Sequence[str], device: str | torch.device)
     return [model(tokenize([prompt]).to(device))[1].bfloat16().cpu() for prompt in prompts]
 
 
-def _read_config(folder: Path) -> dict:
-    """The config.json of a text encoder. Raises ValueError for numbers that would take all memory."""
+def read_config(folder: Path) -> dict:
+    """The config.json of a network. Raises ValueError for numbers that would take all memory."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name, value in config.items():
         if isinstance(value, int) and value > LARGEST:
