@@ -39,7 +39,12 @@ KINDS = {  # by how names of tensors begin; a ControlNet's file may hold its Sta
     "lora_unet_": "LoRA of FLUX",
     "features.": "VGG-19",
 }
-OPTIONAL = {"bitsandbytes": "adamw8bit", "imagecodecs": "compressed TIFF files", "onnxruntime": "ONNX export"}
+OPTIONAL = {
+    "bitsandbytes": "adamw8bit",
+    "imagecodecs": "compressed TIFF files",
+    "onnxruntime": "ONNX export",
+    "spandrel": "networks of other authors",
+}
 
 
 def check_system() -> list[str]:
