@@ -36,8 +36,8 @@ class RestorationUNet(nn.Module):
     """forward(blurry): (b, 3, h, w), h and w multiples of `multiple`, [0, 1] -> restored, not clamped.
 
     `width` is that of the first of four levels, each of which doubles it. The last convolution starts at
-    zero: an untrained network returns its input. With `wiener` it also sees the luma that a blind Wiener
-    filter makes; in training mode the filtered image follows the restored one in a list, to be learned too.
+    zero: an untrained network returns its input. With `wiener` it corrects the result of a blind Wiener
+    filter; in training mode the filtered image follows the restored one in a list, for a loss of its own.
     """
 
     def __init__(
@@ -71,8 +71,9 @@ class RestorationUNet(nn.Module):
         if self.wiener is None:
             return blurry + self.correction(blurry)
         sharper = self.wiener(blurry)
-        restored = blurry + self.correction(torch.cat([blurry, sharper], dim=1))
-        return [restored, blurry + sharper] if self.training else restored
+        filtered = blurry + sharper
+        restored = filtered + self.correction(torch.cat([blurry, sharper], dim=1))
+        return [restored, filtered] if self.training else restored
 
     def correction(self, x: Tensor) -> Tensor:
         """The U-Net: (b, 3 or 4, h, w) -> (b, 3, h, w)."""
