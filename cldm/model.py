@@ -16,6 +16,7 @@ FIRST = "input_blocks.0.0.weight"  # first convolution of UNet and ControlNet
 SD1, SD2, SMALL = "Stable Diffusion 1", "Stable Diffusion 2", "the included small model"
 FAMILIES = {768: SD1, 1024: SD2, 2048: "Stable Diffusion XL", 16: SMALL}  # by context_dim
 CONFIGS = {SD1: "cldm_v15.yaml", SD2: "cldm_v21.yaml", SMALL: "small_diffusion.yaml"}
+BASES = {SD1: "v1-5-pruned-emaonly.safetensors", SD2: "v2-1_512-ema-pruned.safetensors"}  # for example
 ON, WITH = "a ControlNet for ", " with a ControlNet"  # around the name of a family
 OTHER_FILES = {  # by a part of their tensors' names
     "double_blocks.": "FLUX",
@@ -234,17 +235,9 @@ def wanted_base(
         kind = family(weights).removeprefix(ON)
         raise ValueError(
             f"{path} is a ControlNet alone: its base_path is missing, a whole file of {kind} "
-            "such as v1-5-pruned-emaonly.safetensors (docs/models.md)"
+            f"({BASES.get(kind, 'with its UNet')}; docs/models.md)"
         )
     return repository_path(base_path)
-
-
-def check_base(control: Mapping[str, Tensor], path: str | Path, base: Mapping[str, Tensor], base_path: Path):
-    """Raise ValueError that names both files if a ControlNet from `path` is not for the model of its base."""
-    needed = family(control).removeprefix(ON).removesuffix(WITH)
-    given = family(base).removesuffix(WITH)
-    if needed != given:
-        raise ValueError(f"{path} needs a base_path that is {needed}: {base_path} is {given}")
 
 
 def open_control_model(
@@ -257,14 +250,16 @@ def open_control_model(
     - a ControlNet alone (`control_model.*`, or these keys bare), with `base_path`, a Stable Diffusion file.
 
     `base_path` and `config_path` take precedence over those of a checkpoint.
-    Raises FileNotFoundError or ValueError that says what is missing.
+    Raises FileNotFoundError or ValueError that says what is missing, or that the base is of another family.
     """
     weights, content = read_control(path)
     config = content.get("config")
     base_path = wanted_base(weights, content, path, base_path)
     if base_path is not None:
         base = read_weights(base_path)
-        check_base(weights, path, base, base_path)
+        needed, given = family(weights).removeprefix(ON).removesuffix(WITH), family(base).removesuffix(WITH)
+        if needed != given:
+            raise ValueError(f"{path} needs a base_path that is {needed}: {base_path} is {given}")
         weights, path = {**base, **weights}, f"{path} on {base_path}"
     if config_path is not None or config is None:
         config = read_config(config_path or config_for(weights, path))
