@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from cldm.model import CONTROL, UNET, family, hint_latent_channels, read_control
+from cldm.model import CONTROL, UNET, hint_latent_channels, read_control
 from harness.settings import check_new, run_main
 from ldm.checkpoint import write_weights
 from ldm.util import listing
@@ -35,16 +35,9 @@ class Settings:
     overwrite: bool = False  # replace the output file if it exists
 
 
-def control_alone(
-    weights: Mapping[str, Tensor], config: Mapping | None, path: Path
-) -> tuple[dict[str, Tensor], str]:
-    """ControlNet of a state dict, by bare names, and why other tools use it differently ("" if not).
-
-    Raises ValueError if there is none.
-    """
+def control_alone(weights: Mapping[str, Tensor], config: Mapping | None) -> tuple[dict[str, Tensor], str]:
+    """ControlNet of a state dict, by bare names, and why other tools use it differently ("" if not)."""
     control = {k.removeprefix(CONTROL): value for k, value in weights.items() if k.startswith(CONTROL)}
-    if "zero_convs.0.0.weight" not in control:
-        raise ValueError(f"{path} holds no ControlNet: it is {family(weights)}")
     if extra := [name for name in control if name.startswith("hint_attention.")]:
         return control, (
             f"was trained with --use_attention: other tools would ignore {listing(extra)} and restore "
@@ -72,7 +65,7 @@ def main(settings: Settings) -> None:
     """Read, check, write, report."""
     output = check_new(settings.output_path, settings.overwrite, ".safetensors")
     weights, content = read_control(settings.checkpoint_path)
-    control, differs = control_alone(weights, content.get("config"), settings.checkpoint_path)
+    control, differs = control_alone(weights, content.get("config"))
     if differs and not settings.allow_extra:
         raise ValueError(f"{settings.checkpoint_path} {differs}. Pass --allow_extra to export it anyway")
     dtype = torch.float16 if settings.half else torch.float32

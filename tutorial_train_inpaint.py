@@ -262,7 +262,7 @@ def save_final_model(run: Path) -> None:
     model = copy_model(run, run / "final_model")
     path = run / "final_model" / "controlnet.safetensors"
     weights, content = read_control(model)
-    control, differs = control_alone(weights, content.get("config"), model)
+    control, differs = control_alone(weights, content.get("config"))
     if differs:
         print(f"no {path.name} for other tools is written: the run {differs}")
     else:

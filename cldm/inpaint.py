@@ -214,8 +214,8 @@ def fill(
     def on_device(image: np.ndarray) -> Tensor:
         return pad_to_multiple(to_tensor(image)[None], MULTIPLE).to(model.device)
 
-    mask = torch.from_numpy(scaled_hole)[None, None].float()
-    mask = F.pad(mask, (0, -width % MULTIPLE, 0, -height % MULTIPLE)).to(model.device)
+    # as the image, whose padding repeats its edge: what is in the hole must not be seen there
+    mask = pad_to_multiple(torch.from_numpy(scaled_hole)[None, None].float(), MULTIPLE).to(model.device)
     keep = 1 - F.max_pool2d(mask, 8)
     start = model.encode_first_stage(on_device(known)).mode().float() * model.scale_factor
     hint = make_hint(on_device(scaled), mask, model.control_model.input_hint_block[0].in_channels)

@@ -16,6 +16,8 @@ FIRST = "input_blocks.0.0.weight"  # first convolution of UNet and ControlNet
 SD1, SD2, SMALL = "Stable Diffusion 1", "Stable Diffusion 2", "the included small model"
 FAMILIES = {768: SD1, 1024: SD2, 2048: "Stable Diffusion XL", 16: SMALL}  # by context_dim
 CONFIGS = {SD1: "cldm_v15.yaml", SD2: "cldm_v21.yaml", SMALL: "small_diffusion.yaml"}
+BASES = {SD1: "v1-5-pruned-emaonly.safetensors", SD2: "v2-1_512-ema-pruned.safetensors"}  # for example
+ON, WITH = "a ControlNet for ", " with a ControlNet"  # around the name of a family
 OTHER_FILES = {  # by a part of their tensors' names
     "double_blocks.": "FLUX",
     "down_blocks.": "a diffusers file",
@@ -100,8 +102,8 @@ def family(weights: Mapping[str, Tensor]) -> str:
     kind = FAMILIES.get(context, f"a latent diffusion model with context_dim {context}")
     control = any(name.startswith(CONTROL) for name in weights)
     if any(name.startswith(UNET) for name in weights):
-        return f"{kind} with a ControlNet" if control else kind
-    return f"a ControlNet for {kind}"
+        return kind + WITH if control else kind
+    return ON + kind
 
 
 def config_for(weights: Mapping[str, Tensor], path: str | Path) -> Path:
@@ -109,7 +111,7 @@ def config_for(weights: Mapping[str, Tensor], path: str | Path) -> Path:
 
     Stable Diffusion 2.1's two variants look alike: the 512-px one is taken.
     """
-    kind = family(weights).removesuffix(" with a ControlNet")
+    kind = family(weights).removesuffix(WITH)
     if kind not in CONFIGS:
         raise ValueError(f"{path} is {kind}: give the yaml configuration that fits it")
     return MODELS / CONFIGS[kind]
@@ -205,13 +207,16 @@ def with_hint_latent(config: Mapping, channels: int) -> dict:
 def read_control(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Read a trained ControlNet as `ldm.checkpoint.read_trained` does, every name with its prefix.
 
-    The `base` that the metadata of a .safetensors file name is among the rest.
+    The `base` that the metadata of a .safetensors file name is among the rest. Raises ValueError also if the
+    file holds no ControlNet.
     """
     weights, content = read_trained(path)
     if Path(path).suffix == ".safetensors":
         content["base"] = read_metadata(path).get("base")
     if any(name.startswith(("zero_convs.", "input_hint_block.")) for name in weights):
         weights = {CONTROL + name: value for name, value in weights.items()}
+    if CONTROL + "zero_convs.0.0.weight" not in weights:
+        raise ValueError(f"{path} holds no ControlNet (names {CONTROL}*): it is {family(weights)}")
     return weights, content
 
 
@@ -227,7 +232,11 @@ def wanted_base(
         return None
     base_path = base_path or content.get("base")
     if base_path is None:
-        raise ValueError(f"{path} is a ControlNet alone: its base_path, a Stable Diffusion file, is missing")
+        kind = family(weights).removeprefix(ON)
+        raise ValueError(
+            f"{path} is a ControlNet alone: its base_path is missing, a whole file of {kind} "
+            f"({BASES.get(kind, 'with its UNet')}; docs/models.md)"
+        )
     return repository_path(base_path)
 
 
@@ -241,15 +250,17 @@ def open_control_model(
     - a ControlNet alone (`control_model.*`, or these keys bare), with `base_path`, a Stable Diffusion file.
 
     `base_path` and `config_path` take precedence over those of a checkpoint.
-    Raises FileNotFoundError or ValueError that says what is missing.
+    Raises FileNotFoundError or ValueError that says what is missing, or that the base is of another family.
     """
     weights, content = read_control(path)
     config = content.get("config")
-    if not any(name.startswith(CONTROL) for name in weights):
-        raise ValueError(f"{path} holds no ControlNet: it is {family(weights)}")
     base_path = wanted_base(weights, content, path, base_path)
     if base_path is not None:
-        weights, path = {**read_weights(base_path), **weights}, f"{path} on {base_path}"
+        base = read_weights(base_path)
+        needed, given = family(weights).removeprefix(ON).removesuffix(WITH), family(base).removesuffix(WITH)
+        if needed != given:
+            raise ValueError(f"{path} needs a base_path that is {needed}: {base_path} is {given}")
+        weights, path = {**base, **weights}, f"{path} on {base_path}"
     if config_path is not None or config is None:
         config = read_config(config_path or config_for(weights, path))
         if (channels := hint_latent_channels(weights)) > 0:

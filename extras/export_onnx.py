@@ -17,8 +17,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from cldm.model import read_control
 from harness.settings import check_new, run_main
+from ldm.checkpoint import read_weights
 from train_dbgan import load_generator
 from train_srn import SRNDeblurNet, load_network, pyramid
 
@@ -62,8 +62,8 @@ class AnySize(nn.Module):
 
 def open_network(path: Path) -> nn.Module:
     """Load SRN's network or DBGAN's deblurring generator. Raises ValueError for a file of something else."""
-    weights, content = read_control(path)
-    if any(name.startswith("control_model.") for name in weights):
+    weights = read_weights(path)
+    if any(name.startswith(("control_model.", "zero_convs.")) for name in weights):
         raise ValueError(f"{path} is a ControlNet, which has no ONNX export: use tool_export_control.py")
     if any(name.removeprefix("module.").startswith("inblock.") for name in weights):
         return load_network(path)

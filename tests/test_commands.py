@@ -20,6 +20,7 @@ from ldm import checkpoint
 from ldm.data import demo
 from ldm.data.image import write_image
 from ldm.models.prompts import prompt_file
+from ldm.modules.generators import make_mprnet, make_nafnet
 from ldm.modules.nafnet import NAFNet
 from tests.faults import tiny_runs
 from tests.tiny_flux import write_tiny_folder
@@ -213,7 +214,17 @@ def workplace(tmp_path_factory):
     weights = checkpoint.read_weights(place / "deblur.safetensors")
     base = {name: value for name, value in weights.items() if not name.startswith("control_model.")}
     (folder / "models").mkdir()
-    checkpoint.write_weights(folder / "models" / "v1-5-pruned.ckpt", base)
+    for name in ("v1-5-pruned.ckpt", "v1-5-pruned-emaonly.safetensors", "v2-1_512-ema-pruned.safetensors"):
+        checkpoint.write_weights(folder / "models" / name, base)
+    published = {
+        "control_v11p_sd15_inpaint": {name: weights[name] for name in weights if name not in base},
+        "control_v11f1e_sd15_tile": {name: weights[name] for name in weights if name not in base},
+        "NAFNet-GoPro-width64": {"params": make_nafnet(8, 2).state_dict()},
+        "model_deblurring": {"state_dict": make_mprnet(12, 2).state_dict()},
+        "model_params": SRNDeblurNet(2).state_dict(),
+    }
+    for name, content in published.items():
+        checkpoint.save(folder / "models" / f"{name}.pth", content)
     checkpoint.write_weights(folder / "models" / "srn_deblur.safetensors", SRNDeblurNet(2).state_dict())
     nafnet = NAFNet(4, [1], 2, [1]).state_dict()  # under its authors' names
     checkpoint.save(folder / "models" / "NAFNet-SIDD-width32.pth", {"params": nafnet})
@@ -240,6 +251,8 @@ def test_every_command_runs(line, page, workplace, monkeypatch, capsys):
         pytest.importorskip("spandrel")
     if script == "infer.py" and words[0] in ("deblur", "inpaint", "kontext"):
         words += ["--num_inference_steps", "1"]
+    if "--base_path" in words:
+        words += ["--config_path", str(TINY)]
     if script == "tutorial_train_inpaint.py" and "--demo" not in words:
         words += ["--output_dir", "RUN"]
     monkeypatch.chdir(workplace)

@@ -1,5 +1,6 @@
 """Restoring photographs with a trained ControlNet, and its export, at tiny size."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +9,26 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import infer
-from cldm.model import create_model, open_control_model
+from cldm.cldm import ControlNet
+from cldm.model import (
+    CONFIGS,
+    SD1,
+    check_weights,
+    create_model,
+    family,
+    open_control_model,
+    read_config,
+)
 from cldm.restore import Sampling, Tiles, coarse, deblur_image, fix_color, low_band
 from harness.settings import read_settings
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, to_tensor, to_uint8, write_image
 from ldm.data.photo import read_note
 from ldm.metrics import psnr
+from ldm.util import instantiate_from_config
 from tests.fill import fill
 from tool_export_control import Settings as ExportSettings
 from tool_export_control import main as export
@@ -33,8 +45,6 @@ def model():
 @pytest.fixture(scope="module")
 def files(model, tmp_path_factory) -> Path:
     """The same model as a full file, as base and ControlNet apart, and as a checkpoint of ours."""
-    from cldm.model import read_config
-
     folder = tmp_path_factory.mktemp("weights")
     weights = model.state_dict()
     control = {k: v for k, v in weights.items() if k.startswith("control_model.")}
@@ -176,7 +186,7 @@ def test_every_kind_of_file_is_the_same_model(files, model):
     for other in opened:
         for name, value in model.state_dict().items():
             assert torch.equal(value, other.state_dict()[name]), name
-    with pytest.raises(ValueError, match="ControlNet alone"):
+    with pytest.raises(ValueError, match="ControlNet alone: its base_path is missing, .* context_dim 32"):
         open_control_model(files / "control.safetensors", config_path=config)
     with pytest.raises(ValueError, match="holds no ControlNet"):
         open_control_model(files / "base.safetensors", config_path=config)
@@ -184,6 +194,114 @@ def test_every_kind_of_file_is_the_same_model(files, model):
         open_control_model(files / "full.ckpt", config_path="models/cldm_v15.yaml")
     with pytest.raises(ValueError, match="context_dim 32.*yaml"):
         open_control_model(files / "full.ckpt")
+
+
+# ---- published ControlNets: control_v11p_sd15_inpaint and control_v11f1e_sd15_tile on Stable Diffusion 1.5
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Tiny files with the names, the wrappers and the tensors' names of the published ones.
+
+    Their text is as wide as Stable Diffusion 1.5's, in whose place their configuration stands.
+    """
+    folder = tmp_path_factory.mktemp("published")
+    config = read_config("models/cldm_tiny_inpaint.yaml")
+    config["target"] = "cldm.cldm.ControlLDM"
+    for stage in ("unet_config", "control_stage_config"):
+        config["params"][stage]["params"]["context_dim"] = 768
+    config["params"]["cond_stage_config"]["params"]["width"] = 768
+    (folder / "v15.yaml").write_text(yaml.safe_dump({"model": config}))
+    weights = fill(create_model(folder / "v15.yaml")).state_dict()
+    control = {name: value for name, value in weights.items() if name.startswith("control_model.")}
+    base = {name: value for name, value in weights.items() if "." in name and name not in control}
+    base["model_ema.decay"] = torch.tensor(0.9)
+    checkpoint.write_weights(folder / "v1-5-pruned-emaonly.safetensors", base)
+    torch.save({"state_dict": base, "global_step": 840000}, folder / "v1-5-pruned.ckpt")
+    bare = {name.removeprefix("control_model."): value.half() for name, value in control.items()}
+    checkpoint.write_weights(folder / "control_v11p_sd15_inpaint_fp16.safetensors", bare)
+    for name in ("control_v11p_sd15_inpaint", "control_v11f1e_sd15_tile"):
+        torch.save(control, folder / f"{name}.pth")  # no wrapper
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, SD1, str(folder / "v15.yaml"))
+        yield folder
+
+
+@pytest.mark.parametrize(
+    ("system", "control", "base", "size"),
+    [
+        ("inpaint", "control_v11p_sd15_inpaint.pth", "v1-5-pruned-emaonly.safetensors", (64, 100)),
+        ("inpaint", "control_v11p_sd15_inpaint_fp16.safetensors", "v1-5-pruned.ckpt", (64, 64)),
+        ("deblur", "control_v11f1e_sd15_tile.pth", "v1-5-pruned-emaonly.safetensors", (64, 100)),
+    ],
+)
+def test_published_controlnets_get_the_hint_of_their_authors(
+    published, tmp_path, monkeypatch, system, control, base, size
+):
+    """As gradio_inpaint.py of ControlNet 1.1 makes it: RGB / 255, and -255 / 255 where the mask is white; the
+    tile model takes the image itself. The image is padded to a multiple of 64: so is its hole."""
+    hints = []
+    features = ControlNet.hint_features
+    monkeypatch.setattr(
+        ControlNet, "hint_features", lambda self, hint: hints.append(hint) or features(self, hint)
+    )
+    photo, mask = photograph(*size), np.zeros(size, np.uint8)
+    mask[16:40, size[1] - 30 :] = 255
+    write_image(tmp_path / "photo.png", photo)
+    write_image(tmp_path / "mask.png", mask)
+    words = ["--checkpoint_path", str(published / control), "--base_path", str(published / base)]
+    words += [
+        "--input",
+        str(tmp_path / "photo.png"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    if system == "inpaint":
+        words += ["--input_mask", str(tmp_path / "mask.png")]
+    words = infer.with_subcommand([*words, "--num_inference_steps", "1", "--device", "cpu"])
+    assert words[0] == system
+    infer.restore_files(read_settings(infer.COMMANDS, words=words))
+
+    expected = photo.astype(np.float32)
+    if system == "inpaint":
+        expected[mask > 127] = -255
+    expected = np.pad(expected, ((0, 0), (0, -size[1] % 64), (0, 0)), mode="edge") / 255
+    assert hints[0].shape[1] == 3
+    assert np.abs(hints[0][0].permute(1, 2, 0).numpy() - expected).max() < 1e-6
+
+
+def test_a_published_controlnet_without_its_base_or_with_another(published, files, tmp_path):
+    control, base = published / "control_v11f1e_sd15_tile.pth", published / "v1-5-pruned.ckpt"
+    write_image(tmp_path / "a.png", photograph(64, 64))
+    command = infer.Deblur(input=tmp_path / "a.png", output_dir=tmp_path / "out", checkpoint_path=control)
+    missing = r"tile.pth is a ControlNet alone: its base_path is missing, .* Stable Diffusion 1 \(v1-5"
+    for path, message in (
+        (None, missing),
+        (tmp_path / "gone.ckpt", "checkpoint not found: .*gone.ckpt"),
+        (
+            files / "base.safetensors",
+            "tile.pth needs .* Stable Diffusion 1: .* a latent diffusion model .* 32",
+        ),
+        (control, "needs a base_path that is Stable Diffusion 1: .* is a ControlNet for Stable Diffusion 1"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            infer.restore_files(replace(command, base_path=path))
+    torch.save({"controlnet_down_blocks.0.weight": torch.ones(1)}, tmp_path / "diffusers.bin")
+    with pytest.raises(ValueError, match="diffusers.bin holds no ControlNet .*: it is a diffusers file"):
+        infer.restore_files(replace(command, checkpoint_path=tmp_path / "diffusers.bin", base_path=base))
+
+
+def test_the_published_layouts_fit_at_full_size():
+    """Names and shapes: a ControlNet of 340 tensors on a Stable Diffusion 1.5 file without its schedule."""
+    keys = json.loads((Path(__file__).parent / "reference" / "keys_cldm_v15.json").read_text())
+    weights = {name: torch.empty(shape, device="meta") for name, shape in keys.items() if "." in name}
+    control = {name: value for name, value in weights.items() if name.startswith("control_model.")}
+    assert len(control) == 340 and family(control) == "a ControlNet for Stable Diffusion 1"
+    with torch.device("meta"):
+        own = instantiate_from_config(read_config("models/cldm_v15.yaml")).state_dict()
+    check_weights(own, weights, "v1-5-pruned.ckpt")
 
 
 def test_a_cleaner_goes_first(files, tmp_path):

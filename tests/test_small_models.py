@@ -67,7 +67,7 @@ def test_steps_base_and_colours_are_those_that_the_file_says_whatever_its_name(s
         infer.Deblur(checkpoint_path=path, input=Path("a.png"), device="cpu") for path in (named, silent)
     ]
     assert [command.sampling_steps() for command in commands] == [2, 50]
-    with pytest.raises(ValueError, match="is a ControlNet alone: its base_path, .* is missing"):
+    with pytest.raises(ValueError, match="is a ControlNet alone: its base_path is missing"):
         commands[1].restorer()
     commands[1].base_path, commands[1].num_inference_steps = MODELS / "small_diffusion.safetensors", 2
     pictures = [command.restorer()(squares[0], Path("a.png")) for command in commands]
