@@ -95,9 +95,7 @@ class Page:
         start.click(restore, inputs, slider, show_progress_on=slider)
 
     def build_comparison(self) -> None:
-        gr.Markdown(
-            "All that restores and has weights, with the settings of its tab; Inpaint if there is a mask"
-        )
+        gr.Markdown("Restores with all that have weights, as their tabs say; Inpaint joins in with a mask.")
         results = gr.State({})  # files by title
         start, slider = self.build_result("compare")
         with gr.Row():
@@ -148,10 +146,11 @@ class Page:
         """Show every result once it is there. What fails is named and stops no other system."""
         if data[self.image] is None:
             raise gr.Error(NO_IMAGE, print_exception=False)
+        has_mask = data[self.mask] is not None or is_painted(data[self.editor])
+        left_out = {"bgan"} if has_mask else {"bgan", "inpaint"}
         found = {"input": data[self.image]}
         for name, system in self.service.systems.items():
-            no_hole = data[self.mask] is None and not is_painted(data[self.editor])
-            if name == "bgan" or system.missing() or (name == "inpaint" and no_hole):
+            if name in left_out or system.missing():
                 continue
             try:
                 result = self.restore(name, data, request, progress)

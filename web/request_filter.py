@@ -3,13 +3,13 @@
 import ipaddress
 import json
 import re
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import ASGIApp
 
 # The addresses of gradio's server that the page itself asks for
 OPEN = re.compile(
@@ -28,25 +28,26 @@ class RequestFilter(BaseHTTPMiddleware):
     those by which the server would fetch an address of the internet, and bodies of more than `max_bytes`.
     """
 
-    def __init__(self, app: ASGIApp, names: set[str], max_bytes: int):
+    def __init__(self, app: Callable, names: set[str], max_bytes: int):
         super().__init__(app)
         self.names, self.max_bytes = names, max_bytes
 
-    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        headers, path = request.headers, request.scope["path"]
+    async def dispatch(self, request: Request, call_next: Callable) -> Response:
+        path, headers = request.scope["path"], request.headers
         refused = PlainTextResponse("not here", 403)
         if not (OPEN.match(path) and is_own(headers, self.names)):
             return refused
-        length = headers.get("content-length", "0")
-        if "transfer-encoding" in headers or not length.isdecimal() or int(length) > self.max_bytes:
-            return PlainTextResponse("the request exceeds the maximum allowed size", 413)
         try:
+            if "transfer-encoding" in headers or int(headers.get("content-length", 0)) > self.max_bytes:
+                async for _ in request.stream():  # read to its end, not kept: else the answer may not arrive
+                    pass
+                return PlainTextResponse("the request exceeds the maximum allowed size", 413)
             if path == JOIN and names_address(await request.body()):
                 return refused
             if path == PAINT and not await is_painting(request):
                 return refused
         except ClientDisconnect:
-            return PlainTextResponse("the request is not complete", 400)
+            return refused
         return await call_next(request)
 
 
@@ -80,7 +81,7 @@ async def is_painting(request: Request) -> bool:
     await request.body()  # kept for gradio
     try:
         async with request.form(max_files=1) as form:
-            indices = form.getlist("index")
-            return bool(form) and all(re.fullmatch("[0-7]?|null", str(index)) for index in indices)
+            indices = [str(index) for index in form.getlist("index")]
+            return bool(form) and all(re.fullmatch("[0-7]?|null", index) for index in indices)
     except (ValueError, HTTPException):
         return False
