@@ -17,11 +17,10 @@ from PIL import Image
 import infer
 from harness.flags import Count, Range
 from harness.settings import check_ranges, run_main
-from ldm.checkpoint import repository_path
 from ldm.device import choose_device, describe_start
 from ldm.util import settle_precision
 from web.request_filter import RequestFilter
-from web.service import PREVIEW, SIDES, RestorationService, System
+from web.service import SIDES, RestorationService, System
 
 
 @dataclass
@@ -52,108 +51,59 @@ class Settings:
 
 
 LARGE = 512  # pixels: weights that were trained on smaller images say so
-SMALL_BASE = "small_diffusion"  # without which the small ControlNets are of no use
 SAMPLING = ("num_inference_steps", "guidance_scale", "seed")
-SOURCE = "{} makes it; --{}_path says where it is."
+DEBLUR = (*SAMPLING, "scheduler", "strength", "fidelity", "self_ensemble", "prompt")
+INPAINT = (*SAMPLING, "scheduler", "strength", "mask_blur", "only_masked_padding", *SIDES, "prompt")
+INPAINT_RUNS = "controlnet_inpainting_*/final_model/model.ckpt"
 
 
 def list_systems(settings: Settings) -> dict[str, System]:
-    """List the tabs, under the names of infer.py's subcommands."""
+    """List the tabs, under the names of infer.py's subcommands, with the options that each shows."""
     places = {"input": settings.output_dir, "output_dir": settings.output_dir, "device": settings.device}
     common = {**places, "precision": settings.precision}
     on_base = {**common, "base_path": settings.base_path}
-    runs = "controlnet_inpainting_{}/final_model/model.ckpt"
-    newest = max(Path("outputs").glob(runs.format("*")), default=Path("outputs") / runs.format("TIME"))
-    dbgan = choose(settings.dbgan_path, "outputs/dbgan/deblur/dbgan.safetensors", "dbgan")
-    deblur = choose(settings.deblur_path, "outputs/deblur/checkpoints/best.ckpt", "small_deblur", SMALL_BASE)
-    inpaint = choose(settings.inpaint_path, newest, "small_inpaint", SMALL_BASE)
-    bgan = choose(settings.bgan_path, "outputs/dbgan/blur/bgan.safetensors", "bgan")
+    dbgan = choose(settings.dbgan_path, "dbgan/deblur/dbgan.safetensors", "dbgan")
+    deblur = choose(settings.deblur_path, "deblur/checkpoints/best.ckpt", "small_deblur")
+    inpaint = choose(settings.inpaint_path, INPAINT_RUNS, "small_inpaint")
+    bgan = choose(settings.bgan_path, "dbgan/blur/bgan.safetensors", "bgan")
     systems = {
-        "srn": System(
-            "SRN",
-            "SRN-DeblurNet removes blur in one pass. It has no chance in it: no seed, no steps.",
-            infer.SRN(**common, checkpoint_path=settings.srn_path),
-            ("self_ensemble",),
-            SOURCE.format("train_srn.py (docs/srn.md), a small one with --demo,", "srn"),
-        ),
-        "dbgan": System(
-            "DBGAN",
-            "DBGAN removes blur in one pass. It was trained on blur that a network made.",
-            infer.DBGAN(**common, checkpoint_path=dbgan),
-            (),
-            SOURCE.format("train_dbgan.py (docs/dbgan.md)", "dbgan"),
-        ),
-        "deblur": System(
-            "ControlNet",
-            "A ControlNet removes blur with Stable Diffusion, which invents detail: each seed its own."
-            + size_note(deblur),
-            infer.Deblur(**on_base, checkpoint_path=deblur),
-            (*SAMPLING, "scheduler", "strength", "fidelity", "self_ensemble", "prompt"),
-            SOURCE.format("tutorial_train_deblur.py (docs/deblur.md)", "deblur"),
-        ),
-        "inpaint": System(
-            "Inpaint",
-            "A ControlNet on Stable Diffusion fills what you paint over, what is white in a mask, and what "
-            "is added at the sides. All else stays as it is." + size_note(inpaint),
-            infer.Inpaint(**on_base, checkpoint_path=inpaint),
-            (*SAMPLING, "scheduler", "strength", "mask_blur", "only_masked_padding", *SIDES, "prompt"),
-            SOURCE.format("tutorial_train_inpaint.py (docs/inpaint.md)", "inpaint"),
-        ),
-        "kontext": make_kontext(settings, places),
-        "bgan": System(
-            "BGAN",
-            "BGAN makes realistic blur from a sharp image.",
-            infer.BGAN(**common, checkpoint_path=bgan),
-            ("seed",),
-            SOURCE.format("train_dbgan.py (docs/dbgan.md)", "bgan"),
-        ),
-        "network": System(
-            "Network",
-            "A network of other authors, such as NAFNet, SwinIR or Real-ESRGAN, restores or enlarges.",
-            infer.Network(**common, checkpoint_path=settings.network_path),
-            (),
-            "It is a file that its authors publish (docs/infer.md); --network_path says where it is.",
-        ),
+        "srn": System("SRN", infer.SRN(**common, checkpoint_path=settings.srn_path), ("self_ensemble",)),
+        "dbgan": System("DBGAN", infer.DBGAN(**common, checkpoint_path=dbgan), ()),
+        "deblur": System("ControlNet", infer.Deblur(**on_base, checkpoint_path=deblur), DEBLUR),
+        "inpaint": System("Inpaint", infer.Inpaint(**on_base, checkpoint_path=inpaint), INPAINT),
+        "kontext": System("Kontext", kontext_options(settings, places), SAMPLING),
+        "bgan": System("BGAN", infer.BGAN(**common, checkpoint_path=bgan), ("seed",)),
+        "network": System("Network", infer.Network(**common, checkpoint_path=settings.network_path), ()),
     }
-    for name in ("deblur", "inpaint"):  # shown on the page: a number instead of None
-        systems[name].options.num_inference_steps = systems[name].options.sampling_steps()
+    for name, system in systems.items():
+        options = system.options
+        if "num_inference_steps" in system.shown:  # a number instead of None
+            options.num_inference_steps = options.sampling_steps()
+        file = options.transformer() if name == "kontext" else options.weights()
+        size = infer.number_in(file, "image_size", LARGE)
+        if size < LARGE:
+            system.note = f" It was trained on images of {size} pixels, to show how it works."
     return systems
 
 
-def make_kontext(settings: Settings, places: dict) -> System:
+def choose(given: Path | None, runs: str, included: str) -> Path:
+    """Return the weights that are given, else those of the newest run in outputs/, else the included ones."""
+    newest = max(Path("outputs").glob(runs), default=Path(f"models/{included}.safetensors"))
+    return given or newest
+
+
+def kontext_options(settings: Settings, places: dict) -> infer.Kontext:
+    """Return the options of Kontext with the files that it takes: without a prompt it needs a LoRA."""
     options = infer.Kontext(
         **places,
         pretrained_model_name_or_path=settings.kontext_path,
         lora_path=settings.lora_path,
         prompt=settings.kontext_prompt,
     )
-    folder, lora = options.files()
-    if lora is None and not settings.kontext_prompt:
-        lora = Path("outputs/kontext_lora")
-    options.pretrained_model_name_or_path, options.lora_path = folder, lora
-    options.num_inference_steps = options.work()["steps"]
-    return System(
-        "Kontext",
-        f"FLUX.1 Kontext undoes what its LoRA was trained to undo.{size_note(options.transformer())}",
-        options,
-        SAMPLING,
-        "The folder is a download of black-forest-labs/FLUX.1-Kontext-dev, train_kontext_lora.py makes "
-        "the LoRA (docs/kontext.md); --kontext_path and --lora_path say where they are.",
-    )
-
-
-def choose(given: Path | None, run: str | Path, *included: str) -> Path:
-    """Return the file of weights: the one that is given, else a run's, else the first of those included."""
-    if given or Path(run).exists():
-        return given or Path(run)
-    files = [repository_path(f"models/{name}.safetensors") for name in included]
-    return files[0] if all(path.exists() for path in files) else Path(run)
-
-
-def size_note(path: Path) -> str:
-    """Return what to say of weights that were trained on small images."""
-    size = infer.number_in(path, "image_size", LARGE)
-    return f" It was trained on images of {size} pixels, to show how it works." if size < LARGE else ""
+    options.pretrained_model_name_or_path, options.lora_path = options.files()
+    if options.lora_path is None and not options.prompt:
+        options.lora_path = Path("outputs/kontext_lora")
+    return options
 
 
 def main(settings: Settings) -> None:
@@ -169,17 +119,19 @@ def main(settings: Settings) -> None:
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from web.page import CSS, Page
+    from web.page import Page
 
     # Limits of what others send: Pillow refuses images of twice as many pixels wherever it opens one
     max_bytes = settings.max_upload_mb * 2**20
-    Image.MAX_IMAGE_PIXELS = int(max(settings.max_megapixels * 1e6, PREVIEW**2))
+    Image.MAX_IMAGE_PIXELS = int(settings.max_megapixels * 1e6)
     names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower(), settings.host.lower()}
     request_filter = Middleware(RequestFilter, names=names, max_bytes=max_bytes + 2**16)
 
     # Page; the service has a queue of its own, which Stop can leave
-    service = RestorationService(list_systems(settings), results)
-    page = Page(service, settings.max_megapixels, settings.max_upload_mb).build()
+    service = RestorationService(list_systems(settings), results, settings.max_megapixels)
+    page = Page(service).build(
+        f"up to {settings.max_upload_mb} MB and {settings.max_megapixels:g} megapixels"
+    )
     page.queue(default_concurrency_limit=16)
     off = dict.fromkeys(("share", "run_history", "enable_monitoring", "mcp_server", "ssr_mode", "pwa"), False)
     try:
@@ -191,7 +143,6 @@ def main(settings: Settings) -> None:
             allowed_paths=[str(results)],
             app_kwargs={"middleware": [request_filter]},
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no download
-            css=CSS,
             footer_links=[],
             show_error=True,
             quiet=True,

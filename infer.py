@@ -94,7 +94,7 @@ class OnePass(Command):
 
 @dataclass(kw_only=True)
 class SRN(OnePass):
-    """Deblur with SRN-DeblurNet (docs/srn.md)."""
+    """Deblur with SRN-DeblurNet of train_srn.py (docs/srn.md)."""
 
     # file of train_srn.py, or a .ckpt or .pth with the same keys
     checkpoint_path: Path = Path("models/srn_deblur.safetensors")
@@ -444,6 +444,9 @@ class Kontext(Command):
     def inputs(self) -> list[Path]:
         return [self.weights(), self.transformer()]
 
+    def sampling_steps(self) -> int:
+        return self.num_inference_steps or number_in(self.transformer(), "sampling_steps", 30)
+
     def settled_precision(self) -> str:
         return "bf16" if self.torch_device().type == "cuda" else "32"
 
@@ -474,7 +477,7 @@ class Kontext(Command):
         file = self.transformer()
         tile = number_in(file, "image_size", 0) if self.tile is None else self.tile
         return {
-            "steps": self.num_inference_steps or number_in(file, "sampling_steps", 30),
+            "steps": self.sampling_steps(),
             "guidance": self.guidance_scale,
             "resolution": self.resolution or number_in(file, "image_size", 1024),
             "seed": self.seed,

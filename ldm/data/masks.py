@@ -19,7 +19,7 @@ SAMPLED = 100_000  # pixels are enough to tell paint from a photo
 CHECKED = 500  # masks that are read before training, to see what a folder holds
 
 
-def read_mask(path: str | Path) -> np.ndarray:
+def read_mask(path: str | Path, max_megapixels: float | None = None) -> np.ndarray:
     """The hole that a mask file describes: uint8 (h, w), 1 in the hole and 0 elsewhere.
 
     An opaque mask: the hole is brighter than 127, so soft brushes and JPEG noise become a hard edge. White
@@ -31,7 +31,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     image in colour.
     """
     with opened(path) as file:
-        decoded = decode(file)
+        decoded = decode(file, max_megapixels)
     tell_frames(path, decoded)
     image, rgba = decoded.rgb(), decoded.rgba()
     if rgba is not None and rgba[..., 3].min() <= 127:
