@@ -13,7 +13,7 @@ A file has `sharp` and `blur`, uint8 (n, 128, 128, 3), chunked, and attributes t
 written as a stream and appears under its name only when it is whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +28,7 @@ from harness.settings import check_ranges, run_main
 from ldm.data.image import list_images, read_image, write_whole
 from ldm.data.pairs import check_alike, check_apart, find_pairs, sharp_pairs
 from ldm.data.patches import KEYS, open_patches
-from ldm.data.shards import check_made_from, digest, parse_shard, part_paths, share_of
+from ldm.data.shards import check_made_from, digest
 
 CONTRAST, SHARP, SOFT = 6.0, 0.45, 0.36  # limits of `focus`, chosen by looking at 32 photos
 Sources = dict[str, list[Path]]  # images for each of KEYS
@@ -53,8 +53,6 @@ class Settings:
     by_focus: bool = False  # take sharp and blurry parts of the same photos, in focus and out of it
     patch_size: Annotated[int, Range(8)] = 128  # width and height of the patches in pixels
     stride: Whole = 0  # pixels from one patch to the next; 0 for patch_size, so that they do not overlap
-    # i/n for n commands on the same files: this one cuts every n-th image from the i-th on
-    shard: str = "1/1"
 
 
 def main(settings: Settings) -> None:
@@ -73,7 +71,7 @@ def main(settings: Settings) -> None:
         files.append((settings.blur_valid_path, settings.blur_valid_data, settings.deblur_valid_data))
     found = [find_sources(blurred, sharp, settings.by_focus) for _, blurred, sharp in files]  # before writing
     for (path, _, _), (sources, paired) in zip(files, found, strict=True):
-        make_file(path, sources, {"paired": paired, **about}, settings.shard)
+        make_file(path, sources, {"paired": paired, **about})
 
 
 def find_sources(blurred: Path | None, sharp: Path, by_focus: bool) -> tuple[Sources, bool]:
@@ -87,31 +85,19 @@ def find_sources(blurred: Path | None, sharp: Path, by_focus: bool) -> tuple[Sou
     return {"sharp": photos, "blur": list_images(blurred) if blurred else photos}, False
 
 
-def make_file(path: Path, sources: Sources, about: dict, shard: str = "1/1") -> None:
+def make_file(path: Path, sources: Sources, about: dict) -> None:
     """Write one file, or say that it is there already; `about` are its attributes, without the sources.
 
-    A shard writes its part, train.2-of-4.h5; the one that finds all parts there, the file that joins them.
     Raises ValueError if the file there was made otherwise, if images of a pair differ in size, if an image is
     smaller than a patch, or if nothing is out of focus (or in it).
     """
-    number, count = parse_shard(shard)
     wanted = about | {"sources": digest(f"{key} {source}" for key in KEYS for source in sources[key])}
     if path.exists():
         with open_patches(path) as file:
             check_made_from(path, file.attrs, wanted)
         return report(path, "is finished")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if count == 1:
-        write_whole(path, lambda temporary: write(temporary, sources, wanted))
-        return report(path, "is written")
-    if min(map(len, sources.values())) < count:
-        raise ValueError(f"shard {shard}: there are fewer images than shards")
-    parts = part_paths(path, count)
-    make_file(parts[number - 1], {key: list(share_of(paths, shard)) for key, paths in sources.items()}, about)
-    missing = [part.name for part in parts if not part.exists()]
-    if missing:
-        return print(f"{path} joins the parts when {', '.join(missing)} are there")
-    write_whole(path, lambda temporary: join(temporary, parts, wanted))
+    write_whole(path, lambda temporary: write(temporary, sources, wanted))
     report(path, "is written")
 
 
@@ -119,28 +105,6 @@ def report(path: Path, state: str) -> None:
     with open_patches(path) as file:
         counts = f"{len(file['sharp'])} sharp and {len(file['blur'])} blurry patches"
         print(f"{path} {state}: {counts} of {file['sharp'].shape[1]} pixels")
-
-
-def join(path: Path, parts: Sequence[Path], about: dict) -> None:
-    """Write a file that shows the patches of its parts, which stay beside it.
-
-    Raises ValueError if a part was made with another patch_size.
-    """
-    size = about["patch_size"]
-    with h5py.File(path, "w", libver="latest") as file:
-        file.attrs.update(about)
-        for key in KEYS:
-            sources = []
-            for part in parts:
-                with open_patches(part) as content:
-                    check_made_from(part, content.attrs, {"patch_size": size})
-                    sources.append(h5py.VirtualSource(part.name, key, content[key].shape))
-            layout = h5py.VirtualLayout((sum(source.shape[0] for source in sources), size, size, 3), np.uint8)
-            start = 0
-            for source in sources:
-                layout[start : start + source.shape[0]] = source
-                start += source.shape[0]
-            file.create_virtual_dataset(key, layout)
 
 
 def write(path: Path, sources: Sources, about: dict) -> None:

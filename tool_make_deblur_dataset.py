@@ -17,7 +17,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +36,7 @@ from ldm.data.image import list_images, photographs, read_image, write_image, wr
 from ldm.data.lists import json_lines
 from ldm.data.paired import blur_crop
 from ldm.data.pairs import JSONL
-from ldm.data.shards import check_made_from, digest, parse_shard, part_paths, share_of
+from ldm.data.shards import check_made_from, digest
 from ldm.data.stream import SampleStream
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types
 
@@ -68,16 +67,14 @@ class Settings:
     # ---- processes
     # number of worker processes on this machine, 0 for one on each processor core
     workers: Annotated[Whole, tyro.conf.arg(aliases=["--num_workers"])] = 0
-    shard: str = "1/1"  # i/n for n commands on one folder: this one makes every n-th pair from the i-th on
 
 
 @dataclass
 class Summary:
-    """Counts of samples made now, there before and left to other shards; unused sources with the reason."""
+    """Counts of samples made now and there before; unused sources with the reason."""
 
     made: int = 0
     kept: int = 0
-    missing: int = 0
     not_used: dict[str, str] = field(default_factory=dict)
 
 
@@ -90,44 +87,30 @@ def make_dataset(settings: Settings) -> Summary:
     # Settings, sources and samples that are there
     check_ranges(settings)
     check_blur_types(settings.blur_types)
-    mine = share_of(range(settings.num_samples), settings.shard)
     paths = list_images(settings.source_dir) if settings.source_dir else photographs()
     folder = Path(settings.output_dir)
     for name in ("clear_images", "blur_images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     claim(folder, settings, paths)
     records = finished(folder)
-    todo = [index for index in mine if index not in records]
-    summary = Summary(kept=len(mine) - len(todo))
+    todo = [index for index in range(settings.num_samples) if index not in records]
+    summary = Summary(kept=settings.num_samples - len(todo))
 
     # Samples, in the order of their numbers; the list is saved now and then
-    number, count = parse_shard(settings.shard)
-    own_list = folder / JSONL if count == 1 else part_paths(folder / JSONL, count)[number - 1]
-
-    def save_list() -> None:
-        write_records(own_list, [records[n] for n in sorted(records) if n % count == number - 1])
-
     saved = time.monotonic()
     read_source.cache_clear()  # the files may be others than those of an earlier call
     try:
-        for index, record, not_used in tqdm(
-            load(todo, settings, paths), "pairs", len(mine), initial=summary.kept
-        ):
+        samples = load(todo, settings, paths)
+        for index, record, not_used in tqdm(samples, "pairs", settings.num_samples, initial=summary.kept):
             records[index] = record
             summary.made += 1
             summary.not_used |= not_used
             if time.monotonic() - saved > SAVE_EVERY:
-                save_list()
+                write_records(folder / JSONL, records)
                 saved = time.monotonic()
     finally:
-        save_list()
-
-    # The whole list and the preview: by the last shard, or by two at once with the same content
-    records = finished(folder)
-    summary.missing = sum(index not in records for index in range(settings.num_samples))
-    if not summary.missing:
-        write_records(folder / JSONL, [records[n] for n in sorted(records)])
-        write_preview(folder, records)
+        write_records(folder / JSONL, records)
+    write_preview(folder, records)
     return summary
 
 
@@ -255,19 +238,21 @@ def random_square(image: np.ndarray, rng: np.random.Generator, size: int) -> tup
 
 
 def finished(folder: Path) -> dict[int, dict]:
-    """Records of the samples that are on disk, by index, of all shards."""
+    """Records of the samples that are on disk, by index."""
     records = {}
-    stem, suffix = Path(JSONL).stem, Path(JSONL).suffix
-    for path in (folder / JSONL, *folder.glob(f"{stem}.*-of-*{suffix}")):
-        for _, record in json_lines(path) if path.exists() else ():
-            if (folder / record["clear_image"]).is_file() and (folder / record["blur_image"]).is_file():
-                records[int(Path(record["clear_image"]).stem.rpartition("_")[2])] = record
+    if not (folder / JSONL).exists():
+        return records
+    for _, record in json_lines(folder / JSONL):
+        if (folder / record["clear_image"]).is_file() and (folder / record["blur_image"]).is_file():
+            index = int(Path(record["clear_image"]).stem.rpartition("_")[2])
+            records[index] = record
     return records
 
 
-def write_records(path: Path, records: Iterable[dict]) -> None:
-    """Write a list of samples, also while other shards do so."""
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def write_records(path: Path, records: dict[int, dict]) -> None:
+    """Write the list of samples, in the order of their numbers."""
+    lines = [json.dumps(records[index], ensure_ascii=False) for index in sorted(records)]
+    text = "".join(line + "\n" for line in lines)
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -292,10 +277,7 @@ def main(settings: Settings) -> None:
     summary = make_dataset(settings)
     folder = Path(settings.output_dir)
     print(f"{summary.made} pairs made, {summary.kept} were there: {folder / JSONL}")
-    if summary.missing:
-        print(f"{summary.missing} are left to other shards, the last of which writes the list")
-    else:
-        print(f"look at: {folder / 'preview.png'}")
+    print(f"look at: {folder / 'preview.png'}")
     if summary.not_used:
         print(f"{len(summary.not_used)} sources were not used, such as:")
         for reason in list(summary.not_used.values())[:REPORTED]:

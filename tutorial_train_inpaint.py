@@ -26,7 +26,6 @@ import tyro
 from pytorch_lightning.utilities import rank_zero_only
 
 from cldm.cache import with_cached_latents
-from cldm.callbacks import Snapshots, copy_model
 from cldm.demo import MODELS, announce_demo, make_demo_start, pixels, show_demo
 from cldm.inpaint import Inpainting, hole_scores, inpaint_image
 from cldm.model import (
@@ -56,7 +55,7 @@ from harness.flags import Count, Decay, Fraction, Range, Weight, Whole
 from harness.logs import summary
 from harness.run import last_checkpoint
 from harness.settings import check_optimizer, check_ranges, plain, run_main
-from ldm.checkpoint import write_weights
+from ldm import checkpoint
 from ldm.data.crop import ScaledCrop
 from ldm.data.image import photographs, read_image, side_by_side, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType
@@ -258,15 +257,22 @@ def run_folder(settings: Settings) -> str:
 
 @rank_zero_only
 def save_final_model(run: Path) -> None:
-    """Save the last model in `run`/final_model, and its ControlNet alone if other tools can use it."""
-    model = copy_model(run, run / "final_model")
-    path = run / "final_model" / "controlnet.safetensors"
+    """Save the last model, without the optimizer, in `run`/final_model.
+
+    Its ControlNet alone is written beside it if other tools can use it.
+    """
+    content = checkpoint.load(last_checkpoint(run))
+    wanted = ("state_dict", "ema", "config", "base", "settings", "global_step")
+    model = run / "final_model" / "model.ckpt"
+    model.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(model, {name: content[name] for name in wanted if name in content})
+    path = model.with_name("controlnet.safetensors")
     weights, content = read_control(model)
     control, differs = control_alone(weights, content.get("config"))
     if differs:
         print(f"no {path.name} for other tools is written: the run {differs}")
     else:
-        write_weights(path, {CONTROL + name: value for name, value in control.items()})
+        checkpoint.write_weights(path, {CONTROL + name: value for name, value in control.items()})
 
 
 # ---- demonstration -----------------------------------------------------------------------------------------
@@ -383,7 +389,7 @@ def main(settings: Settings) -> None:
     )
     trainer = make_trainer(
         folder,
-        [*callbacks, Snapshots(folder, settings.save_steps)],
+        callbacks,
         settings.precision,
         devices=settings.devices,
         num_nodes=settings.num_nodes,

@@ -1,4 +1,4 @@
-"""Callbacks that save a ControlNet's training: checkpoints, EMA weights, snapshots of the model."""
+"""Callbacks that save a ControlNet's training: checkpoints, EMA weights, the check for NaN."""
 
 import math
 from collections.abc import Mapping
@@ -9,9 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from cldm.logger import StepCallback
@@ -172,34 +170,3 @@ class EMACallback(StepCallback):
 
     def on_load_checkpoint(self, trainer, pl_module, content: dict) -> None:
         self.state = content.get("ema")
-
-
-class Snapshots(Callback):
-    """Every `save_steps` steps copies the model, without the optimizer, to `folder`/checkpoint-STEP."""
-
-    def __init__(self, folder: Path, save_steps: int):
-        self.folder, self.save_steps, self.step = folder, save_steps, 0
-
-    def copy(self, trainer: pl.Trainer, *_: object) -> None:
-        """Copy the model out of last.ckpt as soon as that is of this step."""
-        step, last = trainer.global_step, self.folder / "checkpoints" / "last.ckpt"
-        if step == self.step or step % self.save_steps or not trainer.is_global_zero:
-            return
-        trainer.strategy.checkpoint_io.wait()
-        if last.is_file() and checkpoint.load(last)["global_step"] == step:
-            self.step = step
-            copy_model(self.folder, self.folder / f"checkpoint-{step}")
-
-    on_train_batch_end = copy
-    on_validation_end = copy  # the checkpoint of a validated step comes after its validation
-    on_train_start = on_fit_end = copy  # a run that was killed between a checkpoint and its snapshot
-
-
-@rank_zero_only
-def copy_model(run: Path, target: Path) -> Path:
-    """Copy a run's last model, without the optimizer, to `target`/model.ckpt."""
-    content = checkpoint.load(run / "checkpoints" / "last.ckpt")
-    wanted = ("state_dict", "ema", "config", "base", "settings", "global_step")
-    target.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(target / "model.ckpt", {name: content[name] for name in wanted if name in content})
-    return target / "model.ckpt"

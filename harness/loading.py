@@ -20,11 +20,8 @@ def make_loader(
 
     Other samples take the place of those whose images are damaged or missing (ldm.data.stream.Readable).
     """
-    readable = Readable(dataset)
-    if num_workers:
-        readable.share_reports()
     return DataLoader(
-        readable,
+        Readable(dataset),
         batch_size,
         sampler=sampler,
         num_workers=num_workers,

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from harness.flags import lightning_precision
 from harness.loading import make_loader
-from harness.logs import MetricsCsv, check_finite, summary
+from harness.logs import MetricsCsv, check_finite, progress_bar, stop_message, summary
 from harness.settings import check_settings, plain
 from ldm import checkpoint
 from ldm.data.image import write_image
@@ -192,10 +192,7 @@ class Run:
 
     def batches(self, loader: Iterable, steps: int) -> Iterator:
         """The loader's batches under a progress bar that `advance` moves."""
-        hidden = not self.fabric.is_global_zero
-        with tqdm(
-            total=steps, initial=self.step, disable=hidden, unit="step", dynamic_ncols=True
-        ) as self._bar:
+        with progress_bar(steps, self.step, self.fabric.is_global_zero) as self._bar:
             self._mark = time.perf_counter()
             for batch in loader:
                 step = self.step
@@ -240,9 +237,7 @@ class Run:
         # Every process stops if one of them has a problem: the others would wait for it for ever.
         problems = torch.tensor(float(bool(problem)), device=self.fabric.device)
         if self.fabric.all_reduce(problems, reduce_op="sum").item() > 0:
-            last = self.last_checkpoint
-            kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved yet"
-            raise ValueError(f"training stopped: {problem or 'NaN in another process'}; {kept}")
+            raise ValueError(stop_message(problem or "NaN in another process", self.last_checkpoint))
 
     def _rate(self) -> float:
         return self._steps * self.samples_per_step / max(self._seconds, 1e-9)

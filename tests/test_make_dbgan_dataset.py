@@ -219,29 +219,3 @@ def test_photographs_are_parted_by_their_focus(tmp_path):
         tool.main(tool.Settings(**chosen, **paths))
     with pytest.raises(ValueError, match="no --blur_train_data then"):
         tool.main(tool.Settings(**chosen, **paths, blur_train_data=tmp_path))
-
-
-def test_shards_are_joined_by_the_last(folders, capsys):
-    tool.main(settings(folders))
-    with open_patches(folders / "train.h5") as file:
-        whole = {key: file[key][:] for key in ("sharp", "blur")}
-    paths = {
-        "blur_train_path": folders / "parts" / "train.h5",
-        "blur_valid_path": folders / "parts" / "valid.h5",
-    }
-    tool.main(settings(folders, **paths, shard="2/2"))
-    assert "joins the parts when train.1-of-2.h5 are there" in capsys.readouterr().out
-    assert not paths["blur_train_path"].exists()
-    tool.main(settings(folders, **paths, shard="1/2"))
-    for _ in range(2):  # the second finds all finished
-        with open_patches(paths["blur_train_path"]) as file:
-            assert all(np.array_equal(file[key][:], whole[key]) for key in whole)
-            assert file.attrs["paired"]
-        tool.main(settings(folders, **paths))
-    assert "train.h5 is finished: 12 sharp" in capsys.readouterr().out
-    dataset = Patches(paths["blur_train_path"], "sharp")
-    assert np.array_equal(dataset[7], whole["sharp"][7])
-    with pytest.raises(ValueError, match="shard must be i/n .* not 3/2"):
-        tool.main(settings(folders, shard="3/2", blur_train_path=folders / "new.h5"))
-    with pytest.raises(ValueError, match="fewer images than shards"):
-        tool.main(settings(folders, shard="3/3", blur_train_path=folders / "new.h5"))

@@ -198,19 +198,3 @@ def test_other_settings_need_another_folder(tmp_path):
         (tmp_path / "set" / "settings.json").write_text(text)
         with pytest.raises(ValueError, match="settings.json is damaged"):
             make_dataset(settings(tmp_path / "set"))
-
-
-def test_shards_make_the_same_set_together(tmp_path, capsys):
-    make_dataset(settings(tmp_path / "one", num_samples=7))
-    main(settings(tmp_path / "many", num_samples=7, shard="2/3"))
-    assert "2 pairs made, 0 were there" in capsys.readouterr().out
-    assert not (tmp_path / "many" / "blur_types.json").exists()
-    for shard, made, kept in (("2/3", 0, 2), ("1/3", 3, 0), ("3/3", 2, 0), ("3/3", 0, 2)):
-        summary = make_dataset(settings(tmp_path / "many", num_samples=7, shard=shard))
-        assert (summary.made, summary.kept) == (made, kept), shard
-    together = content(tmp_path / "many")
-    parts = {name for name in together if "-of-3" in name}
-    assert len(parts) == 3 and summary.missing == 0
-    assert content(tmp_path / "one") == {name: together[name] for name in together.keys() - parts}
-    with pytest.raises(ValueError, match="shard must be i/n .* not 3/2"):
-        make_dataset(settings(tmp_path / "many", shard="3/2"))

@@ -7,24 +7,16 @@ from pathlib import Path
 from typing import Any
 
 
-def parse_shard(shard: str) -> tuple[int, int]:
-    """`2/4` -> (2, 4). Raises ValueError for anything else than i/n with 1 <= i <= n."""
+def share_of(items: Sequence, shard: str) -> Sequence:
+    """Every n-th item from the i-th on, for a shard `i/n`: n processes have each item exactly once.
+
+    Raises ValueError for anything else than i/n with 1 <= i <= n.
+    """
     found = re.fullmatch(r"(\d+)/(\d+)", shard)
     number, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= number <= count:
         raise ValueError(f"shard must be i/n with i from 1 to n, such as 2/4, not {shard}")
-    return number, count
-
-
-def share_of(items: Sequence, shard: str) -> Sequence:
-    """Every n-th item from the i-th on, for a shard `i/n`: n processes have each item exactly once."""
-    number, count = parse_shard(shard)
     return items[number - 1 :: count]
-
-
-def part_paths(path: Path, count: int) -> list[Path]:
-    """The files that `count` shards write in the place of `path`: train.1-of-4.h5 and so on."""
-    return [path.with_name(f"{path.stem}.{n}-of-{count}{path.suffix}") for n in range(1, count + 1)]
 
 
 def digest(lines: Iterable[str]) -> str:

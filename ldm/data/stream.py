@@ -1,7 +1,6 @@
 """The order of training samples, a pure function of seed and position; substitutes for unreadable ones."""
 
 import sys
-import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import count, islice
 from typing import Any
@@ -79,13 +78,11 @@ class Readable(Dataset):
     """`dataset`, with other samples in the place of those whose images are damaged or missing.
 
     The substitute follows from the key alone, so that a resumed run sees the same samples. It is of the same
-    group, if the dataset has `group` (see SampleStream). Each file is reported once; call `share_reports`
-    before other processes use this.
+    group, if the dataset has `group` (see SampleStream). Each process reports each file once.
     """
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
-        self.reported = torch.zeros(2**20, dtype=torch.bool)  # by checksum of the message
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -99,13 +96,10 @@ class Readable(Dataset):
             except UNREADABLE as error:
                 problems.append(str(error))
             else:
-                self._report(problems)
+                for problem in problems:
+                    warn(f"{problem}: another image takes its place")
                 return sample
         raise ValueError(f"none of {len(problems)} training images can be read; the first: {problems[0]}")
-
-    def share_reports(self) -> None:
-        """Share the list of reported files with processes that are started later."""
-        self.reported.share_memory_()
 
     def _candidates(self, key: Key) -> Iterator[Key]:
         """The key, then all others of its epoch and group in an order that depends on it alone."""
@@ -115,13 +109,6 @@ class Readable(Dataset):
         for other in np.random.default_rng([epoch, index]).permutation(len(self)).tolist():
             if other != index and (group is None or group((epoch, other)) == group(key)):
                 yield epoch, other
-
-    def _report(self, problems: list[str]) -> None:
-        for problem in problems:
-            place = zlib.crc32(problem.encode(errors="surrogateescape")) % len(self.reported)
-            if not self.reported[place]:
-                self.reported[place] = True
-                warn(f"{problem}: another image takes its place")
 
 
 def first_samples(dataset: Dataset, count: int) -> list:
