@@ -35,7 +35,16 @@ from ldm.data.pairs import check_apart, find_pairs, sharp_pairs
 from ldm.data.patches import Patches, Source, SourceDataset, is_patches, open_source
 from ldm.data.stream import item_generator
 from ldm.modules.ema import EMA
-from ldm.modules.generators import OTHERS, Made, authors_form, content_loss, final, restore_image, to_unit
+from ldm.modules.generators import (
+    OTHERS,
+    Made,
+    WienerDeblurrer,
+    authors_form,
+    content_loss,
+    final,
+    restore_image,
+    to_unit,
+)
 from ldm.modules.image_pool import ImagePool
 from ldm.modules.losses import PixelLoss
 from ldm.modules.perceptual import PerceptualLoss
@@ -575,6 +584,9 @@ def first_generator(kind: str, settings: Settings, stage: str) -> nn.Module:
     if path is None or last_checkpoint(settings.output_dir / stage).is_file():
         return network
     other = load_generator(path, "deblur")
+    if isinstance(other, WienerDeblurrer) and settings.generator == "wiener_unet":
+        fill(network.wiener, other.wiener.state_dict(), path)
+        return network
     if type(other) is not type(network):
         raise ValueError(f"{path} holds a {type(other).__name__}, this run trains a {type(network).__name__}")
     return fill(network, other.state_dict(), path)

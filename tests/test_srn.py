@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -117,6 +118,9 @@ def test_other_losses():
     assert pixel_loss(made, real, "l1").item() == pytest.approx(difference.abs().mean().item())
     charbonnier = (difference**2 + 1e-6).sqrt().mean().item()
     assert pixel_loss(made, real, "charbonnier").item() == pytest.approx(charbonnier)
+    squares = [(image**2).mean().item() for image in difference]
+    expected = sum(math.log(square + 4e-6) for square in squares) / len(squares)
+    assert pixel_loss(made, real, "psnr").item() == pytest.approx(expected)
     spectrum = np.fft.rfft2(difference.numpy())
     distance = np.abs([spectrum.real, spectrum.imag]).mean()
     assert fft_loss(made, real).item() == pytest.approx(distance, rel=1e-5)

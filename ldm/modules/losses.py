@@ -6,13 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PixelLoss = Literal["mse", "l1", "charbonnier"]
+PixelLoss = Literal["mse", "l1", "charbonnier", "psnr"]
 EPSILON = 1e-3  # of Charbonnier's distance, in the unit of the images
 
 
 def pixel_loss(restored: Tensor, sharp: Tensor, kind: PixelLoss = "mse") -> Tensor:
-    """Mean distance of pixels: square, absolute, or sqrt(difference^2 + EPSILON^2) (Charbonnier 1994)."""
+    """Mean distance of pixels: square, absolute, or sqrt(difference^2 + EPSILON^2) (Charbonnier 1994).
+
+    `psnr` is the mean over the images of log(mean square + 4 EPSILON^2): all gain alike, however strong their
+    blur is (NAFNet's PSNR loss, Chen et al. 2022, without its factor).
+    """
     restored = restored.float()
+    if kind == "psnr":
+        error = (restored - sharp).square().mean(dim=(1, 2, 3))
+        return (error + 4 * EPSILON**2).log().mean()
     if kind == "charbonnier":
         return ((restored - sharp).square() + EPSILON**2).sqrt().mean()
     if kind == "l1":

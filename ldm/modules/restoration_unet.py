@@ -37,7 +37,7 @@ class RestorationUNet(nn.Module):
 
     `width` is that of the first of four levels, each of which doubles it. The last convolution starts at
     zero: an untrained network returns its input. With `wiener` it corrects the result of a blind Wiener
-    filter; in training mode the filtered image follows the restored one in a list, for a loss of its own.
+    filter, which is frozen: it is trained before, by itself (BlindWiener).
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RestorationUNet(nn.Module):
         super().__init__()
         widths = [width * 2**level for level in range(len(encoder_blocks) + 1)]
         self.multiple = SIDE * 2 ** len(encoder_blocks)
-        self.wiener = BlindWiener() if wiener else None
+        self.wiener = BlindWiener().requires_grad_(False) if wiener else None
         self.first = nn.Conv2d((4 if wiener else 3) * SIDE**2, width, 3, padding=1)
         self.encoders = nn.ModuleList()
         self.downs = nn.ModuleList()
@@ -67,13 +67,11 @@ class RestorationUNet(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, blurry: Tensor) -> Tensor | list[Tensor]:
+    def forward(self, blurry: Tensor) -> Tensor:
         if self.wiener is None:
             return blurry + self.correction(blurry)
         sharper = self.wiener(blurry)
-        filtered = blurry + sharper
-        restored = filtered + self.correction(torch.cat([blurry, sharper], dim=1))
-        return [restored, filtered] if self.training else restored
+        return blurry + sharper + self.correction(torch.cat([blurry, sharper], dim=1))
 
     def correction(self, x: Tensor) -> Tensor:
         """The U-Net: (b, 3 or 4, h, w) -> (b, 3, h, w)."""
