@@ -100,7 +100,7 @@ def _refine(start: np.ndarray | None, image: np.ndarray, restored: np.ndarray) -
     margin = max(2, min(height, width) // 20)  # what came in at the borders has no counterpart
     mask = np.zeros((height, width), np.uint8)
     mask[margin:-margin, margin:-margin] = 255
-    stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 60, 1e-6)
+    stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-5)
     correlation, warp = cv2.findTransformECC(image, restored, warp, cv2.MOTION_AFFINE, stop, mask, 1)
     if not correlation > LEAST_CORRELATION:
         return None
