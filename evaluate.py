@@ -30,7 +30,7 @@ from harness.settings import run_main
 from ldm.checkpoint import describe, write_atomically
 from ldm.data.image import list_images, read_image, side_by_side
 from ldm.data.scenes import place, side
-from ldm.metrics import rgb_shift
+from ldm.metrics import known_mean, rgb_shift
 
 WORST = 5  # images shown in the page
 KINDS = ("blurry", "restored", "sharp")
@@ -48,6 +48,7 @@ class Settings:
     ssim3d: bool = False  # also compute the SSIM of the published GoPro tables, with a window over channels
     y: bool = False  # also compute PSNR and SSIM of the Y channel
     align: bool = False  # also compute PSNR and SSIM after RealBlur's alignment
+    shift: bool = False  # also measure how far images are shifted (pixels) and zoomed (percent)
     lpips: bool = False  # also compute LPIPS (AlexNet): torchvision downloads the network, 233 MB
     dists: bool = False  # also compute DISTS (VGG-16): torchvision downloads the network, 528 MB
     output: Path | None = None  # .json file to write all numbers to, with a .csv of each image beside it
@@ -154,7 +155,7 @@ def evaluate(settings: Settings) -> tuple[dict, list[dict], dict[str, dict[str, 
 
 def means(rows: list[dict]) -> dict:
     """Average the values of all images; with the gain over the blurry ones, and what the figures are."""
-    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "name"}
+    mean = {name: known_mean(row[name] for row in rows) for name in rows[0] if name != "name"}
     names = [name for name in ABOUT if name in mean]
     report = {name: mean[name] for name in names}
     report["rgb_shift"] = [mean["shift_r"], mean["shift_g"], mean["shift_b"]]

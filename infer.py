@@ -26,11 +26,13 @@ from zlib import crc32
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 from harness.flags import Count, Fraction, Range, Whole
 from harness.jobs import Command, Restorer, restore_files, show_steps
 from harness.settings import run_main
 from ldm import checkpoint
+from ldm.alignment import measure_movement, undo_movement
 from ldm.checkpoint import repository_path
 from ldm.data.image import side_by_side
 from ldm.data.stream import item_seed
@@ -415,6 +417,7 @@ class Kontext(Command):
     # tile side in pixels for larger images (1024, say); 0 shrinks them; None: as the file says, else 0
     tile: int | None = None
     overlap: Whole = 128  # pixels over which tiles are blended, at most half a tile
+    align: bool = False  # undo a small shift or zoom of the result against its input
     base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the transformer; fp8 halves its memory
     blocks_to_swap: Whole = 0  # number of blocks offloaded to CPU memory: less GPU memory, slower
 
@@ -468,7 +471,11 @@ class Kontext(Command):
         )
 
         def run(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
-            return restore(image, progress=progress, **self.work())
+            restored = restore(image, progress=progress, **self.work())
+            moved = measure_movement(restored, image)
+            undo = self.align and moved.is_known
+            tqdm.write(f"{path.name}: {moved}{', undone' if undo else ''}")
+            return undo_movement(restored, image, moved) if undo else restored
 
         return run
 

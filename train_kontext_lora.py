@@ -29,12 +29,13 @@ from tqdm import tqdm
 from harness import flags
 from harness.run import Run, average_gradients, last_checkpoint, rank_zero_first, start_fabric
 from harness.settings import check_ranges, plain, run_main
+from ldm.alignment import measure_movement
 from ldm.checkpoint import MODELS
 from ldm.data.degraded import DegDataset, example_sheet, stack_rows
 from ldm.data.image import photographs, read_image, to_uint8, write_image
 from ldm.data.stream import first_samples, item_generator
 from ldm.data.tasks import Task, Tasks, make_data
-from ldm.metrics import psnr, ssim
+from ldm.metrics import known_mean, psnr, ssim
 from ldm.models import kontext
 from ldm.models.diffusion.flow import restore_image
 from ldm.models.prompts import Prompts
@@ -337,9 +338,17 @@ def preview(
             resolution=settings.resolution,
         )
         rows.append(np.hstack([control, restored, target]))
-        scores.append((psnr(restored, target), psnr(control, target), ssim(restored, target)))
-    means = np.mean(scores, axis=0).tolist()
-    return stack_rows(rows), dict(zip(("psnr", "psnr_input", "ssim"), means, strict=True))
+        moved = measure_movement(restored, target)
+        scores.append(
+            {
+                "psnr": psnr(restored, target),
+                "psnr_input": psnr(control, target),
+                "ssim": ssim(restored, target),
+                "shift_px": moved.shift,
+                "scale_percent": moved.scale,
+            }
+        )
+    return stack_rows(rows), {name: known_mean(row[name] for row in scores) for name in scores[0]}
 
 
 @torch.no_grad()

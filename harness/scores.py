@@ -12,6 +12,7 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import nn
 
+from ldm.alignment import measure_movement
 from ldm.data.image import to_tensor
 from ldm.metrics import DATA_RANGE, psnr, ssim
 
@@ -25,6 +26,8 @@ ABOUT = {
     "ssim_y": "of the Y channel: super-resolution and deraining papers",
     "psnr_aligned": "after scaling the brightness and an ECC homography, where both are: RealBlur's tables",
     "ssim_aligned": "after the same alignment: RealBlur's tables",
+    "shift_px": "distance in pixels by which the middle is shifted, where that can be measured",
+    "scale_percent": "size of what is shown in percent, 100 without zoom, where that can be measured",
     "lpips": "LPIPS 0.1 on AlexNet, lower is better (Zhang et al. 2018): perceptual and diffusion papers",
     "dists": "DISTS on VGG-16, lower is better (Ding et al. 2022): perceptual and diffusion papers",
 }
@@ -97,6 +100,17 @@ def aligned(restored: np.ndarray, sharp: np.ndarray) -> Values:
     return {"psnr_aligned": _decibels(error), "ssim_aligned": float(similar[both[5:-5, 5:-5]].mean())}
 
 
+def moved(restored: np.ndarray, sharp: np.ndarray) -> Values:
+    """Return shift and zoom against the sharp image, NaN where they cannot be measured."""
+    found = measure_movement(restored, sharp)
+    return {
+        "shift_px": found.shift,
+        "shift_x": found.x,
+        "shift_y": found.y,
+        "scale_percent": found.scale,
+    }
+
+
 def _ssim_map(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return structural_similarity(x, y, data_range=DATA_RANGE, full=True, **window)[1]
@@ -140,5 +154,6 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], Values]] = {
     "ssim3d": ssim3d,
     "y": on_luma,
     "align": aligned,
+    "shift": moved,
     **{name: partial(deep_distance, name) for name in BACKBONES},
 }

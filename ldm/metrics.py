@@ -1,5 +1,8 @@
 """How close a restored image is to the sharp one: PSNR, SSIM, colour shift, spectrum, all of uint8."""
 
+import math
+from collections.abc import Iterable
+
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -59,6 +62,12 @@ def spectrum_distance(powers: np.ndarray, others: np.ndarray) -> float:
     """Return the mean |difference|, in decades, of the mean radial spectra (images, k) of two sets."""
     means = (np.log10(values.mean(axis=0) + 1e-12) for values in (powers, others))
     return float(np.abs(np.subtract(*means)).mean())
+
+
+def known_mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are not NaN (could not be measured); NaN if there is none."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _check(restored: np.ndarray, sharp: np.ndarray) -> None:

@@ -164,6 +164,26 @@ def test_more_figures_say_what_they_are(folders, capsys):
         assert {"ssim3d", "ssim3d_blurry"} <= next(csv.DictReader(file)).keys()
 
 
+def test_shift_and_zoom_are_reported_beside_those_of_the_blurry_images(folders, capsys):
+    for path in photographs():
+        if path.stem in STEMS:
+            sharp = read_image(path)[40:240, 60:320]
+            restored = np.roll(sharp, (1, 3), axis=(0, 1)) if path.stem != "rocket" else sharp * 0 + 9
+            write_image(folders / "sharp" / f"{path.stem}.png", sharp)
+            write_image(folders / "blurry" / f"{path.stem}.png", cv2.GaussianBlur(sharp, (0, 0), 2))
+            write_image(folders / "restored" / f"deblurred_{path.stem}_x.png", restored)
+    chosen = settings(folders, shift=True, output=folders / "report.json")
+    evaluate.main(chosen)
+    report = json.loads(chosen.output.read_text())
+    assert report["shift_px"] == pytest.approx(np.hypot(1, 3), abs=0.1) and report["shift_px_blurry"] < 0.1
+    assert report["scale_percent"] == pytest.approx(100, abs=0.1)
+    with open(folders / "report.csv") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert float(rows["coffee"]["shift_x"]) == pytest.approx(3, abs=0.1)
+    assert rows["rocket"]["shift_px"] == rows["rocket"]["scale_percent"] == "nan"  # not 0
+    assert "SHIFT_PX: distance in pixels" in capsys.readouterr().out
+
+
 def test_equal_pictures_are_written_as_json(folders):
     chosen = settings(folders, restored=folders / "sharp", prefix="", suffix="", output=folders / "r.json")
     evaluate.main(chosen)

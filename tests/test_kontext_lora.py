@@ -1,4 +1,5 @@
 import csv
+import math
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from torch.nn import functional as F
 import infer
 import train_kontext_lora as script
 from ldm import checkpoint
+from ldm.alignment import measure_movement
 from ldm.data.image import photographs, read_image, write_image
+from ldm.metrics import psnr
 from ldm.models.kontext import (
     TRANSFORMER,
     load_autoencoder,
@@ -27,7 +30,6 @@ from ldm.models.kontext import (
 from ldm.models.prompts import prompt_file
 from ldm.modules.flux import pack, unpack
 from ldm.modules.lora import LORA_FILE, MODELSPEC, load_lora, make_lora
-from tests.alignment import misalignment
 from tests.tiny_flux import write_tiny_folder
 from train_kontext_lora import SIGMAS, Settings, draw_noise, flow_loss, learning_rate_factor, main
 
@@ -378,7 +380,8 @@ def test_restoring_refuses_nonsense(options):
 def test_pictures_come_back_without_shift_or_zoom(options):
     image = cv2.resize(read_image(photographs(("coffee.png",))[0]), (211, 137), interpolation=cv2.INTER_AREA)
     restored = restore_image(copy_control, PixelAutoencoder(), PROMPT, image, steps=2, **options)
-    assert max(misalignment(restored, image)) < 0.1
+    moved = measure_movement(restored, image)
+    assert moved.shift < 0.1 and abs(moved.scale - 100) < 0.1
 
 
 def test_restoring_from_the_command_line(folder, tmp_path, monkeypatch):
@@ -400,6 +403,34 @@ def test_restoring_from_the_command_line(folder, tmp_path, monkeypatch):
     )
     assert lora.shape == read_image(folder / "photos" / "coffee.png").shape
     assert np.array_equal(lora, again) and not np.array_equal(lora, without)
+
+
+def test_the_movement_of_a_result_is_printed_and_undone_on_request(tmp_path, monkeypatch, capsys):
+    image = read_image(photographs(("coffee.png",))[0])[60:260, 100:360]
+    there = np.float32([[1, 0, 4], [0, 1, -2.5]])
+    moved = cv2.warpAffine(image, there, image.shape[1::-1], flags=cv2.INTER_CUBIC)
+    monkeypatch.setattr("ldm.models.kontext.load_restorer", lambda *_, **__: lambda image, **__: moved)
+    options = {"input": Path("a.png"), "output_dir": tmp_path, "device": "cpu"}
+    kept = infer.Kontext(**options).restorer()(image, Path("a.png"))
+    assert np.array_equal(kept, moved)
+    printed = capsys.readouterr().out.splitlines()[-1]
+    shift = [float(word) for word in printed.split()[2:4]]
+    assert printed.startswith("a.png: shift +") and printed.endswith(" %")
+    assert shift == pytest.approx([4, -2.5], abs=0.1)
+    undone = infer.Kontext(**options, align=True).restorer()(image, Path("a.png"))
+    assert psnr(moved, image) < 25 and psnr(undone, image) > 35
+    assert capsys.readouterr().out.rstrip().endswith(" %, undone")
+
+
+def test_a_preview_that_cannot_be_measured_says_so(folder, tmp_path, monkeypatch):
+    settings = make_settings(folder, tmp_path, resolution=48, degradation_types="noise", noise_level=0.02)
+    dataset = script.load_data(settings)[1][""]
+    prompts = {"t5": torch.zeros(1)}
+    for restore, shift in ((lambda *parts, **_: parts[3], 0), (lambda *parts, **_: parts[3] * 0, math.nan)):
+        monkeypatch.setattr(script, "restore_image", restore)
+        scores = script.preview(None, None, lambda _: prompts, dataset, settings)[1]
+        assert scores["shift_px"] == pytest.approx(shift, abs=0.1, nan_ok=True)
+        assert scores["scale_percent"] == pytest.approx(100 + shift, abs=0.5, nan_ok=True)
 
 
 def test_restorer_needs_a_prompt(folder, tmp_path):
@@ -436,6 +467,7 @@ def test_the_folder_of_a_run_is_what_diffusers_takes(folder, tmp_path):
     assert _best_guess_weight_name(tmp_path) == _best_guess_weight_name(tmp_path / "best") == LORA_FILE
     header = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"val/psnr", "val/psnr_input", "val/ssim", "val/loss", "val/loss_0.1", "val/loss_0.9"} <= {*header}
+    assert {"val/shift_px", "val/scale_percent"} <= {*header}
     assert {"train/loss", "train/tokens/s", "train/images/s", "train/learning_rate"} <= {*header}
     prompt = checkpoint.read_weights(prompt_file(folder, "restore"))
     for lora in (tmp_path, tmp_path / "best", snapshots[0]):

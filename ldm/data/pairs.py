@@ -16,6 +16,7 @@ from ldm.util import listing
 
 JSONL = "blur_types.json"  # the list that tool_make_deblur_dataset.py writes
 SAMPLE = 9  # pairs whose sharpness is compared
+SHARPER = 1.05  # ratio of sharpness above which an image is clearly sharper than another
 Paths = tuple[Path, Path]  # blurry, sharp
 
 
@@ -252,14 +253,14 @@ def _check_sharpness(pairs: Sequence[Pair], source: Path) -> None:
 
 def _is_sharper(blurry: Path, sharp: Path) -> bool:
     try:
-        return _gradient(blurry) > 1.05 * _gradient(sharp)
+        return sharpness(read_image(blurry)) > SHARPER * sharpness(read_image(sharp))
     except UNREADABLE:  # training reports it
         return False
 
 
-def _gradient(path: Path) -> float:
-    """Mean difference of neighbouring pixels of the grey image, after its noise is smoothed."""
-    grey = cv2.GaussianBlur(read_image(path).mean(axis=2), (0, 0), 1.0)
+def sharpness(image: np.ndarray) -> float:
+    """Mean difference of neighbouring pixels of the grey of uint8 (h, w, 3), after its noise is smoothed."""
+    grey = cv2.GaussianBlur(image.mean(axis=2), (0, 0), 1.0)
     return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
 
 

@@ -23,6 +23,9 @@ DEBLURRED = re.compile(r"deblur(red)?(_lin)?", re.IGNORECASE)
 # Folders that are no scenes: parts of data sets, and data sets (MPRNet's train/GoPro/input).
 SPLITS = {*"train training val valid validation test testing eval close ups long shot".split()}
 SPLITS |= {*"gopro hide realblur rsblur dvd reds dataset datasets large j r".split()}
+# Words that name the split of a folder, and the split.
+SPLIT_OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_OF |= dict.fromkeys(("val", "valid", "validation", "eval"), "val")
 # Names that cameras and people give to images that have nothing in common.
 COMMON = {*"img image dsc dscf dscn pxl p photo picture pic scan".split(), *SHARP, *BLURRY}
 AFFIX = "|".join(sorted(SHARP | BLURRY))
@@ -47,6 +50,18 @@ def path_side(path: str | PurePath, other: str | PurePath) -> str:
     path, others = PurePath(path), PurePath(other).parts
     names = [*(part for part in reversed(path.parts[:-1]) if part not in others), path.stem]
     return next((found for found in map(side, names) if found), "")
+
+
+def split_of(path: PurePath) -> str:
+    """The split that a folder of a relative path names: "train", "val" or "test", or "" if none does.
+
+    The folder of one scene (reds_train_001) names none.
+    """
+    for folder in path.parts[:-1]:
+        found = words(folder) & SPLIT_OF.keys()
+        if found and not _is_numbered(folder):
+            return SPLIT_OF[min(found)]
+    return ""
 
 
 def place(path: PurePath) -> PurePosixPath:
@@ -81,7 +96,11 @@ def scenes(places: Sequence[PurePosixPath]) -> list[str]:
 def _is_scene(folder: str) -> bool:
     """True for the folder of one scene, False for a split or data set: reds_train_001, train2017."""
     found = words(folder)
-    return not found or bool(found - SPLITS) or bool(re.search(r"[_-]\d{2,}$", folder))
+    return not found or bool(found - SPLITS) or _is_numbered(folder)
+
+
+def _is_numbered(folder: str) -> bool:
+    return bool(re.search(r"[_-]\d{2,}$", folder))
 
 
 def _sequence(stem: str) -> str:

@@ -1,0 +1,154 @@
+"""How far a restored image is shifted and zoomed against its input, and how to undo that."""
+
+import math
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+SIDES = (256, 1024)  # longest side in pixels of the two scales at which images are compared
+SMALLEST = 32  # side of the smallest image that can be measured, in pixels
+FINE, COARSE = 1.5, 20.0  # standard deviations of the band-pass, in pixels
+BLURS = (0.4, 0.6, 0.9, 1.2, 1.6, 2.0, 2.5, 3.0, 3.6, 4.3, 5.2, 6.2, 7.5, 9.0)  # pixels
+LEAST_CORRELATION = 0.5  # below this, the images are taken to show different things
+LEAST_TEXTURE = 0.05  # levels: standard deviation of the band-passed grey of an image with any detail
+LEAST_SPREAD = 1e-3  # of edges' energy across the main direction: bare stripes have no second direction
+LARGEST_ZOOM = 1.25  # factor, and its inverse
+
+
+class Movement(NamedTuple):
+    """Shift of an image's middle in pixels (to the right, down) and its scale in percent; NaN if unknown."""
+
+    x: float
+    y: float
+    scale: float
+
+    @property
+    def shift(self) -> float:
+        """Length of the shift in pixels."""
+        return math.hypot(self.x, self.y)
+
+    @property
+    def is_known(self) -> bool:
+        """False if the movement could not be measured."""
+        return math.isfinite(self.scale)
+
+    def __str__(self) -> str:
+        if not self.is_known:
+            return "movement not measurable"
+        return f"shift {self.x:+.2f} {self.y:+.2f} px, scale {self.scale:.2f} %"
+
+
+UNKNOWN = Movement(math.nan, math.nan, math.nan)
+
+
+def measure_movement(restored: np.ndarray, image: np.ndarray) -> Movement:
+    """Measure how far the content of `restored` is moved against `image`, both uint8 (h, w, 3).
+
+    An affine map of the band-passed grey is found that maximises the enhanced correlation coefficient
+    (Evangelidis and Psarakis 2008, by OpenCV), on two scales, from a start by phase correlation. Unknown for
+    images without texture in two directions, below 32 pixels, or of different things.
+    Raises ValueError if shapes differ.
+    """
+    if restored.shape != image.shape:
+        raise ValueError(f"images of different shapes: {restored.shape} and {image.shape}")
+    height, width = image.shape[:2]
+    if min(height, width) < SMALLEST:
+        return UNKNOWN
+    sizes = {}  # without doubles: small images are compared on one scale
+    for side in SIDES:
+        scale = min(1, side / max(height, width))
+        sizes[max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale))] = None
+    matrix = None  # linear part, and shift of the middle in parts of the image's sides
+    try:
+        for size in sizes:
+            matrix = _refine(matrix, _band(image, size), _band(restored, size))
+    except cv2.error:  # no correlation from which to go on
+        return UNKNOWN
+    if matrix is None:
+        return UNKNOWN
+    zoom = (matrix[0, 0] + matrix[1, 1]) / 2
+    if not 1 / LARGEST_ZOOM < zoom < LARGEST_ZOOM:
+        return UNKNOWN
+    return Movement(float(matrix[0, 2] * width), float(matrix[1, 2] * height), float(100 * zoom))
+
+
+def _band(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the grey of an image, band-passed, at this width and height: float32 (h, w)."""
+    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA)
+    grey = grey.astype(np.float32)
+    coarse = min(COARSE, max(4 * FINE, min(size) / 20))  # borders count for less in small images
+    return cv2.GaussianBlur(grey, (0, 0), FINE) - cv2.GaussianBlur(grey, (0, 0), coarse)
+
+
+def _refine(start: np.ndarray | None, image: np.ndarray, restored: np.ndarray) -> np.ndarray | None:
+    """Find the affine map (2, 3) between two band-passed images (h, w), from that of a smaller scale.
+
+    Its shift is that of the middle, in parts of the width and height. None if it cannot be told.
+    """
+    if not (_has_texture(image) and _has_texture(restored)):
+        return None
+    image, restored = _equal_detail(image, restored)
+    height, width = image.shape
+    if start is None:
+        window = cv2.createHanningWindow((width, height), cv2.CV_32F)
+        shift, _ = cv2.phaseCorrelate(image, restored, window)
+        start = np.array([[1, 0, shift[0] / width], [0, 1, shift[1] / height]])
+    middle = np.array([width - 1, height - 1]) / 2
+    warp = start.astype(np.float32)
+    warp[:, 2] = start[:, 2] * (width, height) + middle - start[:, :2] @ middle
+    margin = max(2, min(height, width) // 20)  # what came in at the borders has no counterpart
+    mask = np.zeros((height, width), np.uint8)
+    mask[margin:-margin, margin:-margin] = 255
+    stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-5)
+    correlation, warp = cv2.findTransformECC(image, restored, warp, cv2.MOTION_AFFINE, stop, mask, 1)
+    if not correlation > LEAST_CORRELATION:
+        return None
+    found = warp.astype(np.float64)
+    found[:, 2] = (found[:, 2] + found[:, :2] @ middle - middle) / (width, height)
+    return found
+
+
+def _equal_detail(image: np.ndarray, restored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Blur the image of more detail until both have as much: an image that is blurred looks zoomed else."""
+    if _detail(image) < _detail(restored):
+        return _equal_detail(restored, image)[::-1]
+    wanted, blurred = _detail(restored), image
+    for sigma in BLURS:
+        if _detail(blurred) <= wanted:
+            break
+        blurred = cv2.GaussianBlur(image, (0, 0), sigma)
+    return blurred, restored
+
+
+def _detail(band: np.ndarray) -> float:
+    """Energy of the edges of a band-passed image, relative to its own."""
+    down, right = np.gradient(band)
+    return float((down * down + right * right).mean() / (band * band).mean())
+
+
+def _has_texture(band: np.ndarray) -> bool:
+    """True if a band-passed image has edges in more than one direction."""
+    if band.std() < LEAST_TEXTURE:
+        return False
+    down, right = np.gradient(band)
+    energy = np.array([[(down * down).mean(), (down * right).mean()], [0, (right * right).mean()]])
+    weak, strong = np.linalg.eigvalsh(energy, UPLO="U")
+    return bool(weak > LEAST_SPREAD * strong)
+
+
+def undo_movement(restored: np.ndarray, image: np.ndarray, movement: Movement) -> np.ndarray:
+    """Move `restored` back, uint8 (h, w, 3); what is missing at the borders is taken from `image`.
+
+    Resampled by Lanczos' kernel. `movement` must be known.
+    """
+    height, width = image.shape[:2]
+    zoom = movement.scale / 100
+    x = movement.x + (1 - zoom) * (width - 1) / 2
+    y = movement.y + (1 - zoom) * (height - 1) / 2
+    warp, size = np.array([[zoom, 0, x], [0, zoom, y]]), (width, height)
+    flags = cv2.INTER_LANCZOS4 | cv2.WARP_INVERSE_MAP
+    moved = cv2.warpAffine(restored, warp, size, flags=flags, borderMode=cv2.BORDER_REFLECT)
+    inside = np.ones((height, width), np.uint8)
+    inside = cv2.warpAffine(inside, warp, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
+    return np.where(inside[..., None] > 0, moved, image)

@@ -1,0 +1,241 @@
+"""Check a data set of blurry and sharp pairs before training on it.
+
+    python tool_check_pairs.py --data training/GOPRO_Large
+    python tool_check_pairs.py --data blurry --sharp_dir sharp
+
+Prints what is wrong, the worst first, and writes pairs.csv (all measures of all pairs) and worst.jpg (the ten
+worst pairs: blurry, sharp, difference times 4). Exit code 1 if a pair is certainly wrong: see CERTAIN.
+"""
+
+import hashlib
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+
+import cv2
+import numpy as np
+from PIL import Image
+from scipy.spatial import cKDTree
+from tqdm import tqdm
+
+from harness.logs import as_csv
+from harness.settings import run_main
+from ldm.alignment import measure_movement
+from ldm.checkpoint import write_atomically
+from ldm.data.degraded import stack_rows
+from ldm.data.image import read_image, side_by_side, write_whole
+from ldm.data.pairs import SHARPER, Pair, find_pairs, sharpness
+from ldm.data.scenes import COMMON, split_of, words
+from ldm.metrics import known_mean, rgb_shift
+
+CERTAIN = ("unreadable", "sizes differ", "swapped", "in two splits")
+KINDS = (*CERTAIN, "equal sides", "duplicate", "scene in two splits", "shifted", "scaled", "colour shifted")
+SHIFT = (
+    2.0  # pixels above which a pair counts as shifted: the path of a real blur moves its middle by 1 or so
+)
+SCALE = 0.3  # percent above which a pair counts as scaled
+COLOUR = 2.0  # levels of 255 above which the mean of a channel counts as shifted
+SIDE = 1024  # longest side in pixels at which sharpness is measured
+THUMB = 16  # side of the thumbnails that find copies of an image
+COPY = 1.0  # levels: root mean square difference of thumbnails below which two images are copies
+FLAT = 4.0  # levels: standard deviation below which a thumbnail tells nothing
+LINES, SHOWN, WIDTH = 20, 10, 400  # lines of the table, pairs of the sheet, width of its images in pixels
+
+
+@dataclass
+class Settings:
+    """Find swapped, shifted, scaled, duplicated, leaking and damaged pairs."""
+
+    data: Path  # pairs in any form that training reads: a tree, a list file, or the blurry images
+    sharp_dir: Path | None = None  # folder of the sharp images, if --data holds the blurry ones
+    output_dir: Path = Path("outputs/pairs")  # folder for pairs.csv and worst.jpg
+
+
+@dataclass
+class Checked:
+    """A pair with its measures (columns of pairs.csv), and what is wrong: kind -> (how much, text)."""
+
+    pair: Pair
+    values: dict = field(default_factory=dict)
+    findings: dict[str, tuple[float, str]] = field(default_factory=dict)
+    digests: tuple[str, str] = ("", "")  # of the pixels, blurry and sharp
+    thumbs: np.ndarray | None = None  # (2, THUMB * THUMB), grey levels
+
+    def rank(self) -> tuple:
+        """Sort key: the worst kind first, then by how much, then by the shift."""
+        worst = [(KINDS.index(kind), -amount) for kind, (amount, _) in self.findings.items()]
+        shift = math.hypot(self.values.get("shift_x", 0), self.values.get("shift_y", 0))
+        return min(worst, default=(len(KINDS), 0)), -shift if math.isfinite(shift) else 0
+
+
+def check_pair(pair: Pair, root: Path) -> Checked:
+    """Read and measure one pair. `root` is the folder that names and splits are told from."""
+    name = PurePath(os.path.relpath(pair.blurry, root))
+    about = {"blurry": pair.blurry, "sharp": pair.sharp, "split": split_of(name)}
+    checked = Checked(pair, {"name": name.as_posix(), "scene": PurePath(pair.group).name, **about})
+    try:
+        blurry, sharp = read_image(pair.blurry), read_image(pair.sharp)
+    except (ValueError, OSError) as error:
+        checked.findings["unreadable"] = (0, str(error))
+        return checked
+    checked.digests = tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in (blurry, sharp))
+    checked.thumbs = np.stack([thumbnail(image) for image in (blurry, sharp)])
+    height, width = sharp.shape[:2]
+    checked.values |= {"width": width, "height": height}
+    if blurry.shape != sharp.shape:
+        text = f"{blurry.shape[1]}x{blurry.shape[0]} and {width}x{height} pixels"
+        checked.findings["sizes differ"] = (0, text)
+        return checked
+    measure(checked, blurry, sharp)
+    return checked
+
+
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """Grey levels of uint8 (h, w, 3) at THUMB x THUMB pixels, in one row."""
+    small = cv2.resize(image, (THUMB, THUMB), interpolation=cv2.INTER_AREA)
+    return small.mean(axis=2).ravel()
+
+
+def reduced(image: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """Shrink an image to a longest side of `side` pixels, if it is larger."""
+    scale = side / max(image.shape[:2])
+    return image if scale >= 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+
+
+def measure(checked: Checked, blurry: np.ndarray, sharp: np.ndarray) -> None:
+    """Compare the two sides of a pair, uint8 (h, w, 3) of one size."""
+    ratio = sharpness(reduced(blurry)) / max(sharpness(reduced(sharp)), 1e-6)
+    moved = measure_movement(blurry, sharp)
+    red, green, blue = rgb_shift(blurry, sharp)
+    values, found = checked.values, checked.findings
+    values |= {"sharpness_ratio": ratio, "shift_x": moved.x, "shift_y": moved.y}
+    values |= {"scale_percent": moved.scale, "red": red, "green": green, "blue": blue}
+    largest = max(abs(red), abs(green), abs(blue))
+    if ratio > SHARPER:
+        found["swapped"] = (ratio, f"the blurry side is {ratio:.2f} times as sharp")
+    if checked.digests[0] == checked.digests[1]:
+        found["equal sides"] = (0, "both images are the same")
+    if moved.shift > SHIFT:
+        found["shifted"] = (moved.shift, f"by {moved.x:+.1f} {moved.y:+.1f} pixels")
+    if abs(moved.scale - 100) > SCALE:
+        found["scaled"] = (abs(moved.scale - 100), f"to {moved.scale:.2f} %")
+    if largest > COLOUR:
+        found["colour shifted"] = (largest, f"by {red:+.1f} {green:+.1f} {blue:+.1f} levels")
+
+
+# ---- what is there twice -----------------------------------------------------------------------------------
+
+
+def find_copies(rows: Sequence[Checked]) -> None:
+    """Note images that are in two pairs: certainly wrong if these are of two splits.
+
+    Copies are equal pixels, or thumbnails that differ by less than COPY (another format or size). Frames of
+    one scene may look alike, so there only equal pixels count, as in images without texture.
+    """
+    rows = [row for row in rows if row.thumbs is not None]
+    if len(rows) < 2:
+        return
+    radius = COPY * THUMB
+    tree = cKDTree(np.stack([row.thumbs[1] for row in rows]))
+    for one, other in sorted(tree.query_pairs(radius)):
+        a, b = rows[one], rows[other]
+        alike = a.thumbs[1].std() > FLAT
+        splits = {a.values["split"], b.values["split"]} - {""}
+        if len(splits) == 2:
+            kind, same = "in two splits", alike or a.digests[1] == b.digests[1]
+        else:
+            alike = alike and a.pair.group != b.pair.group
+            alike = alike and np.linalg.norm(a.thumbs[0] - b.thumbs[0]) < radius
+            kind, same = "duplicate", alike or a.digests[0] == b.digests[0]
+        if same:
+            a.findings.setdefault(kind, (0, f"same image as {b.values['name']}"))
+            b.findings.setdefault(kind, (0, f"same image as {a.values['name']}"))
+
+
+def find_shared_scenes(rows: Sequence[Checked]) -> None:
+    """Note scenes of one name in several splits; names of numbers alone, or IMG_1, tell nothing."""
+    splits = defaultdict(set)
+    for row in rows:
+        splits[row.values["scene"]].add(row.values["split"])
+    for row in rows:
+        scene, split = row.values["scene"], row.values["split"]
+        others = splits[scene] - {split, ""}
+        if split and others and words(scene) - COMMON:
+            row.findings["scene in two splits"] = (0, f"{scene} is also in {', '.join(sorted(others))}")
+
+
+# ---- report ------------------------------------------------------------------------------------------------
+
+
+def as_text(rows: Sequence[Checked]) -> str:
+    """Return the worst pairs, one a line, then how many pairs have what, and the means of all."""
+    wrong = [row for row in rows if row.findings]
+    lines = []
+    for number, row in enumerate(wrong[:LINES], start=1):
+        found = sorted(row.findings.items(), key=lambda item: KINDS.index(item[0]))
+        texts = "; ".join(f"{kind}: {text}" for kind, (_, text) in found)
+        lines.append(f"{number:3}  {row.values['name']}  {texts}")
+    if len(wrong) > LINES:
+        lines.append(f"     and {len(wrong) - LINES} more, in pairs.csv")
+    counts = Counter(kind for row in rows for kind in row.findings)
+    lines.append(f"{len(rows)} pairs, {len(rows) - len(wrong)} without findings")
+    lines += [f"  {kind:20} {counts[kind]}" for kind in KINDS]
+    names = ("shift_x", "shift_y", "scale_percent", "red", "green", "blue")
+    means = [known_mean(row.values.get(name, math.nan) for row in rows) for name in names]
+    lines.append(
+        "mean: shift {:+.2f} {:+.2f} pixels, scale {:.2f} %, colour {:+.2f} {:+.2f} {:+.2f}".format(*means)
+    )
+    return "\n".join(lines)
+
+
+def make_sheet(rows: Sequence[Checked]) -> np.ndarray | None:
+    """Rows of blurry, sharp and difference (times 4, if of one size) with their numbers; None without any."""
+    strips = []
+    readable = [(n, row) for n, row in enumerate(rows, start=1) if "unreadable" not in row.findings]
+    for number, row in readable[:SHOWN]:
+        images = [reduced(read_image(path), WIDTH) for path in (row.pair.blurry, row.pair.sharp)]
+        if images[0].shape == images[1].shape:
+            images.append(cv2.convertScaleAbs(cv2.absdiff(*images), alpha=4))
+        strip = side_by_side(images)
+        cv2.putText(strip, str(number), (4, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.9, (255, 255, 0), 2)
+        strips.append(strip)
+    return stack_rows(strips) if strips else None
+
+
+def main(settings: Settings) -> None:
+    """Check all pairs and write the report. Raises ValueError if a pair is certainly wrong."""
+    # Pairs; names are told from the folder that holds all of them
+    pairs = find_pairs(settings.data, settings.sharp_dir, blurred=False)
+    root = Path(os.path.commonpath([os.path.abspath(pair.blurry.parent) for pair in pairs]))
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+
+    # Each pair alone, then what they have in common
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(check_pair, pairs, [root] * len(pairs))
+        rows = list(tqdm(found, "checking", len(pairs), unit="pair"))
+    find_copies(rows)
+    find_shared_scenes(rows)
+    rows.sort(key=Checked.rank)
+
+    # Report
+    print(as_text(rows))
+    table = [{"findings": "; ".join(row.findings), **row.values} for row in rows]
+    text = as_csv([*max(table, key=len)], table)  # a pair that was not measured has fewer columns
+    files = [settings.output_dir / "pairs.csv"]
+    write_atomically(files[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    sheet = make_sheet(rows)
+    if sheet is not None:
+        files.append(settings.output_dir / "worst.jpg")
+        write_whole(files[1], lambda temporary: Image.fromarray(sheet).save(temporary, "JPEG", quality=90))
+    print(f"written: {', '.join(map(str, files))}")
+    certain = [row for row in rows if row.findings.keys() & {*CERTAIN}]
+    if certain:
+        raise ValueError(f"{len(certain)} of {len(rows)} pairs are certainly wrong ({', '.join(CERTAIN)})")
+
+
+if __name__ == "__main__":
+    run_main(main, Settings)
