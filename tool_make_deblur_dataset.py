@@ -6,7 +6,6 @@ writes, in the output folder,
 
     clear_images/clear_000000.png, blur_images/blur_000000.png, ...
     blur_types.json    one JSON object a line: clear_image, blur_image, blur_type, source, parameters
-    preview.png        some pairs of each blur type, blurry on the left
 
 Without --source_dir the photos inside scikit-image serve. Sample number i is the same, byte for byte, for the
 same seed and sources, whatever the number of workers or samples: the same command continues where it stopped,
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from harness.flags import Count, Fraction, Range, Whole
+from harness.loading import start_worker
 from harness.settings import check_ranges, run_main
 from ldm.data.crop import Crop, at_least, sharpness
 from ldm.data.image import list_images, photographs, read_image, write_image, write_whole
@@ -110,7 +110,6 @@ def make_dataset(settings: Settings) -> Summary:
                 saved = time.monotonic()
     finally:
         write_records(folder / JSONL, records)
-    write_preview(folder, records)
     return summary
 
 
@@ -144,17 +143,13 @@ def load(todo: list[int], settings: Settings, paths: list[Path]) -> DataLoader:
         sampler=todo,
         num_workers=workers if workers > 1 else 0,
         collate_fn=unchanged,
-        worker_init_fn=use_one_thread,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # the global one belongs to the script that calls this
     )
 
 
 def unchanged(sample: tuple) -> tuple:
     return sample
-
-
-def use_one_thread(worker: int) -> None:
-    cv2.setNumThreads(0)  # the processes are the parallelism (1 would wait for threads of the parent)
 
 
 class Maker(Dataset):
@@ -256,28 +251,10 @@ def write_records(path: Path, records: dict[int, dict]) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_preview(folder: Path, records: dict[int, dict], rows: int = 4, side: int = 256) -> None:
-    """Write an image of pairs of each blur type, blurry first: one column of pairs a type."""
-    by_type: dict[str, list[dict]] = {}
-    for index in sorted(records):
-        by_type.setdefault(records[index]["blur_type"], []).append(records[index])
-    sheet = np.full((rows * side, 2 * side * len(by_type), 3), 255, np.uint8)
-    for column, name in enumerate(sorted(by_type)):
-        for row, record in enumerate(by_type[name][:rows]):
-            for half, key in enumerate(("blur_image", "clear_image")):
-                image = cv2.resize(
-                    read_image(folder / record[key]), (side, side), interpolation=cv2.INTER_AREA
-                )
-                left = (2 * column + half) * side
-                sheet[row * side : (row + 1) * side, left : left + side] = image
-    write_image(folder / "preview.png", sheet)
-
-
 def main(settings: Settings) -> None:
     summary = make_dataset(settings)
     folder = Path(settings.output_dir)
     print(f"{summary.made} pairs made, {summary.kept} were there: {folder / JSONL}")
-    print(f"look at: {folder / 'preview.png'}")
     if summary.not_used:
         print(f"{len(summary.not_used)} sources were not used, such as:")
         for reason in list(summary.not_used.values())[:REPORTED]:

@@ -32,10 +32,8 @@ from cldm.training import (
     begin,
     check_image_size,
     check_start_file,
-    choose_strategy,
     count_steps,
     fit,
-    make_callbacks,
     make_trainer,
     prepare_model,
     rate_schedule,
@@ -325,12 +323,7 @@ def main(settings: Settings) -> None:
     model.learning_rate_factor = rate_schedule(settings.lr_scheduler, steps)
     clips = settings.max_grad_norm > 0
     prepare_model(
-        model,
-        settings.precision,
-        clips,
-        processes,
-        settings.gradient_checkpointing,
-        settings.compile,
+        model, settings.precision, clips, processes, settings.gradient_checkpointing, settings.compile
     )
 
     # Training: for each batch Lightning calls model.training_step, whose loss is LatentDiffusion.p_losses
@@ -340,29 +333,22 @@ def main(settings: Settings) -> None:
     )
     known = {**plain(settings), "samples": len(train)}
     about = {"config": dict(config), "base": str(settings.resume_path), "settings": known}
-    callbacks = make_callbacks(
+    trainer = make_trainer(
+        model,
         folder,
         about,
-        settings.ema_decay,
-        settings.log_steps,
-        settings.save_steps,
-        settings.val_steps,
-        images_per_step,
-        validates=validation is not None,
-    )
-    trainer = make_trainer(
-        folder,
-        callbacks,
         settings.precision,
+        max_steps=steps,
+        images_per_step=images_per_step,
+        accumulate=settings.accumulate_grad_batches,
+        max_grad_norm=settings.max_grad_norm,
+        ema_decay=settings.ema_decay,
+        log_steps=settings.log_steps,
+        save_steps=settings.save_steps,
+        val_steps=settings.val_steps,
+        validates=validation is not None,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=choose_strategy(model, processes),
-        max_steps=steps,
-        accumulate_grad_batches=settings.accumulate_grad_batches,
-        gradient_clip_val=settings.max_grad_norm or None,
-        log_every_n_steps=settings.log_steps,
-        val_check_interval=settings.val_steps * settings.accumulate_grad_batches,
-        limit_val_batches=0 if validation is None else None,
     )
     fit(trainer, model, data, last, about)  # resumed where it stopped
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from cldm.cldm import ControlLDM
 from harness.loading import make_loader
 from ldm.checkpoint import write_atomically
+from ldm.data.stream import Key, split_key
 from ldm.device import choose_device
 from ldm.models.diffusion.ddpm import image_of
 
@@ -34,10 +35,10 @@ class CachedLatents(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+    def __getitem__(self, key: Key) -> dict:
         if self.file is None:
             self.file = h5py.File(self.path, "r")
-        index = key[1] if isinstance(key, tuple) else key
+        index = split_key(key)[1]
         latents = {name: torch.from_numpy(self.file[name][index]).float() for name in self.file}
         return {**self.dataset[key], **latents}
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -27,16 +27,12 @@ from ldm.device import choose_device, describe_start
 from ldm.util import flush_denormals, half_dtype, learning_rate_factor, settle_precision
 
 # Parts of a checkpoint that `fit` resumes, with their types.
-PARTS = {
-    **dict.fromkeys(("loops", "settings", "config", "state_dict", "callbacks", "random", "StreamData"), dict),
-    **{"epoch": int, "global_step": int, "pytorch-lightning_version": str},
-    **{"optimizer_states": list, "lr_schedulers": list},
-}
+PARTS = dict.fromkeys("loops settings config state_dict callbacks random StreamData".split(), dict)
+PARTS |= {"optimizer_states": list, "lr_schedulers": list}
+PARTS |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
 # Settings that a resumed run may change; another value of any other would make it another run.
-MAY_CHANGE = {
-    *("output_dir", "max_steps", "max_epochs", "devices", "num_nodes", "compile", "num_workers"),
-    *("gradient_checkpointing", "log_steps", "save_steps", "val_steps", "val_ddim_steps"),
-}
+MAY_CHANGE = {*"output_dir max_steps max_epochs devices num_nodes compile num_workers".split()}
+MAY_CHANGE |= {*"gradient_checkpointing log_steps save_steps val_steps val_ddim_steps".split()}
 # Warnings of Lightning about what is meant here.
 MEANT = (".*in eval mode at the start", ".*LeafSpec.*", ".*many workers.*", ".*transfer_batch_to_device.*")
 
@@ -208,54 +204,60 @@ def rate_schedule(name: str, steps: int) -> Callable[[int], float]:
     return partial(learning_rate_factor, steps=steps, schedule=name, warmup=warmup)
 
 
-def choose_strategy(model: ControlLDM, processes: int) -> str:
-    """Name of Lightning's strategy: DDP if several processes train."""
-    if model.only_mid_control and processes > 1:  # the zero convolutions of the skips get no gradients
-        return "ddp_find_unused_parameters_true"
-    return "auto"
-
-
-def make_callbacks(
+def make_trainer(
+    model: ControlLDM,
     folder: Path,
     about: Mapping,
+    precision: str,
+    max_steps: int,
+    images_per_step: int,
+    accumulate: int,
+    max_grad_norm: float,
     ema_decay: float,
     log_steps: int,
     save_steps: int,
     val_steps: int,
-    images_per_step: int,
     validates: bool,
-) -> list[Callback]:
-    """Callbacks of a run: EMA weights, metrics, NaN check, image grids, checkpoints, progress.
-
-    `about` is stored in the checkpoints.
-    """
-    callbacks: list[Callback] = [EMACallback(ema_decay)] if ema_decay else []
-    return [
-        *callbacks,
-        MetricsLogger(folder / "logs" / "metrics.csv", log_steps),
-        LossCheck(folder / "checkpoints" / "last.ckpt", log_steps, save_steps, val_steps),
-        ImageLogger(folder / "images", val_steps),
-        Checkpoints(folder / "checkpoints", save_steps, val_steps if validates else 0, about),
-        ProgressBar(images_per_step, log_steps),
-    ]
-
-
-def make_trainer(folder: Path, callbacks: Sequence[Callback], precision: str, **options) -> pl.Trainer:
-    """Lightning's Trainer of a run in `folder`; `options` are further arguments of pl.Trainer.
+    devices: int,
+    num_nodes: int,
+) -> pl.Trainer:
+    """Lightning's Trainer of a run in `folder`, whose checkpoints hold `about` too.
 
     Our callbacks take the place of its own checkpoints and progress bar, and our stream of its samplers.
+    `ema_decay` and `max_grad_norm` are 0 for none.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # without its advertisements
     for text in MEANT:
         warnings.filterwarnings("ignore", text)
     torch.set_float32_matmul_precision("high")  # TF32 where there is CUDA
+    checkpoints = folder / "checkpoints"
+    callbacks: list[Callback] = [EMACallback(ema_decay)] if ema_decay else []
+    callbacks += [
+        MetricsLogger(folder / "logs" / "metrics.csv", log_steps),
+        LossCheck(checkpoints / "last.ckpt", log_steps, save_steps, val_steps),
+        ImageLogger(folder / "images", val_steps),
+        Checkpoints(checkpoints, save_steps, val_steps if validates else 0, about),
+        ProgressBar(images_per_step, log_steps),
+    ]
+    strategy = "auto"  # DDP for several processes
+    if model.only_mid_control and devices * num_nodes > 1:  # the skips' zero convolutions get no gradients
+        strategy = "ddp_find_unused_parameters_true"
     return pl.Trainer(
         accelerator=choose_device().type,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
         precision=lightning_precision(precision),
-        callbacks=list(callbacks),
+        callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         logger=TensorBoardLogger(folder, name="", version="logs"),
+        max_steps=max_steps,
         max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=max_grad_norm or None,
+        log_every_n_steps=log_steps,
+        val_check_interval=val_steps * accumulate,
+        limit_val_batches=None if validates else 0,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -265,7 +267,6 @@ def make_trainer(folder: Path, callbacks: Sequence[Callback], precision: str, **
         inference_mode=False,  # embeddings made in validation are used in training
         benchmark=True,  # cuDNN's fastest algorithm for crops of one size
         default_root_dir=folder,
-        **options,
     )
 
 

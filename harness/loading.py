@@ -10,7 +10,7 @@ from ldm.device import choose_device
 
 def start_worker(number: int) -> None:
     """A DataLoader's process: OpenCV must not start a thread for every core in each of them."""
-    cv2.setNumThreads(0)
+    cv2.setNumThreads(0)  # 1 would wait for threads of the parent
 
 
 def make_loader(

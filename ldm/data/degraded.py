@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ldm.data.captions import read_caption
 from ldm.data.image import UNREADABLE, image_size, list_images, read_image, to_tensor, to_uint8
 from ldm.data.pairs import check_alike, find_pairs
-from ldm.data.stream import first_samples, item_seed
+from ldm.data.stream import Key, first_samples, item_seed, split_key
 from ldm.modules.image_degradation.degrade import DEGRADATIONS, Value, check_degradation, degrade
 from ldm.util import listing
 
@@ -104,9 +104,9 @@ class DegDataset(Dataset):
     def __len__(self) -> int:
         return len(self.targets) * self.repeats
 
-    def group(self, key: int | tuple[int, int]) -> tuple[int, int]:
+    def group(self, key: Key) -> tuple[int, int]:
         """Height and width of a sample: a batch has samples of one size."""
-        return self.sizes[(key[1] if isinstance(key, tuple) else key) % len(self.targets)]
+        return self.sizes[split_key(key)[1] % len(self.targets)]
 
     def describe(self) -> str:
         """Say in a line what the dataset holds."""
@@ -127,10 +127,10 @@ class DegDataset(Dataset):
                 self.prompts[number] = caption
                 self.captioned += 1
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+    def __getitem__(self, key: Key) -> dict:
         seed = item_seed(self.seed, key)
         rng = np.random.default_rng(seed)
-        index = (key[1] if isinstance(key, tuple) else key) % len(self.targets)
+        index = split_key(key)[1] % len(self.targets)
         target = read_image(self.targets[index])
         control = target
         if self.controls:

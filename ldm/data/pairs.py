@@ -43,7 +43,7 @@ def find_pairs(
       extensions (see match_folders);
     - a folder made by tool_make_deblur_dataset.py, or its blur_types.json (any .json or .jsonl);
     - a tree: every folder at or below `source` that holds one folder of blurry and one of sharp images, by
-      words in their names (LAYOUTS in ldm/data/scenes.py);
+      words in their names (BLURRY and SHARP in ldm/data/scenes.py);
     - HIDE: folders of blurry images, and one of all sharp ones in `source` or beside it;
     - a list file, one pair a line: two paths with a tab between them, or with a space, and then a path that
       has spaces itself stands in double quotes; lines that are empty or begin with # are skipped. The names

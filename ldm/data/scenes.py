@@ -4,19 +4,10 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath, PurePosixPath
 
-# Words in the names of a data set's folders of blurry and of sharp images.
-LAYOUTS = {
-    "GoPro, REDS (train_blur, train_sharp), BasicSR's crops": ("blur", "sharp"),
-    "RealBlur, RSBlur (real_blur)": ("blur", "gt"),
-    "MPRNet, Restormer": ("input", "target"),
-    "DVD": ("input", "gt"),
-    "BasicSR": ("lq", "gt"),
-    "tool_make_deblur_dataset.py": ("blur", "clear"),
-    "other names in use": ("blurry", "clean"),
-    "further names in use": ("blurred", "hq"),
-}
-BLURRY = {blurry for blurry, _ in LAYOUTS.values()}
-SHARP = {sharp for _, sharp in LAYOUTS.values()}
+# Words in the names of folders: GoPro and REDS have blur and sharp, RealBlur blur and gt, DVD input and gt,
+# MPRNet and Restormer input and target, BasicSR lq and gt, tool_make_deblur_dataset.py blur and clear.
+BLURRY = {*"blur blurry blurred input lq".split()}
+SHARP = {*"sharp gt target clear clean hq".split()}
 UNUSED = {"gamma", "avg"}  # GoPro's blur_gamma and RSBlur's avg_blur, further versions of the blurry images
 # SRN's folder of sharp images, beside its blurry ones; elsewhere this may be a data set or a result.
 DEBLURRED = re.compile(r"deblur(red)?(_lin)?", re.IGNORECASE)

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import Dataset
 
 from ldm.data.degraded import DegDataset
+from ldm.data.stream import Key, split_key
 from ldm.util import read_yaml
 
 RANGES = ("lr_scale", "noise_level", "blur_radius", "jpeg_quality", "degradation_strength")
@@ -89,18 +90,18 @@ class Tasks(Dataset):
     def __len__(self) -> int:
         return sum(self.counts)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+    def __getitem__(self, key: Key) -> dict:
         dataset, own_key = self._find(key)
         return dataset[own_key]
 
-    def group(self, key: int | tuple[int, int]) -> tuple[int, int]:
+    def group(self, key: Key) -> tuple[int, int]:
         """Height and width of a sample: a batch has samples of one size."""
         dataset, own_key = self._find(key)
         return dataset.group(own_key)
 
-    def _find(self, key: int | tuple[int, int]) -> tuple[DegDataset, tuple[int, int]]:
+    def _find(self, key: Key) -> tuple[DegDataset, tuple[int, int]]:
         """The dataset that a key falls to, and the key there: its epochs have another length."""
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+        epoch, index = split_key(key)
         for dataset, count in zip(self.datasets.values(), self.counts, strict=True):
             if index < count:
                 return dataset, divmod(epoch * count + index, len(dataset))
