@@ -92,7 +92,7 @@ def test_options_change_the_filling(model):
         {"prompt": "a cat"},
         {"control_scale": 0.0},
         {"strength": 0.5},
-        {"method": "dpmpp_2m"},
+        {"method": "unipc"},
     ]
     changes += [{"color_fix": False}, {"steps": 3}, {"mask_blur": 2}, {"grow_mask": 2}]
     for change in changes:

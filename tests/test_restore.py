@@ -87,7 +87,7 @@ def test_options_change_the_picture(model):
         {"guidance_scale": 3.0},
         {"control_scale": 0.0},
         {"strength": 0.5},
-        {"method": "dpmpp_2m"},
+        {"method": "unipc"},
         {"color_fix": False},
     )
     for change in changes:

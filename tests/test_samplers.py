@@ -62,6 +62,7 @@ def test_against_diffusers(method, count, monkeypatch):
     scheduler = {
         "ddim": lambda: diffusers.DDIMScheduler(**SCHEDULE, **options),
         "ddpm": lambda: diffusers.DDIMScheduler(**SCHEDULE, **options),
+        "unipc": lambda: diffusers.UniPCMultistepScheduler(**SCHEDULE),
         "dpmpp_2m": lambda: diffusers.DPMSolverMultistepScheduler(**SCHEDULE),
         "euler_a": lambda: diffusers.EulerAncestralDiscreteScheduler(**SCHEDULE),
     }[method]()
@@ -93,7 +94,8 @@ def test_ancestral_sampling_on_every_timestep_is_ddpm():
     assert torch.allclose(drawn, mean + deviation)
 
 
-def test_dpmpp_2m_is_closer_to_the_limit_than_ddim():
+@pytest.mark.parametrize("method", ["unipc", "dpmpp_2m"])
+def test_second_order_methods_are_closer_to_the_limit_than_ddim(method):
     """For gaussian data the denoiser is known, and the exact solution scales with the total deviation."""
 
     def gaussian(x: torch.Tensor, t: int, variance: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +109,7 @@ def test_dpmpp_2m_is_closer_to_the_limit_than_ddim():
         first, last = (alpha * 0.1 + 1 - alpha for alpha in (steps[0].alpha, steps[-1].alpha))
         return (seen[-1] - seen[0] * (last / first) ** 0.5).abs().mean().item()
 
-    assert error("dpmpp_2m") < 0.6 * error("ddim")
+    assert error(method) < 0.6 * error("ddim")
 
 
 def test_strength_takes_the_last_part_of_the_steps():

@@ -103,6 +103,49 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, befor
     return x
 
 
+def unipc(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before=keep) -> Tensor:
+    """UniPC of order 2 with B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2); ends in x0.
+
+    After each call of the network the step before it is corrected, then the next one is predicted.
+    """
+    history: list[tuple[float, Tensor]] = []  # half log SNR and x0 of the last two points
+    start = order = previous = None
+    for step in steps:
+        x = before(x, step)
+        x0, _ = denoise(x, step.t)
+        here = half_log_snr(step.alpha)
+        if previous is not None:
+            x = unipc_correct(start, previous, history[-order:], x0)
+        if step.last:
+            return x0
+        history = [*history[-1:], (here, x0)]
+        order, start, previous = len(history), x, step
+        x = first_order(x, step, x0)
+        if order == 2:
+            h = half_log_snr(step.alpha_next) - here
+            slope = (x0 - history[0][1]) * (h / (here - history[0][0]))
+            x = x + step.alpha_next**0.5 * -math.expm1(-h) * slope / 2
+    return x
+
+
+def unipc_correct(x: Tensor, step: Step, history: list[tuple[float, Tensor]], x0_next: Tensor) -> Tensor:
+    """The end of `step` from x, now that x0 at its end is known (Zhao et al. 2023, eq. 3 and theorem 3.1)."""
+    here, x0 = history[-1]
+    h = half_log_snr(step.alpha_next) - here
+    ratios = [(level - here) / h for level, _ in history[:-1]] + [1.0]
+    slopes = [(other - x0) / ratio for (_, other), ratio in zip(history, ratios[:-1], strict=False)]
+    slopes.append(x0_next - x0)
+    phi, right, factorial = math.expm1(-h) / -h - 1, [], 1
+    for power in range(1, len(ratios) + 1):
+        right.append(phi * factorial / math.expm1(-h))
+        factorial *= power + 1
+        phi = phi / -h - 1 / factorial
+    left = np.vander(ratios, increasing=True).T
+    weights = [0.5] if len(ratios) == 1 else np.linalg.solve(left, right)
+    change = sum(float(weight) * slope for weight, slope in zip(weights, slopes, strict=True))
+    return first_order(x, step, x0) - step.alpha_next**0.5 * math.expm1(-h) * change
+
+
 def first_order(x: Tensor, step: Step, x0: Tensor) -> Tensor:
     """Exact solution over `step` if x0 did not change: DDIM in terms of x0 (Lu et al. 2022, eq. 4.1)."""
     ratio = ((1 - step.alpha_next) / (1 - step.alpha)) ** 0.5
@@ -124,4 +167,4 @@ def half_log_snr(alpha: float) -> float:
     return -math.log(sigma_of(alpha))
 
 
-METHODS = {"ddim": ddim, "ddpm": ddpm, "dpmpp_2m": dpmpp_2m, "euler_a": euler_a}
+METHODS = {"ddim": ddim, "ddpm": ddpm, "unipc": unipc, "dpmpp_2m": dpmpp_2m, "euler_a": euler_a}
