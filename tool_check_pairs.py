@@ -28,16 +28,15 @@ from ldm.alignment import measure_movement
 from ldm.checkpoint import write_atomically
 from ldm.data.degraded import stack_rows
 from ldm.data.image import read_image, side_by_side, write_whole
-from ldm.data.pairs import SHARPER, Pair, find_pairs, sharpness
+from ldm.data.pairs import Pair, find_pairs, sharpness
 from ldm.data.scenes import COMMON, split_of, words
 from ldm.metrics import known_mean, rgb_shift
 
 CERTAIN = ("unreadable", "sizes differ", "swapped", "in two splits")
 KINDS = (*CERTAIN, "equal sides", "duplicate", "scene in two splits", "shifted", "scaled", "colour shifted")
-SHIFT = (
-    2.0  # pixels above which a pair counts as shifted: the path of a real blur moves its middle by 1 or so
-)
-SCALE = 0.3  # percent above which a pair counts as scaled
+SHARPER = 1.2  # ratio of sharpness above which the sides are swapped; noise and little texture give less
+SHIFT = 2.0  # pixels by which a middle, or a corner by its scale, may move: real blur moves it by 1 or so
+SCALE = 0.2  # percent above which a pair counts as scaled, if its corners move enough
 COLOUR = 2.0  # levels of 255 above which the mean of a channel counts as shifted
 SIDE = 1024  # longest side in pixels at which sharpness is measured
 THUMB = 16  # side of the thumbnails that find copies of an image
@@ -121,8 +120,9 @@ def measure(checked: Checked, blurry: np.ndarray, sharp: np.ndarray) -> None:
         found["equal sides"] = (0, "both images are the same")
     if moved.shift > SHIFT:
         found["shifted"] = (moved.shift, f"by {moved.x:+.1f} {moved.y:+.1f} pixels")
-    if abs(moved.scale - 100) > SCALE:
-        found["scaled"] = (abs(moved.scale - 100), f"to {moved.scale:.2f} %")
+    zoom = abs(moved.scale - 100)  # percent
+    if zoom > SCALE and zoom / 100 * math.hypot(*sharp.shape[:2]) / 2 > SHIFT:
+        found["scaled"] = (zoom, f"to {moved.scale:.2f} %")
     if largest > COLOUR:
         found["colour shifted"] = (largest, f"by {red:+.1f} {green:+.1f} {blue:+.1f} levels")
 

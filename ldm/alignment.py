@@ -55,13 +55,11 @@ def measure_movement(restored: np.ndarray, image: np.ndarray) -> Movement:
     height, width = image.shape[:2]
     if min(height, width) < SMALLEST:
         return UNKNOWN
-    sizes = {}  # without doubles: small images are compared on one scale
-    for side in SIDES:
-        scale = min(1, side / max(height, width))
-        sizes[max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale))] = None
+    scales = {min(1, side / max(height, width)) for side in SIDES}  # one for small images
     matrix = None  # linear part, and shift of the middle in parts of the image's sides
     try:
-        for size in sizes:
+        for scale in sorted(scales):
+            size = (max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale)))
             matrix = _refine(matrix, _band(image, size), _band(restored, size))
     except cv2.error:  # no correlation from which to go on
         return UNKNOWN

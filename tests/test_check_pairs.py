@@ -209,13 +209,20 @@ def test_one_pair_a_list_and_a_long_table(root, tmp_path, capsys, monkeypatch):
     assert "     and 4 more, in pairs.csv" in capsys.readouterr().out
 
 
-def test_the_command_line(root, tmp_path):
+def test_the_exit_code_and_an_empty_folder(root, tmp_path):
     swap(root)
-    command = [sys.executable, "tool_check_pairs.py", "--output_dir", str(tmp_path / "out"), "--data"]
+    command = [
+        sys.executable,
+        "tool_check_pairs.py",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--data",
+        str(root),
+    ]
     place = Path(__file__).parent.parent
-    wrong = subprocess.run([*command, str(root)], capture_output=True, text=True, cwd=place)
+    wrong = subprocess.run(command, capture_output=True, text=True, cwd=place)
     assert wrong.returncode == 1 and "error: 1 of 6 pairs are certainly wrong (unreadable" in wrong.stderr
     (tmp_path / "empty").mkdir()
-    empty = subprocess.run([*command, str(tmp_path / "empty")], capture_output=True, text=True, cwd=place)
-    assert empty.returncode == 1 and empty.stderr.startswith("error: no pairs in ")
-    assert len(empty.stderr.splitlines()) == 1 and not empty.stdout
+    with pytest.raises(FileNotFoundError, match="no pairs in .*empty"):
+        main(Settings(tmp_path / "empty", output_dir=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()

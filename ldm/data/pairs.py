@@ -16,7 +16,6 @@ from ldm.util import listing
 
 JSONL = "blur_types.json"  # the list that tool_make_deblur_dataset.py writes
 SAMPLE = 9  # pairs whose sharpness is compared
-SHARPER = 1.05  # ratio of sharpness above which an image is clearly sharper than another
 Paths = tuple[Path, Path]  # blurry, sharp
 
 
@@ -253,7 +252,7 @@ def _check_sharpness(pairs: Sequence[Pair], source: Path) -> None:
 
 def _is_sharper(blurry: Path, sharp: Path) -> bool:
     try:
-        return sharpness(read_image(blurry)) > SHARPER * sharpness(read_image(sharp))
+        return sharpness(read_image(blurry)) > 1.05 * sharpness(read_image(sharp))
     except UNREADABLE:  # training reports it
         return False
 
