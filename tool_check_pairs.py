@@ -187,7 +187,9 @@ def as_text(rows: Sequence[Checked]) -> str:
     names = ("shift_x", "shift_y", "scale_percent", "red", "green", "blue")
     means = [known_mean(row.values.get(name, math.nan) for row in rows) for name in names]
     lines.append(
-        "mean: shift {:+.2f} {:+.2f} pixels, scale {:.2f} %, colour {:+.2f} {:+.2f} {:+.2f}".format(*means)
+        "mean: shift {:+.2f} {:+.2f} pixels, scale {:.2f} %, colour {:+.2f} {:+.2f} {:+.2f} levels".format(
+            *means
+        )
     )
     return "\n".join(lines)
 
