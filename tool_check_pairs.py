@@ -61,7 +61,7 @@ class Checked:
     pair: Pair
     values: dict = field(default_factory=dict)
     findings: dict[str, tuple[float, str]] = field(default_factory=dict)
-    digests: tuple[str, str] = ("", "")  # of the pixels, blurry and sharp
+    digests: tuple[str, str] = ("", "")  # SHA-256 of the pixels, blurry and sharp
     thumbs: np.ndarray | None = None  # (2, THUMB * THUMB), grey levels
 
     def rank(self) -> tuple:
