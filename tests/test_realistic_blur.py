@@ -11,6 +11,7 @@ from ldm.data.dead_leaves import DeadLeaves
 from ldm.data.image import photographs
 from ldm.data.paired import ImageFiles
 from ldm.data.realistic_blur import RealisticBlur, RealisticBlurDataset, tone_curve
+from ldm.modules.image_degradation.blur import BLUR_TYPES
 
 STILL = {"shake": 0.0, "motion": 0.0, "optical": 0.0, "both": 0.0}  # nothing is blurred, or hardly
 GENTLE = {"shake": 1.0, "longest_path": 5.0, "jpeg": 0.0, "noise": (1e-9, 1e-8)}
@@ -18,9 +19,8 @@ GENTLE = {"shake": 1.0, "longest_path": 5.0, "jpeg": 0.0, "noise": (1e-9, 1e-8)}
 
 def items(count: int, size: int = 64, **recipe) -> list[dict]:
     images = ImageFiles(photographs() * 20)
-    dataset = RealisticBlurDataset(
-        images, size, 0, candidates=2, recipe=RealisticBlur(**recipe), augment=True
-    )
+    recipe = RealisticBlur(**{"simple": 0.0} | recipe)
+    dataset = RealisticBlurDataset(images, size, 0, candidates=2, recipe=recipe, augment=True)
     return [dataset[(0, index)] for index in range(count)]
 
 
@@ -34,6 +34,23 @@ def test_kinds_occur_as_the_recipe_says():
     optical = counts["defocus_blur"] + counts["lens_blur"] + counts["gaussian_blur"]
     assert optical == pytest.approx(23, abs=13)
     assert counts["motion_blur"] > 0 and counts["two_blurs"] > 0 and counts[""] > 0
+
+
+def test_simple_blurs_add_neither_noise_nor_tone_nor_jpeg(monkeypatch):
+    from ldm.data import realistic_blur
+
+    def refuse(*_):
+        raise AssertionError("a simple blur is all that happens")
+
+    for name in ("compress_jpeg", "tone_curve", "camera_shake"):
+        monkeypatch.setattr(realistic_blur, name, refuse)
+    found = items(60, 48, simple=1.0)
+    counts = Counter(item["blur_type"] for item in found)
+    assert set(counts) == set(BLUR_TYPES) and min(counts.values()) >= 5
+    for item in found:
+        if item["blur_type"] == "gaussian_blur":  # noise would raise the differences of neighbours
+            blurry, sharp = (item[side].diff(dim=2).abs().mean() for side in ("blurry", "sharp"))
+            assert blurry < sharp
 
 
 def test_both_sides_stay_aligned_at_every_scale():

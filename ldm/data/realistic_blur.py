@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from ldm.data.crop import Crop, at_least, random_crop
-from ldm.data.paired import BLUR_MARGIN, CropDataset, Crops
+from ldm.data.paired import BLUR_MARGIN, BLUR_NAMES, CropDataset, Crops
 from ldm.data.stream import Key
 from ldm.modules.image_degradation.blur import compress_jpeg, random_blur
 from ldm.modules.image_degradation.shake import camera_shake
@@ -25,6 +25,7 @@ class RealisticBlur:
     motion: float = 0.05  # one motion kernel for the whole crop
     optical: float = 0.2  # defocus, lens or gaussian blur
     both: float = 0.05  # defocus or lens blur at half size, then shake; the rest stays sharp
+    simple: float = 0.35  # of all samples: only one of BLUR_TYPES, without noise, tone curve or JPEG
     photo_scales: tuple[float, ...] = (1.0, 0.6, 0.36)  # photos are shrunk before they are blurred
     shrink_after: float = 0.3  # the blurred image is scaled down by 0.5 to 0.9
     noise: tuple[float, float] = (1e-6, 2e-3)  # gain of the sensor's noise, log-uniform
@@ -56,15 +57,20 @@ class RealisticBlurDataset(CropDataset):
 
     def _crops(self, key: Key, rng: np.random.Generator) -> Crops:
         image = at_least(self.images[key], self.size)
+        simple = rng.random() < self.recipe.simple
         shrink = rng.uniform(0.5, 0.9) if rng.random() < self.recipe.shrink_after else 1.0
         shortest = min(image.shape[:2])
-        if self.size / shrink > shortest:
+        if simple or self.size / shrink > shortest:
             shrink = 1.0
         size = round(self.size / shrink)  # of the crop when it is blurred
         scales = [scale for scale in self.recipe.photo_scales if size <= shortest * scale]
         scale = scales[rng.integers(len(scales))] if scales else size / shortest
         around, crop = self._surroundings(image, size, scale, rng)
         sharp = crop.cut(around)
+        if simple:
+            blur_type = BLUR_NAMES[rng.integers(len(BLUR_NAMES))]
+            blurred, _, _ = random_blur(around, rng, [blur_type], **blur_options(blur_type))
+            return crop.cut(blurred), sharp, self.images.name(key), blur_type
         blurred, blur_type = self._degrade(around, rng)
         blurry = crop.cut(blurred)
         if size != self.size:
@@ -124,9 +130,12 @@ class RealisticBlurDataset(CropDataset):
     ) -> tuple[np.ndarray, str]:
         types = ("defocus_blur", "lens_blur", "gaussian_blur")
         blur_type = types[rng.integers(3)]
-        if blur_type == "lens_blur":
-            options["field"] = (0.0, 0.0)  # light falls off towards the corners of a photo, not of a crop
-        return random_blur(image, rng, [blur_type], scale=scale, **options)[:2]
+        return random_blur(image, rng, [blur_type], scale=scale, **blur_options(blur_type), **options)[:2]
+
+
+def blur_options(blur_type: str) -> dict[str, Any]:
+    """Options of a blur of a crop: light falls off towards the corners of a photo, not of a crop."""
+    return {"field": (0.0, 0.0)} if blur_type == "lens_blur" else {}
 
 
 def tone_curve(strength: float) -> np.ndarray:
