@@ -52,7 +52,7 @@ class Settings:
     dead_leaves: flags.Whole = 0  # number of generated images in an epoch, to be blurred
     val_data: Path | None = None  # pairs to validate on, in any form of --data
     crop_size: int = 256  # side of the training crops in pixels, a multiple of 16
-    realistic_blur: bool = True  # two thirds blurred as cameras do (shake, noise, JPEG), or all simply
+    realistic_blur: bool = True  # blur two thirds as cameras do (shake, noise, JPEG); off: simple blur only
     pairs: Path | None = None  # real pairs mixed among crops blurred on the fly, in any form of --data
     pairs_fraction: flags.Fraction = 0.1  # fraction of the crops that come from --pairs
     photo_crops: flags.Count = 1  # number of crops of each photo of --sharp_dir in an epoch
