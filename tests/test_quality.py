@@ -16,7 +16,7 @@ def test_scores_are_gains_over_the_input_and_the_largest_colour_shift():
     assert result.before == [psnr(blurry, sharp)] * 2 and result.after == [psnr(restored, sharp)] * 2
     gain = psnr(restored, sharp) - psnr(blurry, sharp)
     assert f"| scene | 2 | {psnr(blurry, sharp):.2f} -> " in result.line("scene")
-    assert f"| {gain:+.2f} |" in result.line("scene") and result.line("scene").endswith("| 3.00 |")
+    assert f"| {gain:+.2f} |" in result.line("scene") and result.line("scene").endswith("| 10.00 -> 3.00 |")
     half = quality.score([(blurry, sharp)], lambda image: image[:20, :20], crop=20)
     assert half.after == half.before
 
