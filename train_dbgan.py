@@ -38,7 +38,6 @@ from ldm.modules.ema import EMA
 from ldm.modules.generators import (
     OTHERS,
     Made,
-    WienerDeblurrer,
     authors_form,
     content_loss,
     final,
@@ -583,10 +582,11 @@ def first_generator(kind: str, settings: Settings, stage: str) -> nn.Module:
     path = settings.init_weights
     if path is None or last_checkpoint(settings.output_dir / stage).is_file():
         return network
-    other = load_generator(path, "deblur")
-    if isinstance(other, WienerDeblurrer) and settings.generator == "wiener_unet":
-        fill(network.wiener, other.wiener.state_dict(), path)
+    weights, _ = read_trained(path)
+    if settings.generator == "wiener_unet" and all(name.startswith("estimator.") for name in weights):
+        fill(network.wiener, weights, path)  # a file of extras/train_blind_wiener.py
         return network
+    other = load_generator(path, "deblur")
     if type(other) is not type(network):
         raise ValueError(f"{path} holds a {type(other).__name__}, this run trains a {type(network).__name__}")
     return fill(network, other.state_dict(), path)

@@ -361,7 +361,8 @@ def train_autoencoder(fabric: Fabric, settings: Settings, pieces: np.ndarray, _:
             restored = autoencoder.decode(autoencoder.encode(image).mode().detach()).float()
         if stage.update(F.l1_loss(restored, image) + F.mse_loss(restored, image)):
             with stage.ema.applied(autoencoder):
-                stage.save({"val/psnr": mean_psnr(autoencoder, held_out)})
+                score = mean_psnr(autoencoder, held_out)
+            stage.save({"val/psnr": score})
 
 
 def train_unet(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions: np.ndarray) -> None:

@@ -551,8 +551,7 @@ def test_every_generator_starts_from_weights(name, tmp_path):
         script.first_generator("deblur", gone, "blur")
     other = "srresnet" if name == "dbgan" else "dbgan"
     wrong = [({"generator": other}, f"dbgan.safetensors holds a {type(first).__name__}, this run trains a ")]
-    if name != "wiener":  # which has one size
-        wrong.append(({"width": 12}, "dbgan.safetensors does not fit"))
+    wrong.append(({"width": 12}, "dbgan.safetensors does not fit"))
     for changes, message in wrong:
         with pytest.raises(ValueError, match=message):
             script.first_generator("deblur", replace(chosen, **changes), "deblur")

@@ -149,27 +149,35 @@ class BlindWiener(nn.Module):
 
     def scores(self, gray: Tensor, rows: int, columns: int) -> Tensor:
         """Scores of the filters of windows around the multiples of HOP: (b * rows * columns, k)."""
+        y = HOP * torch.arange(rows, device=gray.device)
+        x = HOP * torch.arange(columns, device=gray.device)
+        return self.estimator(self.spectra(gray, y, x).flatten(0, 2))
+
+    def spectra(self, gray: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """Polar log power spectra around the positions y and x (pixels): (b, y, x, 2 * RINGS, ANGLES).
+
+        The patches around a position within 192 pixels are averaged, and those within 384.
+        """
         gray = F.pad(gray, (0, max(0, PATCH - gray.shape[3]), 0, max(0, PATCH - gray.shape[2])), "replicate")
         patches = gray[:, 0].unfold(1, PATCH, STRIDE).unfold(2, PATCH, STRIDE)  # (b, y, x, PATCH, PATCH)
         patches = patches - patches.mean((3, 4), keepdim=True)
         power = torch.fft.rfft2(patches * self.patch_window).abs().square()
         power = power.flatten(3).permute(0, 3, 1, 2)  # (b, frequencies, y, x)
         spectra = []
-        for reach in (2, 5):  # patches around: 192 and 384 pixels
+        for reach in (2, 5):  # patches at either side
             padded = F.pad(power, [reach + 1] * 4, "replicate")
             mean = F.avg_pool2d(padded, 2 * reach + 1, 1)  # (b, frequencies, y + 2, x + 2)
-            y = self._nearest(rows, mean.shape[2], mean.device)
-            x = self._nearest(columns, mean.shape[3], mean.device)
-            spectra.append(torch.log(mean[:, :, y][:, :, :, x] + 1e-4))
+            rows = self._nearest(y, mean.shape[2])
+            columns = self._nearest(x, mean.shape[3])
+            spectra.append(torch.log(mean[:, :, rows][:, :, :, columns] + 1e-4))
         spectra = torch.stack(spectra, dim=1)  # (b, 2, frequencies, rows, columns)
         spectra = spectra.permute(0, 3, 4, 1, 2) @ self.polar.T  # (b, rows, columns, 2, RINGS * ANGLES)
-        return self.estimator(spectra.reshape(-1, 2 * RINGS, ANGLES))
+        return spectra.unflatten(4, (RINGS, ANGLES)).flatten(3, 4)
 
     @staticmethod
-    def _nearest(count: int, patches: int, device: torch.device) -> Tensor:
-        """Index of the patch that is centred nearest to each window; one patch was added at either side."""
-        centers = torch.arange(count, device=device) * HOP - PATCH // 2
-        return (torch.round(centers / STRIDE).long() + 1).clamp(0, patches - 1)
+    def _nearest(centers: Tensor, patches: int) -> Tensor:
+        """Index of the patch that is centred nearest to each position; one patch was added at either side."""
+        return (torch.round((centers - PATCH // 2) / STRIDE).long() + 1).clamp(0, patches - 1)
 
     def apply_filters(self, image: Tensor, filters: Tensor, rows: int, columns: int) -> Tensor:
         """Filter each window of (b, 1, h, w) by its own filter, by overlap-add."""

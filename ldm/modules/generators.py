@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import read_trained
-from ldm.modules.blind_wiener import BlindWiener
 from ldm.modules.losses import PixelLoss, restoration_loss
 from ldm.modules.mprnet import EDGE_WEIGHT, MPRNet, edge_loss
 from ldm.modules.nafnet import NAFNet
@@ -95,23 +94,6 @@ class DeblurGANGenerator(nn.Module):
         return blurry + self.body(blurry)
 
 
-class WienerDeblurrer(nn.Module):
-    """The blind Wiener filter by itself."""
-
-    multiple = 1
-
-    def __init__(self):
-        super().__init__()
-        self.wiener = BlindWiener()
-
-    def forward(self, blurry: Tensor) -> Tensor:
-        return blurry + self.wiener(blurry)
-
-
-def make_wiener(width: int, blocks: int) -> WienerDeblurrer:
-    return WienerDeblurrer()  # of one size, that of `wiener_unet`
-
-
 def make_mprnet(width: int, blocks: int) -> MPRNet:
     return MPRNet(width, width // 2, width // 3, blocks)
 
@@ -135,7 +117,6 @@ OTHERS: dict[str, Callable[[int, int], nn.Module]] = {  # by width and number of
     "sftnet": SFTNet,
     "nafnet": make_nafnet,
     "unet": make_unet,
-    "wiener": make_wiener,
     "wiener_unet": make_wiener_unet,
 }
 
