@@ -126,10 +126,9 @@ def inpaint_image(
 ) -> np.ndarray:
     """Fill the hole of uint8 (h, w, 3 or 4) with a model, as `fill_holes` says.
 
-    A full mask gives a warning. Raises what `fill_holes` does, and ValueError for an option out of range.
+    A hole that is the whole image gives a warning. Raises what `fill_holes` does, and ValueError for an
+    option out of range.
     """
-    if mask.all():
-        warnings.warn("the mask is white everywhere: the whole image is replaced", stacklevel=2)
     return fill_holes(image, mask, options, partial(fill, model, options=options, progress=progress))
 
 
@@ -215,6 +214,8 @@ def fill(
 
     The latents of what is known are put back at every step; a cell is known if no pixel of it is in the hole.
     """
+    if hole.all():
+        warnings.warn("the mask is white everywhere: the whole image is replaced", stacklevel=2)
     size = image.shape[:2]
     factor = 1.0
     if options.only_masked_padding >= 0:  # by its area: the shorter side would make long regions huge
