@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from harness.flags import Count, Fraction, Range, Whole
 from harness.jobs import Command, Restorer, restore_files, show_steps
-from harness.settings import run_main
+from harness.settings import as_flag, run_main
 from ldm import checkpoint
 from ldm.alignment import measure_movement, undo_movement
 from ldm.checkpoint import repository_path
@@ -220,7 +220,8 @@ class ControlNet(Command):
         """Return `kind` (Sampling or Inpainting) with these options as they are now."""
         names = [field.name for field in fields(kind) if field.name in vars(self)]
         options = {name: getattr(self, name) for name in names}
-        return kind(**options, steps=self.sampling_steps(), method=self.scheduler)
+        options |= {"steps": self.sampling_steps(), "method": self.scheduler}
+        return kind(**options)
 
     def weights(self) -> Path:
         return self.checkpoint_path or small_file(self.KIND)
@@ -303,8 +304,9 @@ class Deblur(ControlNet):
 
 @dataclass(kw_only=True)
 class Inpaint(ControlNet):
-    """Fill holes with a ControlNet of tutorial_train_inpaint.py on Stable Diffusion (docs/inpaint.md).
+    """Fill holes with a ControlNet of tutorial_train_inpaint.py on Stable Diffusion, or without a model.
 
+    Both are described in docs/inpaint.md.
     One image becomes inpainted.png, and comparison.png beside it: input, mask, output.
     """
 
@@ -312,6 +314,8 @@ class Inpaint(ControlNet):
     input: Annotated[Path, tyro.conf.arg(name="input_image", aliases=["--input"])]
     # mask that is white where to fill: one for all images, or a folder of NAME_mask or NAME
     input_mask: Path | None = None
+    # method that fills: diffusion with the ControlNet; or without a model, for scratches
+    method: Literal["diffusion", "telea", "biharmonic"] = "diffusion"
     outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)  # pixels to add at left, top, right and bottom
     comparison: bool = True  # also show input, mask and output side by side
     scheduler: Sampler = "ddpm"  # sampling algorithm; ddim and ddpm need 50 steps, the others 20
@@ -326,9 +330,16 @@ class Inpaint(ControlNet):
     resolution: Count = 512  # regions cut with padding are scaled up to about N x N pixels
 
     KIND = "inpaint"
-    LESS_MEMORY = "give --precision 16, or --only_masked_padding 32"
+    LESS_MEMORY = "give --precision 16, or --only_masked_padding 32; instead of --method biharmonic telea"
     SEES_ALPHA = True
     PANELS = 3
+    # Options that are not read without a model.
+    OF_A_MODEL: ClassVar[str] = (
+        "checkpoint_path base_path config_path num_inference_steps control_scale negative_prompt color_fix "
+        "precision scheduler seed prompt guidance_scale strength mask_blur only_masked_padding resolution "
+        "profile device"
+    )
+    MARGIN: ClassVar[int] = 16  # pixels around a hole beyond which nothing changes Telea's result
 
     def photographs(self, paths: list[Path]) -> list[Path]:
         from ldm.data.masks import without_masks
@@ -338,6 +349,8 @@ class Inpaint(ControlNet):
     def check(self) -> None:
         from ldm.data.masks import MaskFolder, read_mask
 
+        if self.method != "diffusion":
+            self.refuse_options_of_a_model()
         if self.input_mask is None and not any(self.outpaint):
             raise ValueError("give --input_mask, an image that is white where to fill, or --outpaint")
         if self.input_mask and not self.input_mask.exists():
@@ -347,6 +360,26 @@ class Inpaint(ControlNet):
         elif self.input_mask:  # listed once for all images
             folder = self.input if self.input.is_dir() else self.input.parent
             self.masks = MaskFolder(self.input_mask, folder)
+
+    def refuse_options_of_a_model(self) -> None:
+        """Raise ValueError that names the options with another value than their default's."""
+        defaults = {field.name: field.default for field in fields(self)}
+        values = {name: getattr(self, name) for name in self.OF_A_MODEL.split()}
+        unread = [as_flag(name, value) for name, value in values.items() if value != defaults[name]]
+        if unread:
+            raise ValueError(f"--method {self.method} fills without a model: leave out {', '.join(unread)}")
+
+    def weights(self) -> Path | None:
+        return super().weights() if self.method == "diffusion" else None
+
+    def inputs(self) -> list[Path]:
+        return super().inputs() if self.method == "diffusion" else []
+
+    def torch_device(self) -> torch.device:
+        return super().torch_device() if self.method == "diffusion" else torch.device("cpu")
+
+    def settled_precision(self) -> str:
+        return super().settled_precision() if self.method == "diffusion" else "32"
 
     def inputs_of(self, source: Path) -> list[Path]:
         return [source, self.mask_path(source)] if self.input_mask else [source]
@@ -385,6 +418,8 @@ class Inpaint(ControlNet):
     def restorer(self) -> Restorer:
         from cldm.inpaint import Inpainting, inpaint_image
 
+        if self.method != "diffusion":
+            return self.fill_without_model
         model = self.open()
 
         def restore(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
@@ -393,6 +428,22 @@ class Inpaint(ControlNet):
                 return inpaint_image(model, image, mask, self.options_for(Inpainting), progress)
 
         return restore
+
+    def fill_without_model(
+        self, image: np.ndarray, path: Path, progress: Callable = show_steps
+    ) -> np.ndarray:
+        """Fill an image by `method`, hole by hole. Raises ValueError if all of it is hole."""
+        from cldm.inpaint import Inpainting, fill_holes
+        from ldm.holes import fill_classically
+
+        def fill(part: np.ndarray, hole: np.ndarray) -> np.ndarray:
+            if hole.all():
+                raise ValueError(f"all of it is hole: --method {self.method} has nothing to fill it from")
+            return fill_classically(part, hole, self.method)
+
+        image, mask = self.task(image, path)
+        options = Inpainting(mask_blur=0, grow_mask=self.grow_mask, only_masked_padding=self.MARGIN)
+        return fill_holes(image, mask, options, fill)
 
 
 # ---- Kontext -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ after a stop the same command with --output_dir THAT_FOLDER resumes exactly.
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -52,12 +53,14 @@ from harness import flags
 from harness.flags import Count, Decay, Fraction, Range, Weight, Whole
 from harness.logs import summary
 from harness.run import last_checkpoint
+from harness.scores import describe_distances, local_distances
 from harness.settings import check_optimizer, check_ranges, plain, run_main
 from ldm import checkpoint
 from ldm.data.crop import ScaledCrop
 from ldm.data.image import photographs, read_image, side_by_side, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType
 from ldm.data.masks import check_masks, list_photographs
+from ldm.holes import METHODS, fill_classically
 from tool_export_control import control_alone
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
@@ -290,18 +293,24 @@ def cut_photographs(folder: Path, count: int, size: int = 128) -> None:
 
 
 def score_item(item: dict, filled: np.ndarray) -> dict[str, float]:
-    """Scores of the hole, ours and those of OpenCV's Telea (see hole_scores)."""
-    return hole_scores(filled, pixels(item["jpg"]), item["mask"][..., 0] > 0.5)
+    """Scores of the hole, and those distances of the image whose networks are on this machine."""
+    truth = pixels(item["jpg"])
+    return hole_scores(filled, truth, item["mask"][..., 0].numpy() > 0.5) | local_distances(filled, truth)
 
 
 def compare_with_included(settings: Settings, validation: CocoInpaintingDataset) -> None:
-    """Fill the held-out holes with this run's ControlNet and with the included one."""
+    """Fill the held-out holes with this run's ControlNet, with the included one, and without a model."""
     options = Inpainting(steps=settings.val_ddim_steps, mask_blur=0)
 
     def fill(model: torch.nn.Module, item: dict) -> np.ndarray:
         return inpaint_image(model, pixels(item["jpg"]), item["mask"][..., 0].numpy(), options)
 
-    show_demo(INCLUDED, validation, Path(settings.output_dir), fill, score_item)
+    def fill_without_model(item: dict, method: str) -> np.ndarray:
+        return fill_classically(pixels(item["jpg"]), item["mask"][..., 0].numpy(), method)
+
+    others = {method: partial(fill_without_model, method=method) for method in METHODS}
+    show_demo(INCLUDED, validation, Path(settings.output_dir), fill, score_item, others)
+    rank_zero_only(print)(f"  {describe_distances()}")
 
 
 # ---- the run -----------------------------------------------------------------------------------------------

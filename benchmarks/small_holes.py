@@ -1,11 +1,12 @@
-"""Score the fillings of the small inpainting ControlNet in models/, sampled in many ways, beside Telea.
+"""Score the fillings of the small inpainting ControlNet in models/, sampled in many ways, and classical ones.
 
     python -m benchmarks.small_holes
 
 The table of docs/weights.md: 36 holes of 10 to 30 % in squares of the six photographs inside scikit-image,
 none of which the file was trained on, and other holes than the demonstration's.
 Texture is the energy of the gradients relative to the ground truth's, as a median: where the ground truth is
-smooth the ratio grows without bound.
+smooth the ratio grows without bound. LPIPS and DISTS are of the whole square, each if torchvision's file of
+its network is on this machine; FSR needs opencv-contrib.
 """
 
 from collections.abc import Callable
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 import tyro
 
 import infer
 from cldm.inpaint import Inpainting, fill_smoothly, hole_scores, inpaint_image
 from extras.train_small_base import square
+from harness.scores import describe_distances, local_distances
 from ldm.data.image import photographs, read_image
+from ldm.holes import METHODS, fill_classically
 from ldm.modules.image_degradation.masks import random_mask
 
 SAMPLINGS = {
@@ -56,11 +58,15 @@ class Settings:
 
 def row(name: str, holes: list[tuple[np.ndarray, np.ndarray]], fill: Fill) -> None:
     """Print the scores of `fill` over pictures (h, w, 3) and masks (h, w), not 0 in the hole; all uint8."""
-    scores = [
-        hole_scores(fill(image, mask), image, torch.from_numpy(mask) > 0).values() for image, mask in holes
-    ]
-    filled, texture, *_ = np.array([list(each) for each in scores]).T
-    print(f"| {name} | {filled.mean():.2f} | {np.median(texture):.2f} |", flush=True)
+    scores = []
+    for image, mask in holes:
+        filled = fill(image, mask)
+        scores.append(hole_scores(filled, image, mask > 0) | local_distances(filled, image))
+    columns = {key: [each[key] for each in scores] for key in scores[0]}
+    texture = np.median(columns.pop("gradients_hole"))
+    psnr, *distances = [np.mean(values) for values in columns.values()]
+    cells = [f"{psnr:.2f}", f"{texture:.2f}", *(f"{distance:.3f}" for distance in distances)]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def smooth(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -91,8 +97,11 @@ def main(settings: Settings) -> None:
         result = np.rint(coarse + 1.5 * (fine - low)).clip(0, 255).astype(np.uint8)
         return np.where(mask[..., None] > 0, result, image)
 
-    print("| | PSNR in the hole | texture |\n|---|---|---|")
-    row("Telea", holes, lambda image, mask: cv2.inpaint(image, mask, 5, cv2.INPAINT_TELEA))
+    print(describe_distances())
+    headings = ["", "PSNR in the hole", "texture", *local_distances(*[holes[0][0]] * 2)]
+    print(f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|")
+    for method in METHODS:
+        row(method, holes, partial(fill_classically, method=method))
     row("colours from around the hole, alone", holes, smooth)
     for name, options in SAMPLINGS.items():
         row(name, holes, partial(sample, **options))

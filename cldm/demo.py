@@ -1,6 +1,7 @@
 """Shared by the demonstrations of both ControlNets: the small base model, and a comparison at the end."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +41,19 @@ def make_demo_start(path: str | Path, config: Mapping) -> None:
 
 
 @rank_zero_only
-def show_demo(included: Path, held_out: Dataset, folder: Path, restore: Restore, score: Score) -> None:
-    """Restore `held_out` images as infer.py does, with the run's ControlNet and the `included` one.
+def show_demo(
+    included: Path,
+    held_out: Dataset,
+    folder: Path,
+    restore: Restore,
+    score: Score,
+    others: Mapping[str, Callable[[dict], np.ndarray]] | None = None,
+) -> None:
+    """Restore `held_out` images as infer.py does, with the run's ControlNet and the `included` one, and by
+    `others`, methods without a model.
 
     Prints the means of their scores, and writes images/demo.png of the run's `folder`: a row for each image,
-    of the input, restored by the one and by the other, and the ground truth.
+    of the input, restored in each way, and the ground truth.
     """
     trained = folder / "checkpoints" / "best.ckpt"
     if not trained.is_file():  # a short run was never validated
@@ -52,9 +61,9 @@ def show_demo(included: Path, held_out: Dataset, folder: Path, restore: Restore,
     runs = {"this run": (trained, None), "included weights": (included, BASE)}
     items = [held_out[index] for index in range(len(held_out))]
     columns = [[pixels(item["hint"], "hint") for item in items]]
-    for name, (path, base) in runs.items():
-        model = open_control_model(path, base)
-        images = [restore(model, item) for item in tqdm(items, name, dynamic_ncols=True)]
+    ways = {name: partial(restore, open_control_model(*files)) for name, files in runs.items()}
+    for name, way in {**ways, **(others or {})}.items():
+        images = [way(item) for item in tqdm(items, name, dynamic_ncols=True)]
         scores = [score(item, image) for item, image in zip(items, images, strict=True)]
         means = {key: np.mean([values[key] for values in scores]) for key in scores[0]}
         print(f"  {name}: {', '.join(f'{key} {value:.2f}' for key, value in means.items())}")
@@ -63,7 +72,7 @@ def show_demo(included: Path, held_out: Dataset, folder: Path, restore: Restore,
     rows = [side_by_side(list(row)) for row in zip(*columns, strict=True)]
     (folder / "images").mkdir(exist_ok=True)
     write_image(folder / "images" / "demo.png", np.vstack(rows))
-    print(f"  input, restored by both, ground truth: {folder / 'images' / 'demo.png'}")
+    print(f"  input, restored in these ways, ground truth: {folder / 'images' / 'demo.png'}")
 
 
 def pixels(image: Tensor, key: str = "jpg") -> np.ndarray:

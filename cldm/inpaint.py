@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -15,9 +16,11 @@ from cldm.cldm import ControlLDM
 from cldm.restore import MULTIPLE, SamplingOptions
 from ldm.data.image import to_tensor, to_uint8
 from ldm.data.inpaint import make_hint
+from ldm.holes import fill_classically
 from ldm.models.diffusion.ddpm import image_of
 from ldm.tiling import fill_hidden, fill_smoothly, pad_to_multiple
 
+Filler = Callable[[np.ndarray, np.ndarray], np.ndarray]
 RING = 8  # pixels on either side of a hole's boundary
 
 
@@ -55,27 +58,29 @@ class InpaintControlNet(ControlLDM):
         images, pairs = self.compare(batch, batch_idx, "composite", "truth")
         masks = image_of(batch, "mask")
         errors = region_errors(images["result"], images["truth"], masks)
-        holes = [hole_scores(*pair, hole) for pair, hole in zip(pairs, masks[:, 0] > 0.5, strict=True)]
         values = {f"val/l1_{name}": error.mean() for name, error in errors.items()}
-        values |= {f"val/{name}": float(np.mean([scores[name] for scores in holes])) for name in holes[0]}
+        scores = []
+        for (composite, truth), hole in zip(pairs, (masks[:, 0] > 0.5).cpu().numpy(), strict=True):
+            telea = hole_scores(fill_classically(truth, hole, "telea"), truth, hole)
+            ours = hole_scores(composite, truth, hole)
+            scores.append(ours | {f"{name}_telea": value for name, value in telea.items()})
+        values |= {f"val/{name}": float(np.mean([each[name] for each in scores])) for name in scores[0]}
         self.log_dict(values, batch_size=len(pairs), sync_dist=True)
 
 
-def hole_scores(composite: np.ndarray, truth: np.ndarray, hole: Tensor) -> dict[str, float]:
-    """Score an inpainted image in its hole, and OpenCV's Telea (2004) beside it.
+def hole_scores(composite: np.ndarray, truth: np.ndarray, hole: np.ndarray) -> dict[str, float]:
+    """Score an inpainted image in its hole.
 
     `psnr_hole` in dB and `gradients_hole`, the energy of the gradients relative to the ground truth, both of
-    uint8 images (h, w, 3) in the hole (h, w). Blurred guesses score high in the first and low in the second.
+    uint8 images (h, w, 3) in the hole, bool (h, w). Blurred guesses score high in the first and low in the
+    second.
     """
-    hole = hole.cpu().numpy()
-    telea = cv2.inpaint(truth, hole.astype(np.uint8), 5, cv2.INPAINT_TELEA)
     energy = max(gradient_energy(truth)[hole].mean(), 1e-10)
-    scores = {}
-    for name, image in (("", composite), ("_telea", telea)):
-        difference = (image[hole].astype(float) - truth[hole]) / 255
-        scores[f"psnr_hole{name}"] = -10 * np.log10(max((difference**2).mean(), 1e-10))
-        scores[f"gradients_hole{name}"] = gradient_energy(image)[hole].mean() / energy
-    return scores
+    difference = (composite[hole].astype(float) - truth[hole]) / 255
+    return {
+        "psnr_hole": float(-10 * np.log10(max((difference**2).mean(), 1e-10))),
+        "gradients_hole": float(gradient_energy(composite)[hole].mean() / energy),
+    }
 
 
 def gradient_energy(image: np.ndarray) -> np.ndarray:
@@ -119,11 +124,20 @@ class Inpainting(SamplingOptions):
 def inpaint_image(
     model: ControlLDM, image: np.ndarray, mask: np.ndarray, options: Inpainting, progress: Callable = iter
 ) -> np.ndarray:
+    """Fill the hole of uint8 (h, w, 3 or 4) with a model, as `fill_holes` says.
+
+    A hole that is the whole image gives a warning. Raises what `fill_holes` does, and ValueError for an
+    option out of range.
+    """
+    return fill_holes(image, mask, options, partial(fill, model, options=options, progress=progress))
+
+
+def fill_holes(image: np.ndarray, mask: np.ndarray, options: Inpainting, filler: Filler) -> np.ndarray:
     """Fill the hole of uint8 (h, w, 3), or (h, w, 4) with alpha; mask (h, w) is not 0 in the hole.
 
     Pixels farther than `mask_blur` from the hole (grown by `grow_mask`) come back as they are, bit for bit;
-    where it is filled the result is opaque. An empty mask returns the image unchanged; an empty and a full
-    mask give a warning.
+    where it is filled the result is opaque. An empty mask returns the image unchanged, with a warning.
+    `filler` makes a whole image (h, w, 3) of each part with a hole, and of that hole (h, w), 1 inside.
     Raises ValueError if mask and image differ in size, or for an option out of range.
     """
     if mask.shape != image.shape[:2]:
@@ -134,14 +148,12 @@ def inpaint_image(
     if not hole.any():
         warnings.warn("the mask is black: there is nothing to fill", stacklevel=2)
         return image.copy()
-    if hole.all():
-        warnings.warn("the mask is white everywhere: the whole image is replaced", stacklevel=2)
     if options.grow_mask:
         hole = (distance_to(hole) <= options.grow_mask).astype(np.uint8)
     result = image.copy()
     seen = fill_hidden(image[..., :3], image[..., 3]) if image.shape[2] == 4 else image
     for y, x in regions_of(hole, options.only_masked_padding, options.mask_blur):
-        filled = fill(model, np.ascontiguousarray(seen[y, x]), hole[y, x], options, progress)
+        filled = filler(np.ascontiguousarray(seen[y, x]), hole[y, x])
         result[y, x] = paste(image[y, x], filled, hole[y, x], options.mask_blur)
     return result
 
@@ -202,6 +214,8 @@ def fill(
 
     The latents of what is known are put back at every step; a cell is known if no pixel of it is in the hole.
     """
+    if hole.all():
+        warnings.warn("the mask is white everywhere: the whole image is replaced", stacklevel=2)
     size = image.shape[:2]
     factor = 1.0
     if options.only_masked_padding >= 0:  # by its area: the shorter side would make long regions huge

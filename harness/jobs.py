@@ -77,8 +77,8 @@ class Command:
         them; those about loading are read here alone."""
         raise NotImplementedError
 
-    def weights(self) -> Path:
-        """Return the file that a profile names."""
+    def weights(self) -> Path | None:
+        """Return the file that a profile names; None where a result needs no weights."""
         return self.checkpoint_path
 
     def inputs(self) -> list[Path]:

@@ -22,6 +22,7 @@ class Provenance:
 
     def __init__(self, command: Any, hashed: bool):
         self.command, self.hashed = command, hashed
+        models = command.inputs() if hashed else [command.weights()]
         options = {field.name: getattr(command, field.name) for field in fields(command)}
         self.shared = {
             "command": type(command).__name__,
@@ -31,7 +32,7 @@ class Provenance:
                 for name, value in options.items()
                 if name not in command.ELSEWHERE and not isinstance(value, Path)
             },
-            "models": self._known(command.inputs() if hashed else [command.weights()]),
+            "models": self._known([path for path in models if path]),
         }
 
     def of(self, source: Path) -> str:

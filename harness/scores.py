@@ -128,6 +128,29 @@ def deep_distance(name: str, restored: np.ndarray, sharp: np.ndarray) -> Values:
         return {name: float(deep_metric(name)(x, y))}
 
 
+def backbone_file(name: str) -> Path:
+    """Return where torchvision keeps the network of LPIPS or DISTS."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(BACKBONES[name]).name)
+
+
+def local_distances(restored: np.ndarray, sharp: np.ndarray) -> Values:
+    """Return LPIPS and DISTS, each if its backbone is on this machine: nothing is downloaded."""
+    values = {}
+    for name in BACKBONES:
+        if backbone_file(name).is_file():
+            values |= deep_distance(name, restored, sharp)
+    return values
+
+
+def describe_distances() -> str:
+    """Return which distances `local_distances` computes, and which files the others need."""
+    files = {name: backbone_file(name) for name in BACKBONES}
+    return "; ".join(
+        f"{name}: {'lower is better' if file.is_file() else f'left out, {file} is missing'}"
+        for name, file in files.items()
+    )
+
+
 @cache
 def deep_metric(name: str) -> nn.Module:
     """Build LPIPS or DISTS. The backbone is torchvision's file, downloaded once, which is announced.
@@ -138,7 +161,7 @@ def deep_metric(name: str) -> nn.Module:
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     url = BACKBONES[name]
-    file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    file = backbone_file(name)
     if not file.is_file():
         print(f"{name.upper()} needs {url}, which is downloaded to {file}")
     try:

@@ -1,6 +1,7 @@
 """Filling holes in photographs with the inpainting ControlNet, at tiny size."""
 
-from dataclasses import replace
+import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import cv2
@@ -27,6 +28,8 @@ from harness.settings import read_settings
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, to_tensor, write_image
 from ldm.data.inpaint import make_hint
+from ldm.data.photo import read_note
+from ldm.holes import fill_classically
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import instantiate_from_config
 from tests.fill import fill
@@ -381,19 +384,87 @@ def test_the_command_takes_photographs_and_masks_from_one_folder(weights, tmp_pa
     )
 
 
+@pytest.mark.parametrize("method", ["telea", "biharmonic"])
+def test_the_command_fills_without_a_model(tmp_path, monkeypatch, method):
+    """As the whole image at once, though it works hole by hole; nothing else changes, not even alpha."""
+    monkeypatch.setattr(infer, "small_file", lambda name: pytest.fail("no weights are needed"))
+    alpha = np.tile(np.arange(128, 255, dtype=np.uint8), (110, 1))
+    image, mask = np.dstack([photograph(110, 127), alpha]), np.zeros((110, 127), np.uint8)
+    mask[0, 0] = mask[109, 126] = mask[20, 100] = 255
+    cv2.line(mask, (10, 60), (60, 70), 255, 3)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    words = ["inpaint", "--method", method, "--input_image", str(tmp_path / "photo.png")]
+    words += ["--input_mask", str(tmp_path / "mask.png"), "--output_dir", str(tmp_path / "out")]
+    infer.restore_files(read_settings(infer.COMMANDS, words=words))
+    result = np.array(Image.open(tmp_path / "out" / "inpainted.png"))
+    assert np.array_equal(result[mask == 0], image[mask == 0])
+    whole = fill_classically(image[..., :3], mask, method)
+    assert np.abs(result[..., :3].astype(int) - whole).max() <= 1 and (result[mask > 0, 3] == 255).all()
+    assert (result[mask > 0, :3] != image[mask > 0, :3]).any(axis=-1).mean() > 0.5
+    assert json.loads(read_note(tmp_path / "out" / "inpainted.png"))["options"]["method"] == method
+    assert read_image(tmp_path / "out" / "comparison.png").shape[0] == 110
+
+
+def test_a_folder_filled_without_a_model_is_made_again_by_another_method(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    write_image(tmp_path / "in" / "a.png", photograph(64, 64))
+    Image.fromarray(hole_in(64, 64)).save(tmp_path / "mask.png")
+    options = {"input_mask": tmp_path / "mask.png", "output_dir": tmp_path / "out", "grow_mask": 2}
+    command = infer.Inpaint(input=tmp_path / "in", method="telea", **options)
+    for made, method in ((1, "telea"), (0, "telea"), (1, "biharmonic")):
+        infer.restore_files(replace(command, method=method))
+        assert f"{made} made, {1 - made} kept" in capsys.readouterr().out
+    changed = (read_image(tmp_path / "out" / "a.png") != photograph(64, 64)).any(axis=-1)
+    assert not changed[distance_to(hole_in(64, 64)) > 2].any()
+    assert changed[distance_to(hole_in(64, 64)) == 2].any()
+
+
+def test_masks_without_a_hole_and_without_surroundings(tmp_path):
+    write_image(tmp_path / "a.png", photograph(64, 64))
+    options = {"input_mask": tmp_path / "mask.png", "output_dir": tmp_path / "out", "method": "biharmonic"}
+    command = infer.Inpaint(input=tmp_path / "a.png", **options)
+    Image.new("L", (64, 64), 0).save(tmp_path / "mask.png")
+    with pytest.warns(UserWarning, match="mask is black"):
+        infer.restore_files(command)
+    assert np.array_equal(read_image(tmp_path / "out" / "inpainted.png"), photograph(64, 64))
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="a.png: all of it is hole: --method biharmonic has nothing to fill"):
+        infer.restore_files(command)
+
+
+UNREAD = {"checkpoint_path": Path("a.ckpt"), "base_path": Path("b.ckpt"), "config_path": Path("c.yaml")}
+UNREAD |= {"num_inference_steps": 1, "control_scale": 2.0, "negative_prompt": "x", "color_fix": False}
+UNREAD |= {"precision": "32", "scheduler": "ddim", "seed": 1, "prompt": "x", "guidance_scale": 1.0}
+UNREAD |= {"strength": 0.5, "mask_blur": 0, "only_masked_padding": 32, "resolution": 64}
+UNREAD |= {"profile": True, "device": "cuda"}
+READ = """input input_mask method output_dir output_prefix pattern shard format quality comparison overwrite
+outpaint grow_mask""".split()
+
+
+def test_options_are_read_without_a_model_or_refused(tmp_path):
+    write_image(tmp_path / "a.png", photograph(64, 64))
+    command = infer.Inpaint(input=tmp_path / "a.png", method="telea", outpaint=(0, 0, 4, 0))
+    command.output_dir = tmp_path / "out"
+    assert {field.name for field in fields(command)} == {*UNREAD, *READ}
+    for name, value in UNREAD.items():
+        flag = "--no_color_fix" if name == "color_fix" else f"--{name}"
+        with pytest.raises(ValueError, match=f"--method telea fills without a model: leave out {flag}"):
+            infer.restore_files(replace(command, **{name: value}))
+    infer.restore_files(command)
+    assert read_image(tmp_path / "out" / "inpainted.png").shape == (64, 68, 3)
+
+
 def test_scores_of_a_hole_tell_guessing_from_smearing():
-    """The truth scores best in both; one colour has no gradients; Telea's figures are its filling's."""
+    """The truth scores best in both; one colour has no gradients."""
     rng = np.random.default_rng(0)
     truth = cv2.resize(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), (64, 64))
     hole = np.zeros((64, 64), bool)
     hole[20:40, 16:44] = True
-    same = hole_scores(truth, truth, torch.from_numpy(hole))
+    same = hole_scores(truth, truth, hole)
     assert same["psnr_hole"] == 100 and same["gradients_hole"] == 1
     flat = np.where(hole[..., None], 128, truth).astype(np.uint8)
-    scores = hole_scores(flat, truth, torch.from_numpy(hole))
+    scores = hole_scores(flat, truth, hole)
     error = np.square((truth[hole].astype(float) - 128) / 255).mean()
     assert np.isclose(scores["psnr_hole"], -10 * np.log10(error))
     assert scores["gradients_hole"] < 0.5
-    telea = cv2.inpaint(truth, hole.astype(np.uint8), 5, cv2.INPAINT_TELEA)
-    again = hole_scores(telea, truth, torch.from_numpy(hole))
-    assert again["psnr_hole"] == again["psnr_hole_telea"] == scores["psnr_hole_telea"]

@@ -113,6 +113,18 @@ def test_deep_distances(name, backbones):
     assert scores.SCORES[name](CHELSEA, CHELSEA)[name] == pytest.approx(0, abs=1e-5)
 
 
+def test_distances_without_a_download(backbones):
+    """Each that has its file here; the others are named with the file that they need."""
+    far = blurred(4)
+    both = scores.SCORES["lpips"](far, CHELSEA) | scores.SCORES["dists"](far, CHELSEA)
+    assert scores.local_distances(far, CHELSEA) == both
+    assert scores.describe_distances() == "lpips: lower is better; dists: lower is better"
+    missing = backbones / "checkpoints" / "vgg16-397923af.pth"
+    missing.unlink()
+    assert scores.local_distances(far, CHELSEA) == {"lpips": both["lpips"]}
+    assert f"dists: left out, {missing} is missing" in scores.describe_distances()
+
+
 @pytest.mark.parametrize("name", ["lpips", "dists"])
 def test_a_missing_backbone_is_one_sentence(name, tmp_path, monkeypatch, capsys):
     scores.deep_metric.cache_clear()

@@ -15,6 +15,7 @@ from extras.train_small_base import KEEP, square
 from ldm.alignment import measure_movement
 from ldm.checkpoint import read_metadata, read_settings, read_weights, write_weights
 from ldm.data.image import photographs, read_image
+from ldm.holes import METHODS, fill_classically
 from ldm.metrics import psnr
 from ldm.models.kontext import load_restorer
 from ldm.modules.image_degradation.blur import random_blur
@@ -85,24 +86,31 @@ def test_the_small_controlnet_fills_holes(squares):
         mask = random_mask(128, 128, np.random.default_rng(number), "mixed", (0.1, 0.3))
         filled = inpaint_image(model, image, mask, Inpainting(steps=10, mask_blur=0))
         assert np.array_equal(filled[mask == 0], image[mask == 0])
-        scores.append(hole_scores(filled, image, torch.from_numpy(mask) > 0))
-    gain = np.mean([each["psnr_hole"] - each["psnr_hole_telea"] for each in scores])
+        pair = filled, fill_classically(image, mask, "telea")
+        scores.append([hole_scores(each, image, mask > 0)["psnr_hole"] for each in pair])
+    gain = np.mean([ours - telea for ours, telea in scores])
     assert gain > FILLED - 0.1
 
 
-def test_the_table_of_holes_has_the_default_and_telea(monkeypatch, capsys):
+def test_the_table_of_holes_has_the_default_and_classical_fills(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))  # no networks of LPIPS and DISTS
     names = photographs(("coffee.png",))
     monkeypatch.setattr(small_holes, "photographs", lambda: names)
     small_holes.main(small_holes.Settings(squares=1, seed=5))
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[0] == "|"]
+    printed = capsys.readouterr().out
+    assert f"dists: left out, {tmp_path}" in printed
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line[0] == "|"]
     shown = {name: (psnr, texture) for name, psnr, texture in rows[2:]}
     rng = np.random.default_rng(5)
     image, mask = square(read_image(names[0]), rng), random_mask(128, 128, rng, "mixed", (0.1, 0.3))
     command = infer.Inpaint(input=Path("a.png"), device="cpu", mask_blur=0)
     filled = inpaint_image(command.open(), image, mask, command.options_for(Inpainting))
-    scores = [f"{score:.2f}" for score in hole_scores(filled, image, torch.from_numpy(mask) > 0).values()]
-    assert shown["10 steps, the default"] == tuple(scores[:2]) and shown["Telea"] == tuple(scores[2:])
-    assert len(shown) == 10 == len(set(shown.values()))
+    fills = {"10 steps, the default": filled}
+    fills |= {name: fill_classically(image, mask, name) for name in METHODS}
+    for name, filled in fills.items():
+        scores = hole_scores(filled, image, mask > 0)
+        assert shown[name] == tuple(f"{score:.2f}" for score in scores.values())
+    assert len(shown) == 9 + len(METHODS) == len(set(shown.values()))
 
 
 def test_the_small_lora_undoes_degradation(squares, tmp_path):
