@@ -851,12 +851,13 @@ def test_the_shipped_weights_reach_their_scores(name, kind, score):
     path = ROOT / "models" / f"{name}.safetensors"
     recorded, network = checkpoint.read_settings(path, "scores"), load_generator(path, kind)
     assert checkpoint.read_metadata(path).keys() >= {"command", "commit", "data"}
-    assert path.stat().st_size < 12e6
+    assert path.stat().st_size < 16e6
     for photograph in ("chelsea.png", "coffee.png"):
         found = score(network, photograph)
         assert found == pytest.approx(recorded[photograph], abs=0.05)
         if kind == "deblur":
-            assert np.mean([found[blur] for blur in BLUR_TYPES]) > 0.1 and found["sharp"] > 30
+            assert np.mean([found[blur] for blur in BLUR_TYPES]) > 1 and found["sharp"] > 38
+            assert found["color_shift"] < 0.3
     if kind == "blur":
         assert max(row["psnr"] for row in recorded.values()) < 40  # it does something
 
