@@ -13,8 +13,7 @@
         --checkpoint_path outputs/RUN/final_model/model.ckpt
 
 Results have the names of their sources and say in their EXIF what they were made from. In a folder, results
-of the same image, weights and options are not made again. `--profile` also measures what one image costs,
-for evaluate.py. `python infer.py srn --help` lists the options.
+of the same image, weights and options are not made again. `python infer.py srn --help` lists the options.
 """
 
 from collections.abc import Callable

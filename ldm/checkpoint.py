@@ -179,22 +179,6 @@ def read_settings(path: str | Path, name: str = "settings") -> dict:
     return settings
 
 
-def describe(path: str | Path) -> dict:
-    """Path, SHA-256, step (None if it holds none) and number of parameters of a file of weights.
-
-    Of a folder they are those of its .safetensors files. Raises FileNotFoundError or ValueError as
-    `read_weights` does.
-    """
-    path, digest, parameters = Path(path), hashlib.sha256(), 0
-    for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        weights, content = _read(part)
-        with open(part, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-        parameters += sum(value.numel() for value in weights.values())
-    step = content.get("step", content.get("global_step"))  # of the plain loops, or Lightning's
-    return {"path": str(path), "sha256": digest.hexdigest(), "step": step, "parameters": parameters}
-
-
 def write_weights(path: str | Path, weights: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
     """Write a state dict as .safetensors, or with torch.save under `state_dict` for any other suffix.
 
