@@ -184,8 +184,6 @@ class Run:
             total=steps * joint,
             rank=self.fabric.global_rank,
             world_size=world_size,
-            group=getattr(dataset, "group", None),
-            batch=joint,
         )
         loader = make_loader(dataset, batch_size, num_workers, stream)
         return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)

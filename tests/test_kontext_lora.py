@@ -117,59 +117,33 @@ def test_a_base_of_other_sizes_is_trained_and_used(folder, tmp_path):
     assert restore(image, steps=1).shape == image.shape
 
 
-TASKS = """
-grain: {instance_prompt: remove the grain, degradation_types: film_grain}
-fading: {instance_prompt: restore the colours, degradation_types: fading, weight: 3}
-"""
-
-
-def tasks_settings(folder: Path, output_dir: Path, **values) -> Settings:
-    """Two tasks in buckets, whose prompts are embedded already."""
-    settings = make_settings(folder, output_dir, buckets=True, save_steps=2, **values)
-    (output_dir.parent / "tasks.yaml").write_text(TASKS)
+def caption_settings(folder: Path, output_dir: Path) -> Settings:
+    """One of the two photographs has a caption, whose embedding is there."""
+    settings = make_settings(folder, output_dir, captions=True, save_steps=2)
+    photos = shutil.copytree(folder / "photos", output_dir.parent / "photos", dirs_exist_ok=True)
+    (photos / "coffee.txt").write_text("a cup")
     generator = torch.Generator().manual_seed(0)
-    for text in ("remove the grain", "restore the colours"):
-        cache = prompt_file(output_dir, text)
-        cache.parent.mkdir(exist_ok=True)
-        found = {"t5": torch.randn(1, 16, 48, generator=generator)}
-        found["pooled"] = torch.randn(1, 32, generator=generator)
-        checkpoint.write_weights(cache, found, {"prompt": text})
-    return replace(settings, tasks=output_dir.parent / "tasks.yaml")
+    shapes = {"t5": (1, 16, 48), "pooled": (1, 32)}
+    embeddings = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    checkpoint.write_weights(prompt_file(output_dir, "a cup"), embeddings, {"prompt": "a cup"})
+    return replace(settings, hr_root=photos)
 
 
-def test_several_tasks_in_buckets_resume_exactly_and_are_told_by_their_prompts(folder, tmp_path, monkeypatch):
+def test_captions_are_told_apart_and_resume_exactly(folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(script, "flow_loss", lambda m, *a, **k: (seen.append(a), flow_loss(m, *a, **k))[1])
-    main(tasks_settings(folder, tmp_path / "whole"))
-    shapes = {tuple(target.shape[2:]) for target, *_ in seen}
-    assert {len(prompt["t5"]) for _, _, prompt, *_ in seen} == {1, 2} and len(shapes) == 1 != (4, 4)
-    kill_at(3, tasks_settings(folder, tmp_path / "broken"), monkeypatch)
-    main(tasks_settings(folder, tmp_path / "broken"))
+    main(caption_settings(folder, tmp_path / "whole"))
+    assert {len(prompt["t5"]) for _, _, prompt, *_ in seen} == {1, 2}
+    kill_at(3, caption_settings(folder, tmp_path / "broken"), monkeypatch)
+    main(caption_settings(folder, tmp_path / "broken"))
     whole, resumed = trained(tmp_path / "whole"), trained(tmp_path / "broken")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-
-    row = list(csv.DictReader((tmp_path / "whole" / "logs" / "metrics.csv").open()))[-1]
-    for name in ("psnr", "psnr_input", "loss", "loss_0.1"):
-        both = [float(row[f"val/{task}/{name}"]) for task in ("grain", "fading")]
-        assert both[0] != both[1] and float(row[f"val/{name}"]) == pytest.approx(np.mean(both))
-    assert {path.name for path in (tmp_path / "whole" / "images").glob("examples*")} == {
-        "examples_grain.png",
-        "examples_fading.png",
-    }
-    with pytest.raises(
-        ValueError, match=r"prompt is needed: .*several \(grain: 'remove the grain'; fading: 'restore"
-    ):
-        load_restorer(folder / "model", tmp_path / "whole")
     image = read_image(folder / "photos" / "coffee.png")
-    pictures = [
+    by_prompt = [
         load_restorer(folder / "model", tmp_path / "whole", prompt)(image, steps=1)
-        for prompt in ("remove the grain", "restore the colours")
+        for prompt in ("restore", "a cup")
     ]
-    assert not np.array_equal(*pictures)
-    changed = tasks_settings(folder, tmp_path / "whole")
-    changed.tasks.write_text(TASKS.replace("3}", "2}"))
-    with pytest.raises(ValueError, match="tasks was .*'weight': '3'.* is .*'weight': '2'"):
-        main(changed)
+    assert not np.array_equal(*by_prompt)
 
 
 def test_accumulated_steps_equal_one_large_batch(folder, tmp_path):
@@ -240,7 +214,7 @@ def test_the_validation_loss_is_the_same_each_time_and_falls_with_training(folde
     settings = make_settings(folder, tmp_path)
     prompt = checkpoint.read_weights(prompt_file(folder, "restore"))
     autoencoder, model = script.load_models(settings, torch.device("cpu"))
-    data = script.load_data(settings)[1][""]
+    data = script.load_data(settings)[1]
     before, again = (script.validation_loss(model, autoencoder, lambda texts: prompt, data) for _ in range(2))
     assert before == again and len(before) == 6
     assert before["loss"] == pytest.approx(np.mean([before[f"loss_{s}"] for s in SIGMAS]))
@@ -420,7 +394,7 @@ def test_the_movement_of_a_result_is_printed_and_undone_on_request(tmp_path, mon
 
 def test_a_preview_that_cannot_be_measured_says_so(folder, tmp_path, monkeypatch):
     settings = make_settings(folder, tmp_path, resolution=48, degradation_types="noise", noise_level=0.02)
-    dataset = script.load_data(settings)[1][""]
+    dataset = script.load_data(settings)[1]
     prompts = {"t5": torch.zeros(1)}
     for restore, shift in ((lambda *parts, **_: parts[3], 0), (lambda *parts, **_: parts[3] * 0, math.nan)):
         monkeypatch.setattr(script, "restore_image", restore)

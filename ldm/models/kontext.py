@@ -183,8 +183,7 @@ def load_restorer(
 
     The LoRA is a file or the folder of a run. Without `prompt` it is the LoRA's own, whose embedding the run
     keeps; that of another prompt goes to `prompt_cache`. `storage` is that of the transformer: `fp8`
-    and `blocks_to_swap` of `load_flux`. Raises ValueError if there is no prompt, or if the LoRA was trained
-    with several, which it lists.
+    and `blocks_to_swap` of `load_flux`. Raises ValueError if there is no prompt.
     """
     folder = check_networks(folder)
     if lora_path and not lora_file(lora_path).is_file():
@@ -204,14 +203,11 @@ def load_restorer(
 
 
 def lora_prompt(lora_path: str | Path | None) -> str:
-    """The prompt that a LoRA was trained with. Raises ValueError if there is none, or more than one."""
+    """The prompt that a LoRA was trained with. Raises ValueError if there is none."""
     if not lora_path:
         raise ValueError("a prompt is needed: there is no LoRA that could name one")
     path = lora_file(lora_path)
-    about = read_metadata(path)
-    if "tasks" in about:
-        known = "; ".join(f"{task}: {text!r}" for task, text in json.loads(about["tasks"]).items())
-        raise ValueError(f"a prompt is needed: {path} was trained with several ({known})")
-    if not about.get("prompt"):
+    prompt = read_metadata(path).get("prompt")
+    if not prompt:
         raise ValueError(f"a prompt is needed: {path} names none; is it a LoRA of FLUX?")
-    return about["prompt"]
+    return prompt
