@@ -648,7 +648,7 @@ def main(settings: Settings) -> None:
     stages = ["blur", "deblur"] if settings.mode == "all" else [settings.mode]
 
     # What would fail later fails now: data, initial weights, BGAN, VGG-19
-    fabric = start_fabric(settings.devices, precision=settings.precision, seed=settings.seed)
+    fabric = start_fabric(settings.devices, settings.precision, settings.seed)
     if settings.demo:
         write_demo(DEMO_DATA, (settings.data, settings.val_data, settings.blur_data))
     data = {stage: open_data(settings, stage) for stage in stages}

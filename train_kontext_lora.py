@@ -92,7 +92,6 @@ class Settings:
     gradient_checkpointing: bool = True  # recompute activations: much less memory, a third more time
     compile: bool = False  # compile the blocks: minutes at the start, then faster steps
     devices: flags.Devices = 1  # number of GPUs of each machine (processes on a CPU)
-    num_nodes: flags.Count = 1  # number of machines that train together
     seed: int = 0  # random seed of data order, degradation, weight init and noise
 
     # ---- logging
@@ -391,7 +390,7 @@ def main(settings: Settings) -> None:
     if settings.demo:
         make_demo(settings)
     check(settings)
-    fabric = start_fabric(settings.devices, settings.num_nodes, seed=settings.seed, on_cuda="bf16")
+    fabric = start_fabric(settings.devices, seed=settings.seed, on_cuda="bf16")
 
     # Data, and examples to look at: the degradation should look like that of your own photographs
     dataset, previews = load_data(settings)

@@ -511,7 +511,7 @@ TRAINERS = {"autoencoder": train_autoencoder, "unet": train_unet, "flux": train_
 def main(settings: Settings) -> None:
     check_ranges(settings)
     if settings.stage != "export":
-        fabric = start_fabric(settings.devices, 1, settings.precision, settings.seed)
+        fabric = start_fabric(settings.devices, settings.precision, settings.seed)
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         pieces, captions = make_pieces(settings, settings.output_dir)
         for name in TRAINERS if settings.stage == "all" else [settings.stage]:

@@ -248,7 +248,7 @@ def begin_both(trainer: str, place: Path, folder: Path, log: Path, workers: int 
     said = [log.with_name(f"{log.name}{rank}.err") for rank in range(2)]
     for path in said:
         path.unlink(missing_ok=True)
-    pids = start_both([script(command(trainer, place, folder, workers, num_nodes=2))] * 2, log)
+    pids = start_both([script(command(trainer, place, folder, workers))] * 2, log)
     end = time.monotonic() + 60
     while not all(path.exists() and "MEMBER" in path.read_text(errors="replace") for path in said):
         if _ended(pids[0], min(end, time.monotonic() + 0.02)) or time.monotonic() > end:
