@@ -252,7 +252,6 @@ class Deblur(ControlNet):
     scheduler: Sampler = "ddim"  # sampling algorithm; ddim and ddpm need 50 steps, the others 20
     guidance_scale: float = 1.0  # guidance scale; above 1 follows the prompt more, in twice the time
     strength: Fraction = 1.0  # noise level to start from; below 1 starts from the blurry image
-    fidelity: Fraction = 0.0  # how far every step is pulled to the input's low frequencies, 0 to 1
     self_ensemble: bool = False  # mean over 8 flips and rotations: truer, less texture, 8 times slower
     seed: int = 0  # random seed; the same seed gives the same image
     prompt: str | None = None  # text that describes the image; None takes the one of the training
