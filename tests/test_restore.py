@@ -22,7 +22,7 @@ from cldm.model import (
     open_control_model,
     read_config,
 )
-from cldm.restore import Sampling, Tiles, coarse, deblur_image, fix_color, low_band
+from cldm.restore import Sampling, Tiles, coarse, deblur_image, fix_color
 from harness.settings import read_settings
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
@@ -115,13 +115,6 @@ def test_tiles_cover_and_blend():
     assert torch.allclose(large, picture.repeat_interleave(8, 2).repeat_interleave(8, 3), atol=1e-6)
     half = tiles.blend(lambda y, x: picture[..., y, x].bfloat16())
     assert half.dtype == torch.float32  # sums of bfloat16 are up to two levels off
-
-
-def test_the_low_band_keeps_what_is_flat_and_takes_what_is_fine():
-    flat, fine = torch.full((1, 4, 9, 7), 3.0), torch.zeros(1, 4, 16, 16)
-    fine[..., ::2, ::2] = fine[..., 1::2, 1::2] = 1.0
-    assert torch.allclose(low_band(flat), flat)
-    assert (low_band(fine) - 0.5).abs().max() < 0.15
 
 
 def test_tiled_restoration_has_no_seams_and_bounded_squares(model, monkeypatch):
