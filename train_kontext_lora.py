@@ -10,7 +10,6 @@ The same command again resumes a stopped run. The result, pytorch_lora_weights.s
 (by the name of its folder), ComfyUI and Forge. What the model folder needs, memory and time: docs/kontext.md.
 """
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -419,7 +418,6 @@ def main(settings: Settings) -> None:
     steps = settings.max_steps
     batch_size = settings.batch_size * settings.accumulate_grad_batches
     loader = run.loader(dataset, batch_size, steps, settings.seed, settings.num_workers)
-    start = time.perf_counter()
     for batch in run.batches(loader, steps):
         adapter.train()
         prompt = prompts(batch["prompts"])
@@ -429,13 +427,8 @@ def main(settings: Settings) -> None:
         rate = settings.learning_rate * factor
         update(fabric, adapter, optimizer, rate)
         ema.update(adapter)
-
-        now = time.perf_counter()
-        tokens = prompt["t5"].shape[1] + 2 * batch["target"][0, 0].numel() // 16**2  # of one sample
-        metrics["tokens/s"] = run.samples_per_step * tokens / (now - start)
         if fabric.device.type == "cuda":
             metrics["memory_gb"] = torch.cuda.max_memory_allocated(fabric.device) / 2**30
-        start = now
         run.advance(metrics, batch["name"])
 
         # Preview, files and checkpoint: of the EMA weights
@@ -448,7 +441,6 @@ def main(settings: Settings) -> None:
                     save_outputs(adapter, settings, run.step, scores["val/psnr"] > run.best)
             run.log(report | scores | {"train/learning_rate": rate})
             run.save(scores.get("val/psnr"))
-            start = time.perf_counter()
 
     if settings.demo and fabric.is_global_zero:
         show_demo(settings, previews, run)
