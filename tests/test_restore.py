@@ -378,10 +378,8 @@ def test_exports_have_the_names_other_tools_read(files, tmp_path):
     average = checkpoint.load(files / "ours.ckpt")["ema"]["average"]
     assert weights.keys() == average.keys()
     assert all(torch.equal(value, average[name].half()) for name, value in weights.items())
-    export(ExportSettings(files / "full.ckpt", tmp_path / "b.safetensors", prefix=""))
-    assert "zero_convs.0.0.weight" in checkpoint.read_weights(tmp_path / "b.safetensors")
     for settings, message in (
-        (ExportSettings(files / "full.ckpt", tmp_path / "b.safetensors"), "exists already"),
+        (ExportSettings(files / "full.ckpt", tmp_path / "a.safetensors"), "exists already"),
         (ExportSettings(files / "full.ckpt", tmp_path / "b.ckpt"), "must be a .safetensors"),
         (ExportSettings(files / "base.safetensors", tmp_path / "c.safetensors"), "holds no ControlNet"),
         (ExportSettings(tmp_path / "none.ckpt", tmp_path / "c.safetensors"), "none.ckpt"),
