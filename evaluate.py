@@ -24,10 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from harness.logs import as_csv
-from harness.profile import PROFILE, cost_lines, weights_lines
 from harness.scores import ABOUT, BACKBONES, SCORES, Values, deep_metric, plain
 from harness.settings import run_main
-from ldm.checkpoint import describe, write_atomically
+from ldm.checkpoint import write_atomically
 from ldm.data.image import list_images, read_image, side_by_side
 from ldm.data.scenes import place, side
 from ldm.metrics import known_mean, rgb_shift
@@ -53,7 +52,6 @@ class Settings:
     dists: bool = False  # also compute DISTS (VGG-16): torchvision downloads the network, 528 MB
     output: Path | None = None  # .json file to write all numbers to, with a .csv of each image beside it
     html: Path | None = None  # .html file to write, with the worst five images
-    checkpoint_path: Path | None = None  # weights behind the images, whose hash and step are reported
 
 
 def index_folder(folder: Path, kind: str, prefix: str = "", suffix: str = "") -> dict[str, Path]:
@@ -134,7 +132,6 @@ def evaluate(settings: Settings) -> tuple[dict, list[dict], dict[str, dict[str, 
 
     Raises ValueError if no pair can be scored.
     """
-    made = describe_making(settings)
     chosen = [name for name in SCORES if getattr(settings, name)]
     for name in chosen:
         if name in BACKBONES:
@@ -150,7 +147,7 @@ def evaluate(settings: Settings) -> tuple[dict, list[dict], dict[str, dict[str, 
         raise ValueError(f"none of {len(files)} pairs can be scored: {next(iter(skipped.values()))}")
     pairs = {"found": len(files), "used": len(rows), "skipped": skipped, "unmatched": unmatched}
     report = {"pairs": pairs, **means(rows), "worst": [row["name"] for row in rows[:WORST]]}
-    return report | made, rows, files
+    return report, rows, files
 
 
 def means(rows: list[dict]) -> dict:
@@ -164,25 +161,6 @@ def means(rows: list[dict]) -> dict:
             report[f"{name}_blurry"] = mean[f"{name}_blurry"]
             report[f"{name}_gain"] = mean[name] - mean[f"{name}_blurry"]
     return report | {"definitions": {name: ABOUT[name] for name in names}}
-
-
-def describe_making(settings: Settings) -> dict:
-    """Return what is known of how the images were made: their `checkpoint`, and their `profile` (infer.py's).
-
-    Raises ValueError if the profile is damaged or names other weights than the settings.
-    """
-    made = {"checkpoint": describe(settings.checkpoint_path)} if settings.checkpoint_path else {}
-    path = settings.restored / PROFILE
-    if not path.is_file():
-        return made
-    try:
-        profile = json.loads(path.read_text(encoding="utf-8"))
-        cost_lines(profile)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no profile of infer.py, remove it or make it anew: {error!r}") from error
-    if made and made["checkpoint"]["sha256"] != profile["checkpoint"]["sha256"]:
-        raise ValueError(f"--checkpoint_path {settings.checkpoint_path} is not what {path} names")
-    return {"profile": profile, "checkpoint": profile["checkpoint"]}
 
 
 def as_text(report: dict) -> str:
@@ -202,10 +180,6 @@ def as_text(report: dict) -> str:
         lines.append(line)
     shift = " ".join(f"{value:+.2f}" for value in report["rgb_shift"])
     lines += [f"RGB shift {shift} (of 255)", f"worst     {', '.join(report['worst'])}"]
-    if "profile" in report:
-        lines += cost_lines(report["profile"])
-    elif "checkpoint" in report:
-        lines += weights_lines(report["checkpoint"])
     lines += [f"{name.upper()}: {about}" for name, about in report["definitions"].items()]
     return "\n".join(lines)
 

@@ -52,7 +52,7 @@ class Settings:
 
 LARGE = 512  # pixels: weights that were trained on smaller images say so
 SAMPLING = ("num_inference_steps", "guidance_scale", "seed")
-DEBLUR = (*SAMPLING, "scheduler", "strength", "fidelity", "self_ensemble", "prompt")
+DEBLUR = (*SAMPLING, "scheduler", "strength", "self_ensemble", "prompt")
 INPAINT = (*SAMPLING, "scheduler", "strength", "mask_blur", "only_masked_padding", *SIDES, "prompt")
 INPAINT_RUNS = "controlnet_inpainting_*/final_model/model.ckpt"
 

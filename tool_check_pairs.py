@@ -26,7 +26,6 @@ from harness.logs import as_csv
 from harness.settings import run_main
 from ldm.alignment import measure_movement
 from ldm.checkpoint import write_atomically
-from ldm.data.degraded import stack_rows
 from ldm.data.image import read_image, side_by_side, write_whole
 from ldm.data.pairs import Pair, find_pairs, sharpness
 from ldm.data.scenes import COMMON, split_of, words
@@ -206,6 +205,13 @@ def make_sheet(rows: Sequence[Checked]) -> np.ndarray | None:
         cv2.putText(strip, str(number), (4, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.9, (255, 255, 0), 2)
         strips.append(strip)
     return stack_rows(strips) if strips else None
+
+
+def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Stack uint8 images (h, w, 3) below each other, those that are narrower than others on white."""
+    width = max(row.shape[1] for row in rows)
+    white = {"borderType": cv2.BORDER_CONSTANT, "value": (255, 255, 255)}
+    return np.vstack([cv2.copyMakeBorder(row, 0, 0, 0, width - row.shape[1], **white) for row in rows])
 
 
 def main(settings: Settings) -> None:

@@ -29,7 +29,6 @@ class Settings:
     checkpoint_path: Annotated[Path, tyro.conf.Positional]
     output_path: Annotated[Path, tyro.conf.Positional]  # file to write, with the suffix .safetensors
     half: bool = False  # store float16: half the size, and the type that most tools use
-    prefix: str = CONTROL  # beginning of each tensor's name; "" for bare names
     # export even what other tools cannot use: hint attention or latent, 4 channels, a trained UNet
     allow_extra: bool = False
     overwrite: bool = False  # replace the output file if it exists
@@ -69,7 +68,7 @@ def main(settings: Settings) -> None:
     if differs and not settings.allow_extra:
         raise ValueError(f"{settings.checkpoint_path} {differs}. Pass --allow_extra to export it anyway")
     dtype = torch.float16 if settings.half else torch.float32
-    content = {settings.prefix + name: value.to(dtype) for name, value in control.items()}
+    content = {CONTROL + name: value.to(dtype) for name, value in control.items()}
     write_weights(output, content, {"format": "pt", "source": settings.checkpoint_path.name})
     size = output.stat().st_size / 1e6
     print(f"{len(content)} tensors, {size:.1f} MB, written to {output}")

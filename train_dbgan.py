@@ -98,7 +98,6 @@ class Settings:
     perceptual_loss_weight: flags.Weight = 1.0  # weight of the perceptual loss; with 0 VGG-19 is not needed
     generated_fraction: flags.Fraction = 0.5  # fraction of DBGAN's blurry crops that BGAN makes of sharp ones
     precision: flags.Precision = "32"  # numbers to compute in; bf16 and 16 are mixed and faster on GPUs
-    channels_last: bool = True  # use the memory layout that is faster, above all on a GPU
     compile: bool = False  # use torch.compile: minutes at the start, then faster steps
     devices: flags.Devices = 1  # number of GPUs of each machine (processes on a CPU)
     num_workers: flags.Whole = 8  # number of processes that prepare images
@@ -152,7 +151,7 @@ SOFT_REAL, SOFT_FAKE = 0.9, 0.1  # soft labels of the least-squares discriminato
 COLOR_JITTER = 0.1  # the same for both images of a pair: against a tint of the results
 VAL_IMAGES = 32  # validate on at most that many
 # Settings that may differ when a run is resumed: they change the speed, not the weights (beyond rounding).
-MAY_CHANGE = "mode devices batch_size num_workers log_epoch cache channels_last compile val_crop".split()
+MAY_CHANGE = "mode devices batch_size num_workers log_epoch cache compile val_crop".split()
 LENGTH = ["max_steps", "epochs"]  # may change too where the learning rate is constant
 
 
@@ -605,9 +604,8 @@ def make_models(
         {name: ImagePool(POOL) for name in judges},
         perceptual,
     )
-    layout = torch.channels_last if settings.channels_last else None
     for networks in (models.generators, models.discriminators):
-        networks.to(device, memory_format=layout)
+        networks.to(device, memory_format=torch.channels_last)
         if settings.compile:
             for network in networks.values():
                 network.compile()
@@ -648,7 +646,7 @@ def main(settings: Settings) -> None:
     stages = ["blur", "deblur"] if settings.mode == "all" else [settings.mode]
 
     # What would fail later fails now: data, initial weights, BGAN, VGG-19
-    fabric = start_fabric(settings.devices, precision=settings.precision, seed=settings.seed)
+    fabric = start_fabric(settings.devices, settings.precision, settings.seed)
     if settings.demo:
         write_demo(DEMO_DATA, (settings.data, settings.val_data, settings.blur_data))
     data = {stage: open_data(settings, stage) for stage in stages}

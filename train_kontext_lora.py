@@ -4,17 +4,14 @@ Black Forest Labs: FLUX.1 Kontext, 2025; Hu et al.: LoRA, 2021; Lipman et al.: F
 
     python train_kontext_lora.py --hr_root my_photos                        # degraded on the fly
     python train_kontext_lora.py --hr_root clean --lr_root damaged          # real pairs
-    python train_kontext_lora.py --tasks tasks.yaml                         # several tasks, by prompt
     python train_kontext_lora.py --demo                                     # minutes on two CPU cores
 
 The same command again resumes a stopped run. The result, pytorch_lora_weights.safetensors, loads in diffusers
 (by the name of its folder), ComfyUI and Forge. What the model folder needs, memory and time: docs/kontext.md.
 """
 
-import json
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,10 +28,9 @@ from harness.run import Run, average_gradients, last_checkpoint, rank_zero_first
 from harness.settings import check_ranges, plain, run_main
 from ldm.alignment import measure_movement
 from ldm.checkpoint import MODELS
-from ldm.data.degraded import DegDataset, example_sheet, stack_rows
+from ldm.data.degraded import DegDataset, example_sheet
 from ldm.data.image import photographs, read_image, to_uint8, write_image
 from ldm.data.stream import first_samples, item_generator
-from ldm.data.tasks import Task, Tasks, make_data
 from ldm.metrics import known_mean, psnr, ssim
 from ldm.models import kontext
 from ldm.models.diffusion.flow import restore_image
@@ -68,11 +64,11 @@ class Settings:
     noise_level: flags.NumberOrRange = 0.05  # standard deviation of the noise (1 = white), or LOW,HIGH
     blur_radius: flags.NumberOrRange = 1.0  # standard deviation of the blur in pixels, or LOW,HIGH
     jpeg_quality: flags.NumberOrRange = 75  # quality of JPEG compression, 1 to 100, or LOW,HIGH
+    # strength of the degradations without a value of their own, 0 to 1, or LOW,HIGH
+    degradation_strength: flags.NumberOrRange = (0.2, 0.8)
     validation_root: Path | None = None  # clean photographs for previews and scores; None takes hr_root
-    tasks: Path | None = None  # yaml of several tasks, each with its folders, prompt and degradation
     captions: bool = False  # take an image's prompt from NAME.txt beside it, where there is one
     native_crop: bool = False  # crop at full scale instead of shrinking to the resolution first
-    buckets: bool = False  # crop to the image's own shape instead of squares, at as many pixels
     num_workers: int = 4  # number of processes that prepare batches
 
     # ---- model
@@ -95,7 +91,6 @@ class Settings:
     gradient_checkpointing: bool = True  # recompute activations: much less memory, a third more time
     compile: bool = False  # compile the blocks: minutes at the start, then faster steps
     devices: flags.Devices = 1  # number of GPUs of each machine (processes on a CPU)
-    num_nodes: flags.Count = 1  # number of machines that train together
     seed: int = 0  # random seed of data order, degradation, weight init and noise
 
     # ---- logging
@@ -140,7 +135,7 @@ MAX_GRAD_NORM = 1.0
 PERCEPTUAL_WEIGHT = 0.1
 PERCEPTUAL_EVERY = 4  # steps: decoding is expensive
 PERCEPTUAL_CROP = 256  # pixels
-PREVIEW_IMAGES = 6  # of each task
+PREVIEW_IMAGES = 6
 PREVIEW_GUIDANCE = 2.5  # the default of infer.py
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
 
@@ -148,7 +143,7 @@ SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
 def check(settings: Settings) -> None:
     """Raise ValueError or FileNotFoundError for a value that would fail only later."""
     check_ranges(settings)
-    if not settings.tasks and not settings.hr_root.exists():
+    if not settings.hr_root.exists():
         raise FileNotFoundError(f"no clean photographs at {settings.hr_root}: give --hr_root (or try --demo)")
     # without checkpointing the backward pass would keep the fetched copies of all blocks
     if settings.blocks_to_swap and not settings.gradient_checkpointing:
@@ -294,27 +289,16 @@ def validate(
     model: Callable,
     autoencoder: kontext.FluxAutoencoder,
     prompts: Prompts,
-    previews: dict[str, DegDataset],
+    previews: DegDataset,
     settings: Settings,
 ) -> dict[str, float]:
-    """Restore the first images of every task, log them, and return the scores, which the first process has.
-
-    Scores are val/psnr and the like; of several tasks val/TASK/psnr, and val/psnr is their mean.
-    """
+    """Restore the first images of `previews`, log them, return the scores (in the first process)."""
     if not run.fabric.is_global_zero:
         return {}
-    images, scores = [], {}
-    for task, dataset in previews.items():
-        image, found = preview(model, autoencoder, prompts, dataset, settings)
-        found |= validation_loss(model, autoencoder, prompts, dataset)
-        images.append(image)
-        prefix = f"val/{task}" if task else "val"
-        scores |= {f"{prefix}/{name}": value for name, value in found.items()}
-    if "" not in previews:
-        for name in found:
-            scores[f"val/{name}"] = float(np.mean([scores[f"val/{task}/{name}"] for task in previews]))
-    run.log_image("preview", stack_rows(images))
-    return scores
+    image, scores = preview(model, autoencoder, prompts, previews, settings)
+    scores |= validation_loss(model, autoencoder, prompts, previews)
+    run.log_image("preview", image)
+    return {f"val/{name}": value for name, value in scores.items()}
 
 
 def preview(
@@ -348,7 +332,7 @@ def preview(
                 "scale_percent": moved.scale,
             }
         )
-    return stack_rows(rows), {name: known_mean(row[name] for row in scores) for name in scores[0]}
+    return np.vstack(rows), {name: known_mean(row[name] for row in scores) for name in scores[0]}
 
 
 @torch.no_grad()
@@ -374,25 +358,20 @@ def validation_loss(
     return means | {"loss": sum(means.values()) / len(means)}
 
 
-def save_outputs(
-    adapter: nn.ModuleDict, settings: Settings, step: int, is_best: bool, previews: dict[str, DegDataset]
-) -> None:
+def save_outputs(adapter: nn.ModuleDict, settings: Settings, step: int, is_best: bool) -> None:
     """Write the LoRA (its EMA weights): the latest, a snapshot, and best/ if no preview had a higher PSNR.
 
     The latest is the only LoRA at the top of the folder, where diffusers looks.
     """
-    prompts = {task: dataset.instance_prompt for task, dataset in previews.items()}
     metadata = {
         "base": "FLUX.1-Kontext-dev",
-        "prompt": next(iter(prompts.values())),
+        "prompt": settings.instance_prompt,
         "steps": step,
         "rank": settings.rank,
         "alpha": settings.rank,
         "lora_targets": settings.lora_targets,
         "resolution": settings.resolution,
     }
-    if len(set(prompts.values())) > 1:
-        metadata["tasks"] = json.dumps(prompts)
     names = [f"snapshots/lora_{step:07d}.safetensors", LORA_FILE]
     if is_best:
         names.append(f"best/{LORA_FILE}")
@@ -410,17 +389,17 @@ def main(settings: Settings) -> None:
     if settings.demo:
         make_demo(settings)
     check(settings)
-    fabric = start_fabric(settings.devices, settings.num_nodes, seed=settings.seed, on_cuda="bf16")
+    fabric = start_fabric(settings.devices, seed=settings.seed, on_cuda="bf16")
 
     # Data, and examples to look at: the degradation should look like that of your own photographs
-    dataset, previews, tasks = load_data(settings)
+    dataset, previews = load_data(settings)
     write_examples(dataset, settings)
     if settings.examples_only:
         return
 
     # Prompts first, while no transformer takes memory; then the networks, all frozen but the LoRA
     folder = kontext.check_networks(settings.pretrained_model_name_or_path)
-    texts = [*dataset.prompts, *(text for part in previews.values() for text in part.prompts)]
+    texts = [*dataset.prompts, *previews.prompts]
     prompts = rank_zero_first(fabric, partial(Prompts, settings.output_dir, folder, texts, fabric.device))
     distance = PerceptualLoss().to(fabric.device) if settings.perceptual_loss else None
     autoencoder, model = load_models(settings, fabric.device)
@@ -430,7 +409,7 @@ def main(settings: Settings) -> None:
     optimizer = make_adamw(adapter.parameters(), "adamw", settings.learning_rate, WEIGHT_DECAY)
     ema = EMA(adapter, settings.ema_decay)
     parts = {"state_dict": adapter, "optimizer": optimizer, "ema": ema}
-    about = {**plain(settings), "samples": len(dataset), "tasks": tasks}
+    about = {**plain(settings), "samples": len(dataset)}
     run = Run(fabric, settings.output_dir, about, parts, MAY_CHANGE)
     count = sum(parameter.numel() for parameter in adapter.parameters())
     run.say(f"{dataset.describe()}\n{count / 1e6:.2f} M LoRA parameters on {len(adapter)} layers")
@@ -439,7 +418,6 @@ def main(settings: Settings) -> None:
     steps = settings.max_steps
     batch_size = settings.batch_size * settings.accumulate_grad_batches
     loader = run.loader(dataset, batch_size, steps, settings.seed, settings.num_workers)
-    start = time.perf_counter()
     for batch in run.batches(loader, steps):
         adapter.train()
         prompt = prompts(batch["prompts"])
@@ -449,13 +427,8 @@ def main(settings: Settings) -> None:
         rate = settings.learning_rate * factor
         update(fabric, adapter, optimizer, rate)
         ema.update(adapter)
-
-        now = time.perf_counter()
-        tokens = prompt["t5"].shape[1] + 2 * batch["target"][0, 0].numel() // 16**2  # of one sample
-        metrics["tokens/s"] = run.samples_per_step * tokens / (now - start)
         if fabric.device.type == "cuda":
             metrics["memory_gb"] = torch.cuda.max_memory_allocated(fabric.device) / 2**30
-        start = now
         run.advance(metrics, batch["name"])
 
         # Preview, files and checkpoint: of the EMA weights
@@ -465,34 +438,41 @@ def main(settings: Settings) -> None:
                 adapter.eval()
                 scores = validate(run, model, autoencoder, prompts, previews, settings)
                 if fabric.is_global_zero:
-                    save_outputs(adapter, settings, run.step, scores["val/psnr"] > run.best, previews)
+                    save_outputs(adapter, settings, run.step, scores["val/psnr"] > run.best)
             run.log(report | scores | {"train/learning_rate": rate})
             run.save(scores.get("val/psnr"))
-            start = time.perf_counter()
 
     if settings.demo and fabric.is_global_zero:
-        show_demo(settings, previews[""], run)
+        show_demo(settings, previews, run)
     run.finish(
         f"python infer.py kontext --pretrained_model_name_or_path {settings.pretrained_model_name_or_path} "
         f"--lora_path {settings.output_dir} --input PHOTOS --output_dir restored"
     )
 
 
-def load_data(settings: Settings) -> tuple[Tasks, dict[str, DegDataset], dict]:
-    """Make the data sets: one task of the settings' values, or those of --tasks, which may replace them."""
-    names = [field.name for field in fields(Task) if hasattr(settings, field.name)]
-    base = Task(**{name: getattr(settings, name) for name in names})
-    return make_data(base, settings.tasks, settings.resolution, settings.buckets, settings.seed)
+def load_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
+    """Training set, and the set for previews: the same crops at every preview, no flips."""
+    names = "instance_prompt lr_scale noise_level blur_radius jpeg_quality degradation_strength".split()
+    names += "resolution native_crop captions seed".split()
+    options = {name: getattr(settings, name) for name in names}
+    kinds = [kind.strip() for kind in settings.degradation_types.split(",") if kind.strip()]
+    options |= {"degradation_types": kinds, "lr_data_root": settings.lr_root}
+    train = DegDataset(settings.hr_root, **options)
+    if settings.captions and not train.captioned:
+        raise ValueError(f"no image in {settings.hr_root} has a caption (NAME.txt beside NAME.png)")
+    options |= {"random_crop": False, "random_flip": False}
+    if settings.validation_root:
+        options["lr_data_root"] = None
+    return train, DegDataset(settings.validation_root or settings.hr_root, **options)
 
 
-def write_examples(dataset: Tasks, settings: Settings) -> None:
-    """Write degraded and clean samples of every task."""
-    for task, part in dataset.datasets.items():
-        path = settings.output_dir / "images" / (f"examples_{task}.png" if task else "examples.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_image(path, example_sheet(part))
-        if settings.examples_only:
-            print(f"{path}: degraded | clean")
+def write_examples(dataset: DegDataset, settings: Settings) -> None:
+    """Write degraded and clean samples."""
+    path = settings.output_dir / "images" / "examples.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, example_sheet(dataset))
+    if settings.examples_only:
+        print(f"{path}: degraded | clean")
 
 
 # ---- demonstration -----------------------------------------------------------------------------------------

@@ -85,7 +85,6 @@ class Settings:
     precision: flags.Precision = "32"  # numbers to compute in; bf16 and 16 are mixed and faster on GPUs
     compile: bool = False  # use torch.compile: minutes at the start, then faster steps
     devices: flags.Devices = 1  # number of GPUs of each machine (processes on a CPU)
-    num_nodes: flags.Count = 1  # number of machines that train together
     num_workers: flags.Whole = 8  # number of processes that prepare images
     seed: int = 0  # random seed of the data order, initial weights and blur
 
@@ -110,7 +109,7 @@ DEMO = {
     "log_epoch": 1,
 }
 # Settings that may differ when a run is resumed: they change the speed, not the weights (beyond rounding).
-MAY_CHANGE = "devices num_nodes batch_size num_workers log_epoch cache compile".split()
+MAY_CHANGE = "devices batch_size num_workers log_epoch cache compile".split()
 LSTM_CLIP = 3.0  # highest norm of the ConvLSTM's gradients
 EMA_DECAY = 0.999  # EMA weights are validated and exported
 DEMO_BLUR_SCALE = 0.4  # the demonstration's blur is mild: it has minutes to learn it
@@ -419,7 +418,7 @@ def main(settings: Settings) -> None:
     check(settings)
 
     # Seed and devices
-    fabric = start_fabric(settings.devices, settings.num_nodes, settings.precision, settings.seed)
+    fabric = start_fabric(settings.devices, settings.precision, settings.seed)
 
     # Data
     dataset, held_out = make_data(settings)

@@ -41,7 +41,7 @@ from cldm.training import (
 from harness import flags
 from harness.flags import Count, Decay, Range, Weight, Whole
 from harness.logs import summary
-from harness.run import last_checkpoint
+from harness.run import last_checkpoint, launched_nodes
 from harness.settings import check_optimizer, check_ranges, plain, run_main
 from ldm.data.captions import check_captions, read_caption
 from ldm.data.paired import BlurDataset, PairedDataset
@@ -97,7 +97,6 @@ class Settings:
     ema_decay: Decay = 0.0  # EMA decay; EMA weights are used for validation and export, 0 for none
     seed: int = 0  # random seed of data order, fresh weights and noise
     devices: flags.Devices = 1  # number of GPUs in each machine (processes on a CPU)
-    num_nodes: Count = 1  # number of machines that train together
     compile: bool = False  # use torch.compile: minutes at the start, then faster steps
 
     # ---- logging
@@ -284,7 +283,7 @@ def main(settings: Settings) -> None:
     if settings.demo and settings.data_root == DEMO["data_root"]:
         make_dataset(DEMO_DATA)
     train, validation, pairs = find_crops(settings)
-    processes = settings.devices * settings.num_nodes
+    processes = settings.devices * launched_nodes()
     images_per_step = settings.batch_size * settings.accumulate_grad_batches * processes
     steps = count_steps(settings.max_steps, settings.max_epochs, len(train), images_per_step)
 
@@ -348,7 +347,6 @@ def main(settings: Settings) -> None:
         val_steps=settings.val_steps,
         validates=validation is not None,
         devices=settings.devices,
-        num_nodes=settings.num_nodes,
     )
     fit(trainer, model, data, last, about)  # resumed where it stopped
 

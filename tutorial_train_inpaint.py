@@ -52,7 +52,7 @@ from cldm.training import (
 from harness import flags
 from harness.flags import Count, Decay, Fraction, Range, Weight, Whole
 from harness.logs import summary
-from harness.run import last_checkpoint
+from harness.run import last_checkpoint, launched_nodes
 from harness.scores import describe_distances, local_distances
 from harness.settings import check_optimizer, check_ranges, plain, run_main
 from ldm import checkpoint
@@ -109,7 +109,6 @@ class Settings:
     ema_decay: Decay = 0.0  # EMA decay; EMA weights are used for validation and export, 0 for none
     seed: int = 0  # random seed of data order, fresh weights and noise
     devices: flags.Devices = 1  # number of GPUs in each machine (processes on a CPU)
-    num_nodes: Count = 1  # number of machines that train together
     compile: bool = False  # use torch.compile: minutes at the start, then faster steps
 
     # ---- logging
@@ -250,7 +249,7 @@ def run_folder(settings: Settings) -> str:
     if settings.output_dir:
         return settings.output_dir
     if RUN_VARIABLE not in os.environ or "LOCAL_RANK" not in os.environ:
-        if "LOCAL_RANK" in os.environ or settings.num_nodes > 1:
+        if "LOCAL_RANK" in os.environ or launched_nodes() > 1:
             raise ValueError("give --output_dir where processes are started apart (torchrun, Slurm)")
         os.environ[RUN_VARIABLE] = time.strftime("outputs/controlnet_inpainting_%Y%m%d_%H%M%S")
     return os.environ[RUN_VARIABLE]
@@ -336,7 +335,7 @@ def main(settings: Settings) -> None:
     if settings.demo and settings.image_dir == DEMO["image_dir"]:
         cut_photographs(Path(DEMO["image_dir"]), 240)
     train, validation = find_images(settings)
-    processes = settings.devices * settings.num_nodes
+    processes = settings.devices * launched_nodes()
     images_per_step = settings.batch_size * settings.accumulate_grad_batches * processes
     steps = count_steps(settings.max_steps, settings.max_epochs, len(train), images_per_step)
 
@@ -394,7 +393,6 @@ def main(settings: Settings) -> None:
         val_steps=settings.val_steps,
         validates=validation is not None,
         devices=settings.devices,
-        num_nodes=settings.num_nodes,
     )
     rank_zero_only(print)(f"run: {folder} (resume it with --output_dir {folder})")
     fit(trainer, model, data, last, about)  # resumed where it stopped

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 # The U-Net on the content loss alone, in bf16; images are blurred on the fly as real cameras do.
 TRAINING = (
     "deblur --epochs 0 --generated_fraction 0 --perceptual_loss_weight 0 --content_loss charbonnier "
-    "--fft_loss_weight 0.1 --max_grad_norm 1 --realistic_blur --precision bf16 --channels_last "
+    "--fft_loss_weight 0.1 --max_grad_norm 1 --realistic_blur --precision bf16 "
     "--accumulate_grad_batches 1 --num_workers 14"
 )
 NETWORK = (

@@ -139,8 +139,7 @@ def control_model(settings: Any, device: str) -> ControlLDM:
     model.sd_locked, model.optimizer = settings.sd_locked, settings.optimizer
     model.learning_rate = settings.learning_rate
     clips = settings.max_grad_norm > 0
-    processes = settings.devices * settings.num_nodes
-    prepare_model(model.train(), settings.precision, clips, processes, settings.gradient_checkpointing)
+    prepare_model(model.train(), settings.precision, clips, settings.devices, settings.gradient_checkpointing)
     return model
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cldm.cldm import ControlLDM
@@ -60,7 +59,6 @@ class Sampling(SamplingOptions):
 
     tile: int = 0
     overlap: int = 128
-    fidelity: float = 0.0
     self_ensemble: bool = False
 
 
@@ -83,13 +81,9 @@ def deblur_image(
 
     With `tile` (pixels, a multiple of 64) the network and the autoencoder see the image in overlapping tiles
     whose predictions are blended at every step, so that memory does not grow with the image.
-    With `fidelity` above 0 the low band of every step's estimate is pulled by that much to the image's.
     With `self_ensemble` it is the mean over 8 flips and rotations, each sampled from noise of its own.
-    Raises ValueError for a tile or overlap that is no multiple of 64, an overlap not below the tile, or a
-    fidelity outside of 0 to 1.
+    Raises ValueError for a tile or overlap that is no multiple of 64, or an overlap not below the tile.
     """
-    if not 0 <= sampling.fidelity <= 1:
-        raise ValueError(f"fidelity must be 0 to 1, not {sampling.fidelity}")
     tile, overlap = sampling.tile, sampling.overlap
     if tile < 0 or tile % MULTIPLE or (tile and (overlap % MULTIPLE or not 0 <= overlap < tile)):
         raise ValueError(f"tile and a smaller overlap must be multiples of 64, not {tile} and {overlap}")
@@ -100,12 +94,12 @@ def deblur_image(
         size = pixels.shape[-2] // 8, pixels.shape[-1] // 8
         tiles = Tiles(size, tile // 8 or max(size), overlap // 8 if tile else 0)
         start = None
-        if sampling.strength < 1 or sampling.fidelity > 0 or model.sees_hint_latent:
+        if sampling.strength < 1 or model.sees_hint_latent:
             start = tiles.blend(
                 lambda y, x: model.encode_first_stage(pixels[..., times8(y), times8(x)]).mode()
             )
             start = start.float() * model.scale_factor
-        sampler = TiledSampler(model, tiles, start, sampling.fidelity)
+        sampler = TiledSampler(model, tiles)
         cond = {"c_concat": [(pixels + 1) / 2], "c_latent": start}
         more = {"x0": start, "sampler": sampler, "generator": generator}  # x0: where strength is below 1
         latents = sampling.sample(model, cond, progress, **more)
@@ -131,40 +125,18 @@ class Tiles:
 
 
 class TiledSampler(DDIMSampler):
-    """Sampler whose noise predictions are blended from tiles at every step.
+    """Sampler whose noise predictions are blended from tiles at every step."""
 
-    With `fidelity` above 0 the low band of the clean latents that a prediction stands for is pulled by that
-    much to that of `guide`, the input's latents: restoration guidance (Lin et al. 2024, sec. 3.3), one step.
-    """
-
-    def __init__(self, model: ControlLDM, tiles: Tiles, guide: Tensor | None = None, fidelity: float = 0.0):
+    def __init__(self, model: ControlLDM, tiles: Tiles):
         super().__init__(model)
         self.tiles = tiles
-        self.guide = guide
-        self.fidelity = fidelity
 
     def _eps(self, x: Tensor, t: Tensor, cond: Mapping, uncond: Mapping | None, scale: float):
         def part(ys: slice, xs: slice) -> Tensor:
             uncond_part = uncond and cut(uncond, ys, xs)
             return super(TiledSampler, self)._eps(x[..., ys, xs], t, cut(cond, ys, xs), uncond_part, scale)
 
-        eps = self.tiles.blend(part)
-        if not self.fidelity:
-            return eps
-        clean = self.model.predict_start_from_noise(x, t, eps)
-        moved = self.fidelity * low_band(self.guide - clean)
-        alpha = self.model.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return eps - (alpha / (1 - alpha)).sqrt() * moved  # the noise that the moved estimate stands for
-
-
-def low_band(latents: Tensor, levels: int = 2) -> Tensor:
-    """Low band of (b, c, h, w): what `levels` steps of an a-trous wavelet leave, 8 pixels to a latent."""
-    kernel = torch.tensor([0.25, 0.5, 0.25], device=latents.device)
-    kernel = (kernel[:, None] * kernel).expand(latents.shape[1], 1, 3, 3)
-    for level in range(levels):
-        padded = F.pad(latents, [2**level] * 4, mode="replicate")
-        latents = F.conv2d(padded, kernel, dilation=2**level, groups=latents.shape[1])
-    return latents
+        return self.tiles.blend(part)
 
 
 def cut(cond: Mapping, ys: slice, xs: slice) -> dict:

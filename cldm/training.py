@@ -20,6 +20,7 @@ from cldm.logger import ImageLogger, MetricsLogger, ProgressBar
 from cldm.model import check_weights
 from harness.flags import lightning_precision
 from harness.loading import make_loader
+from harness.run import launched_nodes
 from harness.settings import check_settings
 from ldm import checkpoint
 from ldm.data.stream import DATA, PLACE, SampleStream, check_same, item_generator
@@ -31,7 +32,7 @@ PARTS = dict.fromkeys("loops settings config state_dict callbacks random StreamD
 PARTS |= {"optimizer_states": list, "lr_schedulers": list}
 PARTS |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
 # Settings that a resumed run may change; another value of any other would make it another run.
-MAY_CHANGE = {*"output_dir max_steps max_epochs devices num_nodes compile num_workers".split()}
+MAY_CHANGE = {*"output_dir max_steps max_epochs devices compile num_workers".split()}
 MAY_CHANGE |= {*"gradient_checkpointing log_steps save_steps val_steps val_ddim_steps".split()}
 # Warnings of Lightning about what is meant here.
 MEANT = (".*in eval mode at the start", ".*LeafSpec.*", ".*many workers.*", ".*transfer_batch_to_device.*")
@@ -219,7 +220,6 @@ def make_trainer(
     val_steps: int,
     validates: bool,
     devices: int,
-    num_nodes: int,
 ) -> pl.Trainer:
     """Lightning's Trainer of a run in `folder`, whose checkpoints hold `about` too.
 
@@ -239,13 +239,14 @@ def make_trainer(
         Checkpoints(checkpoints, save_steps, val_steps if validates else 0, about),
         ProgressBar(images_per_step, log_steps),
     ]
+    nodes = launched_nodes()
     strategy = "auto"  # DDP for several processes
-    if model.only_mid_control and devices * num_nodes > 1:  # the skips' zero convolutions get no gradients
+    if model.only_mid_control and devices * nodes > 1:  # the skips' zero convolutions get no gradients
         strategy = "ddp_find_unused_parameters_true"
     return pl.Trainer(
         accelerator=choose_device().type,
         devices=devices,
-        num_nodes=num_nodes,
+        num_nodes=nodes,
         strategy=strategy,
         precision=lightning_precision(precision),
         callbacks=callbacks,

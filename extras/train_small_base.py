@@ -35,7 +35,7 @@ from cldm.model import read_config
 from harness import flags
 from harness.run import Run, average_gradients, start_fabric
 from harness.settings import check_ranges, plain, run_main
-from ldm.checkpoint import MODELS, read_trained, write_atomically, write_half
+from ldm.checkpoint import MODELS, read_trained, write_atomically, write_half, write_weights
 from ldm.data.crop import at_least, sharpness
 from ldm.data.dead_leaves import dead_leaves
 from ldm.data.image import list_images, photographs, read_image, to_tensor, to_uint8, write_image
@@ -44,7 +44,7 @@ from ldm.metrics import psnr
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.kontext import FluxAutoencoder, write_small_folder
+from ldm.models.kontext import AUTOENCODER, TRANSFORMER, FluxAutoencoder, save_flux
 from ldm.models.prompts import encode_prompt
 from ldm.modules.diffusionmodules.model import AttnBlock, ResnetBlock
 from ldm.modules.diffusionmodules.util import zero_module
@@ -468,10 +468,12 @@ def export(settings: Settings) -> None:
         autoencoder = FluxAutoencoder(sizes)
         own = {k: v for k, v in trained["autoencoder"].items() if not k.startswith(("quant", "post_quant"))}
         autoencoder.load_state_dict(own)
-        write_small_folder(
-            settings.models / "small_kontext", flux.half(), autoencoder.half(), **FACTS["kontext"]
-        )
-        write_text_encoders(settings.models / "small_kontext", model.cond_stage_model)
+        folder = settings.models / "small_kontext"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_flux(folder / TRANSFORMER, flux.half(), **FACTS["kontext"])
+        metadata = {"ddconfig": json.dumps(dict(sizes))}
+        write_weights(folder / AUTOENCODER, autoencoder.half().state_dict(), metadata)
+        write_text_encoders(folder, model.cond_stage_model)
     export_runs(settings)
     print(f"written: {settings.models}; look at {settings.output_dir}/autoencoder.png and samples.png")
 
@@ -510,7 +512,7 @@ TRAINERS = {"autoencoder": train_autoencoder, "unet": train_unet, "flux": train_
 def main(settings: Settings) -> None:
     check_ranges(settings)
     if settings.stage != "export":
-        fabric = start_fabric(settings.devices, 1, settings.precision, settings.seed)
+        fabric = start_fabric(settings.devices, settings.precision, settings.seed)
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         pieces, captions = make_pieces(settings, settings.output_dir)
         for name in TRAINERS if settings.stage == "all" else [settings.stage]:

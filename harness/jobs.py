@@ -1,7 +1,6 @@
 """Restore one image, or those of a folder: common options, which file becomes which, and the work."""
 
 import errno
-import json
 import os
 import sys
 from collections import defaultdict
@@ -17,9 +16,8 @@ import tyro
 from tqdm import tqdm
 
 from harness.flags import Range
-from harness.profile import PROFILE, cost_lines, measure
 from harness.provenance import Provenance
-from harness.settings import check_ranges, plain
+from harness.settings import check_ranges
 from ldm import checkpoint
 from ldm.data.decode import to_8_bit
 from ldm.data.image import list_images, over_white, side_by_side
@@ -55,7 +53,6 @@ class Command:
     quality: Annotated[int, Range(1, 100)] = 95  # quality of jpg and webp results, 1 to 100
     comparison: bool = False  # also write input and result side by side, to OUTPUT_DIR_comparison
     overwrite: bool = False  # make results of a folder again though nothing has changed
-    profile: bool = False  # also measure time and memory for one image, to OUTPUT_DIR/profile.json
     device: Literal["auto", "cuda", "cpu"] = "auto"  # device that computes; auto: cuda if there is one
 
     LESS_MEMORY: ClassVar[str] = "make the tiles smaller"  # what helps if an image is too large
@@ -63,7 +60,7 @@ class Command:
     SEES_ALPHA: ClassVar[bool] = False  # True where the network gets transparency as a fourth channel
     PANELS: ClassVar[int] = 2  # number of images in a comparison
     # Options that change no pixel of a result.
-    ELSEWHERE: ClassVar[str] = "output_prefix pattern shard comparison overwrite profile device"
+    ELSEWHERE: ClassVar[str] = "output_prefix pattern shard comparison overwrite device"
 
     def __post_init__(self) -> None:
         """Find files of models in the repository if they are not in the current folder."""
@@ -78,7 +75,7 @@ class Command:
         raise NotImplementedError
 
     def weights(self) -> Path | None:
-        """Return the file that a profile names; None where a result needs no weights."""
+        """Return the file of the trained weights; None where a result needs none."""
         return self.checkpoint_path
 
     def inputs(self) -> list[Path]:
@@ -219,7 +216,7 @@ def restore_files(command: Command) -> None:
     if is_folder and not command.overwrite:
         todo = [job for job in jobs if not is_made(command, provenance, *job)]
     restore = None
-    if todo or (command.profile and jobs):
+    if todo:
         print(describe_start(command.torch_device(), command.settled_precision(), command.device))
         restore = command.restorer()
     failed = restore_all(command, restore, todo, provenance)
@@ -235,9 +232,6 @@ def restore_files(command: Command) -> None:
         print(f"  left out {line}")
     for problem in failed.values():
         print(f"  failed: {problem}")
-    made = [source for source, target in jobs if os.path.exists(target) and source not in failed]
-    if command.profile and made:
-        profile_one(command, restore, made[0])
     if failed:
         raise ValueError(f"{len(failed)} of {len(todo)} images failed: they are listed above")
 
@@ -314,20 +308,3 @@ def run_restorer(
         if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
             raise torch.OutOfMemoryError(str(error)) from error
         raise
-
-
-def profile_one(command: Command, restore: Restorer, source: Path) -> None:
-    """Measure the restoration of one image again; print what was found and keep it beside the results."""
-    photo = read_photo(source, command.DEEP and command.format == "png")
-    work = lambda: run_restorer(restore, photo, source, command.SEES_ALPHA)  # noqa: E731
-    profile = {
-        "image": str(source),
-        "size": photo.pixels.shape[1::-1],
-        "options": plain(command),
-        **measure(work, command.torch_device()),
-        "checkpoint": checkpoint.describe(command.weights()),
-    }
-    text = json.dumps(profile, indent=2, ensure_ascii=False) + "\n"
-    path = command.output_dir / PROFILE
-    checkpoint.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    print("\n".join(cost_lines(profile)))

@@ -1,6 +1,6 @@
 """Runs of the plain training loops: the folder of a run, its logs, checkpoints, resume and error messages.
 
-fabric = start_fabric(devices, num_nodes, precision, seed)
+fabric = start_fabric(devices, precision, seed)
 parts = {"state_dict": network, "optimizer": optimizer, "ema": ema}
 run = Run(fabric, output_dir, recorded, parts, may_change=("num_workers",))
 for batch in run.batches(run.loader(dataset, batch_size, steps, seed, num_workers), steps):
@@ -39,14 +39,12 @@ if TYPE_CHECKING:
 CHECK_EVERY = 10  # steps between two checks of the losses: each check waits for the device
 
 
-def start_fabric(
-    devices: int = 1, num_nodes: int = 0, precision: str = "32", seed: int = 0, on_cuda: str = ""
-) -> "Fabric":
+def start_fabric(devices: int = 1, precision: str = "32", seed: int = 0, on_cuda: str = "") -> "Fabric":
     """A launched, seeded Fabric: CUDA if there is any, else the CPU; DDP if there are several processes.
 
-    Without `num_nodes` the launcher (torchrun, srun) says how many machines there are. The line that tells
-    device and precision has `on_cuda` as the precision on CUDA, if the script sees to that itself. Raises
-    ValueError for a precision other than 32, 16 and bf16, or Lightning's names of these, and for 16 on a CPU.
+    `devices` are those of each machine. The line that tells device and precision has `on_cuda` as the
+    precision on CUDA, if the script sees to that itself. Raises ValueError for a precision other than 32, 16
+    and bf16, or Lightning's names of these, and for 16 on a CPU.
     """
     from lightning_fabric import Fabric
 
@@ -54,8 +52,8 @@ def start_fabric(
     torch.backends.cudnn.benchmark = True  # its fastest algorithm for crops of one size
     device = choose_device()
     precision = settle_precision(lightning_precision(precision), device)
-    num_nodes = num_nodes or launched_nodes()
-    fabric = Fabric(accelerator=device.type, devices=devices, num_nodes=num_nodes, precision=precision)
+    nodes = launched_nodes()
+    fabric = Fabric(accelerator=device.type, devices=devices, num_nodes=nodes, precision=precision)
     fabric.launch()
     fabric.print(describe_start(device, on_cuda if on_cuda and device.type == "cuda" else precision))
     fabric.seed_everything(seed, verbose=False)
@@ -184,8 +182,6 @@ class Run:
             total=steps * joint,
             rank=self.fabric.global_rank,
             world_size=world_size,
-            group=getattr(dataset, "group", None),
-            batch=joint,
         )
         loader = make_loader(dataset, batch_size, num_workers, stream)
         return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)

@@ -129,7 +129,7 @@ def plain(values: Any) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-DATA_FACTS = ("samples", "blurrer", "tasks")  # facts that a checkpoint records beside the settings
+DATA_FACTS = ("samples", "blurrer")  # facts that a checkpoint records beside the settings
 
 
 def check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> None:

@@ -149,22 +149,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
-def read_shapes(path: str | Path) -> dict[str, Tensor]:
-    """Tensors without values, by name, as a file of weights has them; of a .safetensors file by its header.
-
-    Raises what `read_weights` does.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return {name: value.to("meta") for name, value in read_weights(path).items()}
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-
 def read_settings(path: str | Path, name: str = "settings") -> dict:
     """Dictionary stored as json under `name` in the metadata of a .safetensors file, {} if there is none.
 
@@ -177,22 +161,6 @@ def read_settings(path: str | Path, name: str = "settings") -> dict:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is damaged: its metadata {name!r} are not a dictionary")
     return settings
-
-
-def describe(path: str | Path) -> dict:
-    """Path, SHA-256, step (None if it holds none) and number of parameters of a file of weights.
-
-    Of a folder they are those of its .safetensors files. Raises FileNotFoundError or ValueError as
-    `read_weights` does.
-    """
-    path, digest, parameters = Path(path), hashlib.sha256(), 0
-    for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        weights, content = _read(part)
-        with open(part, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-        parameters += sum(value.numel() for value in weights.values())
-    step = content.get("step", content.get("global_step"))  # of the plain loops, or Lightning's
-    return {"path": str(path), "sha256": digest.hexdigest(), "step": step, "parameters": parameters}
 
 
 def write_weights(path: str | Path, weights: dict[str, Tensor], about: dict[str, str] | None = None) -> None:

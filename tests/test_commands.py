@@ -204,7 +204,6 @@ def workplace(tmp_path_factory):
         for name in names.split():
             shutil.copytree(place / source, folder / name)
     prompt = "restore this degraded photograph"
-    (folder / "tasks.yaml").write_text(f"noise: {{hr_root: photos, instance_prompt: {prompt}}}\n")
     (folder / "restored").mkdir()
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     write_image(folder / "photo.jpg", picture)

@@ -256,12 +256,11 @@ def test_the_controlnet_is_cast_before_the_device_holds_it():
 
 
 def test_the_autoencoder_of_kontext_is_in_bf16_and_channels_last_on_cuda():
-    with (
-        fake_tensors(),
-        mock.patch("ldm.models.kontext.read_settings", lambda *names: {}),
-        mock.patch("ldm.models.kontext.FluxAutoencoder", lambda config: FluxAutoencoder(AUTOENCODER)),
-        mock.patch("ldm.models.kontext.read_weights", lambda path: FluxAutoencoder(AUTOENCODER).state_dict()),
-    ):
+    def open_tiny(path):
+        model = FluxAutoencoder(AUTOENCODER)
+        return model, model.state_dict()
+
+    with fake_tensors(), mock.patch("ldm.models.kontext.open_autoencoder", open_tiny):
         weight = load_autoencoder(Path("ae.safetensors"), "cuda").decoder.conv_in.weight
         assert weight.is_cuda and weight.dtype == torch.bfloat16
         assert weight.is_contiguous(memory_format=torch.channels_last)

@@ -217,7 +217,7 @@ def steps(network: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> N
 @pytest.mark.parametrize(("before", "after"), [(FIRST, LAST), (LAST, FIRST)])
 @pytest.mark.parametrize("through", ["make_adamw", "Run"])
 def test_a_fused_optimizer_resumes_in_another_layout(tmp_path, through, before, after):
-    """It goes through weights and moments in the order of memory: --channels_last may change between runs."""
+    """It goes through weights and moments in the order of memory, which a checkpoint may have otherwise."""
 
     def begin(layout):
         torch.manual_seed(0)

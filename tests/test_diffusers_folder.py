@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ from ldm.models.kontext import (
     find_network,
     load_autoencoder,
     load_flux,
-    open_autoencoder,
     open_flux,
 )
 from ldm.modules.flux import Flux, FluxParams
@@ -227,17 +225,8 @@ def test_what_is_no_config_and_other_tensors(copy):
         load_flux(copy / "transformer")
 
 
-def test_headers_tell_whether_a_folder_fits(copy):
-    for find, file in ((open_flux, TRANSFORMER), (open_autoencoder, AUTOENCODER)):
-        model, weights = find(find_network(copy, file), checkpoint.read_shapes)
-        assert weights.keys() == model.state_dict().keys()
-    edit(copy / "transformer" / "config.json", num_layers=3)
-    with pytest.raises(ValueError, match="transformer_blocks.2.norm1.linear.weight is missing"):
-        open_flux(copy / "transformer", checkpoint.read_shapes)
-
-
 def test_infer_restores_from_the_folder_and_knows_its_content(copy, tmp_path):
-    """A result is made again when a shard changes, and a profile counts the parameters of all."""
+    """A result is made again when a shard changes."""
     inputs = tiny_inputs()
     prompt = {"t5": inputs["t5"][:1], "pooled": inputs["clip_pooled"][:1]}
     (tmp_path / "photos").mkdir()
@@ -245,23 +234,21 @@ def test_infer_restores_from_the_folder_and_knows_its_content(copy, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     checkpoint.write_weights(out / ".prompt.safetensors", prompt, {"prompt": "mend"})
-    options = {"prompt": "mend", "num_inference_steps": 2, "device": "cpu", "profile": True}
+    options = {"prompt": "mend", "num_inference_steps": 2, "device": "cpu"}
     command = infer.Kontext(
         input=tmp_path / "photos", output_dir=out, pretrained_model_name_or_path=copy, **options
     )
     restore_files(command)
     first = read_image(out / "a.png")
     assert first.shape == (40, 56, 3)
-    known = json.loads((out / "profile.json").read_text())["checkpoint"]
-    assert known["parameters"] == sum(value.numel() for value in tiny_flux().state_dict().values())
     written = (out / "a.png").stat().st_mtime_ns
-    restore_files(replace(command, profile=False))
+    restore_files(command)
     assert (out / "a.png").stat().st_mtime_ns == written
     shard = sorted((copy / "transformer").glob("*.safetensors"))[0]
     before = content_hash(copy / "transformer")
     save_file({name: 0.9 * value for name, value in load_file(shard).items()}, shard)
     assert content_hash(copy / "transformer") != before
-    restore_files(replace(command, profile=False))
+    restore_files(command)
     assert np.abs(read_image(out / "a.png").astype(int) - first).max() > 0
     words = ["--checkpoint_path", str(copy)]
     assert infer.with_subcommand(words) == ["kontext", "--pretrained_model_name_or_path", words[1]]

@@ -42,7 +42,7 @@ def place(tmp_path_factory) -> Path:
     return folder / "place"
 
 
-@pytest.mark.parametrize(("trainer", "count"), [("srn_init", 3), ("kontext_tasks", 3)])
+@pytest.mark.parametrize(("trainer", "count"), [("srn_init", 3), ("kontext_captions", 3)])
 def test_killed_runs_end_like_the_uninterrupted_one(place, tmp_path, trainer, count):
     tally = faults.kills(trainer, place, tmp_path, 3, count, tqdm(disable=True))
     assert tally["kills"] == count and tally["runs"] >= 1

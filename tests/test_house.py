@@ -22,7 +22,7 @@ LEVELS = {
 }
 PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"]
 # Names of what users make, and of other people's files.
-NOT_OURS = {"deblur.md": {"walk.yaml"}, "kontext.md": {"tasks.yaml"}}
+NOT_OURS = {"deblur.md": {"walk.yaml"}}
 NOT_OURS |= {"srn.md": {"data_list.py"}, "names.md": {"config.py"}, "names_zh.md": {"config.py"}}
 
 

@@ -48,7 +48,12 @@ def free_port() -> int:
 def as_machine(rank: int, port: int, work: Callable[[], None]) -> Callable[[], None]:
     """`work` in the environment that torchrun --nnodes 2 --nproc_per_node 1 gives machine `rank`."""
     where = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
-    where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    where |= {
+        "GROUP_WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "test",
+    }
 
     def run_there() -> None:
         os.environ.update({name: str(value) for name, value in where.items()})
@@ -98,7 +103,7 @@ def test_two_machines_leave_what_one_process_leaves(place, tmp_path, trainer):
         prepare_output(trainer, place, folder)
     batch = "train_batch_size" if trainer == "kontext" else "batch_size"
     must(run(script(command(trainer, place, folders[0], **SHORT[trainer], **{batch: 4})), tmp_path / "log"))
-    two_machines(command(trainer, place, folders[1], **SHORT[trainer], num_nodes=2), tmp_path / "log")
+    two_machines(command(trainer, place, folders[1], **SHORT[trainer]), tmp_path / "log")
     one, two = (last(folder) for folder in folders)
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-3, atol=1e-5)
@@ -110,7 +115,7 @@ def test_a_machine_that_dies_ends_the_run_in_a_sentence_and_the_same_command_res
 ):
     folder, log = tmp_path / "run", tmp_path / "log"
     prepare_output(trainer, place, folder)
-    words = command(trainer, place, folder, **LONG[trainer], num_nodes=2)
+    words = command(trainer, place, folder, **LONG[trainer])
     pids = start_both([script(words)] * 2, log)
     path = folder / "checkpoints" / "last.ckpt"
     while not path.is_file() and tiny_runs.wait(pids[0], 0.05) is None:
@@ -128,7 +133,7 @@ def test_a_machine_that_dies_ends_the_run_in_a_sentence_and_the_same_command_res
 @pytest.mark.parametrize(("trainer", "flag", "lost"), [("inpaint", "--image_dir", 1), ("srn", "--data", 9)])
 def test_a_machine_whose_data_are_not_those_of_the_others(place, tmp_path, trainer, flag, lost):
     """Fewer pictures: all say so. None: it says so, and the others that it ended."""
-    words = command(trainer, place, tmp_path / "run", num_nodes=2)
+    words = command(trainer, place, tmp_path / "run")
     where = words.index(flag) + 1
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(words[where], elsewhere)
@@ -151,14 +156,14 @@ def test_machines_that_do_not_share_the_output_folder(place, tmp_path, trainer):
     before, after = {"srn": ({"batch_size": 4}, {}), "deblur": ({}, {"max_steps": 6})}[trainer]
     folders = [tmp_path / "run", tmp_path / "elsewhere"]
     must(run(script(command(trainer, place, folders[0], **SHORT[trainer] | before)), tmp_path / "log"))
-    flags = SHORT[trainer] | after | {"num_nodes": 2}
+    flags = SHORT[trainer] | after
     works = [script(command(trainer, place, folder, **flags)) for folder in folders]
     for code, said in end_both(start_both(works, tmp_path / "log"), tmp_path / "log"):
         assert code == 1 and "all machines must see one output folder" in said.splitlines()[-1], said[-2000:]
 
 
 def wait_for_the_dead(rank: int) -> None:
-    fabric = start_fabric(1, num_nodes=2)
+    fabric = start_fabric()
     if rank:
         os._exit(9)
     rank_zero_first(fabric, lambda: None)
@@ -172,7 +177,7 @@ def test_the_first_does_not_wait_for_a_process_that_has_ended(tmp_path):
 
 def average_on(rank: int, answers: Path) -> None:
     """Gradients that differ by process and by type, averaged and kept."""
-    fabric = start_fabric(1, num_nodes=2)
+    fabric = start_fabric()
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (), (4, 3, 2, 2))]
     parameters.append(torch.nn.Parameter(torch.zeros(5, dtype=torch.float64)))
     parameters.append(torch.nn.Parameter(torch.zeros(1)))  # without a gradient

@@ -17,6 +17,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
 from PIL import Image
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_srn
 from ldm import checkpoint
@@ -68,6 +69,12 @@ def test_keys_are_the_reproductions(network):
     expected = json.loads((REFERENCE / "srn_keys.json").read_text())
     assert {name: list(value.shape) for name, value in network.state_dict().items()} == expected
     assert sum(value.numel() for value in network.parameters()) == pytest.approx(10.25e6, rel=1e-3)
+
+
+def test_the_published_network_needs_101_9_gmac():
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        SRNDeblurNet()(*(torch.empty(1, 3, side, side) for side in (256, 128, 64)))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(101.9, rel=1e-3)
 
 
 def test_outputs_are_the_reproductions(network):

@@ -52,28 +52,6 @@ def test_processes_share_the_same_joint_batches(world_size, start):
         assert ranks[position % world_size][position // world_size] == key
 
 
-def group(key: tuple[int, int]) -> int:
-    return key[1] % 3 == 0
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_batches_of_one_group_leave_nothing_out_and_resume(world_size):
-    grouped = {"group": group, "batch": 4}
-    whole = list(SampleStream(10, seed=5, total=80, **grouped))
-    assert len({*whole}) == 80 and max(epoch for epoch, _ in whole) <= 9
-    batches = [whole[start : start + 4] for start in range(0, 80, 4)]
-    assert all(len({group(key) for key in batch}) == 1 for batch in batches)
-    assert 6 <= sum(group(batch[0]) for batch in batches) <= 9  # 4 of 10 pictures
-    for start in (0, 4, 36):
-        ranks = [SampleStream(10, 5, start, 80, rank, world_size, **grouped) for rank in range(world_size)]
-        keys = [list(stream) for stream in ranks]
-        assert [len(stream) for stream in ranks] == [len(own) for own in keys]
-        assert [keys[n % world_size][n // world_size] for n in range(80 - start)] == whole[start:]
-    plain = SampleStream(10, seed=5, start=8, total=80)
-    alike = SampleStream(10, seed=5, start=8, total=80, group=lambda key: 0, batch=4)
-    assert list(alike) == list(plain)
-
-
 def test_the_number_of_workers_changes_nothing():
     def batches(workers: int) -> list[dict]:
         stream = SampleStream(7, seed=1, total=20)
@@ -123,17 +101,14 @@ def nothing_warned(monkeypatch):
 class Torn(Echo):
     """Some of the samples cannot be read."""
 
-    def __init__(self, torn: tuple[int, ...], groups: int = 1):
-        self.torn, self.groups = torn, groups
+    def __init__(self, torn: tuple[int, ...]):
+        self.torn = torn
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         key = key if isinstance(key, tuple) else (0, key)
         if key[1] in self.torn:
             raise (DamagedImage if key[1] % 2 else FileNotFoundError)(f"cannot read {key[1]}.png")
         return super().__getitem__(key)
-
-    def group(self, key: int | tuple[int, int]) -> int:
-        return (key[1] if isinstance(key, tuple) else key) % self.groups
 
 
 def test_another_sample_takes_the_place_and_follows_from_the_key_alone(capsys):
@@ -151,19 +126,13 @@ def test_another_sample_takes_the_place_and_follows_from_the_key_alone(capsys):
     ]
 
 
-def test_what_takes_the_place_is_of_the_same_group():
-    assert {Readable(Torn((1,), groups=3))[(epoch, 1)]["index"] for epoch in range(20)} == {4}
-
-
-@pytest.mark.parametrize("groups", [1, 7])
-def test_nothing_to_take_the_place_is_an_error(groups):
-    with pytest.raises(ValueError, match=r"none of \d training images can be read; the first: cannot read 3"):
-        Readable(Torn(tuple(range(7)) if groups == 1 else (3,), groups))[(0, 3)]
+def test_nothing_to_take_the_place_is_an_error():
+    with pytest.raises(ValueError, match=r"none of 7 training images can be read; the first: cannot read 3"):
+        Readable(Torn(tuple(range(7))))[(0, 3)]
 
 
 def test_other_errors_pass():
     dataset = Torn(())
-    dataset.group = None
     dataset.torn = None
     with pytest.raises(TypeError):
         Readable(dataset)[(0, 3)]

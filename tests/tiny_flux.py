@@ -1,12 +1,13 @@
 """A model folder of FLUX's layout with random weights and toy sizes."""
 
+import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ldm.checkpoint import write_weights
-from ldm.models.kontext import FluxAutoencoder, write_small_folder
+from ldm.models.kontext import AUTOENCODER, TRANSFORMER, FluxAutoencoder, save_flux
 from ldm.models.prompts import prompt_file
 from ldm.modules.flux import Flux, FluxParams
 
@@ -28,7 +29,10 @@ def write_tiny_folder(folder: str | Path, run: Path, prompt: str, seed: int = 0,
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
         else:  # biases, and the weights of norms
             nn.init.constant_(parameter, float((parameter == 1).all()))
-    write_small_folder(folder, flux, autoencoder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_flux(Path(folder) / TRANSFORMER, flux)
+    metadata = {"ddconfig": json.dumps(config)}
+    write_weights(Path(folder) / AUTOENCODER, autoencoder.state_dict(), metadata)
     t5, pooled = (torch.randn(shape, generator=generator) for shape in ((1, 16, 48), (1, 32)))
     cache = prompt_file(run, prompt)
     cache.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,6 @@ CONTROLS = {  # the component of each option of infer.py
     "seed": partial(gr.Number, precision=0, minimum=0, maximum=2**32 - 1, label="Seed"),
     "scheduler": partial(gr.Dropdown, [*METHODS], label="Sampler"),
     "strength": partial(gr.Slider, 0.05, 1, step=0.05, label="Strength"),
-    "fidelity": partial(gr.Slider, 0, 1, step=0.05, label="Fidelity to the input"),
     "mask_blur": partial(gr.Slider, 0, 64, step=1, precision=0, label="Feather, pixels"),
     "only_masked_padding": partial(
         gr.Slider, -1, 256, step=1, precision=0, label="Each hole alone, pixels around it (-1: no)"

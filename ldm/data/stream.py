@@ -1,7 +1,7 @@
 """The order of training samples, a pure function of seed and position; substitutes for unreadable ones."""
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from typing import Any
 
@@ -26,8 +26,6 @@ class SampleStream(Sampler):
     p = r (mod world_size). A run that resumes after n samples (over all ranks) passes `start=n` and sees
     exactly what the uninterrupted run would have seen; more processes see the same joint batches.
     `total` is where the stream ends (samples over all ranks); None never ends.
-    With `group`, a function of the key, every `batch` samples in a row are of one group: a key waits until
-    there are so many of its group. Nothing is left out and nothing comes twice.
     """
 
     def __init__(
@@ -38,19 +36,15 @@ class SampleStream(Sampler):
         total: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        group: Callable[[tuple[int, int]], Hashable] | None = None,
-        batch: int = 1,
     ):
         if length < 1:
             raise ValueError("the training set is empty")
         self.length, self.seed, self.start, self.total = length, seed, start, total
-        self.rank, self.world_size, self.group, self.batch = rank, world_size, group, batch
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        if self.group is None:
-            left = None if self.total is None else max(0, self.total - self.start)
-            return islice(self._keys(self.start), self.rank, left, self.world_size)
-        return islice(self._grouped(), self.start + self.rank, self.total, self.world_size)
+        left = None if self.total is None else max(0, self.total - self.start)
+        return islice(self._keys(self.start), self.rank, left, self.world_size)
 
     def _keys(self, position: int) -> Iterator[tuple[int, int]]:
         for epoch in count(position // self.length):
@@ -58,15 +52,6 @@ class SampleStream(Sampler):
             for index in order[position % self.length :]:
                 yield epoch, int(index)
             position = 0
-
-    def _grouped(self) -> Iterator[tuple[int, int]]:
-        waiting: dict[Hashable, list] = {}
-        for key in self._keys(0):
-            same = waiting.setdefault(self.group(key), [])
-            same.append(key)
-            if len(same) == self.batch:
-                yield from same
-                same.clear()
 
     def __len__(self) -> int:
         if self.total is None:
@@ -77,8 +62,8 @@ class SampleStream(Sampler):
 class Readable(Dataset):
     """`dataset`, with other samples in the place of those whose images are damaged or missing.
 
-    The substitute follows from the key alone, so that a resumed run sees the same samples. It is of the same
-    group, if the dataset has `group` (see SampleStream). Each process reports each file once.
+    The substitute follows from the key alone, so that a resumed run sees the same samples. Each process
+    reports each file once.
     """
 
     def __init__(self, dataset: Dataset):
@@ -102,12 +87,11 @@ class Readable(Dataset):
         raise ValueError(f"none of {len(problems)} training images can be read; the first: {problems[0]}")
 
     def _candidates(self, key: Key) -> Iterator[Key]:
-        """The key, then all others of its epoch and group in an order that depends on it alone."""
+        """The key, then all others of its epoch in an order that depends on it alone."""
         yield key
         epoch, index = split_key(key)
-        group = getattr(self.dataset, "group", None)
         for other in np.random.default_rng([epoch, index]).permutation(len(self)).tolist():
-            if other != index and (group is None or group((epoch, other)) == group(key)):
+            if other != index:
                 yield epoch, other
 
 

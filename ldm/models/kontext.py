@@ -85,19 +85,19 @@ def check_networks(folder: str | Path) -> Path:
     return check_folder(folder, files)
 
 
-def open_flux(path: Path, read: Callable | None = None) -> tuple[Flux, dict[str, Tensor | Joined]]:
-    """A transformer without values, and the weights that fit it, as `read` (read_weights) reads each file.
+def open_flux(path: Path) -> tuple[Flux, dict[str, Tensor | Joined]]:
+    """A transformer without values, and the weights that fit it.
 
     Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
-    is_folder, read = path.is_dir(), read or read_weights
-    weights = read_folder(path, read) if is_folder else read(path)
-    params = flux_params(path) if is_folder else FluxParams(**read_settings(path, "flux_params"))
+    if path.is_dir():
+        with torch.device("meta"):
+            model = Flux(flux_params(path))
+        return model, flux_weights(model.state_dict(), read_folder(path), path)
+    weights = read_weights(path)
     with torch.device("meta"):
-        model = Flux(params)
-    if is_folder:
-        return model, flux_weights(model.state_dict(), weights, path)
-    check_fit(model.state_dict(), weights, path, type(model).__name__)
+        model = Flux(FluxParams(**read_settings(path, "flux_params")))
+    check_fit(model.state_dict(), weights, path, "Flux")
     return model, weights
 
 
@@ -143,16 +143,16 @@ def save_flux(path: str | Path, model: Flux, **facts: str) -> None:
     write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params)), **facts})
 
 
-def open_autoencoder(path: Path, read: Callable | None = None) -> tuple[FluxAutoencoder, dict[str, Tensor]]:
-    """An autoencoder without values, and the weights that fit it; arguments and errors as in `open_flux`."""
-    is_folder, read = path.is_dir(), read or read_weights
-    weights = read_folder(path, read) if is_folder else read(path)
-    config = autoencoder_sizes(path) if is_folder else read_settings(path, "ddconfig")
+def open_autoencoder(path: Path) -> tuple[FluxAutoencoder, dict[str, Tensor]]:
+    """An autoencoder without values, and the weights that fit it; errors as in `open_flux`."""
+    if path.is_dir():
+        with torch.device("meta"):
+            model = FluxAutoencoder(autoencoder_sizes(path))
+        return model, autoencoder_weights(model.state_dict(), read_folder(path), path)
+    weights = read_weights(path)
     with torch.device("meta"):
-        model = FluxAutoencoder(config)
-    if is_folder:
-        return model, autoencoder_weights(model.state_dict(), weights, path)
-    check_fit(model.state_dict(), weights, path, type(model).__name__)
+        model = FluxAutoencoder(read_settings(path, "ddconfig"))
+    check_fit(model.state_dict(), weights, path, "FluxAutoencoder")
     return model, weights
 
 
@@ -183,8 +183,7 @@ def load_restorer(
 
     The LoRA is a file or the folder of a run. Without `prompt` it is the LoRA's own, whose embedding the run
     keeps; that of another prompt goes to `prompt_cache`. `storage` is that of the transformer: `fp8`
-    and `blocks_to_swap` of `load_flux`. Raises ValueError if there is no prompt, or if the LoRA was trained
-    with several, which it lists.
+    and `blocks_to_swap` of `load_flux`. Raises ValueError if there is no prompt.
     """
     folder = check_networks(folder)
     if lora_path and not lora_file(lora_path).is_file():
@@ -204,35 +203,11 @@ def load_restorer(
 
 
 def lora_prompt(lora_path: str | Path | None) -> str:
-    """The prompt that a LoRA was trained with. Raises ValueError if there is none, or more than one."""
+    """The prompt that a LoRA was trained with. Raises ValueError if there is none."""
     if not lora_path:
         raise ValueError("a prompt is needed: there is no LoRA that could name one")
     path = lora_file(lora_path)
-    about = read_metadata(path)
-    if "tasks" in about:
-        known = "; ".join(f"{task}: {text!r}" for task, text in json.loads(about["tasks"]).items())
-        raise ValueError(f"a prompt is needed: {path} was trained with several ({known})")
-    if not about.get("prompt"):
+    prompt = read_metadata(path).get("prompt")
+    if not prompt:
         raise ValueError(f"a prompt is needed: {path} names none; is it a LoRA of FLUX?")
-    return about["prompt"]
-
-
-def write_small_folder(folder: str | Path, flux: Flux, autoencoder: FluxAutoencoder, **facts: str) -> None:
-    """Write the two networks of a model folder, of any sizes, which their metadata hold.
-
-    These are the transformer (flux1-kontext-dev.safetensors, metadata "flux_params": the fields of
-    `FluxParams`) and the autoencoder (ae.safetensors, "ddconfig": the arguments of its Encoder, with any
-    z_channels; a latent pixel is 8 x 8 pixels, and FLUX's scale and shift must bring it to about unit
-    variance). in_channels of the transformer is 4 z_channels. To embed prompts the folder also needs
-    TEXT_FILES: text_encoder/ (CLIP, hidden_size = vec_in_dim), text_encoder_2/ (T5, d_model =
-    context_in_dim) and tokenizer_2/, with their sizes in config.json; without them a run needs its prompts
-    embedded already (`prompt_file`). `facts` go to the transformer's metadata. Raises ValueError if the two
-    networks do not fit together.
-    """
-    channels = autoencoder.config["z_channels"]
-    if flux.params.in_channels != 4 * channels:
-        raise ValueError(f"in_channels must be 4 x {channels} z_channels, not {flux.params.in_channels}")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_flux(Path(folder) / TRANSFORMER, flux, **facts)
-    metadata = {"ddconfig": json.dumps(dict(autoencoder.config))}
-    write_weights(Path(folder) / AUTOENCODER, autoencoder.state_dict(), metadata)
+    return prompt

@@ -15,7 +15,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -223,12 +222,6 @@ TEXT = {"either": [*ANY["bad"][:4], *ANY["either"], utf16]}  # metrics.csv, whic
 YAML = {"bad": [empty, noise, text], "either": [truncated, bytes_changed, bytes_changed]}
 
 
-def yaml_changed(path: Path, rng: np.random.Generator) -> None:
-    path.write_text(json.dumps(yaml.safe_load(path.read_text())))  # which is yaml, too
-    value_changed(path, rng)
-
-
-TASKS = {**YAML, "either": [*YAML["either"], *[yaml_changed] * 6]}
 CAPTION = {"bad": [utf16], "either": [*ANY["bad"], bytes_changed]}  # any other text is a caption
 
 

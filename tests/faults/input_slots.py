@@ -24,7 +24,6 @@ from tests.faults.damage import (
     JSON_LINES,
     LIST,
     PICTURE,
-    TASKS,
     TEXT,
     WEIGHTS,
     YAML,
@@ -257,13 +256,6 @@ def scored(kind: str) -> Build:
     return build
 
 
-def weights_described(folder: Path, place: Path) -> Case:
-    case = scored("sharp")(folder, place)
-    weights = copied(place / WEIGHTS_OF["srn"], folder / "srn.safetensors")
-    ignores = (*IN_EMA, "other_file", "no_dictionary")
-    return Case([*case.arguments, "--checkpoint_path", weights], weights, ignores=ignores)
-
-
 def pairs_made(victim: str) -> Build:
     """tool_make_deblur_dataset.py, with a source or a file of the folder that it goes on in damaged."""
 
@@ -417,12 +409,10 @@ SLOTS = [
         if name != "dbgan"
     ),
     Slot("dbgan resumed", WEIGHTS, resumed("dbgan", "blur/checkpoints/last.ckpt")),
-    Slot("evaluate --checkpoint_path", WEIGHTS, weights_described),
     Slot("tool_add_control", WEIGHTS, control_added),
     Slot("tool_export_control", WEIGHTS, control_exported),
     # what came later
     Slot("base --photos", PICTURE, training("base", "photos", "photos", "003.png", "unet")),
-    Slot("kontext --tasks", TASKS, training("kontext", "tasks", "tasks.yaml", blocks_to_swap=3)),
     Slot("kontext caption", CAPTION, training("kontext", "hr_root", "captioned", "001.txt", **CAPTIONED)),
     Slot("srn --init_weights", WEIGHTS, training("srn", "init_weights", "srn.safetensors")),
     Slot(

@@ -53,13 +53,13 @@ TRAINERS = ("deblur", "inpaint", "srn", "dbgan", "kontext")
 VARIANTS = {
     "srn_init": ("srn", {"init_weights": "@srn.safetensors"}),
     "dbgan_init": ("dbgan", {"init_weights": "@dbgan.safetensors"}),
-    "kontext_tasks": ("kontext", {"tasks": "@tasks.yaml", "captions": True, "blocks_to_swap": 3}),
+    "kontext_captions": ("kontext", {"hr_root": "@captioned", "captions": True, "blocks_to_swap": 3}),
 }
 RUNS = (*TRAINERS, *VARIANTS, "base")  # all that can be killed; base is extras/train_small_base.py
 PATIENCE = (
     600  # seconds until a run is said to hang: a busy machine takes minutes for one of train_small_base
 )
-PROMPTS = ("remove noise", "a picture")  # of one of Kontext's tasks, of a caption
+CAPTION = "a picture"  # of one of Kontext's images
 
 
 # ---- processes -------------------------------------------------------------------------------------------
@@ -219,17 +219,11 @@ def _make_starts(place: Path) -> None:
     form = {"generator": "dbgan", "width": 4, "blocks": 1}
     checkpoint.write_half(place / "dbgan.safetensors", weights, form)
     (place / "captioned").mkdir()
-    for prompt in PROMPTS:
-        embeddings = {"t5": torch.randn(1, 16, 48), "pooled": torch.randn(1, 32)}
-        checkpoint.write_weights(prompt_file(place, prompt), embeddings, {"prompt": prompt})
+    embeddings = {"t5": torch.randn(1, 16, 48), "pooled": torch.randn(1, 32)}
+    checkpoint.write_weights(prompt_file(place, CAPTION), embeddings, {"prompt": CAPTION})
     for path in list_images(place / "real"):
         write_image(place / "captioned" / path.name, read_image(path))
-    (place / "captioned" / "001.txt").write_text(PROMPTS[1])
-    (place / "tasks.yaml").write_text(
-        f"noisy:\n  hr_root: {place / 'captioned'}\n  instance_prompt: {PROMPTS[0]}\n"
-        "  degradation_types: [noise, motion_blur]\n  noise_level: [0.05, 0.2]\n  weight: 2\n"
-        f"soft:\n  hr_root: {place / 'captioned'}\n  degradation_types: downsample\n"
-    )
+    (place / "captioned" / "001.txt").write_text(CAPTION)
 
 
 def in_place(changes: dict, place: Path) -> dict:

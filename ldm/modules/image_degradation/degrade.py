@@ -124,14 +124,8 @@ def degrade(
     blur_radius: Value = 1.0,
     jpeg_quality: Value = 75,
     degradation_strength: Value = (0.2, 0.8),
-    order: str = "fixed",
-    rounds: int = 1,
 ) -> np.ndarray:
-    """Degrade uint8 RGB (h, w, 3) by the kinds that `types` names.
-
-    The chain is run `rounds` times (Wang et al. 2021, Real-ESRGAN). Its `order` is fixed (that of KINDS),
-    given (that of `types`) or random (drawn for every round).
-    """
+    """Degrade uint8 RGB (h, w, 3) by the kinds that `types` names, in the order of KINDS."""
     given = {
         "lr_scale": lr_scale,
         "noise_level": noise_level,
@@ -139,14 +133,14 @@ def degrade(
         "jpeg_quality": jpeg_quality,
         STRENGTH: degradation_strength,
     }
-    names = list(types) if order == "given" else [name for name in KINDS if name in types]
     values = np.ascontiguousarray(image).astype(np.float32)
-    for _ in range(rounds):
-        for name in rng.permutation(names) if order == "random" else names:
-            value = given[VALUES.get(name, STRENGTH)]
-            if isinstance(value, tuple):
-                value = rng.uniform(*value)
-            values = KINDS[name](values, rng, value)
+    for name, kind in KINDS.items():
+        if name not in types:
+            continue
+        value = given[VALUES.get(name, STRENGTH)]
+        if isinstance(value, tuple):
+            value = rng.uniform(*value)
+        values = kind(values, rng, value)
     return to_bytes(values)
 
 
