@@ -3,7 +3,8 @@
     python -m harness.doctor
 
 Exit code 1 if the main job fails, restoring with the included SRN (python infer.py --input photo.jpg): a tiny
-image is restored to see. Packages that may be missing are imported only where they are used.
+image is restored to see. Other weights are checked by their names and shapes; their tensors are not read.
+Packages that may be missing are imported only where they are used.
 """
 
 import argparse
@@ -16,7 +17,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SRN = ROOT / "models" / "srn_deblur.safetensors"
+MODELS = ROOT / "models"
+SRN, FLUX = "srn_deblur.safetensors", "FLUX.1-Kontext-dev"
+INCLUDED = {  # what is in models/, and of which kind each file must be
+    SRN: "SRN",
+    "dbgan.safetensors": "DBGAN",
+    "bgan.safetensors": "BGAN",
+    "small_diffusion.safetensors": "Stable Diffusion",
+    "small_deblur.safetensors": "ControlNet",
+    "small_inpaint.safetensors": "ControlNet",
+    "small_kontext_lora.safetensors": "LoRA of FLUX",
+    "small_kontext": "FLUX",
+}
+KINDS = {  # by how names of tensors begin; a ControlNet's file may hold its Stable Diffusion too
+    "inblock.": "SRN",
+    "deblur.": "DBGAN",
+    "blur.": "BGAN",
+    "control_model.": "ControlNet",
+    "model.diffusion_model.": "Stable Diffusion",
+    "double_blocks.": "transformer of FLUX",
+    "lora_unet_": "LoRA of FLUX",
+    "features.": "VGG-19",
+}
 OPTIONAL = {
     "bitsandbytes": "adamw8bit",
     "imagecodecs": "compressed TIFF files",
@@ -78,31 +100,73 @@ def find_version(package: str) -> str:
         return ""
 
 
+def check_weights() -> list[str]:
+    """A line for each included file and folder, and for the user's in models/."""
+    own = sorted(path.name for path in MODELS.glob("*") if path.suffix in (".safetensors", ".ckpt", ".pth"))
+    folders = [FLUX] if (MODELS / FLUX).is_dir() else []
+    names = dict.fromkeys([*INCLUDED, *own, *folders])
+    return [f"{name}: {describe(MODELS / name, INCLUDED.get(name))}" for name in names]
+
+
+def describe(path: Path, wanted: str | None) -> str:
+    """What is in a file or model folder, or what is wrong; it should be `wanted` if that is given."""
+    try:
+        from ldm.checkpoint import read_shapes
+
+        if path.is_dir():
+            from ldm.models import kontext
+            from ldm.models.prompts import TEXT_FILES, check_folder
+
+            check_folder(kontext.check_networks(path), TEXT_FILES)
+            kontext.open_flux(kontext.find_network(path, kontext.TRANSFORMER), read_shapes)
+            kontext.open_autoencoder(kontext.find_network(path, kontext.AUTOENCODER), read_shapes)
+            return "FLUX: transformer and autoencoder fit, text encoders are there"
+        names = tuple(read_shapes(path))
+    except (ImportError, ValueError, OSError) as error:
+        return f"PROBLEM: {error}"
+    kinds = [kind for start, kind in KINDS.items() if any(name.startswith(start) for name in names)]
+    kind = kinds[0] if kinds else f"of an unknown kind ({names[0]})"
+    return f"PROBLEM: {kind}, not {wanted}" if wanted not in (None, kind) else f"{kind}, {len(names)} tensors"
+
+
 def try_main_job() -> str:
     """Restore a tiny image with the included SRN; returns what went wrong, empty if nothing did."""
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "gray.ppm"
         image.write_bytes(b"P6 64 64 255\n" + bytes([128]) * 3 * 64**2)
         command = [sys.executable, str(ROOT / "infer.py"), "srn", "--input", str(image)]
-        command += ["--output_dir", folder, "--checkpoint_path", str(SRN)]
+        command += ["--output_dir", folder, "--checkpoint_path", str(MODELS / SRN)]
         run = subprocess.run(command, capture_output=True, text=True)
     return (run.stderr.strip().splitlines() or ["no message"])[-1] if run.returncode else ""
 
 
-def main() -> int:
-    argparse.ArgumentParser(description="Check this machine and its packages.").parse_args()
-    packages = check_packages()
-    optional = [f"{name} {find_version(name) or 'is missing'} ({use})" for name, use in OPTIONAL.items()]
-    problem = try_main_job()
+def next_steps(packages: list[str], weights: list[str], problem: str) -> list[str]:
+    """What to install, fetch or run next, the most urgent first."""
     steps = ["uv pip install -r requirements.txt"] if packages[1:] else []
+    broken = [line.partition(":")[0] for line in weights if ": PROBLEM: " in line]
+    if {*broken} & {*INCLUDED}:
+        steps.append(f"get these included files anew: {', '.join(sorted({*broken} & {*INCLUDED}))}")
     if not problem:
         steps.append("python infer.py --input photo.jpg")
+    if sum("Stable Diffusion, " in line for line in weights) < 2:  # one is included
+        steps.append("for ControlNets: put Stable Diffusion 1.5 into models/ (docs/deblur.md)")
+    if not (MODELS / FLUX).is_dir():
+        steps.append(f"for Kontext: download black-forest-labs/{FLUX} to models/{FLUX} (docs/kontext.md)")
+    return steps
+
+
+def main() -> int:
+    argparse.ArgumentParser(description="Check this machine, packages and weights.").parse_args()
+    packages, weights = check_packages(), check_weights()
+    optional = [f"{name} {find_version(name) or 'is missing'} ({use})" for name, use in OPTIONAL.items()]
+    problem = try_main_job()
     parts = {
         "system": check_system(),
         "torch": check_torch(),
         "packages": [*packages, "optional: " + ", ".join(optional)],
+        "weights": weights,
         "main job": [f"FAILS: {problem}" if problem else "works: SRN restored a test image"],
-        "next": steps,
+        "next": next_steps(packages, weights, problem),
     }
     for title, lines in parts.items():
         for number, line in enumerate(lines):

@@ -149,6 +149,22 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
+def read_shapes(path: str | Path) -> dict[str, Tensor]:
+    """Tensors without values, by name, as a file of weights has them; of a .safetensors file by its header.
+
+    Raises what `read_weights` does.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {name: value.to("meta") for name, value in read_weights(path).items()}
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
 def read_settings(path: str | Path, name: str = "settings") -> dict:
     """Dictionary stored as json under `name` in the metadata of a .safetensors file, {} if there is none.
 

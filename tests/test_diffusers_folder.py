@@ -25,6 +25,7 @@ from ldm.models.kontext import (
     find_network,
     load_autoencoder,
     load_flux,
+    open_autoencoder,
     open_flux,
 )
 from ldm.modules.flux import Flux, FluxParams
@@ -223,6 +224,15 @@ def test_what_is_no_config_and_other_tensors(copy):
     (copy / "transformer" / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="transformer is damaged or not complete"):
         load_flux(copy / "transformer")
+
+
+def test_headers_tell_whether_a_folder_fits(copy):
+    for find, file in ((open_flux, TRANSFORMER), (open_autoencoder, AUTOENCODER)):
+        model, weights = find(find_network(copy, file), checkpoint.read_shapes)
+        assert weights.keys() == model.state_dict().keys()
+    edit(copy / "transformer" / "config.json", num_layers=3)
+    with pytest.raises(ValueError, match="transformer_blocks.2.norm1.linear.weight is missing"):
+        open_flux(copy / "transformer", checkpoint.read_shapes)
 
 
 def test_infer_restores_from_the_folder_and_knows_its_content(copy, tmp_path):

@@ -7,32 +7,82 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from harness import doctor
+from ldm.checkpoint import read_metadata
+from tests.tiny_flux import write_tiny_folder
+
+REAL = doctor.MODELS
 
 
 @pytest.fixture
-def weights(tmp_path, monkeypatch) -> Path:
-    """A copy of SRN's included weights."""
-    copy = Path(shutil.copy(doctor.SRN, tmp_path))
-    monkeypatch.setattr(doctor, "SRN", copy)
+def models(tmp_path, monkeypatch) -> Path:
+    """A copy of the included weights."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for name in doctor.INCLUDED:
+        copy = shutil.copytree if (REAL / name).is_dir() else shutil.copy
+        copy(REAL / name, folder / name)
+    monkeypatch.setattr(doctor, "MODELS", folder)
     monkeypatch.setattr(sys, "argv", ["doctor"])
-    return copy
+    return folder
 
 
-def test_all_is_well_here(weights, capsys):
+def test_all_is_well_here(models, capsys):
     assert doctor.main() == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 20 and "works: SRN restored a test image" in text
-    assert f"torch {torch.__version__}" in text and "next      python infer.py" in text
+    assert len(text.splitlines()) < 30 and "PROBLEM" not in text
+    for part in ("works: SRN restored a test image", "srn_deblur.safetensors: SRN, 86 tensors"):
+        assert part in text
+    assert f"torch {torch.__version__}" in text and "small_kontext: FLUX: transformer and autoencoder" in text
 
 
-def test_without_srn_the_main_job_fails(weights, capsys):
-    weights.write_bytes(weights.read_bytes()[:-1000])
+def test_without_srn_the_main_job_fails(models, capsys):
+    path = models / doctor.SRN
+    path.write_bytes(path.read_bytes()[:-1000])
     assert doctor.main() == 1
     text = capsys.readouterr().out
-    assert f"main job  FAILS: error: {weights} is damaged or not a safetensors file" in text
+    problem = f"{path} is damaged or not a safetensors file"
+    assert f"main job  FAILS: error: {problem}" in text and f"{doctor.SRN}: PROBLEM: {problem}" in text
+    assert f"next      get these included files anew: {doctor.SRN}" in text
     assert "python infer.py" not in text
+    path.unlink()
+    assert f"checkpoint not found: {path}" in doctor.describe(path, "SRN")
+
+
+def test_the_main_job_finds_wrong_shapes(models):
+    path = models / doctor.SRN
+    wrong = {**load_file(path), "outblock.conv.0.bias": torch.zeros(5)}
+    save_file(wrong, path, read_metadata(path))
+    expected = f"{path} does not fit SRNDeblurNet: outblock.conv.0.bias is (5,)"
+    assert doctor.try_main_job().startswith(f"error: {expected}")
+
+
+def test_other_files_are_named(models):
+    shutil.copy(models / "bgan.safetensors", models / "dbgan.safetensors")
+    shutil.copy(models / "small_diffusion.safetensors", models / "v1-5.safetensors")
+    torch.save({"state_dict": {"other.weight": torch.zeros(2)}}, models / "mine.ckpt")
+    write_tiny_folder(models / doctor.FLUX, models / "run", "mend")
+    (models / "small_kontext" / "ae.safetensors").unlink()
+    lines = doctor.check_weights()
+    assert "dbgan.safetensors: PROBLEM: BGAN, not DBGAN" in lines
+    assert "v1-5.safetensors: Stable Diffusion, 339 tensors" in lines
+    assert "mine.ckpt: of an unknown kind (other.weight), 1 tensors" in lines
+    found = {line.partition(":")[0]: line for line in lines}
+    assert "text_encoder/config.json MISSING" in found[doctor.FLUX]
+    assert "ae.safetensors MISSING" in found["small_kontext"]
+    steps = doctor.next_steps(["all"], lines, "")
+    assert steps == [
+        "get these included files anew: dbgan.safetensors, small_kontext",
+        "python infer.py --input photo.jpg",
+    ]
+
+
+def test_a_flux_of_other_shapes_does_not_fit(models):
+    path = models / "small_kontext" / "ae.safetensors"
+    shutil.copy(models / "small_kontext" / "flux1-kontext-dev.safetensors", path)
+    assert "ae.safetensors does not fit FluxAutoencoder" in doctor.describe(path.parent, "FLUX")
 
 
 def test_packages_of_other_versions_are_named(monkeypatch):
@@ -43,16 +93,18 @@ def test_packages_of_other_versions_are_named(monkeypatch):
     assert summary == "19 of 21 are as pinned in requirements.txt"
     assert numpy.startswith("numpy 1.0 instead of 2.") and numpy.endswith("; needed by: Every script")
     assert gradio.startswith("gradio is missing instead of 6.") and gradio.endswith("gradio_restore.py")
+    assert doctor.next_steps([summary, numpy], [], "x")[0] == "uv pip install -r requirements.txt"
 
 
-def test_a_missing_torch_is_listed():
-    code = """
+@pytest.mark.parametrize("name", ["torch", "einops"])
+def test_a_missing_package_is_listed(name):
+    code = f"""
 import sys
-sys.modules["torch"] = None  # cannot be imported
+sys.modules[{name!r}] = None  # cannot be imported
 from harness import doctor
 doctor.try_main_job = lambda: "no"
 sys.exit(doctor.main())
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=doctor.ROOT)
     assert run.returncode == 1 and run.stderr == ""
-    assert "cannot be used: import of torch" in run.stdout and "main job  FAILS: no" in run.stdout
+    assert f"PROBLEM: import of {name}" in run.stdout and "main job  FAILS: no" in run.stdout

@@ -6,14 +6,14 @@ joined one tensor at a time.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import check_fit, read_weights
+from ldm.checkpoint import check_fit
 from ldm.models.prompts import naming, read_config
 from ldm.modules.flux import FluxParams
 
@@ -108,14 +108,14 @@ def list_weights(folder: Path) -> list[str]:
         return sorted({Path(name).name for name in index["weight_map"].values()})
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of all files of a network.
+def read_folder(folder: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all files of a network, each file read by `read`.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one.
     """
     tensors = {}
     for name in list_weights(folder):
-        tensors |= read_weights(folder / name)
+        tensors |= read(folder / name)
     return tensors
 
 

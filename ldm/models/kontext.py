@@ -85,16 +85,16 @@ def check_networks(folder: str | Path) -> Path:
     return check_folder(folder, files)
 
 
-def open_flux(path: Path) -> tuple[Flux, dict[str, Tensor | Joined]]:
-    """A transformer without values, and the weights that fit it.
+def open_flux(path: Path, read: Callable = read_weights) -> tuple[Flux, dict[str, Tensor | Joined]]:
+    """A transformer without values, and the weights that fit it, as `read` reads each file.
 
     Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
     if path.is_dir():
         with torch.device("meta"):
             model = Flux(flux_params(path))
-        return model, flux_weights(model.state_dict(), read_folder(path), path)
-    weights = read_weights(path)
+        return model, flux_weights(model.state_dict(), read_folder(path, read), path)
+    weights = read(path)
     with torch.device("meta"):
         model = Flux(FluxParams(**read_settings(path, "flux_params")))
     check_fit(model.state_dict(), weights, path, "Flux")
@@ -143,13 +143,13 @@ def save_flux(path: str | Path, model: Flux, **facts: str) -> None:
     write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params)), **facts})
 
 
-def open_autoencoder(path: Path) -> tuple[FluxAutoencoder, dict[str, Tensor]]:
-    """An autoencoder without values, and the weights that fit it; errors as in `open_flux`."""
+def open_autoencoder(path: Path, read: Callable = read_weights) -> tuple[FluxAutoencoder, dict[str, Tensor]]:
+    """An autoencoder without values, and the weights that fit it; arguments and errors as in `open_flux`."""
     if path.is_dir():
         with torch.device("meta"):
             model = FluxAutoencoder(autoencoder_sizes(path))
-        return model, autoencoder_weights(model.state_dict(), read_folder(path), path)
-    weights = read_weights(path)
+        return model, autoencoder_weights(model.state_dict(), read_folder(path, read), path)
+    weights = read(path)
     with torch.device("meta"):
         model = FluxAutoencoder(read_settings(path, "ddconfig"))
     check_fit(model.state_dict(), weights, path, "FluxAutoencoder")
