@@ -551,7 +551,7 @@ COMMANDS = {
     "network": Network,
     "inpaint": Inpaint,
 }
-BEST = "srn"  # its included weights remove the most real motion blur: docs/weights.md
+BEST = "dbgan"  # its included weights remove the most real motion blur: docs/weights.md
 
 
 # ---- a command line without a subcommand -------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     python -m harness.doctor
 
-Exit code 1 if the main job fails, restoring with the included SRN (python infer.py --input photo.jpg): a tiny
+Exit code 1 if the main job fails, restoring with the included DBGAN (python infer.py --input photo.jpg): a tiny
 image is restored to see. Other weights are checked by their names and shapes; their tensors are not read.
 Packages that may be missing are imported only where they are used.
 """
@@ -18,10 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
-SRN, FLUX = "srn_deblur.safetensors", "FLUX.1-Kontext-dev"
+BEST, FLUX = "dbgan.safetensors", "FLUX.1-Kontext-dev"
 INCLUDED = {  # what is in models/, and of which kind each file must be
-    SRN: "SRN",
-    "dbgan.safetensors": "DBGAN",
+    "srn_deblur.safetensors": "SRN",
+    BEST: "DBGAN",
     "bgan.safetensors": "BGAN",
     "small_diffusion.safetensors": "Stable Diffusion",
     "small_deblur.safetensors": "ControlNet",
@@ -130,12 +130,12 @@ def describe(path: Path, wanted: str | None) -> str:
 
 
 def try_main_job() -> str:
-    """Restore a tiny image with the included SRN; returns what went wrong, empty if nothing did."""
+    """Restore a tiny image with the included DBGAN; returns what went wrong, empty if nothing did."""
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "gray.ppm"
         image.write_bytes(b"P6 64 64 255\n" + bytes([128]) * 3 * 64**2)
-        command = [sys.executable, str(ROOT / "infer.py"), "srn", "--input", str(image)]
-        command += ["--output_dir", folder, "--checkpoint_path", str(MODELS / SRN)]
+        command = [sys.executable, str(ROOT / "infer.py"), "dbgan", "--input", str(image)]
+        command += ["--output_dir", folder, "--checkpoint_path", str(MODELS / BEST)]
         run = subprocess.run(command, capture_output=True, text=True)
     return (run.stderr.strip().splitlines() or ["no message"])[-1] if run.returncode else ""
 
@@ -165,7 +165,7 @@ def main() -> int:
         "torch": check_torch(),
         "packages": [*packages, "optional: " + ", ".join(optional)],
         "weights": weights,
-        "main job": [f"FAILS: {problem}" if problem else "works: SRN restored a test image"],
+        "main job": [f"FAILS: {problem}" if problem else "works: DBGAN restored a test image"],
         "next": next_steps(packages, weights, problem),
     }
     for title, lines in parts.items():

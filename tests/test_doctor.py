@@ -33,29 +33,29 @@ def test_all_is_well_here(models, capsys):
     assert doctor.main() == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 30 and "PROBLEM" not in text
-    for part in ("works: SRN restored a test image", "srn_deblur.safetensors: SRN, 86 tensors"):
+    for part in ("works: DBGAN restored a test image", "srn_deblur.safetensors: SRN, 86 tensors"):
         assert part in text
     assert f"torch {torch.__version__}" in text and "small_kontext: FLUX: transformer and autoencoder" in text
 
 
-def test_without_srn_the_main_job_fails(models, capsys):
-    path = models / doctor.SRN
+def test_without_its_weights_the_main_job_fails(models, capsys):
+    path = models / doctor.BEST
     path.write_bytes(path.read_bytes()[:-1000])
     assert doctor.main() == 1
     text = capsys.readouterr().out
     problem = f"{path} is damaged or not a safetensors file"
-    assert f"main job  FAILS: error: {problem}" in text and f"{doctor.SRN}: PROBLEM: {problem}" in text
-    assert f"next      get these included files anew: {doctor.SRN}" in text
+    assert f"main job  FAILS: error: {problem}" in text and f"{doctor.BEST}: PROBLEM: {problem}" in text
+    assert f"next      get these included files anew: {doctor.BEST}" in text
     assert "python infer.py" not in text
     path.unlink()
-    assert f"checkpoint not found: {path}" in doctor.describe(path, "SRN")
+    assert f"checkpoint not found: {path}" in doctor.describe(path, "DBGAN")
 
 
 def test_the_main_job_finds_wrong_shapes(models):
-    path = models / doctor.SRN
-    wrong = {**load_file(path), "outblock.conv.0.bias": torch.zeros(5)}
+    path = models / doctor.BEST
+    wrong = {**load_file(path), "deblur.last.bias": torch.zeros(5)}
     save_file(wrong, path, read_metadata(path))
-    expected = f"{path} does not fit SRNDeblurNet: outblock.conv.0.bias is (5,)"
+    expected = f"{path} does not fit RestorationUNet: last.bias is (5,)"
     assert doctor.try_main_job().startswith(f"error: {expected}")
 
 
