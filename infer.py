@@ -302,9 +302,8 @@ class Deblur(ControlNet):
 
 @dataclass(kw_only=True)
 class Inpaint(ControlNet):
-    """Fill holes with a ControlNet of tutorial_train_inpaint.py on Stable Diffusion, or without a model.
+    """Fill holes with a ControlNet of tutorial_train_inpaint.py, or without a model (docs/inpaint.md).
 
-    Both are described in docs/inpaint.md.
     One image becomes inpainted.png, and comparison.png beside it: input, mask, output.
     """
 
@@ -335,7 +334,7 @@ class Inpaint(ControlNet):
     OF_A_MODEL: ClassVar[str] = (
         "checkpoint_path base_path config_path num_inference_steps control_scale negative_prompt color_fix "
         "precision scheduler seed prompt guidance_scale strength mask_blur only_masked_padding resolution "
-        "profile device"
+        "device"
     )
     MARGIN: ClassVar[int] = 16  # pixels around a hole beyond which nothing changes Telea's result
 

@@ -146,7 +146,7 @@ def main(settings: Settings) -> None:
     rest = [path for path in photos if path not in held_out]
     if not rest:
         raise ValueError(f"{settings.photos}: give at least two photographs, one is held out")
-    fabric = start_fabric(settings.devices, 1, settings.precision, settings.seed)
+    fabric = start_fabric(settings.devices, settings.precision, settings.seed)
     folder, seed = settings.output_dir, settings.seed
     folder.mkdir(parents=True, exist_ok=True)
 

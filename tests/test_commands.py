@@ -20,6 +20,7 @@ from ldm import checkpoint
 from ldm.data import demo
 from ldm.data.image import write_image
 from ldm.models.prompts import prompt_file
+from ldm.modules.blind_wiener import BlindWiener
 from ldm.modules.generators import make_mprnet, make_nafnet
 from ldm.modules.nafnet import NAFNet
 from tests.faults import tiny_runs
@@ -163,6 +164,7 @@ SMALL = {
     "--num_workers 0 --preview_steps 1",
     "extras.train_small_base": "--photos PHOTOS --pieces 6 --autoencoder_steps 1 --unet_steps 1 "
     "--flux_steps 1 --warmup 1 --batch_size 2 --precision 32 --models written",
+    "extras.train_blind_wiener": "--crops 8 --held_out 4 --steps 1 --warmup 1 --batch_size 2",
     "extras.convert_lora": "--overwrite",
     "tool_add_control.py": f"--config {TINY} --overwrite",
     "tool_export_control.py": "--overwrite",
@@ -225,6 +227,9 @@ def workplace(tmp_path_factory):
     for name, content in published.items():
         checkpoint.save(folder / "models" / f"{name}.pth", content)
     checkpoint.write_weights(folder / "models" / "srn_deblur.safetensors", SRNDeblurNet(2).state_dict())
+    checkpoint.write_weights(
+        folder / "outputs" / "blind_wiener" / "blind_wiener.safetensors", BlindWiener().state_dict()
+    )
     nafnet = NAFNet(4, [1], 2, [1]).state_dict()  # under its authors' names
     checkpoint.save(folder / "models" / "NAFNet-SIDD-width32.pth", {"params": nafnet})
     flux = folder / "models" / "FLUX.1-Kontext-dev"

@@ -437,7 +437,7 @@ UNREAD = {"checkpoint_path": Path("a.ckpt"), "base_path": Path("b.ckpt"), "confi
 UNREAD |= {"num_inference_steps": 1, "control_scale": 2.0, "negative_prompt": "x", "color_fix": False}
 UNREAD |= {"precision": "32", "scheduler": "ddim", "seed": 1, "prompt": "x", "guidance_scale": 1.0}
 UNREAD |= {"strength": 0.5, "mask_blur": 0, "only_masked_padding": 32, "resolution": 64}
-UNREAD |= {"profile": True, "device": "cuda"}
+UNREAD |= {"device": "cuda"}
 READ = """input input_mask method output_dir output_prefix pattern shard format quality comparison overwrite
 outpaint grow_mask""".split()
 

@@ -85,11 +85,12 @@ def check_networks(folder: str | Path) -> Path:
     return check_folder(folder, files)
 
 
-def open_flux(path: Path, read: Callable = read_weights) -> tuple[Flux, dict[str, Tensor | Joined]]:
-    """A transformer without values, and the weights that fit it, as `read` reads each file.
+def open_flux(path: Path, read: Callable | None = None) -> tuple[Flux, dict[str, Tensor | Joined]]:
+    """A transformer without values, and the weights that fit it, as `read` (read_weights) reads each file.
 
     Raises FileNotFoundError, or ValueError for a damaged or foreign file.
     """
+    read = read or read_weights
     if path.is_dir():
         with torch.device("meta"):
             model = Flux(flux_params(path))
@@ -143,8 +144,9 @@ def save_flux(path: str | Path, model: Flux, **facts: str) -> None:
     write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params)), **facts})
 
 
-def open_autoencoder(path: Path, read: Callable = read_weights) -> tuple[FluxAutoencoder, dict[str, Tensor]]:
+def open_autoencoder(path: Path, read: Callable | None = None) -> tuple[FluxAutoencoder, dict[str, Tensor]]:
     """An autoencoder without values, and the weights that fit it; arguments and errors as in `open_flux`."""
+    read = read or read_weights
     if path.is_dir():
         with torch.device("meta"):
             model = FluxAutoencoder(autoencoder_sizes(path))
