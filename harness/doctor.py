@@ -2,8 +2,8 @@
 
     python -m harness.doctor
 
-Exit code 1 if the main job fails, restoring with the included DBGAN (python infer.py --input photo.jpg): a tiny
-image is restored to see. Other weights are checked by their names and shapes; their tensors are not read.
+Exit code 1 if the main job fails, python infer.py --input photo.jpg with the included DBGAN: a tiny image is
+restored to see. Other weights are checked by their names and shapes; their tensors are not read.
 Packages that may be missing are imported only where they are used.
 """
 
