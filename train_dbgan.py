@@ -376,8 +376,8 @@ def relativistic_losses(
 
 
 # Each of these functions is a generator. `next()` runs one forward pass and yields a dict of losses;
-# `train_step` adds them up, calls backward, then asks for the next dict. The dicts share no graph, so there is
-# one graph in memory at a time: a third of the memory in `blur`.
+# `train_step` adds them up, calls backward, then asks for the next dict. The dicts share no graph: only one
+# graph is in memory at a time, which takes a third of the memory in `blur`.
 Terms = Iterator[dict[str, Tensor]]
 
 
