@@ -1,18 +1,22 @@
-"""BGAN and DBGAN: one network learns to blur as real cameras do, the other to undo it. Explained in one file.
+"""Train BGAN, which learns to add realistic camera blur, and DBGAN, which learns to remove it.
 
 Zhang, Luo, Zhong, Ma, Stenger, Liu, Li: Deblurring by Realistic Blurring, CVPR 2020.
+Networks, losses and training loop are in this file. The paper reports 31.10 dB PSNR on GoPro.
 
     python train_dbgan.py all --blur_data RWBI/train --data gopro/train --val_data gopro/test --precision bf16
     python train_dbgan.py all --demo            # minutes on two CPU cores, needs no data at all
 
-`blur` is the unpaired half of `all`, `deblur` the other; `paired` trains both networks on pairs at once.
-The same command again resumes a stopped run. Published for GoPro: 31.10 dB. More in docs/dbgan.md.
+The mode `all` trains two stages, one after the other: `blur` trains BGAN on photos without pairs, `deblur`
+trains DBGAN on pairs and on images that BGAN blurred. The stage `deblur` has two phases of equal length: the
+content loss alone, then the full adversarial loss. Each stage is a mode of its own too. The mode `paired` is
+a third stage, which trains both networks on pairs at once. The same command again resumes a stopped run.
+More in docs/dbgan.md.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -65,46 +69,51 @@ class Settings:
     # ---- data
     data: Path | None = None  # pairs: GoPro tree, list of `blurry sharp` lines, or paired .h5 file
     blur_data: Path | None = None  # real blurred photos: a folder, or an unpaired .h5 file of both sides
-    sharp_dir: Path | None = None  # folder of sharp photos for `blur`; without --data for all, to be blurred
+    sharp_dir: Path | None = None  # folder of sharp photos for `blur`; without --data also for `deblur`
     val_data: Path | None = None  # pairs to validate on, in any form of --data
     crop_size: int = 128  # side of the training crops in pixels, a multiple of 16
-    dead_leaves: flags.Whole = 0  # number of generated images in an epoch, to be blurred, without --data
-    realistic_blur: bool = True  # blur two thirds as cameras do (shake, noise, JPEG); off: simple blur only
+    dead_leaves: flags.Whole = 0  # number of generated dead-leaves images in an epoch; not with --data
+    # blur on the fly as cameras do (shake, noise, JPEG), a third of the crops simply; off: simple blur only
+    realistic_blur: bool = True
     pairs: Path | None = None  # real pairs mixed among crops blurred on the fly, in any form of --data
     pairs_fraction: flags.Fraction = 0.1  # fraction of the crops that come from --pairs
     photo_crops: flags.Count = 1  # number of crops of each photo of --sharp_dir in an epoch
-    crop_candidates: flags.Count = 1  # number of random crops of a sharp photo of which the sharpest is taken
+    crop_candidates: flags.Count = 1  # number of random crops of a sharp photo, the sharpest of which is used
     cache: bool = False  # keep all training images decoded in memory
     val_fraction: flags.Fraction = 0.05  # fraction held out for validation if --val_data is not given
     val_crop: flags.Whole = 256  # validate on the middle N pixels; 0 = whole images, far slower
 
     # ---- model
     generator: Literal["dbgan", *OTHERS] = "dbgan"  # network that deblurs (docs/dbgan.md has a table)
-    width: flags.Count = 64  # number of channels of the generators, and at most of the discriminators
-    blocks: flags.Count = 16  # number of blocks of the deblurring generator; BGAN has 9 for every 16
+    width: flags.Count = 64  # number of channels of the generators; discriminators have as many, up to 64
+    blocks: flags.Count = 16  # number of blocks of the deblurring generator; BGAN has 9/16 as many
     init_weights: Path | None = None  # file of weights that the deblurring generator starts from
 
     # ---- training
-    epochs: flags.Whole = 20  # number of epochs of each phase; 0 = content loss alone, for --max_steps
+
+    # number of epochs of each phase; 0 (only `deblur`, with max_steps): the content-loss phase alone
+    epochs: flags.Whole = 20
     max_steps: flags.MaxSteps = -1  # number of optimizer steps of each phase; above 0 it replaces epochs
     batch_size: flags.BatchSize = 4  # number of crops per batch and device
     accumulate_grad_batches: flags.Accumulate = 4  # number of batches per optimizer step
     learning_rate: flags.Weight = 1e-4  # peak learning rate of all networks
-    schedule: Literal["cosine", "constant"] = "cosine"  # learning rate over the steps of each phase
+    schedule: Literal["cosine", "constant"] = "cosine"  # learning-rate schedule of each phase, after warmup
     warmup_steps: flags.Whole = 0  # number of steps in which the learning rate rises from 0
     max_grad_norm: flags.Weight = 0.0  # highest norm of all gradients together; 0 = not clipped
-    content_loss: PixelLoss = "l1"  # distance of pixels in the content loss
-    fft_loss_weight: flags.Weight = 0.0  # weight of the distance of Fourier transforms in the content loss
-    perceptual_loss_weight: flags.Weight = 1.0  # weight of the perceptual loss; with 0 VGG-19 is not needed
-    generated_fraction: flags.Fraction = 0.5  # fraction of DBGAN's blurry crops that BGAN makes of sharp ones
-    precision: flags.Precision = "32"  # numbers to compute in; bf16 and 16 are mixed and faster on GPUs
+    content_loss: PixelLoss = "l1"  # pixel loss that the content loss consists of
+    fft_loss_weight: flags.Weight = 0.0  # weight of the L1 distance of Fourier transforms in the content loss
+    # weight of the VGG-19 perceptual loss; with 0 the content loss gets weight 1 and VGG-19 is not needed
+    perceptual_loss_weight: flags.Weight = 1.0
+    generated_fraction: flags.Fraction = 0.5  # fraction of DBGAN's inputs that BGAN makes from sharp crops
+    precision: flags.Precision = "32"  # floating-point type; bf16 and 16 are mixed precision, faster on GPUs
     compile: bool = False  # use torch.compile: minutes at the start, then faster steps
     devices: flags.Devices = 1  # number of GPUs of each machine (processes on a CPU)
     num_workers: flags.Whole = 8  # number of processes that prepare images
     seed: int = 0  # random seed of the data order, initial weights and noise
 
     # ---- logging
-    # folder of logs, images and checkpoints, one in it for each stage
+
+    # folder with one subfolder for each stage, for its logs, images and checkpoints
     output_dir: Path = Path("outputs/dbgan")
     log_epoch: flags.Count = 1  # number of epochs between validations, each of which saves a checkpoint
 
@@ -139,27 +148,28 @@ class Weights(NamedTuple):
 
 
 WITHOUT_VGG = Weights(content=1.0, adversarial=0.001)  # the content loss takes the perceptual loss's place
-DEMO_WEIGHTS = WITHOUT_VGG._replace(cycle=1.0, identity=0.5)  # BGAN must move within a few hundred steps
+DEMO_WEIGHTS = WITHOUT_VGG._replace(cycle=1.0, identity=0.5)  # BGAN learns blur in a few hundred steps
 
-NOISE = 4  # random numbers that BGAN gets for an image
+NOISE = 4  # number of noise channels of BGAN, each one random number for the whole image
 LAST_LEARNING_RATE = 1e-6  # at the end of the cosine
 EMA_DECAY = 0.999  # EMA weights are validated and exported
 BETAS = {"paired": (0.9, 0.999), "blur": (0.5, 0.999), "deblur": (0.9, 0.999)}  # of Adam
 CONTENT_BETAS = (0.9, 0.9)  # without discriminators; at 1e-3 with 0.999 the U-Net diverged after 1,500 steps
-POOL = 50  # earlier images that the discriminators of `blur` see again
+POOL = 50  # number of earlier generated images kept for each discriminator of `blur`
 SOFT_REAL, SOFT_FAKE = 0.9, 0.1  # soft labels of the least-squares discriminators
-COLOR_JITTER = 0.1  # the same for both images of a pair: against a tint of the results
-VAL_IMAGES = 32  # validate on at most that many
-# Settings that may differ when a run is resumed: they change the speed, not the weights (beyond rounding).
+COLOR_JITTER = 0.1  # strength, the same for both images of a pair; prevents colour shifts of the results
+VAL_IMAGES = 32  # largest number of validation images
+# Settings that may differ when a run is resumed. All but devices and batch_size leave the weights the same,
+# up to rounding. Those two may only change together: Run checks that the number of crops in a step stays. The
+# weights then differ a little: BatchNorm, relativistic losses and noise depend on how a step is split.
 MAY_CHANGE = "mode devices batch_size num_workers log_epoch cache compile val_crop".split()
-LENGTH = ["max_steps", "epochs"]  # may change too where the learning rate is constant
 
 
 # ---- networks ----------------------------------------------------------------------------------------------
 
 
 def initialise(network: nn.Module, width: int) -> None:
-    """Draw weights from a normal distribution: deviation 0.01 as in the paper; narrow networks want more."""
+    """Draw weights from a normal distribution: deviation 0.01 as in the paper, more for narrow networks."""
     std = 0.01 if width >= 64 else 0.08
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -168,17 +178,17 @@ def initialise(network: nn.Module, width: int) -> None:
 
 
 class DenseBlock(nn.Module):
-    """Five 3x3 convolutions, four LeakyReLU; each sees all before it, and the block adds to its input."""
+    """Five 3x3 convolutions, each on the input and all earlier outputs; the last is added to the input."""
 
     def __init__(self, width: int):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(n * width, width, 3, padding=1) for n in range(1, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = [x]
+        features = [x]
         for conv in self.convs[:4]:
-            seen.append(F.leaky_relu(conv(torch.cat(seen, dim=1)), 0.2))  # (b, width, h, w)
-        return x + self.convs[4](torch.cat(seen, dim=1))
+            features.append(F.leaky_relu(conv(torch.cat(features, dim=1)), 0.2))  # (b, width, h, w)
+        return x + self.convs[4](torch.cat(features, dim=1))
 
 
 class DBGANGenerator(nn.Module):
@@ -187,7 +197,7 @@ class DBGANGenerator(nn.Module):
     forward(blurry): (b, 3, h, w) in [0, 1] -> the same size, not clamped.
     """
 
-    multiple = 1
+    multiple = 1  # height and width of the input must be multiples of it
 
     def __init__(self, width: int = 64, blocks: int = 16, channels: int = 3):
         super().__init__()
@@ -202,7 +212,7 @@ class DBGANGenerator(nn.Module):
 
 
 class BGANGenerator(DBGANGenerator):
-    """The paper's blurring network: 9 dense blocks that see the sharp image and a noise of four numbers.
+    """The paper's blurring network: 9 dense blocks on the sharp image and four random numbers.
 
     forward(sharp, noise): (b, 3, h, w) and (b, 4, 1, 1) from a normal distribution -> blurry (b, 3, h, w).
     """
@@ -223,7 +233,7 @@ def draw_noise(sharp: Tensor, generator: torch.Generator | None = None) -> Tenso
 class Discriminator(nn.Module):
     """SRGAN's (Ledig et al. 2017, figure 4) for crops of any size: (b, 3, h, w) in [0, 1] -> logits (b,).
 
-    The mean over positions stands before the two dense layers.
+    The features are averaged over all positions before the two dense layers.
     """
 
     def __init__(self, width: int = 64):
@@ -252,7 +262,7 @@ GENERATORS: dict[str, Callable[[int, int], nn.Module]] = {"dbgan": DBGANGenerato
 def load_generator(path: str | Path, kind: Literal["blur", "deblur"]) -> nn.Module:
     """Load a generator from a file of this script, or a deblurring one of MPRNet's or NAFNet's authors.
 
-    Raises FileNotFoundError, or ValueError if it is not in it.
+    Raises FileNotFoundError if there is no file, and ValueError if it holds no such generator.
     """
     weights, content = read_trained(path)
     form = content["settings"]
@@ -288,27 +298,33 @@ def blur_image(network: nn.Module, image: np.ndarray, seed: int, **options: Any)
 # ---- losses ------------------------------------------------------------------------------------------------
 
 
+# Generators: "blur" is BGAN, "deblur" is DBGAN.
+# Discriminators: "blur" judges blurry images, "sharp" judges sharp ones: real or generated.
 @dataclass
 class StageModels:
-    """All that a stage trains, and what it needs besides. `blurrer` is a finished BGAN."""
+    """The networks that a stage trains, and what its losses need besides."""
 
     generators: nn.ModuleDict
     discriminators: nn.ModuleDict
     weights: Weights
-    pools: dict[str, ImagePool] = field(default_factory=dict)
+    pools: dict[str, ImagePool] = field(default_factory=dict)  # one for each discriminator
     perceptual: PerceptualLoss | None = None
-    blurrer: nn.Module | None = None
+    blurrer: nn.Module | None = None  # a trained BGAN, which is not trained further
 
 
 def judge(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (b,) of real and fake images in one batch: apart, BatchNorm would hide how they differ."""
+    """Scores (b,) of real and of fake images by the discriminator.
+
+    Both go through in one batch: in separate batches BatchNorm would normalise away the difference between
+    them.
+    """
     real_scores, fake_scores = discriminator(torch.cat([real, fake.to(real)])).chunk(2)
     return real_scores, fake_scores
 
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Let gradients pass through the network and leave none in it."""
+    """Pass gradients through the network to its input, without gradients of its own weights."""
     network.requires_grad_(False)
     try:
         yield
@@ -346,46 +362,49 @@ def relativistic_losses(
     The generator's is perceptual + alpha * content + beta * relativistic. Both can be minimised in one
     backward: `made` is detached for the first, the discriminator frozen for the second.
     """
-    discriminator, shown = models.discriminators[name], final(made)
-    loss_d = relativistic_d_loss(*judge(discriminator, real, shown.detach()))
+    discriminator = models.discriminators[name]
+    fake = final(made)  # `made` may be a list, one image for each stage of the network
+    loss_d = relativistic_d_loss(*judge(discriminator, real, fake.detach()))
     with frozen(discriminator):
-        adversarial = relativistic_g_loss(*judge(discriminator, real, shown))
+        adversarial = relativistic_g_loss(*judge(discriminator, real, fake))
     content = content_loss(made, real, settings.content_loss, settings.fft_loss_weight)
     loss_g = alpha * content + models.weights.adversarial * adversarial
     if models.perceptual:
-        distance = models.perceptual(shown * 2 - 1, real * 2 - 1).mean()
+        distance = models.perceptual(fake * 2 - 1, real * 2 - 1).mean()
         loss_g = loss_g + settings.perceptual_loss_weight * distance
     return loss_d, loss_g
 
 
-# Each of these yields its losses in terms that share no graph: `train_step` is done with one before the next
-# is computed, which takes a third of the memory in `blur`.
+# Each of these functions is a generator. `next()` runs one forward pass and yields a dict of losses;
+# `train_step` adds them up, calls backward, then asks for the next dict. The dicts share no graph: only one
+# graph is in memory at a time, which takes a third of the memory in `blur`.
 Terms = Iterator[dict[str, Tensor]]
 
 
 def content_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """Content-loss pretraining of DBGAN."""
-    blurry = blurred_again(models.blurrer, settings.generated_fraction, blurry, sharp)
+    blurry = replace_some(models.blurrer, settings.generated_fraction, blurry, sharp)
     restored = models.generators["deblur"](blurry)
     yield {"total_loss": content_loss(restored, sharp, settings.content_loss, settings.fft_loss_weight)}
 
 
 def deblur_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
     """DBGAN against its discriminator (paper, equations of RDBL)."""
-    blurry = blurred_again(models.blurrer, settings.generated_fraction, blurry, sharp)
+    blurry = replace_some(models.blurrer, settings.generated_fraction, blurry, sharp)
     restored = models.generators["deblur"](blurry)
     loss_d, loss_g = relativistic_losses(models, "sharp", restored, sharp, models.weights.content, settings)
     yield {"loss_d": loss_d, "total_loss": loss_g}
 
 
 def paired_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
-    """Both networks on pairs; DBGAN sees what BGAN makes as well."""
+    """Both networks on pairs; some of DBGAN's inputs are made by BGAN."""
     made = blurred(models.generators["blur"], sharp)
-    alpha = 0.0 if models.perceptual else models.weights.content  # BGAN's loss has no content term
+    # BGAN's loss in the paper has no content loss; without VGG-19 that takes the perceptual loss's place.
+    alpha = 0.0 if models.perceptual else models.weights.content
     loss_d, loss_g = relativistic_losses(models, "blur", made, blurry, alpha, settings)
     yield {"loss_d_blur": loss_d, "loss_g": loss_g}
     blurry = mix(made.detach().clamp(0, 1), blurry, settings.generated_fraction)
-    for losses in deblur_losses(replace(models, blurrer=None), settings, blurry, sharp):
+    for losses in deblur_losses(models, settings, blurry, sharp):  # `blurrer` is None in this stage
         yield {"loss_d_sharp": losses["loss_d"], "loss_g": losses["total_loss"]}
 
 
@@ -396,18 +415,34 @@ def unpaired_losses(models: StageModels, settings: Settings, blurry: Tensor, sha
     def deblur(image: Tensor) -> Tensor:
         return final(models.generators["deblur"](image))
 
-    ways = [("blur", blur, deblur, sharp, blurry), ("sharp", deblur, blur, blurry, sharp)]
-    for name, there, back, source, real in ways:
-        made, discriminator = there(source), models.discriminators[name]
-        real_scores, fake_scores = judge(discriminator, real, models.pools[name](made))
-        loss_d = least_squares(real_scores, SOFT_REAL) + least_squares(fake_scores, SOFT_FAKE)
-        with frozen(discriminator):
-            _, fake_scores = judge(discriminator, real, made)
-        cycle = F.l1_loss(back(made).float(), source)
-        loss_g = least_squares(fake_scores, SOFT_REAL) + models.weights.cycle * cycle
-        yield {f"loss_d_{name}": loss_d / 2, "loss_g": loss_g}
-    for _, there, _, _, real in ways:
-        yield {"loss_g": models.weights.identity * F.l1_loss(there(real).float(), real)}
+    yield cycle_losses(models, "blur", forward=blur, backward=deblur, source=sharp, real=blurry)
+    yield cycle_losses(models, "sharp", forward=deblur, backward=blur, source=blurry, real=sharp)
+    # Identity: blurry images should stay as they are in BGAN, sharp images in DBGAN
+    yield {"loss_g": models.weights.identity * F.l1_loss(blur(blurry).float(), blurry)}
+    yield {"loss_g": models.weights.identity * F.l1_loss(deblur(sharp).float(), sharp)}
+
+
+def cycle_losses(
+    models: StageModels,
+    name: str,
+    forward: Callable[[Tensor], Tensor],
+    backward: Callable[[Tensor], Tensor],
+    source: Tensor,
+    real: Tensor,
+) -> dict[str, Tensor]:
+    """Losses of one direction: of discriminator `name`, and of the generators.
+
+    `forward` makes an image like `real` from `source`, `backward` makes `source` from it again.
+    """
+    discriminator = models.discriminators[name]
+    made = forward(source)
+    real_scores, fake_scores = judge(discriminator, real, models.pools[name](made))
+    loss_d = least_squares(real_scores, SOFT_REAL) + least_squares(fake_scores, SOFT_FAKE)
+    with frozen(discriminator):
+        _, fake_scores = judge(discriminator, real, made)
+    cycle = F.l1_loss(backward(made).float(), source)
+    loss_g = least_squares(fake_scores, SOFT_REAL) + models.weights.cycle * cycle
+    return {f"loss_d_{name}": loss_d / 2, "loss_g": loss_g}
 
 
 def blurred(blurrer: nn.Module, sharp: Tensor) -> Tensor:
@@ -415,8 +450,8 @@ def blurred(blurrer: nn.Module, sharp: Tensor) -> Tensor:
     return blurrer(sharp, draw_noise(sharp))
 
 
-def blurred_again(blurrer: nn.Module | None, fraction: float, blurry: Tensor, sharp: Tensor) -> Tensor:
-    """The blurry images, a fraction of them replaced by BGAN's from the sharp ones."""
+def replace_some(blurrer: nn.Module | None, fraction: float, blurry: Tensor, sharp: Tensor) -> Tensor:
+    """The blurry images, some of them replaced at random by what BGAN makes of the sharp ones."""
     if blurrer is None:
         return blurry
     with torch.no_grad():
@@ -425,6 +460,7 @@ def blurred_again(blurrer: nn.Module | None, fraction: float, blurry: Tensor, sh
 
 
 def mix(made: Tensor, real: Tensor, fraction: float) -> Tensor:
+    """Take each image from `made` with this probability, else from `real`."""
     chosen = torch.rand(len(real), 1, 1, 1) < fraction
     return torch.where(chosen.to(real.device), made.to(real), real)
 
@@ -446,35 +482,40 @@ def train_step(
     blurry_parts = to_unit(batch["blurry"]).chunk(parts)
     sharp_parts = to_unit(batch["sharp"]).chunk(parts)
     for blurry, sharp in zip(blurry_parts, sharp_parts, strict=True):
-        terms = losses(blurry, sharp)
+        forward_passes = losses(blurry, sharp)
         while True:
-            with fabric.autocast():
-                term = next(terms, None)
-            if term is None:
+            with fabric.autocast():  # forward pass, under autocast
+                loss_values = next(forward_passes, None)
+            if loss_values is None:
                 break
-            fabric.backward(sum(term.values()) / parts)
-            for name, value in term.items():
+            fabric.backward(sum(loss_values.values()) / parts)  # backward, outside autocast
+            for name, value in loss_values.items():
                 sums[name] = sums.get(name, 0) + value.detach() / parts
     average_gradients(fabric, optimizer)  # DDP's wrapper cannot run a network twice in a step
     if max_grad_norm:
         unscale_gradients(fabric, optimizer)
-        for group in optimizer.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+        # generators and discriminators together: the optimizer has one group
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
     optimizer.step()
     return sums
 
 
 def learning_rate_factor(step: int, phases: list[int], settings: Settings) -> float:
-    """Learning-rate multiplier after `step` steps: in each phase a cosine from 1, or always 1."""
+    """Learning-rate multiplier after `step` steps of a stage whose phases have these numbers of steps.
+
+    It rises linearly at the start of the stage, for `warmup_steps` alone. Then it follows, in each phase, a
+    cosine from 1 down to that of LAST_LEARNING_RATE, or stays 1.
+    """
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
         return 1.0
     last = LAST_LEARNING_RATE / max(settings.learning_rate, LAST_LEARNING_RATE)
-    phases = [length for length in phases if length]
-    while len(phases) > 1 and step >= phases[0]:
-        step -= phases.pop(0)
-    return last + (1 - last) * (1 + math.cos(math.pi * min(1, step / phases[0]))) / 2
+    current, *later = [length for length in phases if length]
+    for length in later:
+        if step >= current:  # the next phase has begun
+            step, current = step - current, length
+    return last + (1 - last) * (1 + math.cos(math.pi * min(1, step / current))) / 2
 
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -497,7 +538,18 @@ def check(settings: Settings) -> None:
 
 
 def open_data(settings: Settings, stage: str) -> tuple[CropDataset, HeldOut]:
-    """Training set of a stage, and validation set."""
+    """Training set of a stage, and validation set.
+
+    stage            given                    blurry images                   sharp images
+    blur             --sharp_dir              blur_data                       sharp_dir
+    blur             --data, no --sharp_dir   blur_data                       of the pairs in data
+    blur             neither                  blur_data (an .h5 file)         blur_data
+    deblur, paired   --data                   data                            data
+    deblur, paired   no --data                sharp images, blurred on        sharp_dir and dead_leaves
+                                              the fly; some from --pairs
+
+    Validation pairs: val_data, else `val_fraction` of the training pairs.
+    """
     data, size, seed, cache = settings.data, settings.crop_size, settings.seed, settings.cache
     pairs = []
     if not is_patches(data):
@@ -595,13 +647,13 @@ def make_models(
     settings: Settings, stage: str, perceptual: PerceptualLoss | None, device: torch.device
 ) -> StageModels:
     """The networks of a stage, on their device."""
-    judges = STAGES[stage].discriminators
+    discriminator_names = STAGES[stage].discriminators
     weights = Weights() if settings.perceptual_loss_weight else WITHOUT_VGG
     models = StageModels(
         nn.ModuleDict({kind: first_generator(kind, settings, stage) for kind in STAGES[stage].generators}),
-        nn.ModuleDict({name: Discriminator(min(64, settings.width)) for name in judges}),
+        nn.ModuleDict({name: Discriminator(min(64, settings.width)) for name in discriminator_names}),
         DEMO_WEIGHTS if settings.demo else weights,
-        {name: ImagePool(POOL) for name in judges},
+        {name: ImagePool(POOL) for name in discriminator_names},
         perceptual,
     )
     for networks in (models.generators, models.discriminators):
@@ -617,6 +669,20 @@ def make_models(
 
 def bgan_path(settings: Settings) -> Path:
     return settings.output_dir / "blur" / "bgan.safetensors"
+
+
+def may_change(settings: Settings, stage: str) -> list[str]:
+    """Settings that may differ when a stage is resumed.
+
+    With a constant learning rate that includes the length, unless a second phase would begin elsewhere.
+    """
+    names = MAY_CHANGE + STAGES[stage].unused
+    if settings.schedule == "constant":
+        if stage != "deblur":
+            names = [*names, "epochs", "max_steps"]
+        elif not settings.epochs:  # the content-loss phase alone
+            names = [*names, "max_steps"]
+    return names
 
 
 def phase_lengths(settings: Settings, stage: str, steps_per_epoch: int) -> list[int]:
@@ -673,7 +739,7 @@ def train(
     held_out: HeldOut,
     perceptual: PerceptualLoss | None,
 ) -> None:
-    """Train one stage from where it stands to its end."""
+    """Train one stage from its last checkpoint, or from the start, to its end."""
     # Networks, optimizer, EMA, learning rate
     models = make_models(settings, stage, perceptual, fabric.device)
     networks = models.generators
@@ -695,10 +761,7 @@ def train(
     parts |= {"scheduler": scheduler, "ema": ema}
     parts |= {f"pool_{name}": pool for name, pool in models.pools.items()}
     known = {**plain(settings), "samples": len(dataset), "blurrer": fingerprint(models.blurrer)}
-    may_change = MAY_CHANGE + STAGES[stage].unused
-    if settings.schedule == "constant":
-        may_change = may_change + LENGTH
-    run = Run(fabric, settings.output_dir / stage, known, parts, may_change)
+    run = Run(fabric, settings.output_dir / stage, known, parts, may_change(settings, stage))
     baseline, _ = held_out.evaluate(lambda blurry: blurry, run)
     spectra = None
     if "blur" in networks:

@@ -7,11 +7,13 @@
     python tutorial_train_deblur.py --data_root ./training/deblur --batch_size 4
 
 Method: ControlNet (Zhang et al. 2023) with the blurry photograph as hint, plus losses on the decoded image
-(see cldm/deblur.py). With SD 1.5 expect images that follow the hint after 3 to 7 thousand steps, suddenly
-("sudden convergence"); a logical batch of 64 to 128 (accumulate_grad_batches) is better than more steps.
-Judge by the grids and val/psnr, not by the training loss. After a stop the same command resumes exactly.
+(see cldm/deblur.py). With SD 1.5 the output starts to follow the hint abruptly after 3,000 to 7,000 steps
+("sudden convergence"). A batch of 64 to 128 images for each step helps more than more steps: add
+--accumulate_grad_batches 16 to the command (16 x 4 = 64) and raise --max_epochs: epochs have fewer steps.
+Judge by the image grids and val/psnr, not by the training loss. The same command again resumes a stopped run.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,57 +61,60 @@ class Settings:
     """Train a ControlNet to deblur."""
 
     # ---- data
-    data_root: str = "./training/deblur"  # folder of tool_make_deblur_dataset.py, GoPro tree, blurry images
-    sharp_root: str = ""  # folder of sharp images, matched by name; empty: data_root holds both sides
-    json_file: str = ""  # json lines, or a list of `blurry sharp` lines, with paths relative to data_root
+    data_root: str = "./training/deblur"  # pairs (tool_make_deblur_dataset.py, GoPro), or blurry images
+    sharp_root: str = ""  # folder of sharp images, matched by file name; empty: data_root has both kinds
+    json_file: str = ""  # list of pairs: json lines or `blurry sharp` lines, paths relative to data_root
     image_size: flags.ImageSize = 512  # side of the square crops in pixels, a multiple of 64
-    # prompt of pairs without a caption in their json line or in NAME.txt; {blur_type}: "motion blur" etc.
+    # prompt of pairs without a caption (json line, NAME.txt); {blur_type} in it becomes "motion blur" etc.
     prompt: str = "a sharp, detailed, high-quality photograph"
     use_augmentation: bool = False  # random crop, flips, rotations and colour jitter, alike for both images
-    blur_on_the_fly: bool = False  # use the sharp images alone, and blur them anew every time
-    # held-out part of the source photos
+    blur_on_the_fly: bool = False  # use only the sharp images, with new random blur in every epoch
+    # fraction of the source photos held out for validation; 0 for none
     val_fraction: Annotated[float, Range(0, 1, include_most=False)] = 0.05
     val_samples: Count = 16  # largest number of held-out pairs to validate on
     num_workers: Whole = 4  # number of processes that read and decode images
 
     # ---- model
-    resume_path: flags.StartPath = "./models/control_sd15_ini.ckpt"  # starting weights by tool_add_control.py
+
+    # checkpoint to start from, by tool_add_control.py; a run in output_dir resumes by itself
+    resume_path: flags.StartPath = "./models/control_sd15_ini.ckpt"
     config_path: str = "./models/cldm_v15.yaml"  # yaml of the model, of the same family as resume_path
-    sd_locked: bool = True  # freeze the UNet's decoder; to train it too, use learning_rate 2e-6
-    use_attention: bool = False  # channel and spatial attention on the hint features; other tools ignore it
-    hint_as_latent: bool = False  # give the ControlNet the hint's latent too; other tools cannot do so
+    sd_locked: bool = True  # freeze the UNet's decoder; off: train it too, with learning_rate 2e-6
+    use_attention: bool = False  # add attention to the hint features (CBAM); other tools ignore it
+    hint_as_latent: bool = False  # also give the ControlNet the hint's VAE latent; other tools cannot use it
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
 
     # ---- training
     batch_size: flags.BatchSize = 4  # number of images in a batch of each device
-    learning_rate: Weight = 1e-5  # peak learning rate, reached after warmup
+    learning_rate: Weight = 1e-5  # peak learning rate of the trained weights
     max_epochs: flags.MaxEpochs = 10  # number of epochs, if max_steps is not above 0
     max_steps: flags.MaxSteps = -1  # number of optimizer steps; above 0 it replaces max_epochs
     accumulate_grad_batches: flags.Accumulate = 1  # number of batches in one optimizer step
-    precision: flags.AnyPrecision = "auto"  # bf16 where CUDA has it, else 16; 32 on a CPU; frozen parts too
-    cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
+    precision: flags.AnyPrecision = "auto"  # auto: bf16 or 16 on a GPU, 32 on a CPU; frozen weights too
+    cache_latents: bool = False  # compute latents and text embeddings once; crops must not change
     deblur_loss_weight: Weight = 1.0  # weight of the losses on the decoded image, 0 to switch them off
-    perceptual_loss_weight: Weight = 0.1  # weight of the VGG-19 distance among these losses
-    deblur_every: Count = 1  # steps from one with these losses, as many times as heavy, to the next
-    lr_scheduler: flags.LRScheduler = "constant"  # learning-rate schedule; all but constant warm up
+    perceptual_loss_weight: Weight = 0.1  # weight of the VGG-19 distance among the losses on the image
+    deblur_every: Count = 1  # apply the losses of the decoded image every N-th step, N times as strong
+    lr_scheduler: flags.LRScheduler = "constant"  # schedule; linear and cosine warm up and fall to zero
     max_grad_norm: Weight = 0.0  # largest global norm of the gradients, 0 for no clipping
-    optimizer: flags.AdamW = "adamw"  # adamw8bit takes a quarter of its memory (bitsandbytes, CUDA)
+    optimizer: flags.AdamW = "adamw"  # optimizer; adamw8bit has a quarter of the state (bitsandbytes, CUDA)
     ema_decay: Decay = 0.0  # EMA decay; EMA weights are used for validation and export, 0 for none
     seed: int = 0  # random seed of data order, fresh weights and noise
     devices: flags.Devices = 1  # number of GPUs in each machine (processes on a CPU)
     compile: bool = False  # use torch.compile: minutes at the start, then faster steps
 
     # ---- logging
-    output_dir: str = "./outputs/deblur"  # folder for checkpoints, images and logs; a run in it is resumed
+    output_dir: str = "./outputs/deblur"  # folder of checkpoints, images and logs; a run in it is resumed
     log_steps: Count = 10  # number of optimizer steps between rows of metrics
     save_steps: Count = 500  # number of optimizer steps between checkpoints
-    val_steps: Count = 500  # number of optimizer steps between validations, and between image grids
+    val_steps: Count = 500  # number of optimizer steps between validations, each with image grids
     val_ddim_steps: Annotated[int, Range(1, 1000)] = 20  # number of sampling steps of a validation image
     demo: bool = False  # check the installation: tiny networks, included photos, minutes on a CPU
 
 
-PROMPT_DROPOUT = 0.1  # part of the training prompts that is left empty, so that guidance works
-LOSSES = ("deblur_loss_weight", "perceptual_loss_weight", "deblur_every")  # settings of DeblurControlNet
+PROMPT_DROPOUT = 0.1  # fraction of training prompts replaced by "", for classifier-free guidance
+PROMPT_STREAM = 5  # added to an item's seed for prompt dropout; noise, timestep and decoded crop use 0 to 3
+LOSS_SETTINGS = ("deblur_loss_weight", "perceptual_loss_weight", "deblur_every")  # of DeblurControlNet
 DEMO = {
     "output_dir": "./outputs/deblur_demo",
     "data_root": "./outputs/deblur_demo/data",
@@ -136,7 +141,7 @@ DEMO = {
 DEMO_DATA = MakeSettings(
     output_dir=DEMO["data_root"], num_samples=720, image_size=128, sharpest_of=2, blur_scale=0.6
 )
-INCLUDED = MODELS / "small_deblur.safetensors"  # trained weights, for comparison
+INCLUDED_CONTROLNET = MODELS / "small_deblur.safetensors"  # pretrained, to compare the demo's with
 
 
 def check(settings: Settings) -> None:
@@ -154,22 +159,26 @@ def check(settings: Settings) -> None:
 
 
 class DeblurDataset(Dataset):
-    """Crops under the names that a ControlNet's training expects.
+    """Crops of a PairedDataset or BlurDataset under the names that ControlLDM reads.
 
-    Items: jpg (h, w, 3) sharp in [-1, 1], hint (h, w, 3) blurry in [0, 1], txt the prompt, path, seed.
-    `prompts` are those of images with a caption, by their path; the others have `prompt`.
+    Items: jpg, the sharp crop (h, w, 3) in [-1, 1]; hint, the blurry one (h, w, 3) in [0, 1]; txt, the
+    prompt; path and seed. `captions` are prompts of single images by their path, the others have `prompt`.
+    A fraction `prompt_dropout` of the prompts is empty, chosen by the item's seed.
     """
 
-    def __init__(self, crops: Dataset, prompt: str, prompt_dropout: float, prompts: Mapping[str, str]):
-        self.crops, self.prompt, self.prompt_dropout, self.prompts = crops, prompt, prompt_dropout, prompts
+    def __init__(self, crops: Dataset, prompt: str, prompt_dropout: float, captions: Mapping[str, str]):
+        self.crops = crops
+        self.prompt = prompt
+        self.prompt_dropout = prompt_dropout
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.crops)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         item = self.crops[key]
-        (value,) = torch.rand(1, generator=item_generator(item["seed"] + 5)).tolist()
-        dropped = value < self.prompt_dropout
+        generator = item_generator(item["seed"] + PROMPT_STREAM)
+        dropped = torch.rand(1, generator=generator).item() < self.prompt_dropout
         return {
             "jpg": item["sharp"].permute(1, 2, 0),
             "txt": "" if dropped else self.prompt_of(item["path"], item["blur_type"]),
@@ -180,7 +189,7 @@ class DeblurDataset(Dataset):
 
     def prompt_of(self, path: str | Path, blur_type: str) -> str:
         """Prompt of a pair: {blur_type} in it becomes "motion blur" and the like."""
-        prompt = self.prompts.get(str(path), self.prompt)
+        prompt = self.captions.get(str(path), self.prompt)
         return prompt.replace("{blur_type}", blur_type.replace("_", " ") or "blur")
 
 
@@ -213,28 +222,35 @@ def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]
     """
     pairs = find_all_pairs(settings)
     check_sizes(pairs)
-    few: list[Pair] = []  # held-out pairs, evenly picked
+    validation_pairs: list[Pair] = []
     if settings.val_fraction > 0:
         pairs, held_out = split_pairs(pairs, settings.val_fraction, settings.seed)
-        every = -(-len(held_out) // settings.val_samples)
-        few = held_out[::every] if held_out else []
+        every = math.ceil(len(held_out) / settings.val_samples)
+        validation_pairs = held_out[::every]  # evenly spaced, at most val_samples
 
-    def crops(pairs: list[Pair], blur: bool, **options) -> Dataset:
-        if blur:
-            sharp = sorted({pair.sharp for pair in pairs})
-            return BlurDataset(sharp, settings.image_size, settings.seed, **options)
-        return PairedDataset(pairs, settings.image_size, settings.seed, **options)
+    captions = find_captions([*pairs, *validation_pairs])
+    if settings.blur_on_the_fly:  # the items then have the path of the sharp image
+        for pair in pairs:
+            if str(pair.blurry) in captions:
+                captions[str(pair.sharp)] = captions[str(pair.blurry)]
 
     jitter = 0.1 if settings.use_augmentation else 0.0
-    train = crops(pairs, settings.blur_on_the_fly, augment=settings.use_augmentation, color_jitter=jitter)
-    captions = find_captions([*pairs, *few])
-    if settings.blur_on_the_fly:
-        captions |= {str(p.sharp): captions[str(p.blurry)] for p in pairs if str(p.blurry) in captions}
-    train = DeblurDataset(train, settings.prompt, PROMPT_DROPOUT, captions)
-    if not few:
+    options = {"augment": settings.use_augmentation, "color_jitter": jitter}
+    crops = make_crops(pairs, settings, settings.blur_on_the_fly, **options)
+    train = DeblurDataset(crops, settings.prompt, PROMPT_DROPOUT, captions)
+    if not validation_pairs:
         return train, None, pairs
-    validation = crops(few, few[0].blurry == few[0].sharp)
-    return train, DeblurDataset(validation, settings.prompt, 0.0, captions), [*pairs, *few]
+    only_sharp_files = validation_pairs[0].blurry == validation_pairs[0].sharp
+    crops = make_crops(validation_pairs, settings, only_sharp_files)
+    return train, DeblurDataset(crops, settings.prompt, 0.0, captions), [*pairs, *validation_pairs]
+
+
+def make_crops(pairs: list[Pair], settings: Settings, blur_sharp: bool, **options) -> Dataset:
+    """Crops of pairs, or with `blur_sharp` of their sharp images, which are blurred on the fly."""
+    if not blur_sharp:
+        return PairedDataset(pairs, settings.image_size, settings.seed, **options)
+    sharp = sorted({pair.sharp for pair in pairs})
+    return BlurDataset(sharp, settings.image_size, settings.seed, **options)
 
 
 # ---- demonstration -----------------------------------------------------------------------------------------
@@ -260,7 +276,7 @@ def compare_with_included(settings: Settings, validation: Dataset) -> None:
     def restore(model: torch.nn.Module, item: dict) -> np.ndarray:
         return deblur_image(model, pixels(item["hint"], "hint"), sampling)
 
-    show_demo(INCLUDED, validation, Path(settings.output_dir), restore, score_item)
+    show_demo(INCLUDED_CONTROLNET, validation, Path(settings.output_dir), restore, score_item)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -268,18 +284,20 @@ def compare_with_included(settings: Settings, validation: Dataset) -> None:
 
 def main(settings: Settings) -> None:
     """Train, then print where everything is."""
-    # Settings and seed: mistakes are found before anything is loaded
+    # Settings and seed: wrong settings are reported before weights or images are loaded
     if settings.demo:
         announce_demo()
-    folder, last = Path(settings.output_dir), last_checkpoint(settings.output_dir)
+    folder = Path(settings.output_dir)
+    last = last_checkpoint(folder)
     check(settings)
     settings = replace(settings, precision=begin(settings.precision, settings.seed, last))
     config = read_config(settings.config_path)
-    attention = "WithAttention" if settings.use_attention else ""
-    config["target"] = f"cldm.deblur.DeblurControlNet{attention}"  # any configuration of the family will do
-    config["params"] |= {name: getattr(settings, name) for name in LOSSES}
+    config["target"] = "cldm.deblur.DeblurControlNet"  # in place of the yaml's ControlLDM
+    if settings.use_attention:
+        config["target"] = "cldm.deblur.DeblurControlNetWithAttention"
+    config["params"] |= {name: getattr(settings, name) for name in LOSS_SETTINGS}
 
-    # Data: pairs of crops, the same held out in every run of a seed
+    # Data: pairs of crops; the same seed holds out the same pairs
     if settings.demo and settings.data_root == DEMO["data_root"]:
         make_dataset(DEMO_DATA)
     train, validation, pairs = find_crops(settings)
@@ -287,7 +305,7 @@ def main(settings: Settings) -> None:
     images_per_step = settings.batch_size * settings.accumulate_grad_batches * processes
     steps = count_steps(settings.max_steps, settings.max_epochs, len(train), images_per_step)
 
-    # Model: Stable Diffusion with a ControlNet that starts as a copy of its encoder
+    # Model: Stable Diffusion with a ControlNet that starts as a copy of the UNet's encoder
     if settings.demo:
         make_demo_start(settings.resume_path, config)
     weights = load_state_dict(settings.resume_path)
@@ -296,13 +314,13 @@ def main(settings: Settings) -> None:
     if settings.hint_as_latent:
         config, weights = add_hint_latent(config, weights)
     model = create_filled_model(config, weights, settings.resume_path)
-    del weights  # up to 6 GB, mapped from the file
+    del weights  # free up to 6 GB
     model.sd_locked = settings.sd_locked
     model.validation_ddim_steps = settings.val_ddim_steps
     if settings.deblur_loss_weight and settings.perceptual_loss_weight:
         model.load_perceptual()
 
-    # Latents and embeddings, if they are computed once
+    # Cache of latents and text embeddings
     if settings.cache_latents:
         prompts = {"", *(train.prompt_of(pair.blurry, pair.blur_type) for pair in pairs)}
         train, validation = with_cached_latents(
@@ -318,24 +336,30 @@ def main(settings: Settings) -> None:
         )
 
     # Optimizer: AdamW over the ControlNet (and the UNet's decoder), made by ControlLDM.configure_optimizers
-    model.optimizer, model.learning_rate = settings.optimizer, settings.learning_rate
+    model.optimizer = settings.optimizer
+    model.learning_rate = settings.learning_rate
     model.learning_rate_factor = rate_schedule(settings.lr_scheduler, steps)
     clips = settings.max_grad_norm > 0
     prepare_model(
         model, settings.precision, clips, processes, settings.gradient_checkpointing, settings.compile
     )
 
-    # Training: for each batch Lightning calls model.training_step, whose loss is LatentDiffusion.p_losses
-    # with DeblurControlNet.extra_losses, and backward; every accumulate_grad_batches of them optimizer.step
+    # Training: what Lightning does with each batch, in model.training_step (ldm/models/diffusion/ddpm.py)
+    # - z = VAE.encode(jpg); t = random timestep; noise; z_t = z with the noise of timestep t added (q_sample)
+    # - prediction = UNet(z_t, t, text, control=ControlNet(z_t, t, text, hint)): apply_model (cldm/cldm.py)
+    # - loss = mean square of prediction - noise (of v in v-models): diffusion_loss
+    # - plus the losses on the decoded image: DeblurControlNet.extra_losses (cldm/deblur.py)
+    # - backward
+    # - after accumulate_grad_batches batches: learning rate of this step, clipping, optimizer.step(), EMA
     data = StreamData(
         model, train, validation, settings.batch_size, settings.num_workers, settings.seed, images_per_step
     )
-    known = {**plain(settings), "samples": len(train)}
-    about = {"config": dict(config), "base": str(settings.resume_path), "settings": known}
+    run_settings = {**plain(settings), "samples": len(train)}
+    run_info = {"config": dict(config), "base": str(settings.resume_path), "settings": run_settings}
     trainer = make_trainer(
         model,
         folder,
-        about,
+        run_info,
         settings.precision,
         max_steps=steps,
         images_per_step=images_per_step,
@@ -348,7 +372,7 @@ def main(settings: Settings) -> None:
         validates=validation is not None,
         devices=settings.devices,
     )
-    fit(trainer, model, data, last, about)  # resumed where it stopped
+    fit(trainer, model, data, last, run_info)  # continues from the checkpoint `last` if there is one
 
     # Summary
     what_next = f"python infer.py deblur --checkpoint_path {last} --input PHOTOS --output_dir restored"

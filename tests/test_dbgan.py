@@ -456,10 +456,10 @@ def test_the_learning_rate_falls_by_a_cosine_in_each_phase_or_stays():
 def test_bgan_replaces_some_of_the_blurry_pictures():
     torch.manual_seed(0)
     x = batch(64)
-    mixed = script.blurred_again(fill(BGANGenerator(4, 1)), 0.25, **x)
+    mixed = script.replace_some(fill(BGANGenerator(4, 1)), 0.25, **x)
     changed = (mixed != x["blurry"]).flatten(1).any(dim=1)
     assert 5 < changed.sum() < 30 and 0 <= mixed.min() and mixed.max() <= 1
-    assert torch.equal(script.blurred_again(None, 0.25, **x), x["blurry"])
+    assert torch.equal(script.replace_some(None, 0.25, **x), x["blurry"])
 
 
 def test_it_learns_one_batch():
@@ -587,6 +587,19 @@ def test_a_run_with_a_constant_rate_is_continued(data):
     with pytest.raises(ValueError, match="max_steps was 4, is 5"):
         main(on_the_fly(data, output_dir=data / "cosine", schedule="cosine", max_steps=4))
         main(on_the_fly(data, output_dir=data / "cosine", schedule="cosine", max_steps=5))
+
+
+def test_the_length_may_change_only_where_no_phase_moves():
+    """In `deblur` a later end of the first phase would lead a run back into it."""
+
+    def lengths(stage, **changes):
+        return {"epochs", "max_steps"}.intersection(script.may_change(Settings(**changes), stage))
+
+    for stage in ("blur", "paired"):
+        assert lengths(stage, schedule="constant") == {"epochs", "max_steps"}
+    assert lengths("deblur", schedule="constant") == set()
+    assert lengths("deblur", schedule="constant", epochs=0) == {"max_steps"}
+    assert lengths("deblur", epochs=0) == lengths("blur") == set()
 
 
 @pytest.mark.parametrize(
