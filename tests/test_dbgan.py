@@ -870,7 +870,7 @@ def test_the_shipped_weights_reach_their_scores(name, kind, score):
         assert found == pytest.approx(recorded[photograph], abs=0.05)
         if kind == "deblur":
             assert np.mean([found[blur] for blur in BLUR_TYPES]) > 1 and found["sharp"] > 38
-            assert found["color_shift"] < 0.3
+            assert found["color_shift"] < 0.5
     if kind == "blur":
         assert max(row["psnr"] for row in recorded.values()) < 40  # it does something
 
