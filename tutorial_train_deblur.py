@@ -178,7 +178,8 @@ class DeblurDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         item = self.crops[key]
         generator = item_generator(item["seed"] + PROMPT_STREAM)
-        dropped = torch.rand(1, generator=generator).item() < self.prompt_dropout
+        (value,) = torch.rand(1, generator=generator).tolist()  # item() would count as a wait for the device
+        dropped = value < self.prompt_dropout
         return {
             "jpg": item["sharp"].permute(1, 2, 0),
             "txt": "" if dropped else self.prompt_of(item["path"], item["blur_type"]),
