@@ -227,9 +227,9 @@ def workplace(tmp_path_factory):
     for name, content in published.items():
         checkpoint.save(folder / "models" / f"{name}.pth", content)
     checkpoint.write_weights(folder / "models" / "srn_deblur.safetensors", SRNDeblurNet(2).state_dict())
-    checkpoint.write_weights(
-        folder / "outputs" / "blind_wiener" / "blind_wiener.safetensors", BlindWiener().state_dict()
-    )
+    wiener = folder / "outputs" / "blind_wiener"
+    wiener.mkdir(parents=True)
+    checkpoint.write_weights(wiener / "blind_wiener.safetensors", BlindWiener().state_dict())
     nafnet = NAFNet(4, [1], 2, [1]).state_dict()  # under its authors' names
     checkpoint.save(folder / "models" / "NAFNet-SIDD-width32.pth", {"params": nafnet})
     flux = folder / "models" / "FLUX.1-Kontext-dev"
