@@ -1,9 +1,9 @@
 """Train the blind Wiener filter (ldm/modules/blind_wiener.py) of train_dbgan.py's `wiener_unet`.
 
-    python -m extras.train_blind_wiener --photos PHOTOS      # half an hour on two CPU cores; resumes
+    python -m extras.train_blind_wiener --photos PHOTOS      # the same command resumes
 
 Crops of photos and of dead leaves are degraded once (ldm/data/realistic_blur.py). The loss is the logarithm
-of each crop's error, relative to its error before: with an absolute loss the network hardly dares to filter,
+of each crop's error, relative to its error before: with an absolute loss the network filters too weakly,
 and with nearly sharp crops, whose relative error is huge, it falls back to filtering nothing.
 """
 

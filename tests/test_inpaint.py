@@ -456,7 +456,7 @@ def test_options_are_read_without_a_model_or_refused(tmp_path):
 
 
 def test_scores_of_a_hole_tell_guessing_from_smearing():
-    """The truth scores best in both; one colour has no gradients."""
+    """The ground truth scores best in both; one colour has no gradients."""
     rng = np.random.default_rng(0)
     truth = cv2.resize(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), (64, 64))
     hole = np.zeros((64, 64), bool)
