@@ -50,8 +50,8 @@ def control_alone(weights: Mapping[str, Tensor], config: Mapping | None) -> tupl
         )
     if (latent := hint_latent_channels(weights, config)) > 0:
         return control, (
-            f"was trained with --hint_as_latent: its input has {latent} channels that other tools do not "
-            "give it"
+            f"was trained with --hint_as_latent or --coarse_fill: its input has {latent} channels that other "
+            "tools do not give it"
         )
     if (channels := control["input_hint_block.0.weight"].shape[1]) != 3:
         return control, (

@@ -25,9 +25,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import Dataset
 
 from cldm.cache import with_cached_latents
-from cldm.deblur import add_attention, add_hint_latent
+from cldm.deblur import add_attention
 from cldm.demo import MODELS, announce_demo, make_demo_start, pixels, show_demo
-from cldm.model import create_filled_model, load_state_dict, read_config
+from cldm.model import add_hint_latent, create_filled_model, load_state_dict, read_config
 from cldm.restore import Sampling, deblur_image
 from cldm.training import (
     StreamData,

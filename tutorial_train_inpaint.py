@@ -31,12 +31,16 @@ from cldm.demo import MODELS, announce_demo, make_demo_start, pixels, show_demo
 from cldm.inpaint import Inpainting, hole_scores, inpaint_image
 from cldm.model import (
     CONTROL,
+    FIRST,
+    HINT,
+    add_hint_latent,
     check_weights,
     create_filled_model,
     load_state_dict,
     read_config,
     read_control,
     widen_input,
+    with_hint,
 )
 from cldm.training import (
     StreamData,
@@ -60,7 +64,7 @@ from ldm.data.crop import ScaledCrop
 from ldm.data.image import photographs, read_image, side_by_side, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, MaskType
 from ldm.data.masks import check_masks, list_photographs
-from ldm.holes import METHODS, fill_classically
+from ldm.holes import METHODS, CoarseFill, fill_classically
 from tool_export_control import control_alone
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
@@ -92,6 +96,8 @@ class Settings:
     init_control: str = ""  # file of a ControlNet to start from, such as control_v11p_sd15_inpaint.pth
     # 4 adds the mask to the hint; other tools do not read that
     hint_channels: Annotated[int, Range(3, 4)] = 3
+    # fill each hole by this method first; the ControlNet also gets the mask and the filled image's latent
+    coarse_fill: CoarseFill = "none"
     sd_locked: bool = True  # freeze the UNet's decoder; to train it too, use learning_rate 2e-6
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
 
@@ -145,7 +151,6 @@ DEMO = {
     "val_ddim_steps": 10,
 }
 INCLUDED = MODELS / "small_inpaint.safetensors"  # trained weights, for comparison
-HINT = CONTROL + "input_hint_block.0.weight"  # may have a channel more or less
 RUN_VARIABLE = "CONTROLNET_INPAINTING_RUN"  # tells the other processes of a run its folder
 
 
@@ -186,7 +191,8 @@ def find_images(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpainti
         "size": settings.image_size,
         "seed": settings.seed,
         "prompt": settings.prompt,
-        "hint_channels": settings.hint_channels,
+        "hint_channels": hint_channels(settings),
+        "coarse_fill": settings.coarse_fill,
     }
     train = CocoInpaintingDataset(
         settings.image_dir,
@@ -234,11 +240,17 @@ def starting_weights(settings: Settings, resumes: bool) -> dict[str, torch.Tenso
         control = {name: value for name, value in control.items() if name.startswith(CONTROL)}
         if HINT not in control:
             raise ValueError(f"{settings.init_control} holds no ControlNet")
-        # the hint's channels may differ: `widen_input` adds the missing one
-        own = {name: value for name, value in weights.items() if name.startswith(CONTROL) and name != HINT}
-        check_weights({**own, HINT: control[HINT]}, control, settings.init_control)
+        # the numbers of input channels may differ: `widen_input` adds those that are missing
+        own = {name: value for name, value in weights.items() if name.startswith(CONTROL)}
+        inputs = {name: control.get(name, own[name]) for name in (HINT, CONTROL + FIRST)}
+        check_weights({**own, **inputs}, control, settings.init_control)
         weights = {**weights, **control}
-    return widen_input(weights, HINT, settings.hint_channels)
+    return widen_input(weights, HINT, hint_channels(settings))
+
+
+def hint_channels(settings: Settings) -> int:
+    """Number of the hint's channels: RGB, and the mask if it is asked for or holes are filled coarsely."""
+    return settings.hint_channels if settings.coarse_fill == "none" else 4
 
 
 def run_folder(settings: Settings) -> str:
@@ -329,7 +341,7 @@ def main(settings: Settings) -> None:
     settings = replace(settings, precision=begin(settings.precision, settings.seed, last))
     config = read_config(settings.config_path)
     config["target"] = "cldm.inpaint.InpaintControlNet"  # any configuration of the family will do
-    config["params"]["control_stage_config"]["params"]["hint_channels"] = settings.hint_channels
+    config = with_hint(config, hint_channels=hint_channels(settings))
 
     # Data: crops with a hole each, the same images held out in every run of a seed
     if settings.demo and settings.image_dir == DEMO["image_dir"]:
@@ -343,6 +355,8 @@ def main(settings: Settings) -> None:
     if settings.demo:
         make_demo_start(settings.resume_path, config)
     weights = starting_weights(settings, resumes=last.is_file())
+    if settings.coarse_fill != "none":
+        config, weights = add_hint_latent(config, weights)
     model = create_filled_model(config, weights, settings.resume_path)
     del weights  # up to 6 GB, mapped from the file
     model.sd_locked = settings.sd_locked
@@ -361,6 +375,7 @@ def main(settings: Settings) -> None:
             image_size=settings.image_size,
             batch_size=settings.batch_size,
             num_workers=settings.num_workers,
+            hints_stay=False,
         )
 
     # Optimizer: AdamW over the ControlNet (and the UNet's decoder), made by ControlLDM.configure_optimizers

@@ -33,8 +33,7 @@ from benchmarks.fake_cuda import Count, fake_tensors, is_fake, to_fake
 from benchmarks.head import wake
 from cldm.cache import drop_encoders
 from cldm.cldm import ControlLDM
-from cldm.deblur import add_hint_latent
-from cldm.model import read_config
+from cldm.model import add_hint_latent, read_config
 from cldm.training import choose_precision, prepare_model
 from harness.flags import lightning_precision
 from harness.settings import run_main
@@ -120,14 +119,13 @@ def control_model(settings: Any, device: str) -> ControlLDM:
     """What the deblurring or the inpainting script trains."""
     config = read_config(settings.config_path)
     config["target"] = "cldm.inpaint.InpaintControlNet"
-    if hasattr(settings, "deblur_loss_weight"):
+    if is_deblurring(settings):
         attention = "WithAttention" if settings.use_attention else ""
         config["target"] = f"cldm.deblur.DeblurControlNet{attention}"
         for name in ("deblur_loss_weight", "perceptual_loss_weight"):  # every step, which costs most
             config["params"][name] = getattr(settings, name)
-    channels = getattr(settings, "hint_channels", 3)
-    config["params"]["control_stage_config"]["params"]["hint_channels"] = channels
-    if getattr(settings, "hint_as_latent", False):
+    config["params"]["control_stage_config"]["params"]["hint_channels"] = hint_channels(settings)
+    if getattr(settings, "hint_as_latent", False) or getattr(settings, "coarse_fill", "none") != "none":
         config, _ = add_hint_latent(config, {})
     with torch.device("meta" if is_fake() else device):
         model = instantiate_from_config(config)
@@ -135,7 +133,8 @@ def control_model(settings: Any, device: str) -> ControlLDM:
     if config["params"].get("perceptual_loss_weight") and config["params"]["deblur_loss_weight"]:
         model.load_perceptual()
     if settings.cache_latents:
-        drop_encoders(model, None if getattr(settings, "captions_file", "") else {""})
+        prompts = None if getattr(settings, "captions_file", "") else {""}
+        drop_encoders(model, prompts, hints_stay=is_deblurring(settings))
     model.sd_locked, model.optimizer = settings.sd_locked, settings.optimizer
     model.learning_rate = settings.learning_rate
     clips = settings.max_grad_norm > 0
@@ -143,15 +142,24 @@ def control_model(settings: Any, device: str) -> ControlLDM:
     return model
 
 
+def is_deblurring(settings: Any) -> bool:
+    """True for the settings of the deblurring script, False for those of the inpainting script."""
+    return isinstance(settings, tutorial_train_deblur.Settings)
+
+
+def hint_channels(settings: Any) -> int:
+    return 3 if is_deblurring(settings) else tutorial_train_inpaint.hint_channels(settings)
+
+
 def control_batch(settings: Any, model: ControlLDM, device: str) -> dict:
     """What the loader gives."""
     b, side = settings.batch_size, settings.image_size
     channels = model.model.diffusion_model.out[-1].out_channels
-    sizes = {"jpg": (side, side, 3), "hint": (side, side, getattr(settings, "hint_channels", 3))}
+    sizes = {"jpg": (side, side, 3), "hint": (side, side, hint_channels(settings))}
     sizes |= dict.fromkeys(("noise_0", "noise_1"), (channels, side // 8, side // 8))
     if settings.cache_latents:
         sizes["moments"] = (2 * channels, side // 8, side // 8)
-    if settings.cache_latents and model.sees_hint_latent:
+    if settings.cache_latents and model.sees_hint_latent and is_deblurring(settings):
         sizes["hint_mean"] = (channels, side // 8, side // 8)
     tensors = {name: torch.randn(b, *size, device=device) for name, size in sizes.items()}
     timesteps = torch.linspace(0, 999, b, device=device).long()

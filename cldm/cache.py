@@ -47,12 +47,19 @@ class CachedLatents(Dataset):
 
 
 def cache_latents(
-    model: ControlLDM, dataset: Dataset, path: Path, about: Mapping, batch_size: int, num_workers: int
+    model: ControlLDM,
+    dataset: Dataset,
+    path: Path,
+    about: Mapping,
+    batch_size: int,
+    num_workers: int,
+    hints_stay: bool = True,
 ) -> CachedLatents:
     """Encode every item's image (`jpg`) into `path`, or take that file if it was made for the same `about`.
 
-    `about` lists all that the latents depend on: files with their sizes and times, crop, model. Items must
-    not change from epoch to epoch. Of several processes the first writes the file, the others wait for it.
+    `about` lists all that the latents depend on: files with their sizes and times, crop, model. Images must
+    not change from epoch to epoch. If `hints_stay` too and the model sees their latents, those are also
+    computed. Of several processes the first writes the file, the others wait for it.
     """
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     while rank_zero_only.rank and not _is_fresh(path, key):
@@ -60,7 +67,7 @@ def cache_latents(
     if not _is_fresh(path, key):
         path.parent.mkdir(parents=True, exist_ok=True)
         batches = make_loader(dataset, batch_size, num_workers)
-        write_atomically(path, lambda temporary: _fill(model, batches, temporary, key))
+        write_atomically(path, lambda temporary: _fill(model, batches, temporary, key, hints_stay))
     return CachedLatents(dataset, path)
 
 
@@ -73,7 +80,7 @@ def _is_fresh(path: Path, key: str) -> bool:
 
 
 @torch.no_grad()
-def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str) -> None:
+def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str, hints_stay: bool) -> None:
     device = choose_device()
     autoencoder = model.first_stage_model.to(device)
     with h5py.File(path, "w") as file:
@@ -81,7 +88,7 @@ def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str) -> None:
         for batch in tqdm(batches, desc="caching latents", dynamic_ncols=True):
             posterior = autoencoder.encode(image_of(batch, model.first_stage_key).to(device))
             latents = {"moments": torch.cat([posterior.mean, posterior.logvar], dim=1)}
-            if model.sees_hint_latent:
+            if model.sees_hint_latent and hints_stay:
                 hint = model.hint_of(batch)[:, :3].to(device) * 2 - 1
                 latents["hint_mean"] = autoencoder.encode(hint).mode()
             for name, values in latents.items():
@@ -92,12 +99,14 @@ def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str) -> None:
         file.attrs["key"] = key
 
 
-def drop_encoders(model: ControlLDM, prompts: set[str] | None) -> None:
+def drop_encoders(model: ControlLDM, prompts: set[str] | None, hints_stay: bool = True) -> None:
     """Free the autoencoder's encoder, and the text tower once it has embedded `prompts`.
 
-    The text tower stays if `prompts` is None: there are more than can be remembered.
+    The text tower stays if `prompts` is None: there are more than can be remembered. The encoder stays if the
+    model sees the latents of hints that change.
     """
-    model.first_stage_model.encoder, model.first_stage_model.quant_conv = None, None
+    if hints_stay or not model.sees_hint_latent:
+        model.first_stage_model.encoder, model.first_stage_model.quant_conv = None, None
     if prompts is not None:
         model.get_learned_conditioning(sorted(prompts))
         model.cond_stage_model = None
@@ -113,13 +122,15 @@ def with_cached_latents(
     image_size: int,
     batch_size: int,
     num_workers: int,
+    hints_stay: bool = True,
 ) -> list[CachedLatents | None]:
     """Datasets by name (or None), made from `files`, with their latents from caches in `folder`.
 
     `base` is the file of the model's weights. Its encoders are freed afterwards (see `drop_encoders`).
+    `hints_stay` is False if an item's hint is another in each epoch.
     """
     about = {"files": [stamp(path) for path in files], "size": image_size, "model": stamp(base)[1:]}
-    if model.sees_hint_latent:
+    if model.sees_hint_latent and hints_stay:
         about["hint"] = "mean"
     cached: list[CachedLatents | None] = []
     for name, dataset in datasets.items():
@@ -127,8 +138,8 @@ def with_cached_latents(
         if dataset is None:
             cached.append(None)
         else:
-            cached.append(cache_latents(model, dataset, path, key, batch_size, num_workers))
-    drop_encoders(model, prompts)
+            cached.append(cache_latents(model, dataset, path, key, batch_size, num_workers, hints_stay))
+    drop_encoders(model, prompts, hints_stay)
     return cached
 
 

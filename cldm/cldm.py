@@ -113,7 +113,8 @@ class ControlLDM(LatentDiffusion):
         self.control_key = control_key
         self.only_mid_control = only_mid_control
         self.control_scales: Sequence[float] | None = None
-        self.prompt = ""  # training prompt of a model that open_control_model opened
+        # of a model that open_control_model opened: the training prompt, and how holes of hints were filled
+        self.prompt, self.coarse_fill = "", "none"
         self.strict_loading = False  # our checkpoints leave out the frozen weights
 
         # training; the script sets these

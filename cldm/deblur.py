@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cldm.cldm import ControlLDM, ControlNet
-from cldm.model import CONTROL, FIRST, widen_input, with_hint_latent
+from cldm.model import CONTROL
 from ldm.data.image import to_uint8
 from ldm.data.stream import item_generator
 from ldm.metrics import psnr
@@ -184,14 +184,3 @@ def add_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     channels = len(weights[CONTROL + "zero_convs.0.0.weight"])
     fresh = ChannelSpatialAttention(channels).state_dict()
     return {**{f"{CONTROL}hint_attention.{name}": value for name, value in fresh.items()}, **weights}
-
-
-def add_hint_latent(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """Configuration and state dict of a ControlLDM whose ControlNet also takes the hint's latent, beside x.
-
-    The new channels start at weight zero: it is still the same function.
-    """
-    params = config["params"]
-    channels = params["first_stage_config"]["params"]["embed_dim"]
-    own = params["control_stage_config"]["params"]["in_channels"]
-    return with_hint_latent(config, channels), widen_input(weights, CONTROL + FIRST, own + channels)

@@ -212,6 +212,7 @@ def fill(
 ) -> np.ndarray:
     """What the model makes of uint8 (h, w, 3) with a hole (h, w): a whole image of the same size.
 
+    A model trained with a coarse fill sees the hole filled so, and starts there with strength below 1.
     The latents of what is known are put back at every step; a cell is known if no pixel of it is in the hole.
     """
     if hole.all():
@@ -223,7 +224,12 @@ def fill(
     height, width = (int(side * factor + 1e-6) for side in size)
     scaled = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
     scaled_hole = cv2.resize(hole, (width, height), interpolation=cv2.INTER_NEAREST)
-    known = scaled if options.strength < 1 else fill_smoothly(scaled.astype(np.float32), scaled_hole)
+    is_filled = model.coarse_fill != "none"
+    if is_filled:
+        scaled = fill_classically(scaled, scaled_hole, model.coarse_fill)
+    known = scaled
+    if options.strength == 1 and not is_filled:
+        known = fill_smoothly(scaled.astype(np.float32), scaled_hole)
 
     def on_device(image: np.ndarray) -> Tensor:
         return pad_to_multiple(to_tensor(image)[None], MULTIPLE).to(model.device)
@@ -232,7 +238,8 @@ def fill(
     mask = pad_to_multiple(torch.from_numpy(scaled_hole)[None, None].float(), MULTIPLE).to(model.device)
     keep = 1 - F.max_pool2d(mask, 8)
     start = model.encode_first_stage(on_device(known)).mode().float() * model.scale_factor
-    hint = make_hint(on_device(scaled), mask, model.control_model.input_hint_block[0].in_channels)
+    channels = model.control_model.input_hint_block[0].in_channels
+    hint = make_hint(on_device(scaled), mask, channels, is_filled)
     more = {"x0": start, "mask": keep, "generator": options.generator()}
     latents = options.sample(model, {"c_concat": [hint]}, progress, **more)
     result = model.decode_first_stage(keep * start + (1 - keep) * latents)

@@ -13,6 +13,7 @@ from ldm.util import instantiate_from_config, listing, read_yaml
 
 UNET, CONTROL = "model.diffusion_model.", "control_model."
 FIRST = "input_blocks.0.0.weight"  # first convolution of UNet and ControlNet
+HINT = CONTROL + "input_hint_block.0.weight"  # first convolution of the hint
 SD1, SD2, SMALL = "Stable Diffusion 1", "Stable Diffusion 2", "the included small model"
 FAMILIES = {768: SD1, 1024: SD2, 2048: "Stable Diffusion XL", 16: SMALL}  # by context_dim
 CONFIGS = {SD1: "cldm_v15.yaml", SD2: "cldm_v21.yaml", SMALL: "small_diffusion.yaml"}
@@ -178,7 +179,7 @@ def fresh_weights(config: Mapping) -> dict[str, Tensor]:
     return {**fresh, **{CONTROL + name: value for name, value in control.items()}}
 
 
-# ---- the hint's latent as a further input of the ControlNet ------------------------------------------------
+# ---- the channels of a ControlNet's hint -------------------------------------------------------------------
 
 
 def hint_latent_channels(weights: Mapping[str, Tensor], config: Mapping | None = None) -> int:
@@ -193,12 +194,24 @@ def hint_latent_channels(weights: Mapping[str, Tensor], config: Mapping | None =
     return weights[CONTROL + FIRST].shape[1] - weights[UNET + FIRST].shape[1]
 
 
-def with_hint_latent(config: Mapping, channels: int) -> dict:
-    """Configuration of a ControlLDM whose ControlNet takes so many channels of the hint's latent."""
+def with_hint(config: Mapping, **channels: int) -> dict:
+    """Configuration with other `hint_channels` or `hint_latent_channels` of the ControlNet."""
     params = config["params"]
     stage = params["control_stage_config"]
-    stage = {**stage, "params": {**stage["params"], "hint_latent_channels": channels}}
+    stage = {**stage, "params": {**stage["params"], **channels}}
     return {**config, "params": {**params, "control_stage_config": stage}}
+
+
+def add_hint_latent(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and state dict of a ControlLDM whose ControlNet also takes the hint's latent, beside x.
+
+    The new channels start at weight zero: it is still the same function.
+    """
+    params = config["params"]
+    channels = params["first_stage_config"]["params"]["embed_dim"]
+    own = params["control_stage_config"]["params"]["in_channels"]
+    config = with_hint(config, hint_latent_channels=channels)
+    return config, widen_input(weights, CONTROL + FIRST, own + channels)
 
 
 # ---- trained ControlNets -----------------------------------------------------------------------------------
@@ -263,8 +276,9 @@ def open_control_model(
         weights, path = {**base, **weights}, f"{path} on {base_path}"
     if config_path is not None or config is None:
         config = read_config(config_path or config_for(weights, path))
-        if (channels := hint_latent_channels(weights)) > 0:
-            config = with_hint_latent(config, channels)
+        channels = {"hint_channels": weights[HINT].shape[1]}
+        config = with_hint(config, **channels, hint_latent_channels=hint_latent_channels(weights))
     model = create_filled_model(config, weights, path).eval()
     model.prompt = content["settings"].get("prompt", "")
+    model.coarse_fill = content["settings"].get("coarse_fill", "none")
     return model

@@ -9,6 +9,7 @@ the root of its deviation, written exactly into the layers of an AutoencoderKL. 
 to undo it; meanwhile the UNet and the transformer can be trained on its latents. The same command resumes.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -31,11 +32,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel
 
-from cldm.model import read_config
+from cldm.model import check_weights, read_config
 from harness import flags
 from harness.run import Run, average_gradients, start_fabric
 from harness.settings import check_ranges, plain, run_main
-from ldm.checkpoint import MODELS, read_trained, write_atomically, write_half, write_weights
+from ldm.checkpoint import MODELS, read_trained, read_weights, write_atomically, write_half, write_weights
 from ldm.data.crop import at_least, sharpness
 from ldm.data.dead_leaves import dead_leaves
 from ldm.data.image import list_images, photographs, read_image, to_tensor, to_uint8, write_image
@@ -71,6 +72,8 @@ class Settings:
     blurred: flags.Fraction = 0.2  # fraction of the photographs that are blurred, with a caption that says so
 
     # ---- training
+    # small_diffusion.safetensors to continue from: its autoencoder is kept, its UNet is trained further
+    init_weights: Path | None = None
     batch_size: flags.Count = 16  # batch size of each device
     autoencoder_steps: flags.Count = 6000  # number of steps of the decoder, on crops of 64 pixels
     unet_steps: flags.Count = 12000  # number of steps of the UNet
@@ -333,26 +336,50 @@ def base_model() -> LatentDiffusion:
     return LatentDiffusion(**{name: params[name] for name in names.split()})
 
 
-def with_encoder(model: LatentDiffusion, pieces: np.ndarray) -> LatentDiffusion:
-    """Compute the encoder of the model from the images; return the model."""
-    start_linear(model.first_stage_model.decoder)
-    compute_encoder(model.first_stage_model, torch.stack([to_tensor(p) for p in pieces[::4]]))
+def start_model(settings: Settings, pieces: np.ndarray) -> LatentDiffusion:
+    """The model of `init_weights`, or a new one whose encoder is computed from the images.
+
+    Raises ValueError if the weights do not fit models/small_diffusion.yaml.
+    """
+    model = base_model()
+    if settings.init_weights:
+        load_base(model, settings.init_weights)
+    else:
+        start_linear(model.first_stage_model.decoder)
+        compute_encoder(model.first_stage_model, torch.stack([to_tensor(p) for p in pieces[::4]]))
     return model
+
+
+def load_base(model: LatentDiffusion, path: Path) -> None:
+    weights = read_weights(path)
+    check_weights(model.state_dict(), weights, path)
+    model.load_state_dict(weights, strict=False)
 
 
 @torch.no_grad()
 def encode_all(model: LatentDiffusion, pieces: np.ndarray) -> Tensor:
     """Scaled latents (n, 32, 16, 16) of all images in half precision."""
-    parts = [
-        model.scale_factor
-        * model.encode_first_stage(torch.stack([to_tensor(p) for p in pieces[i : i + 64]])).mode()
-        for i in tqdm(range(0, len(pieces), 64), "encoding")
-    ]
-    return torch.cat(parts).half()
+    parts = []
+    for start in tqdm(range(0, len(pieces), 64), "encoding"):
+        images = torch.stack([to_tensor(image) for image in pieces[start : start + 64]])
+        latents = model.scale_factor * model.encode_first_stage(images).mode()
+        parts.append(latents.half())
+    return torch.cat(parts)
+
+
+def cached_latents(model: LatentDiffusion, pieces: np.ndarray, folder: Path) -> Tensor:
+    """Latents of all images by `encode_all`, computed once for an encoder and kept in `folder`."""
+    key = hashlib.sha256((folder / "pieces.json").read_bytes())
+    for value in model.first_stage_model.encoder.state_dict().values():
+        key.update(value.numpy().tobytes())
+    path = folder / f"latents_{key.hexdigest()[:16]}.pt"
+    if not path.is_file():
+        write_atomically(path, lambda temporary: torch.save(encode_all(model, pieces), temporary))
+    return torch.load(path, weights_only=True)
 
 
 def train_autoencoder(fabric: Fabric, settings: Settings, pieces: np.ndarray, _: np.ndarray) -> None:
-    autoencoder = with_encoder(base_model(), pieces).first_stage_model
+    autoencoder = start_model(settings, pieces).first_stage_model
     autoencoder.decoder.requires_grad_(True)
     held_out = held_out_squares()
     stage = Stage(fabric, settings, "autoencoder", autoencoder, settings.autoencoder_steps)
@@ -366,8 +393,10 @@ def train_autoencoder(fabric: Fabric, settings: Settings, pieces: np.ndarray, _:
 
 
 def train_unet(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions: np.ndarray) -> None:
-    model = with_encoder(base_model(), pieces)
-    data = Latents(encode_all(model, pieces), captions)
+    model = start_model(settings, pieces)
+    with fabric.rank_zero_first():
+        latents = cached_latents(model, pieces, settings.output_dir)
+    data = Latents(latents, captions)
     embeddings = model.get_learned_conditioning(CAPTIONS).to(fabric.device)  # (captions, 77, 16)
     model.to(fabric.device)
     stage = Stage(fabric, settings, "unet", model.model, settings.unet_steps)
@@ -384,9 +413,11 @@ def train_unet(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions:
 def train_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions: np.ndarray) -> None:
     """Flow matching with a control image: half of the time the target itself, with the prompt to keep it,
     else another image, with the prompt to make a new one."""
-    model = with_encoder(base_model(), pieces)
+    model = start_model(settings, pieces)
     sharp = captions < 3  # no blurred ones
-    data = Latents(encode_all(model, pieces[sharp]), captions[sharp])
+    with fabric.rank_zero_first():
+        latents = cached_latents(model, pieces, settings.output_dir)
+    data = Latents(latents[torch.from_numpy(sharp)], captions[sharp])
     folder = settings.output_dir / "small_kontext"
     write_text_encoders(folder, model.cond_stage_model)
     prompts = [encode_prompt(folder, prompt, "cpu") for prompt in (KEEP, OTHER)]
@@ -446,13 +477,16 @@ def export(settings: Settings) -> None:
         if checkpoint.is_file():
             trained[name], content = read_trained(checkpoint)
             print(f"{name}: step {content['step']}")
-        elif name != "flux":
+        elif name != "flux" and settings.init_weights is None:
             raise FileNotFoundError(
                 f"{checkpoint} is missing: train it first (python -m extras.train_small_base {name})"
             )
     model = base_model()
-    model.first_stage_model.load_state_dict(trained["autoencoder"])
-    model.model.load_state_dict(trained["unet"])
+    if settings.init_weights:
+        load_base(model, settings.init_weights)
+    for name, network in (("autoencoder", model.first_stage_model), ("unet", model.model)):
+        if name in trained:
+            network.load_state_dict(trained[name])
     held_out = held_out_squares()
     scores = {"autoencoder_psnr": round(mean_psnr(model.first_stage_model, held_out), 2)}
     about = {"command": "python -m extras.train_small_base all", **plain(settings), **scores}
@@ -466,7 +500,8 @@ def export(settings: Settings) -> None:
         flux.load_state_dict(trained["flux"])
         sizes = read_config(CONFIG)["params"]["first_stage_config"]["params"]["ddconfig"]
         autoencoder = FluxAutoencoder(sizes)
-        own = {k: v for k, v in trained["autoencoder"].items() if not k.startswith(("quant", "post_quant"))}
+        weights = model.first_stage_model.state_dict()
+        own = {k: v for k, v in weights.items() if not k.startswith(("quant", "post_quant"))}
         autoencoder.load_state_dict(own)
         folder = settings.models / "small_kontext"
         folder.mkdir(parents=True, exist_ok=True)
@@ -514,7 +549,8 @@ def main(settings: Settings) -> None:
     if settings.stage != "export":
         fabric = start_fabric(settings.devices, settings.precision, settings.seed)
         settings.output_dir.mkdir(parents=True, exist_ok=True)
-        pieces, captions = make_pieces(settings, settings.output_dir)
+        with fabric.rank_zero_first():  # the others read what the first process has written
+            pieces, captions = make_pieces(settings, settings.output_dir)
         for name in TRAINERS if settings.stage == "all" else [settings.stage]:
             TRAINERS[name](fabric, settings, pieces, captions)
     if settings.stage in ("all", "export"):

@@ -1,10 +1,13 @@
 """Fill holes without a model: methods for scratches, and what a model is compared with."""
 
+from typing import Literal
+
 import cv2
 import numpy as np
 
 from ldm.tiling import fill_smoothly
 
+CoarseFill = Literal["none", "telea", "biharmonic"]
 RADIUS = 5  # pixels around a pixel that Telea's method looks at
 
 

@@ -26,10 +26,9 @@ from cldm.deblur import (
     ChannelSpatialAttention,
     DeblurControlNet,
     add_attention,
-    add_hint_latent,
     gradient_l1,
 )
-from cldm.model import create_model, open_control_model, read_config
+from cldm.model import add_hint_latent, create_model, open_control_model, read_config
 from cldm.restore import Sampling, deblur_image
 from cldm.training import choose_precision, prepare_model, rate_schedule
 from ldm import checkpoint

@@ -33,21 +33,11 @@ from ldm.modules.fp8 import Fp8Linear
 from tests.fill import draw, fill, relative_error
 from tests.test_flux import diffusers_flux, diffusers_output, full_output, tiny_flux, tiny_inputs
 from tests.test_kontext import PEAK
+from tests.tiny_flux import VAE
 from train_kontext_lora import Settings, load_models
 
 diffusers = pytest.importorskip("diffusers")
 CONDITIONS = torch.tensor([0.25, 0.9]), torch.tensor([1.0, 3.5])
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (32, 64, 64, 96),
-    "layers_per_block": 1,
-    "latent_channels": 16,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 
 
 @pytest.fixture(scope="module")

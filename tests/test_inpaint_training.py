@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -14,10 +15,11 @@ from torch.utils.data import default_collate
 
 import tool_make_mask
 import tutorial_train_inpaint
-from cldm.inpaint import InpaintControlNet
+from cldm.inpaint import InpaintControlNet, Inpainting, inpaint_image
 from cldm.model import create_model, open_control_model
 from ldm import checkpoint
 from ldm.data.image import read_image, to_uint8, write_image
+from ldm.holes import fill_classically
 from ldm.util import log_txt_as_img
 from tests.fill import fill
 from tests.test_deblur import same, tile
@@ -237,6 +239,53 @@ def test_cached_latents_train_as_fresh_ones_do(settings, place, captions):
         assert values[0] and values[0] == pytest.approx(values[1], rel=2e-2)
     with pytest.raises(ValueError, match="--no_use_augmentation"):
         main(replace(cached, use_augmentation=True, output_dir=settings.output_dir + "d"))
+
+
+def test_a_coarse_fill_is_trained_cached_kept_and_used(settings, tmp_path):
+    """The ControlNet gets the hole filled by Telea's method, the mask, and the latent of both."""
+    settings = replace(settings, coarse_fill="telea", use_augmentation=False, val_steps=1)
+    train, _ = find_images(settings)
+    item = train[0]
+    hole = item["mask"][..., 0].numpy() > 0
+    filled = fill_classically(to_uint8(item["jpg"].permute(2, 0, 1)), hole, "telea")
+    assert np.array_equal(to_uint8(item["hint"].permute(2, 0, 1)[:3] * 2 - 1), filled)
+    assert np.array_equal(item["hint"][..., 3], hole)
+
+    main(replace(settings, max_steps=1))
+    main(settings)  # resumed
+    cached = replace(settings, cache_latents=True, output_dir=str(tmp_path / "cached"))
+    main(cached)
+    with h5py.File(tmp_path / "cached" / "cache" / "train_latents.h5") as file:
+        assert set(file) == {"moments"}  # the holes of an image change in training, and so do hints
+    losses = [
+        [float(row["val/loss"]) for row in rows(each) if row["val/loss"]] for each in (settings, cached)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    weights = last(settings)["state_dict"]
+    assert weights["control_model.input_blocks.0.0.weight"].shape[1] == 32  # 16 latent channels, twice
+    folder = Path(settings.output_dir)
+    assert not (folder / "final_model" / "controlnet.safetensors").exists()
+
+    # the checkpoint, and the same weights as a file to share
+    model = open_control_model(folder / "final_model" / "model.ckpt")
+    whole = {**checkpoint.read_weights(settings.resume_path), **model.state_dict()}
+    shared = tmp_path / "shared.safetensors"
+    checkpoint.write_half(shared, whole, checkpoint.load(folder / "checkpoints" / "last.ckpt")["settings"])
+    opened = open_control_model(shared, config_path=CONFIG)
+    assert model.coarse_fill == opened.coarse_fill == "telea"
+    image, options = to_uint8(item["jpg"].permute(2, 0, 1)), Inpainting(steps=2, mask_blur=0)
+    restored = [inpaint_image(each, image, hole, options) for each in (model, opened)]
+    assert np.abs(restored[0].astype(int) - restored[1]).max() <= 3  # half precision
+    other = np.where(hole[..., None], 255 - image, image)
+    assert np.array_equal(inpaint_image(model, other, hole, options), restored[0])
+    inpaint_image(model, image, np.ones((64, 64)), replace(options, strength=0.5))  # a hole everywhere
+
+    # a run that starts from its ControlNet
+    again = replace(settings, output_dir=str(tmp_path / "again"), init_control=str(shared), max_steps=1)
+    main(again)
+    ours, theirs = last(again)["state_dict"], checkpoint.read_weights(shared)
+    name = "control_model.input_blocks.0.0.weight"
+    assert (ours[name] - theirs[name]).abs().max() < 1e-3
 
 
 def test_any_configuration_of_the_family_is_validated(settings, tmp_path):

@@ -21,6 +21,7 @@ from extras.train_small_base import (
     main,
     piece,
 )
+from ldm.checkpoint import write_weights
 from ldm.data.image import photographs, to_tensor, write_image
 from ldm.models.kontext import load_autoencoder, load_restorer
 
@@ -107,6 +108,24 @@ def test_both_layouts_hold_the_same_autoencoder(trained, pictures):
     latents = model.scale_factor * model.encode_first_stage(pictures[:2]).mode()
     assert torch.allclose(latents, flux.encode(pictures[:2]), atol=1e-4)
     assert torch.allclose(model.decode_first_stage(latents), flux.decode(latents), atol=1e-4)
+
+
+def test_training_continues_from_weights_and_keeps_their_autoencoder(trained, tmp_path):
+    old = trained.models / "small_diffusion.safetensors"
+    settings = replace(trained, stage="unet", init_weights=old, output_dir=tmp_path / "run", models=tmp_path)
+    main(settings)
+    main(replace(settings, stage="export"))
+    weights = [load_state_dict(folder / old.name) for folder in (trained.models, tmp_path)]
+    changed = {name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])}
+    assert changed and all(name.startswith("model.diffusion_model.") for name in changed)
+    latents = list((tmp_path / "run").glob("latents_*.pt"))
+    written = latents[0].stat().st_mtime_ns
+    main(replace(settings, unet_steps=3))
+    assert len(latents) == 1 and latents[0].stat().st_mtime_ns == written  # not computed again
+    name = "model.diffusion_model.out.2.bias"
+    write_weights(tmp_path / "torn.safetensors", {**weights[0], name: torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"torn.safetensors does not fit this model: .*out.2.bias"):
+        main(replace(settings, init_weights=tmp_path / "torn.safetensors", output_dir=tmp_path / "b"))
 
 
 def test_a_stage_resumes(trained, capsys):

@@ -11,6 +11,19 @@ from ldm.models.kontext import AUTOENCODER, TRANSFORMER, FluxAutoencoder, save_f
 from ldm.models.prompts import prompt_file
 from ldm.modules.flux import Flux, FluxParams
 
+# Arguments of diffusers' AutoencoderKL: FLUX's, with few channels.
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (32, 64, 64, 96),
+    "layers_per_block": 1,
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
 
 def write_tiny_folder(folder: str | Path, run: Path, prompt: str, seed: int = 0, channels: int = 16) -> None:
     """Write a transformer and an autoencoder of random weights and toy sizes.

@@ -18,20 +18,24 @@ from ldm.data.crop import ScaledCrop
 from ldm.data.image import read_image, to_tensor
 from ldm.data.masks import MaskFolder, list_photographs, read_hole, same_shape
 from ldm.data.stream import Key, item_generator, item_seed, split_key
+from ldm.holes import CoarseFill, fill_classically
 from ldm.modules.image_degradation.masks import fit_area, pixel_limits, random_mask
 
 MaskType = Literal["rectangle", "irregular", "mixed", "object", "folder"]
 USABLE = 0.25  # an object this much smaller than the smallest hole is not grown into one
 
 
-def make_hint(image: Tensor, mask: Tensor, channels: int = 3) -> Tensor:
+def make_hint(image: Tensor, mask: Tensor, channels: int = 3, is_filled: bool = False) -> Tensor:
     """Make the input of an inpainting ControlNet: RGB in [0, 1] with -1 in the hole; with 4 `channels` the
     mask is the fourth. It is the convention of control_v11p_sd15_inpaint.
 
     image (..., 3, h, w) in [-1, 1] and mask (..., 1, h, w), a hole where above 0.5 -> (..., channels, h, w).
+    The hole of an image that `is_filled`, coarsely and by another method, is kept.
     """
     hole = mask > 0.5
-    hint = torch.where(hole, -1.0, (image + 1) / 2)
+    hint = (image + 1) / 2
+    if not is_filled:
+        hint = torch.where(hole, -1.0, hint)
     return torch.cat([hint, hole.to(hint)], dim=-3) if channels == 4 else hint
 
 
@@ -48,6 +52,7 @@ class CocoInpaintingDataset(Dataset):
     from `mask_dir` (white is the hole): the image's own (see MaskFolder), else any. All holes cover
     `mask_ratio` of the crop: shapes of other sizes are grown or shrunk. A prompt is one of the image's
     captions in `captions_file`, or NAME.txt beside it, or `prompt`; the fraction `prompt_dropout` is empty.
+    `coarse_fill` is a method of ldm.holes that fills the hole of the hint, instead of -1.
     `paths` are images in `image_dir` to use instead of all.
 
     Raises FileNotFoundError or ValueError that names what is missing or wrong.
@@ -67,9 +72,10 @@ class CocoInpaintingDataset(Dataset):
         prompt: str = "",
         prompt_dropout: float = 0.5,
         hint_channels: int = 3,
+        coarse_fill: CoarseFill = "none",
         paths: Sequence[Path] | None = None,
     ):
-        self.size, self.seed, self.augment = size, seed, augment
+        self.size, self.seed, self.augment, self.coarse_fill = size, seed, augment, coarse_fill
         self.mask_ratio, self.hint_channels = tuple(mask_ratio), hint_channels
         self.prompt, self.prompt_dropout = prompt, prompt_dropout
         self.mask_type = mask_type or ("object" if ann_file else "folder" if mask_dir else "mixed")
@@ -125,11 +131,16 @@ class CocoInpaintingDataset(Dataset):
         path = os.fsdecode(self.paths[index])
         image = read_image(path)
         crop = ScaledCrop.fit(image.shape, self.size, rng if self.augment else None)
-        image = to_tensor(crop.cut(image))
-        mask = torch.from_numpy(self._mask(index, crop, rng))[None].float()
-        hint = make_hint(image, mask, self.hint_channels)
+        image = crop.cut(image)
+        hole = self._mask(index, crop, rng)
+        mask = torch.from_numpy(hole)[None].float()
+        if self.coarse_fill == "none":
+            hint = make_hint(to_tensor(image), mask, self.hint_channels)
+        else:
+            filled = to_tensor(fill_classically(image, hole, self.coarse_fill))
+            hint = make_hint(filled, mask, self.hint_channels, is_filled=True)
         return {
-            "jpg": image.permute(1, 2, 0),
+            "jpg": to_tensor(image).permute(1, 2, 0),
             "txt": self._prompt(index, path, seed),
             "hint": hint.permute(1, 2, 0),
             "mask": mask.permute(1, 2, 0),

@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from spandrel.architectures.Compact import Compact
 from transformers import T5EncoderModel
 
 from cldm.demo import make_demo_start
@@ -15,7 +18,10 @@ from cldm.model import read_config
 from ldm import checkpoint
 from ldm.data.coco import CocoRecords
 from ldm.data.image import write_image
+from ldm.models.diffusers_folder import INDEX
+from ldm.models.kontext import TRANSFORMER, load_flux
 from ldm.models.prompts import prompt_file
+from ldm.modules.nafnet import NAFNet
 from tests.faults.damage import (
     ANY,
     CAPTION,
@@ -39,6 +45,8 @@ from tests.faults.tiny_runs import (
     run,
     script,
 )
+from tests.test_flux import diffusers_flux
+from tests.tiny_flux import VAE
 
 SMALL_BASE = {"config_path": ROOT / "models" / "small_diffusion.yaml", "max_steps": 1, "val_steps": 1}
 SMALL_KONTEXT = ROOT / "models" / "small_kontext"
@@ -116,6 +124,12 @@ def _make_more(place: Path) -> None:
     text_encoder = T5EncoderModel.from_pretrained(place / "sharded" / "text_encoder_2")
     (place / "sharded" / "text_encoder_2" / "model.safetensors").unlink()
     text_encoder.save_pretrained(place / "sharded" / "text_encoder_2", max_shard_size="8KB")
+    diffusers_flux(load_flux(place / "flux" / TRANSFORMER, dtype=torch.float32)).save_pretrained(
+        place / "diffusers" / "transformer", max_shard_size="300KB"
+    )
+    AutoencoderKL(**VAE).save_pretrained(place / "diffusers" / "vae")
+    checkpoint.save(place / "x2.pth", {"params_ema": Compact(num_feat=8, num_conv=2, upscale=2).state_dict()})
+    checkpoint.save(place / "nafnet.pth", {"params": NAFNet(8, (1, 1, 1, 1), 2, (1, 1, 1, 1)).state_dict()})
 
 
 def short(name: str, place: Path, output: Path, **changes: object) -> list[str]:
@@ -201,8 +215,8 @@ WEIGHTS_OF = {
 }
 
 
-def restoring(name: str, victim: str, weights: str = "") -> Build:
-    """infer.py on one picture; `victim` is "picture", "mask", "weights" or a file of the model folder."""
+def restoring(name: str, victim: str, weights: str = "", model: str = "flux") -> Build:
+    """infer.py on one picture; `victim` is "picture", "mask", "weights" or a file of the folder `model`."""
 
     def build(folder: Path, place: Path) -> Case:
         source = place / (weights or WEIGHTS_OF[name])
@@ -220,10 +234,42 @@ def restoring(name: str, victim: str, weights: str = "") -> Build:
             arguments += ["--input_mask", files["mask"], "--resolution", 64]
         if name == "kontext":
             copied(place / PROMPT_FILE, folder / PROMPT_FILE)
-            arguments += ["--pretrained_model_name_or_path", copied(place / "flux", folder / "flux")]
+            arguments += ["--pretrained_model_name_or_path", copied(place / model, folder / model)]
         averaged = victim == "weights" and source.suffix == ".ckpt"
         path = files[victim] if victim in files else folder / victim
         return Case(arguments, path, ignores=IN_EMA if averaged else ())
+
+    return build
+
+
+def filled_classically(victim: str) -> Build:
+    """infer.py inpaint without a model, on a folder of pictures and one of masks."""
+
+    def build(folder: Path, place: Path) -> Case:
+        photo = copied(place / "photos" / "001.png", folder / "photo.png")
+        mask = copied(place / "masks" / "001.png", folder / "mask.png")
+        arguments = ["infer.py", "inpaint", "--method", "telea", "--input", photo, "--input_mask", mask]
+        return Case([*arguments, "--output_dir", folder / "out"], folder / victim)
+
+    return build
+
+
+def cleaned_first(folder: Path, place: Path) -> Case:
+    """infer.py deblur whose --cleaner is damaged."""
+    photo = copied(place / "photos" / "001.png", folder / "photo.png")
+    cleaner = copied(place / "nafnet.pth", folder / "nafnet.pth")
+    arguments = ["infer.py", "deblur", "--input", photo, "--output_dir", folder / "out", "--cleaner", cleaner]
+    arguments += ["--checkpoint_path", place / WEIGHTS_OF["deblur"], "--num_inference_steps", 1]
+    return Case(arguments, cleaner)
+
+
+def pairs_checked(side: str) -> Build:
+    """tool_check_pairs.py: a file that cannot be read is one of its findings."""
+
+    def build(folder: Path, place: Path) -> Case:
+        pairs = copied(place / "gopro", folder / "gopro")
+        arguments = ["tool_check_pairs.py", "--data", pairs, "--output_dir", folder / "out"]
+        return Case(arguments, pairs / "GOPR1" / side / "000001.png", skips="cannot be read")
 
     return build
 
@@ -339,6 +385,15 @@ CAPTIONED = {"captions": True, "instance_prompt": "mend", "pretrained_model_name
 WEIGHTS_MAY = {"either": [*WEIGHTS["bad"], *WEIGHTS["either"]]}  # without encoders none can be made anew
 CONTROL = "runs/inpaint/final_model/controlnet.safetensors"
 CACHE = {"bad": ANY["bad"]}
+PAIR = "GOPR1/blur/000001.png"
+TWO_PICTURES = ("photo.png", "mask.png")
+DIFFUSERS = {
+    "diffusers/transformer/config.json": JSON,
+    f"diffusers/transformer/{INDEX}": JSON,
+    "diffusers/transformer/diffusion_pytorch_model-00001-of-00004.safetensors": WEIGHTS,
+    "diffusers/vae/config.json": JSON,
+    "diffusers/vae/diffusion_pytorch_model.safetensors": WEIGHTS,
+}
 TEXT_ENCODERS = {
     "text_encoder/config.json": JSON,
     "text_encoder/model.safetensors": WEIGHTS,
@@ -436,4 +491,19 @@ SLOTS = [
     ),
     *(Slot(f"export_onnx {name}", WEIGHTS, onnx_exported(name)) for name in ("srn", "dbgan")),
     Slot("tool_export_control --half", WEIGHTS, halved),
+    Slot("infer network picture", PICTURE, restoring("network", "picture", "x2.pth")),
+    Slot("infer network weights", WEIGHTS, restoring("network", "weights", "x2.pth")),
+    Slot("infer network NAFNet", WEIGHTS, restoring("network", "weights", "nafnet.pth")),
+    Slot("infer deblur --cleaner", WEIGHTS, cleaned_first),
+    *(
+        Slot(f"infer kontext diffusers {name}", kind, restoring("kontext", name, model="diffusers"))
+        for name, kind in DIFFUSERS.items()
+    ),
+    *(Slot(f"infer inpaint telea {name}", PICTURE, filled_classically(name)) for name in TWO_PICTURES),
+    *(Slot(f"tool_check_pairs {side}", PICTURE, pairs_checked(side)) for side in ("blur", "sharp")),
+    *(
+        Slot(f"{name} --pairs", PICTURE, training(name, "pairs", "gopro", PAIR, stage, sharp_dir="@photos"))
+        for name, stage in (("srn", ""), ("dbgan", "deblur"))
+    ),
+    Slot("base --init_weights", WEIGHTS, training("base", "init_weights", "small.safetensors", "", "unet")),
 ]
