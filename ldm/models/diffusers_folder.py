@@ -121,7 +121,7 @@ def read_folder(folder: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
 
 def read_sizes(folder: Path, kind: str) -> dict[str, Any]:
     """The config.json of a network. Raises ValueError if it is damaged or not of diffusers' class `kind`."""
-    with naming(folder):
+    with naming(folder / "config.json"):
         config = read_config(folder)
     if config.get("_class_name") != kind:
         raise ValueError(f"{folder / 'config.json'} is of {config.get('_class_name')}, not of {kind}")

@@ -89,7 +89,8 @@ def judge(case: Case, verdict: str, result: Result) -> str:
     if missing:
         return f"others were not done: {', '.join(missing)}"
     last = result.err.strip().splitlines()[-1]
-    return "" if case.victim.name in last else f"the error does not name {case.victim.name}"
+    named = case.named or case.victim.name
+    return "" if named in last else f"the error does not name {named}"
 
 
 def try_one(number: int, seed: int, place: Path, work: Path) -> tuple[str, str, Result]:
