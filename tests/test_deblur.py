@@ -443,7 +443,7 @@ def test_the_hint_as_latent_is_trained_cached_kept_and_used(settings, tmp_path):
     weights = {name: v for name, v in content["state_dict"].items() if "hint_attention" not in name}
     checkpoint.save(tmp_path / "plain.ckpt", {**content, "state_dict": weights, "ema": None})
     export.checkpoint_path = tmp_path / "plain.ckpt"
-    with pytest.raises(ValueError, match="trained with --hint_as_latent: its input has 16 channels"):
+    with pytest.raises(ValueError, match="--hint_as_latent or --coarse_fill: its input has 16 channels"):
         tool_export_control.main(export)
     export.allow_extra = True
     tool_export_control.main(export)  # which names no configuration: the shapes tell

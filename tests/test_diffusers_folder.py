@@ -176,7 +176,7 @@ def test_missing_and_damaged_files_are_named(copy):
             {"num_attention_heads": 0},
             r"config.json is damaged or not complete: its sizes must be positive, not 0",
         ),
-        ({"pooled_projection_dim": 10**9}, r"transformer is damaged or not complete: pooled_projection_dim"),
+        ({"pooled_projection_dim": 10**9}, r"config.json is damaged or not complete: pooled_projection_dim"),
         ({"_class_name": "SD3Transformer2DModel"}, "config.json is of SD3Transformer2DModel, not of Flux"),
     ],
 )
@@ -212,7 +212,7 @@ def test_what_is_no_config_and_other_tensors(copy):
     with pytest.raises(ValueError, match="vae does not fit FluxAutoencoder: quant_conv.bias does not belong"):
         load_autoencoder(copy / "vae")
     (copy / "transformer" / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="transformer is damaged or not complete"):
+    with pytest.raises(ValueError, match="transformer.config.json is damaged or not complete"):
         load_flux(copy / "transformer")
 
 
