@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint import MODELS, check_fit, read_metadata, read_trained, read_weights, repository_path
+from ldm.holes import CoarseFill
 from ldm.util import instantiate_from_config, listing, read_yaml
 
 UNET, CONTROL = "model.diffusion_model.", "control_model."
@@ -281,4 +283,6 @@ def open_control_model(
     model = create_filled_model(config, weights, path).eval()
     model.prompt = content["settings"].get("prompt", "")
     model.coarse_fill = content["settings"].get("coarse_fill", "none")
+    if model.coarse_fill not in get_args(CoarseFill):
+        raise ValueError(f"{path}: coarse_fill must be one of {listing(get_args(CoarseFill))}")
     return model

@@ -368,14 +368,20 @@ def encode_all(model: LatentDiffusion, pieces: np.ndarray) -> Tensor:
 
 
 def cached_latents(model: LatentDiffusion, pieces: np.ndarray, folder: Path) -> Tensor:
-    """Latents of all images by `encode_all`, computed once for an encoder and kept in `folder`."""
+    """Latents of all images by `encode_all`, computed once for an encoder and kept in `folder`.
+
+    A damaged file is computed again.
+    """
     key = hashlib.sha256((folder / "pieces.json").read_bytes())
     for value in model.first_stage_model.encoder.state_dict().values():
         key.update(value.numpy().tobytes())
-    path = folder / f"latents_{key.hexdigest()[:16]}.pt"
-    if not path.is_file():
-        write_atomically(path, lambda temporary: torch.save(encode_all(model, pieces), temporary))
-    return torch.load(path, weights_only=True)
+    path = folder / f"latents_{key.hexdigest()[:16]}.safetensors"
+    try:
+        return read_weights(path)["latents"]
+    except (FileNotFoundError, ValueError, KeyError):
+        latents = encode_all(model, pieces)
+        write_weights(path, {"latents": latents}, {})
+        return latents
 
 
 def train_autoencoder(fabric: Fabric, settings: Settings, pieces: np.ndarray, _: np.ndarray) -> None:
@@ -546,6 +552,8 @@ TRAINERS = {"autoencoder": train_autoencoder, "unet": train_unet, "flux": train_
 
 def main(settings: Settings) -> None:
     check_ranges(settings)
+    if settings.init_weights:  # a mistake shows before images are cut
+        load_base(base_model(), settings.init_weights)
     if settings.stage != "export":
         fabric = start_fabric(settings.devices, settings.precision, settings.seed)
         settings.output_dir.mkdir(parents=True, exist_ok=True)

@@ -280,6 +280,10 @@ def test_a_coarse_fill_is_trained_cached_kept_and_used(settings, tmp_path):
     assert np.array_equal(inpaint_image(model, other, hole, options), restored[0])
     inpaint_image(model, image, np.ones((64, 64)), replace(options, strength=0.5))  # a hole everywhere
 
+    checkpoint.write_half(tmp_path / "wrong.safetensors", whole, {"coarse_fill": "magic"})
+    with pytest.raises(ValueError, match="wrong.safetensors: coarse_fill must be one of"):
+        open_control_model(tmp_path / "wrong.safetensors", config_path=CONFIG)
+
     # a run that starts from its ControlNet
     again = replace(settings, output_dir=str(tmp_path / "again"), init_control=str(shared), max_steps=1)
     main(again)

@@ -118,10 +118,13 @@ def test_training_continues_from_weights_and_keeps_their_autoencoder(trained, tm
     weights = [load_state_dict(folder / old.name) for folder in (trained.models, tmp_path)]
     changed = {name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])}
     assert changed and all(name.startswith("model.diffusion_model.") for name in changed)
-    latents = list((tmp_path / "run").glob("latents_*.pt"))
-    written = latents[0].stat().st_mtime_ns
+    (latents,) = (tmp_path / "run").glob("latents_*.safetensors")
+    written, content = latents.stat().st_mtime_ns, latents.read_bytes()
     main(replace(settings, unet_steps=3))
-    assert len(latents) == 1 and latents[0].stat().st_mtime_ns == written  # not computed again
+    assert latents.stat().st_mtime_ns == written  # not computed again
+    latents.write_bytes(content[:-50])
+    main(replace(settings, unet_steps=4))
+    assert latents.read_bytes() == content
     name = "model.diffusion_model.out.2.bias"
     write_weights(tmp_path / "torn.safetensors", {**weights[0], name: torch.zeros(3)})
     with pytest.raises(ValueError, match=r"torn.safetensors does not fit this model: .*out.2.bias"):
