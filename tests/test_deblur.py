@@ -413,6 +413,7 @@ def test_the_hint_as_latent_starts_as_the_plain_model(place):
     assert not torch.equal(model.apply_model(noisy, t, given), model.apply_model(noisy, t, cond))
 
 
+@pytest.mark.slow
 def test_the_hint_as_latent_is_trained_cached_kept_and_used(settings, tmp_path):
     settings = replace(settings, hint_as_latent=True, use_attention=True)
     main(replace(settings, max_steps=1, val_steps=1))
@@ -738,6 +739,7 @@ def command(settings: Settings, *more: str) -> list[str]:
     return [sys.executable, "tutorial_train_deblur.py", *flags, *more]
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(settings, tmp_path):
     one = replace(
         settings, batch_size=4, accumulate_grad_batches=1, max_steps=3, save_steps=3, val_fraction=0.0

@@ -38,6 +38,7 @@ def test_all_is_well_here(models, capsys):
     assert f"torch {torch.__version__}" in text and "small_kontext: FLUX: transformer and autoencoder" in text
 
 
+@pytest.mark.slow
 def test_without_its_weights_the_main_job_fails(models, capsys):
     path = models / doctor.BEST
     path.write_bytes(path.read_bytes()[:-1000])
@@ -51,6 +52,7 @@ def test_without_its_weights_the_main_job_fails(models, capsys):
     assert f"checkpoint not found: {path}" in doctor.describe(path, "DBGAN")
 
 
+@pytest.mark.slow
 def test_the_main_job_finds_wrong_shapes(models):
     path = models / doctor.BEST
     wrong = {**load_file(path), "deblur.last.bias": torch.zeros(5)}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 
@@ -47,7 +48,8 @@ def test_conda_repeats_no_pin():
 def test_ci_runs_the_readmes_second_command():
     commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert "--demo" in commands[0] and "pytest" in commands[1]
-    assert commands[1].strip() in (ROOT / ".ci" / "run").read_text()
+    run = (ROOT / ".ci" / "run").read_text()
+    assert commands[1].strip() in run and "python -m pytest -q -m slow" in run
 
 
 NOT_ON_WINDOWS = """
@@ -82,6 +84,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_every_script_runs_without_what_windows_lacks(tmp_path):
     """They are imported, and one trains two steps with data from spawned processes."""
     (tmp_path / "photos").mkdir()

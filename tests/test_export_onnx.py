@@ -23,6 +23,7 @@ def write(path, kind):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["srn", "dbgan"])
 def test_the_export_equals_what_infer_computes(kind, tmp_path, capsys):
     runtime = pytest.importorskip("onnxruntime")

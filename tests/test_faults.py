@@ -42,12 +42,14 @@ def place(tmp_path_factory) -> Path:
     return folder / "place"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "count"), [("srn_init", 3), ("kontext_captions", 3)])
 def test_killed_runs_end_like_the_uninterrupted_one(place, tmp_path, trainer, count):
     tally = faults.kills(trainer, place, tmp_path, 3, count, tqdm(disable=True))
     assert tally["kills"] == count and tally["runs"] >= 1
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_two_ends_the_other_and_the_run_ends_equal(place, tmp_path):
     tally = faults.rank_kills("srn", place, tmp_path, 0, 1, tqdm(disable=True))
     assert tally["kills"] == 1 and tally["runs"] >= 1

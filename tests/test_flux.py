@@ -150,6 +150,7 @@ def test_checkpointing_changes_memory_not_gradients():
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_compiled_block_is_one_graph(checkpointing):
     """As --compile does it, with a LoRA; a break in the graph raises with fullgraph."""

@@ -22,6 +22,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_every_stage_runs_at_tiny_size(tmp_path, monkeypatch, capfd):
     """As on a GPU: processes, checks, figures, the training by its command."""
     pytest.importorskip("diffusers")
@@ -51,6 +52,7 @@ class Stream:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="torch was built without CUDA: no fake tensors"
 )

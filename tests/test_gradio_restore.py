@@ -673,6 +673,7 @@ def test_a_picture_goes_up_and_its_result_comes_down(driver, server, weights, tm
     assert all(url.startswith(server.url) for url in visitor.requests())  # no font or script from elsewhere
 
 
+@pytest.mark.slow
 @in_browser
 def test_the_brush_says_what_is_filled(driver, server, tmp_path):
     from selenium.webdriver import ActionChains
@@ -703,6 +704,7 @@ def test_the_brush_says_what_is_filled(driver, server, tmp_path):
     assert differs[mask > 0].mean() > 0.9 and not differs[distance_to(mask) > 4].any()
 
 
+@pytest.mark.slow
 @in_browser
 def test_a_mask_file_and_pixels_at_the_sides_are_filled(driver, server, tmp_path):
     write_image(tmp_path / "wide.png", photograph(64, 128))
@@ -732,6 +734,7 @@ def test_a_mask_file_and_pixels_at_the_sides_are_filled(driver, server, tmp_path
     assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
 
 
+@pytest.mark.slow
 @in_browser
 def test_stop_and_closing_the_page_end_the_computation(driver, server, tmp_path):
     write_image(tmp_path / "large.png", photograph(320, 400))
@@ -761,6 +764,7 @@ def test_stop_and_closing_the_page_end_the_computation(driver, server, tmp_path)
     assert not list(visitor.results.glob("large_*_deblur_*.png"))
 
 
+@pytest.mark.slow
 @in_browser
 def test_mistakes_are_told_in_sentences(driver, server, tmp_path):
     (tmp_path / "broken.jpg").write_text("a text file")

@@ -194,6 +194,7 @@ def test_no_private_words(path):
     assert not found, f"{path.name}: " + ", ".join(f"/{word}/ (use: {use})" for word, use in found.items())
 
 
+@pytest.mark.slow
 def test_restoring_waits_for_no_training_library():
     """infer.py imports these scripts: Lightning and torchvision would add seconds to every restored photo."""
     unwanted = ("lightning_fabric", "pytorch_lightning", "torchvision", "transformers", "open_clip")

@@ -162,6 +162,7 @@ def test_a_run_with_swapped_blocks_leaves_the_same_weights(folder, tmp_path):
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(folder, tmp_path):
     common = {"max_steps": 2}
     main(make_settings(folder, tmp_path / "one", batch_size=2, **common))

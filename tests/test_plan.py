@@ -29,6 +29,7 @@ def measured_peak(work) -> int:
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "settings"),
     [
@@ -93,6 +94,7 @@ def test_silu_after_a_norm_turns_the_layout_round_in_its_own_pass():
     assert count.kernels == 3 and len(weights) == 2
 
 
+@pytest.mark.slow
 def test_a_step_of_every_script_is_counted_and_shown(capsys):
     words = {
         "srn": "--width 8 --crop_size 32 --batch_size 2 --card 3060",

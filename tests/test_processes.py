@@ -109,6 +109,7 @@ def test_two_machines_leave_what_one_process_leaves(place, tmp_path, trainer):
         torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", LONG)
 def test_a_machine_that_dies_ends_the_run_in_a_sentence_and_the_same_command_resumes(
     place, tmp_path, trainer

@@ -150,6 +150,7 @@ def test_color_fix_moves_a_cast_back_and_keeps_detail():
     assert coarse(np.full((50, 50, 3), 7, np.float32), 5) == pytest.approx(7)
 
 
+@pytest.mark.slow
 def test_every_kind_of_file_is_the_same_model(files, model):
     config, base = CONFIG, files / "base.safetensors"
     opened = [

@@ -225,6 +225,7 @@ def train_plainly(devices, folder):
     run.save()
 
 
+@pytest.mark.slow
 def test_two_processes_see_the_batches_of_one(tmp_path):
     """The same joint batches, averaged gradients: the weights agree, and logs are written once."""
     train_plainly(1, tmp_path / "1")

@@ -92,6 +92,7 @@ def test_the_small_controlnet_fills_holes(squares):
     assert gain > FILLED - 0.1
 
 
+@pytest.mark.slow
 def test_the_table_of_holes_has_the_default_and_classical_fills(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))  # no networks of LPIPS and DISTS
     names = photographs(("coffee.png",))

@@ -276,6 +276,7 @@ def same_weights(a, b):
     return all(torch.equal(value, averages[1][name]) for name, value in averages[0].items())
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_exactly(tmp_path):
     """kill -9 in the middle, the same command again: weights, average and metrics as if it never happened."""
     flags = {**TINY, "dead_leaves": 8, "epochs": 12, "crop_size": 16, "num_workers": 1, "demo": True}

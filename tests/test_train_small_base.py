@@ -110,6 +110,7 @@ def test_both_layouts_hold_the_same_autoencoder(trained, pictures):
     assert torch.allclose(model.decode_first_stage(latents), flux.decode(latents), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_continues_from_weights_and_keeps_their_autoencoder(trained, tmp_path):
     old = trained.models / "small_diffusion.safetensors"
     settings = replace(trained, stage="unet", init_weights=old, output_dir=tmp_path / "run", models=tmp_path)
