@@ -2,12 +2,12 @@
 
     python -m benchmarks.controlnet_step                        # reduced width on a CPU, full SD 1.5 on CUDA
     python -m benchmarks.controlnet_step --batch_size 16 --precision bf16
-    python -m benchmarks.controlnet_step --compile              # ours compiled: minutes more
+    python -m benchmarks.controlnet_step --compile              # compile ours; takes minutes more
 
-A step: ControlNet and UNet predict the noise in cached latents, the loss goes back to the ControlNet, AdamW
-moves it. Same weights, inputs and precision for both; only the ControlNet is trained. They take turns.
-diffusers is used as its own training script uses it (train_controlnet.py: networks frozen by requires_grad_,
-AdamW's defaults, autocast), ours as the training scripts do. Needs requirements-dev.txt.
+In a step, ControlNet and UNet predict the noise in cached latents and AdamW updates the ControlNet; the UNet
+is frozen. Both sides have the same weights, inputs and precision, and their steps alternate. diffusers is
+used as in its own training script (train_controlnet.py: networks frozen by requires_grad_, AdamW's defaults,
+autocast), ours as in our training scripts. Needs requirements-dev.txt.
 """
 
 import statistics
@@ -34,19 +34,19 @@ class Settings:
     batch_size: int = 16 if CUDA else 2
     image_size: int = 512 if CUDA else 256  # pixels
     width: int = 320 if CUDA else 64  # channels at the finest level; 320 is SD 1.5
-    precision: str = "32"  # 32, bf16 or 16; in the last two the frozen UNet is stored so
-    steps: int = 10  # counted steps of each, after two that are not
-    compile: bool = False  # our two networks; the peer stays as it is
+    precision: str = "32"  # 32, bf16 or 16; bf16 and 16 also store the frozen UNet in this precision
+    steps: int = 10  # number of timed steps of each, after two for warmup
+    compile: bool = False  # compile our two networks, not those of diffusers
 
 
 def like_the_scripts() -> None:
-    """TF32 and cuDNN's choice by measuring, as the ControlNets' trainer sets them (cldm/training.py)."""
+    """Enable TF32 and cuDNN benchmarking, as the ControlNet trainer does (cldm/training.py)."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = torch.cuda.is_available()
 
 
 def our_networks(settings: Settings, device: str) -> tuple[nn.Module, nn.Module]:
-    """UNet, frozen, and ControlNet, no weight of which is zero."""
+    """Create a frozen UNet and a ControlNet, both without zero weights."""
     sizes = {
         "in_channels": 4,
         "model_channels": settings.width,
@@ -61,7 +61,7 @@ def our_networks(settings: Settings, device: str) -> tuple[nn.Module, nn.Module]
 
 
 def our_step(unet: nn.Module, control: nn.Module, settings: Settings, device: str) -> Step:
-    """A function that takes one of our training steps on a batch and returns the loss."""
+    """Return a function that runs one of our training steps on a batch and returns the loss."""
     unet.to(memory_format=torch.channels_last)
     control.to(memory_format=torch.channels_last)
     if settings.precision != "32":
@@ -80,7 +80,7 @@ def our_step(unet: nn.Module, control: nn.Module, settings: Settings, device: st
 
 
 def their_step(our_unet: nn.Module, our_control: nn.Module, settings: Settings, device: str) -> Step:
-    """The same with diffusers' networks, which get copies of our weights."""
+    """Return the same step with diffusers' networks, which get copies of our weights."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     from tests.test_oracles import transfer
@@ -120,7 +120,7 @@ def training_step(
     settings: Settings,
     device: str,
 ) -> Step:
-    """What both have in common: autocast, loss, backward, optimizer."""
+    """Return a training step: autocast, loss, backward, optimizer."""
     half = DTYPES.get(settings.precision)
 
     def step(batch: Batch) -> torch.Tensor:
@@ -136,7 +136,7 @@ def training_step(
 
 
 def make_batch(settings: Settings, device: str) -> Batch:
-    """Random latents, noise, hints and text embeddings."""
+    """Create random latents, noise, hints and text embeddings."""
     b, side = settings.batch_size, settings.image_size // 8
     return {
         "noisy": torch.randn(b, 4, side, side, device=device),
@@ -148,7 +148,7 @@ def make_batch(settings: Settings, device: str) -> Batch:
 
 
 def make_pair(settings: Settings, device: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """Our step and diffusers', each on the same batch and from the same weights; both return the loss."""
+    """Return our step and diffusers', on the same batch and from the same weights; each returns the loss."""
     networks = our_networks(settings, device)
     theirs = their_step(*networks, settings, device)
     ours = our_step(*networks, settings, device)

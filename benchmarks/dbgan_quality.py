@@ -2,8 +2,8 @@
 
     python -m benchmarks.dbgan_quality RUN/deblur/dbgan.safetensors --command "python train_dbgan.py ..."
 
-The file's metadata get the command, the commit and the scores on the photographs inside scikit-image: of each
-the middle 256 pixels, with each blur at scale 0.6.
+The file's metadata contain command, commit and scores on the photographs inside scikit-image: the center crop
+of 256 pixels of each, with each blur at scale 0.6.
 """
 
 import json
@@ -25,7 +25,7 @@ from ldm.metrics import psnr, radial_power, rgb_shift, spectrum_distance
 from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
 from train_dbgan import blur_image, load_generator, restore_image
 
-SCORED = 256  # pixels in the middle of a photograph
+SCORED = 256  # pixels, size of the center crop
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Settings:
     """Write the pretrained weights included in the repo from a file of train_dbgan.py."""
 
     weights: tyro.conf.Positional[Path]  # dbgan.safetensors or bgan.safetensors of a run
-    command: str = "docs/weights.md"  # commands that made it
-    bad_at: str = "docs/weights.md"  # what it does not do well
+    command: str = "docs/weights.md"  # command that trained the weights
+    bad_at: str = "docs/weights.md"  # known weaknesses
     models: Path = Path("models")  # folder to write to
 
 
@@ -43,8 +43,8 @@ def spectra(pictures: list[np.ndarray]) -> np.ndarray:
 
 
 def deblur_scores(network: nn.Module, name: str) -> dict[str, float]:
-    """Gain in dB by blur type on one photograph of scikit-image; PSNR and colour shift (1/255) of the sharp
-    one's output; distances of the restored and blurry images' spectra from the sharp one's, in decades."""
+    """Return the gain in dB by blur type on one photograph of scikit-image; PSNR and colour shift (1/255) for
+    the sharp input; distances of the restored and blurry spectra from the sharp one, in decades."""
     sharp = middle(read_image(photographs((name,))[0]), SCORED)
     row, made = {}, {"restored": [], "blurry": []}
     for number, kind in enumerate(BLUR_TYPES):
@@ -62,7 +62,7 @@ def deblur_scores(network: nn.Module, name: str) -> dict[str, float]:
 
 
 def blur_scores(network: nn.Module, name: str) -> dict[str, float]:
-    """What BGAN takes from one photograph: PSNR to the sharp one, and change of its spectrum, in decades."""
+    """Return the PSNR of BGAN's output on a sharp photograph, and the change of its spectrum, in decades."""
     sharp = middle(read_image(photographs((name,))[0]), SCORED)
     made = blur_image(network, sharp, seed=0)
     return {"psnr": psnr(made, sharp), "spectrum": spectrum_distance(spectra([made]), spectra([sharp]))}
@@ -70,7 +70,7 @@ def blur_scores(network: nn.Module, name: str) -> dict[str, float]:
 
 def main(settings: Settings) -> None:
     """Write the file in half precision with its scores, and print their means."""
-    torch.set_num_threads(1)  # the recorded scores are those of one thread
+    torch.set_num_threads(1)  # recorded scores are from one thread
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
     path = settings.weights
     blurs = path.stem == "bgan"

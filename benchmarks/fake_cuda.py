@@ -1,12 +1,12 @@
-"""Training steps without a GPU: tensors that have a device, a type and a shape, but no memory and no numbers.
+"""Training steps without a GPU, on fake tensors with device, dtype and shape, but no memory and no values.
 
-with fake_tensors() as count:                # on fake CUDA: a mix of devices or types raises
+with fake_tensors() as count:                # on fake CUDA, mixed devices or dtypes raise
     network = to_fake(SRNDeblurNet(), "cuda")
     network(torch.empty(1, 3, 64, 64, device="cuda"))
 print(count.tflop, count.gigabytes, count.kernels, count.peak, count.syncs)
 
-The backward engine wants a real device: on fake CUDA `backward` leaves gradients of the right shapes and does
-nothing else. Whole steps are counted on fake CPU tensors, with `like_cuda` for what CUDA does otherwise.
+The backward engine needs a real device: on fake CUDA, `backward` only creates gradients of the right shapes.
+Whole steps are counted on fake CPU tensors, with `like_cuda` for the operations that differ on CUDA.
 """
 
 import weakref
@@ -25,16 +25,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-# Operations that only take memory.
+# Operations that only allocate memory.
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
-# The CPU's attention, by the name of CUDA's that does the same arithmetic.
+# The CPU's attention -> CUDA's, which has the same FLOPs.
 ON_CUDA = {
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         aten._scaled_dot_product_flash_attention_backward
     ),
 }
-# What autocast computes in float32 on CUDA, and not, or not all, on a CPU.
+# Operations that autocast runs in float32 on CUDA, but not or only partly on a CPU.
 FLOAT32 = {
     *(F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.interpolate, F.softplus, F.mse_loss, F.l1_loss),
     *(F.smooth_l1_loss, F.binary_cross_entropy_with_logits),
@@ -44,25 +44,25 @@ FLOAT32 = {
 
 
 class FakeMode(FakeTensorMode):
-    """Never starts CUDA, also while `torch.cuda.is_available` says yes."""
+    """Fake mode that never initializes CUDA, even while `torch.cuda.is_available` is patched to True."""
 
     avoid_device_init = True
 
 
 class Count(TorchDispatchMode):
-    """What the operations on fake tensors would do: see the attributes. GB are 10^9 bytes.
+    """Counter of the work that operations on fake tensors would do. GB are 10^9 bytes.
 
-    `kernels` are operations that compute or copy, views and plain allocations left out. `moved` is what they
-    read and write. `held` and `peak` are the bytes of all tensors now and at most. What is drawn from a
-    generator of its own, and all that follows from that alone, is the CPU's work and not counted.
-    `syncs` are places where the program waits for what a CUDA tensor holds (float16's one look at whether a
-    gradient overflowed left out). A float is 0.5 then, an integer 0, a truth True.
+    `kernels` counts operations that compute or copy, not views and plain allocations. `moved` is the bytes
+    that they read and write. `held` and `peak` are the current and maximum bytes of all tensors. Tensors from
+    their own generator, and results that depend only on these, belong to the CPU and are not counted.
+    `syncs` counts reads of a CUDA tensor's value, which wait for the device (except float16's one check for
+    overflow). Such a read returns 0.5 for a float, 0 for an integer, True for a bool.
     """
 
     def __init__(self):
         super().__init__()
         self.flops = self.moved = self.kernels = self.syncs = self.held = self.peak = self.trained = 0
-        self._storages: dict[int, int] = {}  # bytes of each that lives
+        self._storages: dict[int, int] = {}  # bytes of each live storage
         self._host: set[int] = set()
 
     @property
@@ -78,7 +78,7 @@ class Count(TorchDispatchMode):
         return self.peak / 1e9
 
     def restart(self) -> None:
-        """Count anew from here; what is held is held on."""
+        """Reset the counts; tensors in memory remain counted in `held`."""
         self.flops = self.moved = self.kernels = self.syncs = 0
         self.peak = self.held
 
@@ -124,7 +124,7 @@ class Count(TorchDispatchMode):
             self.flops += formula(*args, **kwargs, out_val=result)
 
     def _relayout(self, tensors: list[Tensor]) -> None:
-        """cuDNN convolves in channels_last if one operand lies so, and first copies those that do not."""
+        """Count cuDNN's copies: it convolves in channels_last if one operand is, and converts the others."""
         last = torch.channels_last
         if any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in tensors):
             copied = [_size(t) for t in tensors if not t.is_contiguous(memory_format=last)]
@@ -144,7 +144,7 @@ class Count(TorchDispatchMode):
         weakref.finalize(storage, self._release, key).atexit = False
 
     def leave_on_host(self, tensors: Iterable[Tensor]) -> None:
-        """These wait in main memory and take none of the device's."""
+        """Count these tensors as CPU memory, not as the device's."""
         for key in map(_key, tensors):
             self.held -= self._storages[key]
             self._storages[key] = 0
@@ -160,12 +160,12 @@ def _key(tensor: Tensor) -> int:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes of a tensor; what is expanded lies in memory once."""
+    """Return the bytes of a tensor in memory; an expanded one is stored once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _written(func, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The arguments that an operation writes to."""
+    """List the arguments that an operation writes to."""
     if not func._schema.is_mutable:
         return []
     places = zip(func._schema.arguments, args, strict=False)
@@ -175,8 +175,8 @@ def _written(func, args: tuple, kwargs: dict) -> list[Tensor]:
 
 
 class LikeCuda(TorchFunctionMode):
-    """CPU tensors treated as CUDA would: autocast's list of float32; GroupNorm, which copies to NCHW; and
-    RMSNorm, one kernel each way as LayerNorm is (a CPU has a dozen), both of which copy what is strided."""
+    """Function mode in which CPU tensors behave as on CUDA: autocast runs FLOAT32 in float32, norms copy
+    strided inputs (GroupNorm to NCHW), and RMSNorm is one kernel each way, like LayerNorm."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -193,7 +193,7 @@ def _float32(value):
 
 
 def _leaves(node) -> Iterator[Tensor]:
-    """The parameters below a node of the graph, each once."""
+    """Yield the parameters below a node of the autograd graph, each once."""
     seen, ahead = set(), [node]
     while ahead:
         node = ahead.pop()
@@ -206,7 +206,7 @@ def _leaves(node) -> Iterator[Tensor]:
 
 
 def _backward(loss: Tensor, *args, **kwargs) -> None:
-    """Gradients of the right shapes where backward would leave them: its engine wants a real device."""
+    """Create gradients of the right shapes, since the backward engine needs a real device."""
     for parameter in _leaves(loss.grad_fn):
         parameter.grad = torch.empty_like(parameter)
 
@@ -215,7 +215,7 @@ _real_engine = torch.autograd._engine_run_backward
 
 
 def _engine_like_cuda(*args, **kwargs):
-    """What a backward pass recomputes is as CUDA would, too: within `backward` no function mode is active."""
+    """Run backward in LikeCuda for recomputed operations, since no function mode is active in `backward`."""
     with LikeCuda():
         return _real_engine(*args, **kwargs)
 
@@ -236,20 +236,20 @@ def _to_numpy(tensor: Tensor, *args, **kwargs) -> np.ndarray:
         raise TypeError("a CUDA tensor has no numpy array: copy it to the CPU first")
     falling = np.linspace(0.9, 0.1, tensor.numel()) if tensor.is_floating_point() else 0
     array = np.zeros(tensor.shape, str(tensor.dtype).removeprefix("torch."))
-    array.flat = falling  # as a noise schedule does: samplers divide by its differences
+    array.flat = falling  # like a noise schedule, since samplers divide by its differences
     return array
 
 
 def _swap(parameter: Tensor, other: Tensor) -> None:
-    """What nn.Module.to needs; torch's own refuses fake parameters that something refers to."""
+    """Swap tensors for nn.Module.to; torch's own version rejects fake parameters with references."""
     parameter.data, parameter.fake_device = other.data, other.fake_device
 
 
 @contextmanager
 def fake_tensors(like_cuda: bool = False) -> Iterator[Count]:
-    """All tensors made inside are fake, and torch believes in CUDA.
+    """Make all new tensors fake, and let torch report CUDA as available.
 
-    Raises ValueError for a torch that was built without CUDA.
+    Raises ValueError if torch was built without CUDA.
     """
     if not torch.backends.cuda.is_built():
         raise ValueError("fake CUDA tensors need the CUDA build of torch, which this is not")
@@ -287,14 +287,14 @@ def fake_tensors(like_cuda: bool = False) -> Iterator[Count]:
 
 
 def is_fake() -> bool:
-    """Whether tensors made here are fake."""
+    """Return whether new tensors are fake."""
     return isinstance(torch.empty(0), FakeTensor)
 
 
 def to_fake(module: nn.Module, device: str = "cuda", dtype: torch.dtype | None = None) -> nn.Module:
-    """Give a module, also one on meta, fake parameters and buffers of its own shapes; in place."""
+    """Replace a module's parameters and buffers in place by fake ones; it may be on the meta device."""
     for part in module.modules():
-        if hasattr(part, "_device"):  # Lightning's modules know where they are
+        if hasattr(part, "_device"):  # Lightning modules store their device
             part._device = torch.device(device)
         for name, value in part._parameters.items():
             if value is not None:

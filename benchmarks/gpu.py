@@ -1,14 +1,13 @@
-"""Ten minutes of one GPU: is everything right on it, how fast is it, and a training run on it.
+"""Check correctness, measure speed and memory, and train on one GPU, in ten minutes.
 
     python -m benchmarks.gpu
     python -m benchmarks.gpu --train "--sharp_dir PHOTOS --generator unet --init_weights mine.safetensors"
 
-Each stage is a process of its own with a time limit: checks against the CPU (gpu_checks.py), figures at full
-size with random weights (gpu_figures.py; its peers are those of requirements-dev.txt), and train_dbgan.py
-`deblur` as one would start it, for the time that is left. OUTPUT_DIR/report.jsonl gets a line as soon as a
-figure is known; the table that is printed can be pasted into an issue. The times aimed at are an H200's;
-memory is torch's peak, to which CUDA's context comes (about 0.5 GB). `--tiny` runs the same on tiny networks,
-on any device and without hurry.
+Each stage runs in its own process with a time limit: checks against the CPU (gpu_checks.py), time and memory
+at full size with random weights (gpu_figures.py; compared with packages of requirements-dev.txt), and
+`train_dbgan.py deblur` for the remaining time. OUTPUT_DIR/report.jsonl gets a line for each result at once;
+the printed table can be pasted into an issue. Target times are for an H200; memory is torch's peak, without
+CUDA's context (about 0.5 GB). `--tiny` runs the same on tiny networks, on any device, with longer limits.
 """
 
 import gc
@@ -27,7 +26,7 @@ from benchmarks.head import Case, Row, begin, processor
 from harness.settings import run_main
 
 TOTAL = 590  # seconds for everything
-# Seconds that each stage may take, what is wanted most first; the training gets what is left.
+# Seconds for each stage, the most important first; the training gets the remaining time.
 LIMITS = dict(machine=30, checks=90, controlnet=60, srn=20, kontext=50, dbgan=20, training=TOTAL)
 PRELOADED = ["benchmarks.gpu_checks", "benchmarks.gpu_figures", "benchmarks.gpu_training"]
 
@@ -36,23 +35,21 @@ PRELOADED = ["benchmarks.gpu_checks", "benchmarks.gpu_figures", "benchmarks.gpu_
 class Settings:
     """Check, measure and train on this machine's GPU."""
 
-    output_dir: Path = Path("outputs/gpu")  # the report, and the training's folder
-    train: str = (
-        ""  # options of train_dbgan.py for the training; none: the U-Net on the photos that are there
-    )
-    tiny: bool = False  # tiny networks on any device: whether it runs at all
+    output_dir: Path = Path("outputs/gpu")  # folder for the report and the training run
+    train: str = ""  # options of train_dbgan.py; default: train the U-Net on the available photos
+    tiny: bool = False  # run tiny networks on any device, as a test of the benchmark itself
 
 
 def machine() -> list[Row]:
-    """What everything else is about."""
+    """Describe the machine and the versions of torch and CUDA."""
     begin()
     about = {"machine": processor(), "torch": torch.__version__, "cuda": torch.version.cuda or "none"}
     return [Row(name, value) for name, value in about.items()]
 
 
 def cases_of(stage: str, settings: Settings, seconds: float) -> Iterable[Case]:
-    """What a stage measures."""
-    from benchmarks import gpu_checks, gpu_figures, gpu_training  # not in the driver: they take seconds
+    """Return the cases of a stage."""
+    from benchmarks import gpu_checks, gpu_figures, gpu_training  # imported late: they take seconds
 
     if stage == "machine":
         return [Case(stage, machine)]
@@ -63,7 +60,7 @@ def cases_of(stage: str, settings: Settings, seconds: float) -> Iterable[Case]:
 
 
 def write(folder: Path, stage: str, row: Row) -> None:
-    """A row into the report and the table, at once."""
+    """Append a row to the report and print it."""
     value = row.value if isinstance(row.value, str) else f"{row.value:.3g}"
     print(f"| {stage} | {row.what} | {value} | {row.unit} | {row.aim or ''} | {row.met} |", flush=True)
     with (folder / "report.jsonl").open("a", encoding="utf-8") as file:
@@ -71,7 +68,7 @@ def write(folder: Path, stage: str, row: Row) -> None:
 
 
 def rows_of(case: Case) -> list[Row]:
-    """The rows of a case; one that does not fit or cannot run says so and stops no other."""
+    """Run a case and return its rows; an error or lack of memory becomes a row and stops no other case."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -79,22 +76,22 @@ def rows_of(case: Case) -> list[Row]:
         return case.rows()
     except torch.OutOfMemoryError:
         return [Row(case.what, "out of memory")]
-    except Exception as error:  # of every kind: it is reported, and the others are worth having
+    except Exception as error:  # any error is reported, and the other cases go on
         return [Row(case.what, f"failed: {(str(error) or type(error).__name__).splitlines()[0]}")]
 
 
 def run_stage(stage: str, settings: Settings, seconds: float) -> None:
-    """All of a stage's cases, in the process of its own."""
+    """Run all cases of a stage, in the stage's process."""
     for case in cases_of(stage, settings, seconds):
         for row in rows_of(case):
             write(settings.output_dir, stage, row)
 
 
 def in_process(work: Callable[[], None], limit: float) -> str:
-    """Run `work` in a process of its own; "" or what went wrong.
+    """Run `work` in a separate process; return "" or what went wrong.
 
-    Stages are forked from a process that has imported everything and has not started CUDA (on Windows each
-    imports for itself), so that what one of them breaks is no other's.
+    Stages are forked from a process that has imported everything but not initialized CUDA (on Windows each
+    stage does its own imports), so that a crash of one does not affect the others.
     """
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(kind)
@@ -118,7 +115,7 @@ def main(settings: Settings) -> None:
     if report.exists():
         raise ValueError(f"{report} exists: give another --output_dir")
     start, total = time.monotonic(), TOTAL * (10 if settings.tiny else 1)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # for the stages: their bars would cut the table
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of the stages would interrupt the table
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     print("| stage | what | measured | unit | aim | met |\n|---|---|---|---|---|---|", flush=True)
     for stage, limit in LIMITS.items():

@@ -1,7 +1,7 @@
-"""Is everything right on this GPU: the five systems against the CPU, with the weights in models/.
+"""Check the five systems on this GPU against the CPU, with the weights in models/.
 
-A stage of benchmarks/gpu.py. References are computed here, on the CPU in float32. Each case is by itself, and
-its first row that is not met says which system and what.
+A stage of benchmarks/gpu.py. References are computed on the CPU in float32. Cases are independent; a row that
+misses its target names the system and the quantity.
 """
 
 import io
@@ -39,23 +39,23 @@ MODELS = Path("models")
 
 
 class System(NamedTuple):
-    """A network on a device: what is trained, and a function that returns its output and its loss."""
+    """A network on a device: trained parameters, and a function that returns output and loss."""
 
     trained: list[nn.Parameter]
     run: Callable[[], tuple[Tensor, Tensor]]
 
 
-# ---- the systems, with weights and inputs that are the same on every device --------------------------------
+# ---- the systems, with the same weights and inputs on every device -----------------------------------------
 
 
 def pictures(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """A photograph, blurry and sharp, uint8 (side, side, 3)."""
+    """Return a photograph, blurry and sharp, as uint8 (side, side, 3)."""
     sharp = np.ascontiguousarray(middle(read_image(photographs(("coffee.png",))[0]), side))
     return random_blur(sharp, np.random.default_rng(0), ["gaussian_blur"], scale=0.4)[0], sharp
 
 
 def pair(side: int, device: str) -> tuple[Tensor, Tensor]:
-    """The same as (1, 3, side, side) in [-1, 1]."""
+    """Return both as tensors (1, 3, side, side) in [-1, 1]."""
     blurry, sharp = (to_tensor(picture)[None].to(device) for picture in pictures(side))
     return blurry, sharp
 
@@ -73,7 +73,7 @@ def srn(device: str, side: int) -> System:
 
 
 def gan(kind: str, name: str, device: str, side: int) -> System:
-    """DBGAN's generator, or BGAN's."""
+    """Load the generator of DBGAN or BGAN."""
     network = train_dbgan.load_generator(MODELS / name, kind).to(device, memory_format=torch.channels_last)
     entering, wanted = (generators.to_unit(image) for image in pair(side, device))
     extra = ()
@@ -111,7 +111,7 @@ def controlnet(name: str, device: str, side: int) -> System:
 
 
 def kontext(device: str, side: int, compiled: str = "", **storage) -> System:
-    """The small transformer with a new LoRA; `storage` is that of load_flux, `compiled` a backend."""
+    """Load the small transformer with a new LoRA; `storage` goes to load_flux, `compiled` is a backend."""
     path = MODELS / "small_kontext" / TRANSFORMER
     model = load_flux(path, device, torch.float32, **storage)
     model.checkpointing = True
@@ -136,7 +136,7 @@ def kontext(device: str, side: int, compiled: str = "", **storage) -> System:
 
 
 def outcome(system: System) -> tuple[Tensor, Tensor]:
-    """The output and the gradient of everything that is trained, on the CPU."""
+    """Return the output and the gradient of all trained parameters, on the CPU."""
     output, loss = system.run()
     loss.backward()
     gradient = torch.cat([parameter.grad.flatten() for parameter in system.trained])
@@ -144,7 +144,7 @@ def outcome(system: System) -> tuple[Tensor, Tensor]:
 
 
 def compared(name: str, make: Callable[[], System], reference: Callable[[], System]) -> list[Row]:
-    """How far output and gradient of one system are from another's."""
+    """Compare output and gradient of a system with a reference."""
     found, expected = outcome(make()), outcome(reference())
     cosine = torch.nn.functional.cosine_similarity(found[1], expected[1], dim=0).item()
     return [
@@ -154,7 +154,7 @@ def compared(name: str, make: Callable[[], System], reference: Callable[[], Syst
 
 
 def in_half(kind: type, device: str, side: int) -> list[Row]:
-    """PSNR of what infer.py restores in bf16, in dB from that of the CPU in float32; in 2 sampling steps."""
+    """Return the PSNR difference in dB of infer.py in bf16 and on the CPU in float32; 2 sampling steps."""
     blurry, sharp = pictures(side)
     with tempfile.TemporaryDirectory() as folder:
         photo = Path(folder) / "photo.png"
@@ -168,7 +168,7 @@ def in_half(kind: type, device: str, side: int) -> list[Row]:
             write_image(Path(folder) / "mask.png", hole)
             options |= {"input_mask": Path(folder) / "mask.png"}
         precise, half = {"precision": "32"}, {"precision": "bf16"}
-        if kind is infer.Kontext:  # whose type follows from the device
+        if kind is infer.Kontext:  # its dtype depends on the device
             precise, half = {}, {}
         found = []
         for place, precision in (("cpu", precise), (device, half)):
@@ -180,7 +180,7 @@ def in_half(kind: type, device: str, side: int) -> list[Row]:
 
 
 def resumed(name: str, make: Callable[[], plan.Work]) -> list[Row]:
-    """Four steps, and two of them resumed from what a checkpoint keeps: how far apart, of the way gone."""
+    """Compare four steps with two and two resumed ones; return the distance relative to the total update."""
 
     def weights(work: plan.Work) -> Tensor:
         parameters = work.parts["state_dict"].parameters()
@@ -210,7 +210,7 @@ def resumed(name: str, make: Callable[[], plan.Work]) -> list[Row]:
 
 
 def resumptions(device: str) -> Iterator[Case]:
-    """Runs of tiny networks."""
+    """Yield the cases of resumed runs, on tiny networks."""
     small = {"batch_size": 2, "learning_rate": 1e-3}
     control = {"image_size": 64, "config_path": "models/cldm_tiny_deblur.yaml", "ema_decay": 0.9, **small}
     narrow = {"width": 8, "crop_size": 32, **small}
@@ -230,7 +230,7 @@ def resumptions(device: str) -> Iterator[Case]:
 
 
 def exactly() -> None:
-    """No TF32 and no choice of kernels by time."""
+    """Disable TF32 and cuDNN benchmarking."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
@@ -238,7 +238,7 @@ def exactly() -> None:
 
 
 def checks(tiny: bool, device: str) -> Iterator[Case]:
-    """All of them, the quick ones first."""
+    """Yield all checks, the fastest first."""
     start_fabric()
     exactly()
     side = 64 if tiny else 256

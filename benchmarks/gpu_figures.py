@@ -1,7 +1,7 @@
 """Time and memory of the five systems at full size with random weights: stages of benchmarks/gpu.py.
 
-A section gives cases, the small ones first; a case is measured when it is called, so that one which does not
-fit leaves the others. Settings of torch are those of the scripts: TF32 and cuDNN as their trainers set them.
+A section yields cases, the smallest first; a case is measured when it is called, so that the others still run
+if one does not fit. TF32 and cuDNN are set as in the training scripts.
 """
 
 import statistics
@@ -20,13 +20,13 @@ from harness.run import start_fabric
 from ldm.modules.flux import FluxParams
 
 TINY_FLUX = FluxParams(64, 64, 32, 48, 128, 4.0, 4, depth=1, depth_single_blocks=2, axes_dim=(8, 12, 12))
-PART_OF_FLUX = FluxParams(depth=2, depth_single_blocks=4)  # a tenth, for the peer's sake: it fits everywhere
+PART_OF_FLUX = FluxParams(depth=2, depth_single_blocks=4)  # a tenth, so that diffusers fits too
 
 
 def timed(
     name: str, make: Callable[[], Callable[[], object]], images: int, aims: tuple[float, float], tiny: bool
 ) -> Case:
-    """Median time and peak memory of what `make` gives; `images` 0: in ms, else as images/s."""
+    """Create a case for median time (images/s, or ms if `images` is 0) and peak memory of a step."""
 
     def rows() -> list[Row]:
         cuda = torch.cuda.is_available()
@@ -48,7 +48,7 @@ def timed(
 def compared(
     name: str, make: Callable[[], dict[str, Callable[[], object]]], tiny: bool, check: bool = False
 ) -> Case:
-    """Ours and a peer's step of the same weights in turn; with `check` their first losses must agree."""
+    """Create a case that alternates our step and a peer's; with `check`, first losses must agree."""
 
     def rows() -> list[Row]:
         works = make()
@@ -63,7 +63,7 @@ def compared(
 
 
 def controlnet(tiny: bool, device: str) -> Iterator[Case]:
-    """The deblurring ControlNet without pixel losses: against diffusers, then images/s and memory."""
+    """Yield cases of the deblurring ControlNet without pixel losses: ratio to diffusers, speed, memory."""
     controlnet_step.like_the_scripts()
     few = tutorial_train_deblur.Settings(
         precision="bf16", cache_latents=True, deblur_loss_weight=0, batch_size=4
@@ -92,13 +92,13 @@ def controlnet(tiny: bool, device: str) -> Iterator[Case]:
 
 
 def srn(tiny: bool, device: str) -> Iterator[Case]:
-    """SRN: a restored picture of 1280 x 720, and a training step."""
+    """Yield cases of SRN: restoring an image of 1280 x 720, and a training step."""
     start_fabric()
     h, w = (64, 96) if tiny else (720, 1280)
 
     def restoring(half: bool) -> Callable[[], torch.Tensor]:
         network = train_srn.SRNDeblurNet(8 if tiny else 32).eval()
-        network.to(device, memory_format=torch.channels_last)  # as infer.py has it
+        network.to(device, memory_format=torch.channels_last)  # as in infer.py
         blurry = torch.rand(1, 3, h, w, device=device) * 2 - 1
 
         def restore() -> torch.Tensor:
@@ -117,7 +117,7 @@ def srn(tiny: bool, device: str) -> Iterator[Case]:
 
 
 def dbgan(tiny: bool, device: str) -> Iterator[Case]:
-    """BGAN and its way back at the defaults of `blur`."""
+    """Yield the case of a training step of BGAN and its inverse network, with the defaults of `blur`."""
     start_fabric()
     settings = train_dbgan.Settings(perceptual_loss_weight=0.0)
     if tiny:
@@ -128,7 +128,7 @@ def dbgan(tiny: bool, device: str) -> Iterator[Case]:
 
 
 def kontext(tiny: bool, device: str) -> Iterator[Case]:
-    """Kontext's LoRA at 512 pixels, batch 1, checkpointed; and a tenth of it against diffusers + peft."""
+    """Yield cases of Kontext's LoRA: a tenth of the model against diffusers + peft, then all of it."""
     start_fabric()
     side, words = (64, 16) if tiny else (512, 512)
     whole, part = (TINY_FLUX, TINY_FLUX) if tiny else (FluxParams(), PART_OF_FLUX)

@@ -1,4 +1,4 @@
-"""A training run of the deblurring network by the clock: the last stage of benchmarks/gpu.py."""
+"""Train the deblurring network for a given time: the last stage of benchmarks/gpu.py."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ from ldm.data.image import photographs, read_image, write_image
 from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
 
 ROOT = Path(__file__).parent.parent
-# The U-Net on the content loss alone, in bf16; images are blurred on the fly as real cameras do.
+# The U-Net on the content loss alone, in bf16, with realistic camera blur on the fly.
 TRAINING = (
     "deblur --epochs 0 --generated_fraction 0 --perceptual_loss_weight 0 --content_loss charbonnier "
     "--fft_loss_weight 0.1 --max_grad_norm 1 --realistic_blur --precision bf16 "
@@ -28,7 +28,7 @@ NETWORK = (
     "--generator unet --width 32 --blocks 4 --crop_size 256 --batch_size 16 --learning_rate 1e-3 "
     "--warmup_steps 100 --dead_leaves 1600"
 )
-PHOTOS = "training/photos"  # sharp photos, and below real pairs: they are used if they are there
+PHOTOS = "training/photos"  # sharp photos; used if the folder exists, like PAIRS
 PAIRS = "training/pairs"
 SMALLER = (
     "--generator unet --width 4 --blocks 1 --crop_size 32 --batch_size 2 --dead_leaves 4 "
@@ -37,7 +37,7 @@ SMALLER = (
 
 
 def data_options() -> str:
-    """Options for the data on this machine."""
+    """Return the options for the data on this machine."""
     words = ""
     if (ROOT / PHOTOS).is_dir():
         words += f" --sharp_dir {PHOTOS} --photo_crops 8 --crop_candidates 3 --cache"
@@ -70,9 +70,9 @@ def run_training(words: list[str], limit: float) -> str:
 
 
 def train(settings: Any, seconds: float) -> list[Row]:
-    """Learn the rate in a short run, then train for as many steps as there is time for.
+    """Measure the speed in a short run, then train for as many steps as the time allows.
 
-    A checkpoint is saved about every minute, so that there is one when the time is up.
+    A checkpoint is saved about every minute, so that one exists when the time is up.
     """
     start, folder = time.monotonic(), settings.output_dir.resolve()
     write_held_out(folder / "held_out")
@@ -90,7 +90,7 @@ def train(settings: Any, seconds: float) -> list[Row]:
     epoch = max(1, int(re.search(r"(\d+) training images", printed)[1]) // batch)
     rate = float(re.search(r"([\d.]+) images/s", printed)[1]) / batch
     spent = time.monotonic() - start
-    left = seconds - 2 * spent - 15  # starting takes as long again
+    left = seconds - 2 * spent - 15  # startup takes as long as in the trial run
     steps = 1 if settings.tiny else max(100, int(left * rate))
     every = max(1, int(60 * rate / epoch))
     words += ["--output_dir", str(folder / "training"), "--log_epoch", str(every), "--max_steps", str(steps)]

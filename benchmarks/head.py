@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows of a table, their first lines, times in turn, ratios of pairs."""
+"""Shared by the benchmarks: table rows, description of the machine, alternating timings, ratios."""
 
 import os
 import platform
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-BUSY = 0.3  # load (processes that wait or run) above which a time says little
+BUSY = 0.3  # load average above which timings are unreliable
 
 
 class Row(NamedTuple):
-    """One figure; `aim` 0 where there is none, `more` where more is better."""
+    """One result; `aim` is its target (0: none), `more` means that higher is better."""
 
     what: str
     value: float | str
@@ -31,14 +31,14 @@ class Row(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is measured, and how: `rows` builds the networks, runs them and returns the figures."""
+    """One measurement; `rows` builds and runs the networks and returns the results."""
 
     what: str
     rows: Callable[[], list[Row]]
 
 
 def processor() -> str:
-    """The processor's name, with the GPU's where there is one."""
+    """Return the name of the CPU and, if there is one, the GPU."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
@@ -46,7 +46,7 @@ def processor() -> str:
 
 
 def begin() -> None:
-    """Print the date, the machine and its load, and warn if others use it too."""
+    """Print the date, the machine and its load, and warn if other programs are running."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
     print(f"{datetime.now(UTC):%Y-%m-%d}, {processor()}, {torch.get_num_threads()} threads")
     print(f"torch {torch.__version__}, load before the start {load:.2f}")
@@ -57,7 +57,7 @@ def begin() -> None:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long `work` takes, with what it leaves to a GPU."""
+    """Measure the time of `work`, including its work on a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -70,7 +70,7 @@ def seconds(work: Callable[[], object]) -> float:
 def in_turn(
     works: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each work, `repeats` times in turn, so that what else the machine does hits all of them."""
+    """Measure the works alternately, `repeats` times each, so that other load affects all of them equally."""
     for _ in range(warm_up):
         for work in works.values():
             work()
@@ -79,14 +79,14 @@ def in_turn(
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """ "0.93 (0.91 to 0.95)": the median of the pairs' ratios, and their quartiles."""
+    """Format the median and quartiles of the pairwise ratios, e.g. "0.930 (0.910 to 0.950, 10 pairs)"."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return f"{middle:.3f} ({low:.3f} to {high:.3f}, {len(ratios)} pairs)"
 
 
 def wake(network: torch.nn.Module) -> torch.nn.Module:
-    """Give weights that start at zero small random values: a GPU multiplies zeros faster, with less power."""
+    """Replace zero-initialized weights by small random values: a GPU multiplies zeros faster."""
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1 and not parameter.any():

@@ -1,11 +1,11 @@
-"""How long a training step of a FLUX.1 Kontext LoRA takes against diffusers + peft, on a small network.
+"""Time a training step of a FLUX.1 Kontext LoRA against diffusers + peft, on a small network.
 
     python -m benchmarks.kontext_step                 # on a CPU or a GPU, in float32
     python -m benchmarks.kontext_step --compile       # ours with torch.compile; the peer is never compiled
 
-A step is forward, backward and AdamW on a given latent, with every block checkpointed and LoRA of rank 16 on
-attention and MLPs. Both have the same weights and take turns; shown are medians. At full size on a GPU:
-`python -m benchmarks.gpu`. Needs requirements-dev.txt.
+A step is forward, backward and AdamW on a given latent, with every block checkpointed and a LoRA of rank 16
+on attention and MLPs. Both sides have the same weights and their steps alternate; medians are printed. For
+full size on a GPU, use `python -m benchmarks.gpu`. Needs requirements-dev.txt.
 """
 
 import statistics
@@ -35,7 +35,7 @@ class Settings:
 def random_flux(
     params: FluxParams, device: str, dtype: torch.dtype, fp8: bool = False, blocks_to_swap: int = 0
 ) -> Flux:
-    """A frozen network of random weights, made on the device; the last blocks may be offloaded to the CPU."""
+    """Create a frozen network of random weights on the device; the last blocks may be offloaded to CPU."""
     with torch.device("meta"):
         model = Flux(params)
         if fp8:
@@ -57,7 +57,7 @@ def random_flux(
 
 
 def inputs(params: FluxParams, resolution: int, words: int, device: str) -> tuple:
-    """Target and control latents, prompt, sigma and noise of one image."""
+    """Create target and control latents, prompt, sigma and noise of one image."""
     side = resolution // 8
     channels = params.in_channels // 4
     target, control = torch.randn(2, 1, channels, side, side, device=device)
@@ -70,7 +70,7 @@ def inputs(params: FluxParams, resolution: int, words: int, device: str) -> tupl
 
 
 def our_work(model: Flux, data: tuple) -> Work:
-    """The step of train_kontext_lora.py, and what it changes."""
+    """Return the step of train_kontext_lora.py, and the parts that it updates."""
     adapter = make_lora(model, "attn_mlp", 16, 16).to(data[0].device)
     optimizer = torch.optim.AdamW(adapter.parameters(), 1e-4)
 
@@ -83,7 +83,7 @@ def our_work(model: Flux, data: tuple) -> Work:
 
 
 def peer_step(flux: Flux, data: tuple) -> Callable[[], None]:
-    """The same step with diffusers' transformer, which gets copies of the weights, and peft's LoRA."""
+    """Return the same step with diffusers' transformer, with copies of the weights, and peft's LoRA."""
     from peft import LoraConfig
 
     from tests.test_flux import diffusers_flux

@@ -1,13 +1,13 @@
-"""Does it fit on my card, and how fast can it be: one training step at full size, counted without a GPU.
+"""Estimate memory and speed of one full-size training step on a given card, without a GPU.
 
     python -m benchmarks.plan deblur --batch_size 32 --precision bf16 --cache_latents --card h200
     python -m benchmarks.plan inpaint | srn | dbgan | kontext      # with any flag of the training script
 
-The step of the training script runs on fake tensors (benchmarks/fake_cuda.py): no file, no GPU and next to no
-memory is needed. Counted are the operations that torch would launch without --compile: TFLOP, GB (10^9 bytes)
-read and written, kernels, and the peak of all tensors. CUDA's context, cuDNN's workspace and what the
-allocator rounds up come on top: about 1 GB. No step is faster than its matrix products at the card's dense
-rate, nor than its traffic at the card's bandwidth; a good one takes 1.2 to 2 times the larger of the two.
+The step of the training script runs on fake tensors (benchmarks/fake_cuda.py), which need no files, no GPU
+and hardly any memory. Operations are counted as torch launches them without --compile: TFLOP, GB (10^9 bytes)
+read and written, kernels, and peak memory of all tensors. CUDA's context, cuDNN's workspace and the
+allocator's rounding add about 1 GB. Lower bounds of the time are the matrix products at the card's dense rate
+and the traffic at its bandwidth; an efficient step takes 1.2 to 2 times the larger of the two.
 """
 
 import sys
@@ -49,14 +49,14 @@ OVERHEAD = 1.0  # GB: CUDA's context, cuDNN's workspace, rounding
 
 
 class Work(NamedTuple):
-    """A training step as a function, and the parts that a checkpoint keeps."""
+    """A training step as a function, and the parts that a checkpoint contains."""
 
     step: Callable[[], None]
     parts: dict[str, Any]
 
 
 class Card(NamedTuple):
-    """What a maker's data sheet says: memory in GB, dense TFLOP/s in 16 bits and in TF32, TB/s."""
+    """Data sheet of a card: memory in GB, dense TFLOP/s in 16 bits and in TF32, bandwidth in TB/s."""
 
     memory: float
     half: float
@@ -88,7 +88,7 @@ CARDS = {
 
 
 def fake_fabric(precision: str, device: str) -> Fabric:
-    """A Fabric that believes in its device and computes in `precision` there."""
+    """Create a Fabric for a device that may be fake, with this precision."""
     fabric = Fabric(accelerator="cpu")
     fabric._strategy._root_device = torch.device(device)
     fabric._strategy.accelerator.setup_device = lambda device: None
@@ -100,7 +100,7 @@ def fake_fabric(precision: str, device: str) -> Fabric:
 
 
 class EightBit(torch.optim.Optimizer):
-    """Takes the memory of bitsandbytes' AdamW8bit: two bytes of state for each number."""
+    """Stand-in for bitsandbytes' AdamW8bit, with the same two bytes of state per parameter."""
 
     def __init__(self, parameters, lr: float, **options):
         super().__init__(parameters, {"lr": lr})
@@ -116,13 +116,13 @@ class EightBit(torch.optim.Optimizer):
 
 
 def control_model(settings: Any, device: str) -> ControlLDM:
-    """What the deblurring or the inpainting script trains."""
+    """Create the model that the deblurring or inpainting script trains."""
     config = read_config(settings.config_path)
     config["target"] = "cldm.inpaint.InpaintControlNet"
     if is_deblurring(settings):
         attention = "WithAttention" if settings.use_attention else ""
         config["target"] = f"cldm.deblur.DeblurControlNet{attention}"
-        for name in ("deblur_loss_weight", "perceptual_loss_weight"):  # every step, which costs most
+        for name in ("deblur_loss_weight", "perceptual_loss_weight"):  # in every step: the worst case
             config["params"][name] = getattr(settings, name)
     config["params"]["control_stage_config"]["params"]["hint_channels"] = hint_channels(settings)
     if getattr(settings, "hint_as_latent", False) or getattr(settings, "coarse_fill", "none") != "none":
@@ -143,7 +143,7 @@ def control_model(settings: Any, device: str) -> ControlLDM:
 
 
 def is_deblurring(settings: Any) -> bool:
-    """True for the settings of the deblurring script, False for those of the inpainting script."""
+    """Return True for settings of the deblurring script, False for the inpainting script."""
     return isinstance(settings, tutorial_train_deblur.Settings)
 
 
@@ -152,7 +152,7 @@ def hint_channels(settings: Any) -> int:
 
 
 def control_batch(settings: Any, model: ControlLDM, device: str) -> dict:
-    """What the loader gives."""
+    """Create a batch as from the data loader."""
     b, side = settings.batch_size, settings.image_size
     channels = model.model.diffusion_model.out[-1].out_channels
     sizes = {"jpg": (side, side, 3), "hint": (side, side, hint_channels(settings))}
@@ -167,7 +167,7 @@ def control_batch(settings: Any, model: ControlLDM, device: str) -> dict:
 
 
 def controlnet(settings: Any, device: str) -> Work:
-    """A step of the deblurring or the inpainting ControlNet."""
+    """Build a step of the deblurring or the inpainting ControlNet."""
     settings = replace(settings, precision=choose_precision(settings.precision, Path()))
     model, parts = control_model(settings, device), settings.accumulate_grad_batches
     optimizer, trained = model.configure_optimizers(), [p for p in model.parameters() if p.requires_grad]
@@ -179,7 +179,7 @@ def controlnet(settings: Any, device: str) -> Work:
         for part in range(parts):
             with torch.autocast(device, half or torch.bfloat16, enabled=half is not None):
                 loss = model.shared_step(batch)[0] / parts
-            if part == 0:  # Lightning's order: the old gradients go after the forward pass
+            if part == 0:  # like Lightning, which clears gradients after the forward pass
                 optimizer.zero_grad()
             scaler.scale(loss).backward()
         if settings.max_grad_norm:
@@ -194,15 +194,13 @@ def controlnet(settings: Any, device: str) -> Work:
 
 
 def srn(settings: train_srn.Settings, device: str) -> Work:
-    """A step of SRN-DeblurNet."""
+    """Build a step of SRN-DeblurNet."""
     fabric = fake_fabric(settings.precision, device)
     network = train_srn.SRNDeblurNet(settings.width, settings.residual, settings.sampling)
     network.to(device, memory_format=torch.channels_last)
     optimizer = train_srn.make_optimizer(network, settings)
     if settings.optimizer == "adam":
-        optimizer.param_groups[0]["fused"] = (
-            True  # as the script has it on CUDA, which these tensors stand for
-        )
+        optimizer.param_groups[0]["fused"] = True  # as in the script on CUDA
     trained, optimizer = fabric.setup(network, optimizer)
     ema = EMA(network, train_srn.EMA_DECAY)
     images = 2 * torch.rand(2, settings.batch_size, 3, *[settings.crop_size] * 2, device=device) - 1
@@ -216,7 +214,7 @@ def srn(settings: train_srn.Settings, device: str) -> Work:
 
 
 def dbgan(settings: train_dbgan.Settings, device: str, stage: str = "blur", phase: int = -1) -> Work:
-    """A step of a stage of BGAN and DBGAN; `phase` counts among the stage's losses."""
+    """Build a step of a stage of BGAN and DBGAN; `phase` is an index into the stage's losses."""
     fabric = fake_fabric(settings.precision, device)
     perceptual = None
     if settings.perceptual_loss_weight and stage != "blur":
@@ -244,7 +242,7 @@ def dbgan(settings: train_dbgan.Settings, device: str, stage: str = "blur", phas
 
 
 def kontext(settings: train_kontext_lora.Settings, device: str) -> Work:
-    """A step of the Kontext LoRA."""
+    """Build a step of the Kontext LoRA."""
     if settings.perceptual_loss:
         raise ValueError("the perceptual loss cannot be counted: what it decodes depends on the noise drawn")
     script = train_kontext_lora
@@ -276,16 +274,16 @@ def kontext(settings: train_kontext_lora.Settings, device: str) -> Work:
 
 
 def offloaded_weights(model: Flux) -> list[torch.Tensor]:
-    """The frozen weights of the blocks that are offloaded to CPU memory."""
+    """List the frozen weights of the blocks that are offloaded to CPU memory."""
     parameters = (parameter for block in model.swap.blocks for parameter in block.parameters())
     return [parameter for parameter in parameters if not parameter.requires_grad]
 
 
-# ---- files that are not there ------------------------------------------------------------------------------
+# ---- stand-ins for files -----------------------------------------------------------------------------------
 
 
 def _weights_of(path: Path) -> dict[str, torch.Tensor]:
-    """What Kontext's files hold: the names and shapes."""
+    """Create weights with the names and shapes of Kontext's files."""
     with torch.device("meta"):
         model = Flux(FluxParams()) if path.name == TRANSFORMER else FluxAutoencoder()
     dtype = torch.bfloat16 if path.name == TRANSFORMER else torch.float32
@@ -293,7 +291,7 @@ def _weights_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def without_files(make: Callable[..., Work], *arguments: Any) -> Work:
-    """make(*arguments) with weights that need no file, and bitsandbytes' memory without bitsandbytes."""
+    """Call make(*arguments) with weights that need no file, and with EightBit for bitsandbytes."""
     bitsandbytes = types.ModuleType("bitsandbytes.optim")
     bitsandbytes.AdamW8bit = EightBit
     modules = {"bitsandbytes": types.ModuleType("bitsandbytes"), "bitsandbytes.optim": bitsandbytes}
@@ -311,16 +309,16 @@ def without_files(make: Callable[..., Work], *arguments: Any) -> Work:
 
 
 def count_step(make: Callable[..., Work], *arguments: Any) -> Count:
-    """What the second of two steps of make(*arguments, "cpu") costs on CUDA."""
+    """Count the second of two steps of make(*arguments) as on CUDA."""
     with fake_tensors(like_cuda=True) as count:
         step, parts = without_files(make, *arguments)
         count.leave_on_host(parts.get("offloaded", ()))
         for group in parts["optimizer"].param_groups:
             count.trained += sum(p.numel() for p in group["params"] if p.requires_grad)
             if group.get("fused", True) is None and group["foreach"] is None:
-                group["foreach"] = True  # torch's choice on CUDA where the script leaves it open
+                group["foreach"] = True  # torch's default on CUDA
         step()
-        if not parts["optimizer"].param_groups[0].get("fused"):  # their count of steps stays on the CPU
+        if not parts["optimizer"].param_groups[0].get("fused"):  # the step counter stays on the CPU
             states = parts["optimizer"].state.values()
             count.leave_on_host(state["step"] for state in states if "step" in state)
         count.restart()
@@ -329,20 +327,20 @@ def count_step(make: Callable[..., Work], *arguments: Any) -> Count:
 
 
 def bounds(count: Count, card: Card, precision: str) -> tuple[float, float]:
-    """Seconds that the matrix products and that the traffic take at least."""
+    """Return lower bounds in seconds for the matrix products and for the memory traffic."""
     rate = card.tf32 if precision[:2] in ("32", "no") else card.half
     return count.tflop / rate, count.gigabytes / (1000 * card.bandwidth)
 
 
 def find_card(name: str) -> Card | None:
-    """A card by name, None for none. Raises ValueError that lists those that are known."""
+    """Return a card by name, or None for "". Raises ValueError with the known names for others."""
     if name and name not in CARDS:
         raise ValueError(f"--card {name} is not known: give one of {', '.join(CARDS)}")
     return CARDS[name] if name else None
 
 
 def show(title: str, count: Count, images: int, precision: str, card: str) -> None:
-    """One counted step, and what it is on a card."""
+    """Print a counted step and its bounds on a card."""
     peak = count.peak_gb
     print(
         f"{title}: {count.tflop:.1f} TFLOP, {count.gigabytes:.0f} GB moved, {count.kernels} kernels, "
@@ -360,9 +358,9 @@ def show(title: str, count: Count, images: int, precision: str, card: str) -> No
 
 
 def swap_that_fits(peak: float, fp8: bool, room: float) -> int | None:
-    """The fewest blocks of Kontext to offload for a peak within `room` GB; None if no number is enough.
+    """Return the fewest Kontext blocks to offload for a peak within `room` GB; None if that is impossible.
 
-    Two blocks' copies are on the device at once.
+    Copies of two blocks are on the device at the same time.
     """
     with torch.device("meta"):
         model = Flux(FluxParams())
@@ -390,7 +388,7 @@ class OnCard:
     card: str = ""  # does the step fit on this NVIDIA card: h200, 4090, 3060, ... (a wrong name lists all)
 
     def plans(self) -> Iterator[tuple[str, Callable, int]]:
-        """A title, what makes the step, and its images: for each step of a system."""
+        """Yield a title, a function that builds the step, and its number of images, for each step."""
         name, parts = type(self).__name__, getattr(self, "accumulate_grad_batches", 1)
         yield f"{name}, {parts} x {self.batch_size}", partial(STEPS[name], self), parts * self.batch_size
 
@@ -431,7 +429,7 @@ COMMANDS = {"deblur": Deblur, "inpaint": Inpaint, "srn": SRN, "dbgan": DBGAN, "k
 
 
 def main(settings: Deblur | Inpaint | SRN | DBGAN | Kontext) -> None:
-    """Count and print."""
+    """Count the steps and print the results."""
     find_card(settings.card)
     precision = getattr(settings, "precision", "bf16")
     for title, make, images in settings.plans():

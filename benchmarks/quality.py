@@ -3,9 +3,9 @@
     python -m benchmarks.quality --checkpoint_path models/srn_deblur.safetensors
     python -m benchmarks.quality --checkpoint_path models/dbgan.safetensors --pairs gopro/test --crop 512
 
-Synthetic blur is made from the whole photographs inside scikit-image, which no shipped network was trained
-on. `--pairs` is any data set of pairs (training/README.md): its scenes are scored apart. Colour shift is the
-largest mean difference of a channel from the ground truth, in 1/255: blur in linear light brightens an image.
+Synthetic blur is applied to the whole photographs inside scikit-image, which no included network was trained
+on. `--pairs` is any data set of pairs (training/README.md), scored by scene. Colour shift is the largest mean
+difference of a channel from the ground truth, in 1/255 (blur in linear light brightens an image).
 """
 
 import time
@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass
 class Score:
-    """Sums over the images of one row."""
+    """Scores of the images of one table row."""
 
     before: list[float] = field(default_factory=list)
     after: list[float] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Score:
     shifts_after: list[tuple[float, float, float]] = field(default_factory=list)
 
     def line(self, name: str) -> str:
-        """The row as a line of a markdown table."""
+        """Format the row as a line of a markdown table."""
         gains = np.subtract(self.after, self.before)
         shifts = [np.abs(np.mean(side, axis=0)).max() for side in (self.shifts_before, self.shifts_after)]
         return (
@@ -67,7 +67,7 @@ class Score:
 
 
 def open_network(path: Path, precision: str = "32") -> tuple[torch.nn.Module, Restore]:
-    """A network of either script, and what restores a uint8 image with it."""
+    """Load a network of either script; return it with a function that restores a uint8 image."""
     try:
         network = train_srn.load_network(path)
         restore_image = train_srn.restore_image
@@ -79,7 +79,7 @@ def open_network(path: Path, precision: str = "32") -> tuple[torch.nn.Module, Re
 
 
 def score(pairs: Iterable[tuple[np.ndarray, np.ndarray]], restore: Restore, crop: int = 0) -> Score:
-    """Scores of restored images (uint8) against their sharp ones, before and after."""
+    """Score images (uint8) against their sharp ones, before and after restoring."""
     result = Score()
     for blurry, sharp in pairs:
         blurry, sharp = middle(blurry, crop), middle(sharp, crop)
@@ -94,7 +94,7 @@ def score(pairs: Iterable[tuple[np.ndarray, np.ndarray]], restore: Restore, crop
 
 
 def synthetic_rows(seed: int) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Blurry and sharp photographs by blur type, blurred whole."""
+    """Create blurry and sharp photographs by blur type; whole photographs are blurred."""
     held_out = HeldOut([Pair(path, path) for path in photographs()], limit=10**6, seed=seed)
     rows: dict[str, list] = {}
     for number, pair in enumerate(held_out.pairs):
@@ -103,7 +103,7 @@ def synthetic_rows(seed: int) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
 
 
 def scene_rows(root: Path) -> dict[str, list[Pair]]:
-    """The pairs of a data set by scene."""
+    """Find the pairs of a data set by scene."""
     rows: dict[str, list[Pair]] = {}
     for pair in find_pairs(root):
         rows.setdefault(pair.group, []).append(pair)
@@ -111,7 +111,7 @@ def scene_rows(root: Path) -> dict[str, list[Pair]]:
 
 
 def cost(network: torch.nn.Module, restore: Restore) -> str:
-    """Size, work and seconds for 1280 x 720 pixels."""
+    """Describe parameters, FLOPs and seconds for 1280 x 720 pixels."""
     frame = np.zeros((720, 1280, 3), np.uint8)
     restore(frame)  # the first call is slower
     start = time.perf_counter()

@@ -1,12 +1,12 @@
-"""Score the fillings of the small inpainting ControlNet in models/, sampled in many ways, and classical ones.
+"""Score the small inpainting ControlNet in models/ with various options, and classical methods.
 
     python -m benchmarks.small_holes
 
-The table of docs/weights.md: 36 holes of 10 to 30 % in squares of the six photographs inside scikit-image,
-none of which the file was trained on, and other holes than the demonstration's.
-Texture is the energy of the gradients relative to the ground truth's, as a median: where the ground truth is
-smooth the ratio grows without bound. LPIPS and DISTS are of the whole square, each if torchvision's file of
-its network is on this machine; FSR needs opencv-contrib.
+Prints the table of docs/weights.md: 36 holes of 10 to 30 % in squares of the six photographs inside
+scikit-image, which are not in the training set; the holes differ from the demonstration's.
+Texture is the median ratio of gradient energy to the ground truth's (unbounded where the ground truth is
+smooth). LPIPS and DISTS are computed on the whole square if torchvision's file of their network is on
+this machine; FSR needs opencv-contrib.
 """
 
 from collections.abc import Callable
@@ -50,14 +50,14 @@ Fill = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass
 class Settings:
-    """Print the table."""
+    """Print the table of scores."""
 
     squares: int = 6  # number of squares of each photograph
     seed: int = 1000  # random seed of the squares and the holes
 
 
 def row(name: str, holes: list[tuple[np.ndarray, np.ndarray]], fill: Fill) -> None:
-    """Print the scores of `fill` over pictures (h, w, 3) and masks (h, w), not 0 in the hole; all uint8."""
+    """Print the scores of `fill` on images (h, w, 3) and masks (h, w), nonzero in the hole; all uint8."""
     scores = []
     for image, mask in holes:
         filled = fill(image, mask)
@@ -70,7 +70,7 @@ def row(name: str, holes: list[tuple[np.ndarray, np.ndarray]], fill: Fill) -> No
 
 
 def smooth(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The hole filled with colours from around it: A1111's "fill"."""
+    """Fill the hole with colours from around it, like A1111's "fill"."""
     return np.rint(fill_smoothly(image.astype(np.float32), mask)).clip(0, 255).astype(np.uint8)
 
 

@@ -1,11 +1,11 @@
-"""What several tests share: the tiny model of the reference numbers."""
+"""Shared fixtures: the tiny model of the reference outputs."""
 
 import copy
 import json
 import os
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks lose more by threads than they gain
+os.environ["OMP_NUM_THREADS"] = "1"  # threads slow tiny networks down
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ TINY = json.loads((REFERENCE / "cldm_tiny.json").read_text())
 
 
 def tiny_arguments() -> dict:
-    """Arguments of the reference numbers' ControlLDM."""
+    """Return the arguments of the reference ControlLDM."""
     control = {**TINY["net"], "hint_channels": TINY["hint_channels"]}
     return {
         "unet_config": {"target": "cldm.cldm.ControlledUnetModel", "params": TINY["net"]},
@@ -35,7 +35,7 @@ def tiny_arguments() -> dict:
 
 @pytest.fixture(autouse=True)
 def _auto_is_32(monkeypatch):
-    """`--precision auto` is 32 on every CPU, also on one that computes in bf16."""
+    """Make `--precision auto` 32 on every CPU, also on one with fast bf16."""
     monkeypatch.setattr("ldm.util.cpu_computes_in_bf16", lambda: False)
 
 
@@ -46,13 +46,13 @@ def _filled_model() -> ControlLDM:
 
 @pytest.fixture
 def model(_filled_model) -> ControlLDM:
-    """The tiny ControlLDM with the reference's weights; each test may change its own copy."""
+    """Return the tiny ControlLDM with the reference weights; each test gets its own copy."""
     return copy.deepcopy(_filled_model)
 
 
 @pytest.fixture(scope="session")
 def reference() -> dict[str, torch.Tensor]:
-    """The reference arrays and the inputs they were computed from."""
+    """Return the reference arrays and the inputs they were computed from."""
     arrays = {
         name: torch.from_numpy(np.asarray(a)) for name, a in np.load(REFERENCE / "cldm_tiny.npz").items()
     }

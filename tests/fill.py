@@ -1,4 +1,4 @@
-"""Repeatable weights and inputs: drawn by name, so that two implementations agree without a weight file."""
+"""Repeatable weights and inputs, seeded by name: two implementations agree without a weight file."""
 
 import zlib
 
@@ -7,14 +7,14 @@ import torch
 
 
 def draw(name: str, shape, salt: str = "") -> torch.Tensor:
-    """Standard normal float32 tensor, seeded by the CRC-32 of `salt + name`."""
+    """Sample a standard normal float32 tensor, seeded by the CRC-32 of `salt + name`."""
     values = np.random.RandomState(zlib.crc32((salt + name).encode())).standard_normal(tuple(shape))
     return torch.from_numpy(values.astype(np.float32))
 
 
 @torch.no_grad()
 def fill(module: torch.nn.Module, salt: str = "") -> torch.nn.Module:
-    """Draw every parameter: scaled by fan-in (2-D and up), 0.1 (biases) or near 1 (norms)."""
+    """Sample every parameter: scaled by fan-in (2-D and up), 0.1 (biases) or near 1 (norms)."""
     for name, parameter in module.named_parameters():
         values = draw(name, parameter.shape, salt)
         if parameter.ndim >= 2:
@@ -26,7 +26,7 @@ def fill(module: torch.nn.Module, salt: str = "") -> torch.nn.Module:
 
 
 def relative_error(actual: torch.Tensor, expected) -> float:
-    """max |difference| / max |expected|; both finite and of one shape."""
+    """Return max |difference| / max |expected| of two finite arrays of the same shape."""
     expected = torch.as_tensor(expected)
     assert tuple(actual.shape) == tuple(expected.shape), (tuple(actual.shape), tuple(expected.shape))
     assert torch.isfinite(actual).all()

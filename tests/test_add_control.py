@@ -1,4 +1,4 @@
-"""tool_add_control.py on small files with the real key names, and on the files people really have."""
+"""tool_add_control.py on small files with the real key names, wrappers and defects of published files."""
 
 import pickle
 from pathlib import Path
@@ -16,14 +16,14 @@ CONFIG = "models/cldm_tiny_deblur.yaml"
 
 @pytest.fixture(scope="module")
 def diffusion() -> dict[str, torch.Tensor]:
-    """What a file of Stable Diffusion holds, at tiny size."""
+    """Create the state dict of a tiny Stable Diffusion model, without a ControlNet."""
     model = fill(create_model(CONFIG))
     return {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
 
 
 @pytest.fixture
 def base(diffusion, tmp_path) -> Path:
-    """Such a file, with the extras of files in the wild and without what they often lack."""
+    """Write these weights with the extra EMA keys of published files and without the keys they often lack."""
     weights = {k: v for k, v in diffusion.items() if not k.endswith("position_ids") and k != "logvar"}
     path = tmp_path / "v1-5-pruned.ckpt"
     write_weights(
@@ -33,7 +33,7 @@ def base(diffusion, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_the_result_trains_from_the_copied_encoder(base, diffusion, tmp_path, capsys, suffix):
+def test_output_is_complete_and_encoder_is_copied(base, diffusion, tmp_path, capsys, suffix):
     output = tmp_path / f"control_ini{suffix}"
     main(Settings(base, output, Path(CONFIG)))
     weights = read_weights(output)
@@ -76,7 +76,7 @@ def write_text(path: Path) -> None:
 
 
 def write_code(path: Path) -> None:
-    path.write_bytes(pickle.dumps({"state_dict": Evil()}, protocol=2))  # what torch.save writes
+    path.write_bytes(pickle.dumps({"state_dict": Evil()}, protocol=2))  # as torch.save writes it
 
 
 def write_other(path: Path) -> None:
@@ -103,7 +103,7 @@ def write_empty(path: Path) -> None:
         ("x.ckpt", write_empty, "no tensors"),
     ],
 )
-def test_wrong_inputs_are_named_and_leave_nothing(tmp_path, capsys, name, write, message):
+def test_bad_input_raises_and_writes_no_output(tmp_path, capsys, name, write, message):
     if write:
         write(tmp_path / name)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -112,14 +112,14 @@ def test_wrong_inputs_are_named_and_leave_nothing(tmp_path, capsys, name, write,
     assert [path.name for path in tmp_path.iterdir()] == ([name] if write else [])
 
 
-def test_a_truncated_file_is_named(base, tmp_path):
+def test_truncated_file_raises_with_its_name(base, tmp_path):
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes(base.read_bytes()[:-2000])
     with pytest.raises(ValueError, match=r"cut.ckpt is damaged"):
         main(Settings(cut, tmp_path / "out.ckpt", Path(CONFIG)))
 
 
-def test_outputs_are_not_overwritten_unasked(base, tmp_path):
+def test_existing_output_is_overwritten_only_on_request(base, tmp_path):
     output = tmp_path / "out.ckpt"
     output.write_text("precious")
     with pytest.raises(ValueError, match="exists already.*--overwrite"):
@@ -132,7 +132,7 @@ def test_outputs_are_not_overwritten_unasked(base, tmp_path):
         main(Settings(output, tmp_path / "again.ckpt", Path(CONFIG)))
 
 
-def test_missing_and_misshapen_tensors_are_named(base, tmp_path):
+def test_missing_or_misshapen_tensors_raise_with_their_names(base, tmp_path):
     weights = read_weights(base)
     del weights["first_stage_model.decoder.conv_in.weight"]
     missing = "file does not fit this model: first_stage_model.decoder.conv_in.weight is missing"
@@ -142,7 +142,7 @@ def test_missing_and_misshapen_tensors_are_named(base, tmp_path):
         main(Settings(base, tmp_path / "out.ckpt", Path("models/cldm_v15.yaml")))
 
 
-def test_families_are_told_apart():
+def test_model_family_is_recognized():
     def sd(context: int) -> dict[str, torch.Tensor]:
         name = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
         return {name: torch.empty(320, context)}
@@ -153,8 +153,8 @@ def test_families_are_told_apart():
         config_for(sd(2048), "x")
 
 
-def test_files_that_mention_lightnings_callback_load(base, tmp_path):
-    """Stable Diffusion's own .ckpt files carry a class of Lightning among their keys."""
+def test_checkpoint_with_lightning_callback_key_loads(base, tmp_path):
+    """The original .ckpt files of Stable Diffusion have a Lightning class as a dictionary key."""
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     content = {"state_dict": read_weights(base), "callbacks": {ModelCheckpoint: {"best": torch.tensor(1.0)}}}

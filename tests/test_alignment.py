@@ -1,4 +1,4 @@
-"""Known shifts and zooms, made by scipy's splines, are measured and undone."""
+"""Measuring and undoing known shifts and zooms, which scipy's spline interpolation produces."""
 
 import cv2
 import numpy as np
@@ -18,7 +18,7 @@ def rounded(image: np.ndarray) -> np.ndarray:
 
 
 def move(image: np.ndarray, x: float, y: float, zoom: float) -> np.ndarray:
-    """The content x pixels further right and y further down, `zoom` times as large, about the middle."""
+    """Shift the content x pixels right and y pixels down and scale it by `zoom` about the center."""
     middle = np.array(image.shape[:2]) / 2 - 0.5
     offset = middle - (middle + [y, x]) / zoom
     planes = np.moveaxis(image, 2, 0).astype(float)
@@ -35,8 +35,8 @@ def degrade(image: np.ndarray, kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["", "blur", "noise"])
 @pytest.mark.parametrize("name", ["astronaut.png", "motorcycle_left.png"])
-def test_known_movements_are_measured(name, kind):
-    """The restored image is clean, its input is degraded."""
+def test_known_shift_and_zoom_are_measured(name, kind):
+    """The restored image is sharp and the input degraded."""
     image = read_image(photographs((name,))[0])[60:380, :400]
     given = degrade(image, kind)
     for x, y, zoom in MOVES:
@@ -45,7 +45,7 @@ def test_known_movements_are_measured(name, kind):
         assert found.scale == pytest.approx(100 * zoom, abs=0.1)
 
 
-def test_large_images_are_measured_at_reduced_size_in_their_own_pixels():
+def test_shift_of_large_image_is_in_full_resolution_pixels():
     large = cv2.resize(COFFEE, (1600, 1200), interpolation=cv2.INTER_CUBIC)
     found = measure_movement(move(large, 6.5, -11, 1.01), large)
     assert (found.x, found.y, found.scale) == pytest.approx((6.5, -11, 101), abs=0.1)
@@ -69,13 +69,13 @@ def unmeasurable() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize("case", unmeasurable())
-def test_what_cannot_be_measured_is_not_zero(case):
+def test_unmeasurable_movement_is_nan(case):
     found = measure_movement(*unmeasurable()[case])
     assert not found.is_known and np.isnan([*found, found.shift]).all()
     assert str(found) == "movement not measurable"
 
 
-def test_a_movement_is_undone_and_borders_come_from_the_input():
+def test_movement_is_undone_and_borders_filled_from_input():
     moved = move(COFFEE, 5.4, -3.2, 1.02)
     found = measure_movement(moved, COFFEE)
     assert str(found).startswith("shift +5.4") and str(found).endswith(f"{found.scale:.2f} %")
@@ -84,7 +84,7 @@ def test_a_movement_is_undone_and_borders_come_from_the_input():
     assert measure_movement(undone, COFFEE).shift < 0.05
     shrunk = move(COFFEE, 0, 0, 0.97)
     enlarged = undo_movement(shrunk, 255 - COFFEE, measure_movement(shrunk, COFFEE))
-    assert psnr(enlarged, COFFEE) > 30  # its borders are all there
+    assert psnr(enlarged, COFFEE) > 30  # all borders are covered
     zoomed = move(COFFEE, 0, 0, 1.03)
     filled = undo_movement(zoomed, 255 - COFFEE, measure_movement(zoomed, COFFEE))
     assert np.array_equal(filled[:4], 255 - COFFEE[:4]) and np.array_equal(
@@ -92,6 +92,6 @@ def test_a_movement_is_undone_and_borders_come_from_the_input():
     )
 
 
-def test_bad_input():
+def test_different_shapes_raise():
     with pytest.raises(ValueError, match=r"different shapes: \(320, 400, 3\) and \(320, 399, 3\)"):
         measure_movement(COFFEE, COFFEE[:, 1:])

@@ -1,4 +1,4 @@
-"""The blind Wiener filter: its bank, its spectra, overlap-add, and that it learns to recognise a blur."""
+"""The blind Wiener filter: filter bank, spectra, overlap-add and training."""
 
 import math
 
@@ -21,7 +21,7 @@ def photo(side: int) -> torch.Tensor:
 
 
 def motion_kernel(length: float, degrees: float) -> np.ndarray:
-    """A straight path drawn by many points: independent of the closed form in the bank."""
+    """Rasterize a straight path from many points, independently of the bank's closed form."""
     kernel = np.zeros((65, 65), np.float32)
     for along in np.linspace(-length / 2, length / 2, 400):
         x, y = 32 + along * math.cos(math.radians(degrees)), 32 + along * math.sin(math.radians(degrees))
@@ -38,7 +38,7 @@ def blurred(image: torch.Tensor, kernel: np.ndarray) -> torch.Tensor:
 
 
 def only(index: int) -> BlindWiener:
-    """A filter that uses one kernel of the bank everywhere."""
+    """Create a network that applies one filter of the bank everywhere."""
     network = BlindWiener(8)
     scores = torch.full((len(network.bank),), -1e4)
     scores[index] = 1e4
@@ -47,16 +47,16 @@ def only(index: int) -> BlindWiener:
 
 
 @pytest.mark.parametrize(("length", "angle"), [(6.5, 0), (12.5, 3), (17.0, 8)])
-def test_transfer_functions_are_those_of_drawn_kernels(length, angle):
+def test_transfer_functions_match_rasterized_kernels(length, angle):
     index = blind_wiener.LENGTHS.index(length) * blind_wiener.BANK_ANGLES + angle
     kernel = np.zeros((blind_wiener.FFT, blind_wiener.FFT))
     kernel[:65, :65] = motion_kernel(length, 180 * angle / blind_wiener.BANK_ANGLES)
     expected = np.fft.rfft2(np.roll(kernel, (-32, -32), (0, 1)))
-    low = slice(0, blind_wiener.FFT // 16)  # bilinear drawing damps high frequencies
+    low = slice(0, blind_wiener.FFT // 16)  # bilinear rasterization damps high frequencies
     assert np.abs(transfer_functions()[index].numpy() - expected)[low, low].max() < 0.03
 
 
-def test_disks_and_gaussians_of_the_bank_have_their_second_moment():
+def test_disk_and_gaussian_filters_have_correct_second_moment():
     functions = transfer_functions()[MOTION:]
     at = 2  # a low frequency, where H = 1 - 2 pi^2 f^2 variance
     frequency = at / blind_wiener.FFT
@@ -65,11 +65,11 @@ def test_disks_and_gaussians_of_the_bank_have_their_second_moment():
     assert functions[:, 0, at].tolist() == pytest.approx(expected, abs=1e-3)
 
 
-def test_filters_keep_the_mean():
+def test_filters_preserve_the_mean():
     assert torch.allclose(filter_bank()[:, 0], torch.ones(1), atol=1e-6)
 
 
-def test_the_polar_spectrum_of_a_wave_is_at_its_angle_and_radius():
+def test_polar_spectrum_of_a_wave_peaks_at_its_angle_and_radius():
     angle, radius = 5, ring_radii()[10].item()
     theta = math.pi * angle / blind_wiener.ANGLES
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
@@ -81,12 +81,12 @@ def test_the_polar_spectrum_of_a_wave_is_at_its_angle_and_radius():
 
 
 @pytest.mark.parametrize(("height", "width"), [(50, 70), (96, 97), (200, 320), (193, 400)])
-def test_the_identity_changes_nothing_at_any_size(height, width):
+def test_identity_filter_leaves_images_of_any_size_unchanged(height, width):
     image = torch.rand(2, 3, height, width)
     assert only(0)(image).abs().max() < 1e-5
 
 
-def test_the_right_filter_sharpens_a_blurred_photo():
+def test_matching_filter_reduces_error_of_blurred_photo():
     sharp = photo(320)
     blurry = blurred(sharp, motion_kernel(12.5, 45))
     index = 1 + blind_wiener.LENGTHS.index(12.5) * blind_wiener.BANK_ANGLES + 3
@@ -102,7 +102,7 @@ def test_the_right_filter_sharpens_a_blurred_photo():
     assert error(across) > 2 * error(index)
 
 
-def test_scores_turn_with_the_image():
+def test_scores_rotate_with_the_image():
     network = fill(BlindWiener(8))
     gray = photo(192).mean(1, keepdim=True)
     count = blind_wiener.BANK_ANGLES
@@ -112,7 +112,7 @@ def test_scores_turn_with_the_image():
     assert straight.std(dim=1).max() > 5e-2  # they depend on the angle
 
 
-def test_it_learns_to_tell_two_blurs_apart():
+def test_learns_to_distinguish_two_blurs():
     torch.manual_seed(0)
     sharp = photo(512)[..., 100:356, 100:356].repeat(2, 1, 1, 1)
     kernels = motion_kernel(9, 0), motion_kernel(9, 90)

@@ -22,7 +22,7 @@ def kernels() -> list[tuple[str, np.ndarray]]:
     for radius in (0.0, 0.04, 0.3, 1.0, 2.5, 7.3, 20.0):
         found.append((f"disk {radius}", blur.aperture_kernel(radius)))
     for blades in range(3, 10):
-        radius, angle = rng.uniform(2, 12) * (blades != 6), rng.uniform(0, 2 * math.pi)  # and a point
+        radius, angle = rng.uniform(2, 12) * (blades != 6), rng.uniform(0, 2 * math.pi)  # 6 blades: radius 0
         found.append((f"{blades} blades", blur.aperture_kernel(radius, blades, angle)))
     for sigma in (0.4, 1.0, 3.7):
         line = blur.gaussian_kernel(sigma)
@@ -31,7 +31,7 @@ def kernels() -> list[tuple[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(kernel, id=name) for name, kernel in kernels()])
-def test_kernels_sum_to_one_and_have_their_centroid_in_the_middle(kernel):
+def test_kernels_sum_to_one_and_are_centered(kernel):
     size = len(kernel)
     assert kernel.shape == (size, size) and size % 2 == 1 and kernel.dtype == np.float32
     assert kernel.min() >= 0
@@ -42,7 +42,7 @@ def test_kernels_sum_to_one_and_have_their_centroid_in_the_middle(kernel):
 
 
 @pytest.mark.parametrize("radius", [2.0, 4.7, 9.0, 15.3])
-def test_apertures_have_the_area_of_geometry(radius):
+def test_aperture_area_matches_geometry(radius):
     # inside, a uniform kernel is 1 / area
     assert 1 / blur.aperture_kernel(radius).max() == pytest.approx(math.pi * radius**2, rel=0.01)
     for blades in (5, 6, 8):
@@ -50,19 +50,19 @@ def test_apertures_have_the_area_of_geometry(radius):
         assert 1 / blur.aperture_kernel(radius, blades, 0.3).max() == pytest.approx(area, rel=0.02)
 
 
-def test_disk_has_the_second_moment_of_a_disk():
+def test_disk_kernel_has_correct_second_moment():
     kernel, offset = blur.aperture_kernel(8.0).astype(float), np.arange(19) - 9
     assert len(kernel) == 19
     assert (kernel.sum(0) * offset**2).sum() == pytest.approx(8.0**2 / 4 + 1 / 12, rel=0.005)
 
 
-def test_gaussian_kernel_has_its_deviation():
+def test_gaussian_kernel_has_given_standard_deviation():
     line = blur.gaussian_kernel(3.0).astype(float)
     offset = np.arange(len(line)) - len(line) // 2
     assert (line * offset**2).sum() == pytest.approx(9.0, rel=0.01)
 
 
-def test_polygon_turns_with_its_angle():
+def test_polygon_aperture_rotates_with_its_angle():
     kernel = blur.aperture_kernel(10.0, 4, 0.0)  # sides upright: a square of half width 10 cos(45 degrees)
     assert kernel[len(kernel) // 2 + 8].max() == 0  # 7.07 + 0.5 is the last row
     turned = blur.aperture_kernel(10.0, 4, math.pi / 4)
@@ -70,7 +70,7 @@ def test_polygon_turns_with_its_angle():
     assert np.allclose(kernel, blur.aperture_kernel(10.0, 4, math.pi / 2), atol=1e-7)
 
 
-def test_straight_path_is_a_segment():
+def test_motion_path_without_shake_is_a_segment():
     for seed in range(5):
         path = blur.motion_path(np.random.default_rng(seed), 20.0, 0.0)
         assert np.linalg.norm(path[-1] - path[0]) == pytest.approx(20.0)
@@ -92,7 +92,7 @@ def test_motion_path_statistics():
         assert np.allclose(steps, 30.0 / (many.shape[1] - 1))  # constant speed, whole length 30
         assert np.abs(many.mean(axis=1)).max() < 1e-9
         extents.append(np.linalg.norm(np.ptp(many, axis=1), axis=1).mean())
-    assert extents[0] > 1.1 * extents[1] > 1.3 * extents[2]  # the more shake, the more tangled
+    assert extents[0] > 1.1 * extents[1] > 1.3 * extents[2]  # more shake, smaller extent
 
     first = np.diff(paths(0.3)[:, :2], axis=1)[:, 0]
     direction = np.arctan2(first[:, 1], first[:, 0]) / (2 * math.pi) % 1
@@ -101,10 +101,10 @@ def test_motion_path_statistics():
     turns = np.cos(np.diff(np.unwrap(np.arctan2(*np.diff(paths(0.5), axis=1).T)), axis=0))
     assert np.median(turns) > 0.95  # inertia: the direction holds from step to step ...
     reversals = (turns < -0.5).sum() / turns.shape[1]
-    assert 0.5 < reversals < 2.5  # ... but for impulses, 3 * shake an exposure
+    assert 0.5 < reversals < 2.5  # ... except for impulses, 3 * shake per exposure
 
 
-def test_motion_kernel_shares_a_point_among_its_four_pixels():
+def test_motion_kernel_splats_points_bilinearly():
     kernel = blur.motion_kernel(np.array([[0.25, 0.0], [-0.25, 0.0]]))
     middle = len(kernel) // 2
     assert np.allclose(kernel[middle, middle - 1 : middle + 2], [0.125, 0.75, 0.125])
@@ -121,12 +121,12 @@ def test_convolution_equals_scipy(size, shape):
     assert np.allclose(blur.convolve(light, kernel), np.stack(expected, -1).reshape(shape), atol=2e-6)
 
 
-def test_kernel_larger_than_the_picture_reflects_again_and_again():
+def test_kernel_larger_than_image_reflects_repeatedly():
     light = np.full((5, 7, 3), 0.3, np.float32)
     assert np.allclose(blur.convolve(light, blur.aperture_kernel(20.0)), 0.3, atol=1e-6)
 
 
-def test_srgb_curve_is_the_standard_and_its_inverse_exact():
+def test_srgb_curve_matches_standard_and_inverts_exactly():
     levels = np.arange(256, dtype=np.uint8)
     light = blur.srgb_to_linear(levels).ravel()
     assert light[128] == pytest.approx(((128 / 255 + 0.055) / 1.055) ** 2.4, rel=1e-6)
@@ -135,7 +135,7 @@ def test_srgb_curve_is_the_standard_and_its_inverse_exact():
     assert blur.linear_to_srgb(np.array([[-1.0, 2.0]], np.float32)).tolist() == [[0, 255]]
 
 
-def test_blur_is_in_linear_light():
+def test_blur_is_applied_in_linear_light():
     edge = np.zeros((64, 64, 3), np.uint8)
     edge[:, 32:] = 255
     blurred, drawn = blur.gaussian_blur(edge, np.random.default_rng(0), sigma=(4, 4), **QUIET)
@@ -151,7 +151,7 @@ def test_blur_is_in_linear_light():
 
 
 @pytest.mark.parametrize("name", blur.BLUR_TYPES)
-def test_a_constant_picture_stays_as_it_is(name):
+def test_constant_image_is_unchanged(name):
     options = {"field": (0.0, 0.0)} if name == "lens_blur" else {}
     for level in (0, 17, 128, 255):
         image = np.full((40, 56, 3), (level, 200, 90), np.uint8)
@@ -160,7 +160,7 @@ def test_a_constant_picture_stays_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", blur.BLUR_TYPES)
-def test_each_blur_is_deterministic_blurs_and_tells_what_it_drew(name):
+def test_each_blur_is_deterministic_and_reports_its_parameters(name):
     image = read_image(photographs(("chelsea.png",))[0])[:128, 100:260]
     first, drawn = blur.BLUR_TYPES[name](image, np.random.default_rng(5), **QUIET)
     again, drawn_again = blur.BLUR_TYPES[name](image, np.random.default_rng(5), **QUIET)
@@ -176,7 +176,7 @@ def test_each_blur_is_deterministic_blurs_and_tells_what_it_drew(name):
 
 
 @pytest.mark.parametrize("name", blur.BLUR_TYPES)
-def test_blur_does_not_shift_the_picture(name):
+def test_blur_does_not_shift_the_image(name):
     image = np.zeros((101, 101, 3), np.uint8)
     image[45:56, 45:56] = 255
     options = {"field": (0.0, 0.0), "blades": (6, 6)} if name == "lens_blur" else {}
@@ -186,14 +186,14 @@ def test_blur_does_not_shift_the_picture(name):
         assert ndimage.center_of_mass(light) == pytest.approx((50, 50), abs=0.15)
 
 
-def test_scale_multiplies_the_size():
+def test_scale_multiplies_blur_size():
     image = np.zeros((32, 32, 3), np.uint8)
     for name, key in (("motion_blur", "length"), ("gaussian_blur", "sigma"), ("lens_blur", "radius")):
         one, three = (blur.BLUR_TYPES[name](image, np.random.default_rng(3), scale=s)[1][key] for s in (1, 3))
         assert three == pytest.approx(3 * one, rel=1e-4)
 
 
-def test_lens_spreads_red_more_than_blue_and_darkens_the_corners():
+def test_lens_blur_has_chromatic_aberration_and_vignetting():
     spot = np.zeros((65, 65, 3), np.uint8)
     spot[30:35, 30:35] = 255
     blurred, drawn = blur.lens_blur(
@@ -212,7 +212,7 @@ def test_lens_spreads_red_more_than_blue_and_darkens_the_corners():
     assert np.array_equal(blur.vignette(8, 9, 0.0), np.ones((8, 9)))
 
 
-def test_sensor_noise_has_the_variance_of_its_docstring():
+def test_sensor_noise_has_documented_variance():
     for level in (0.0, 0.05, 0.5):
         light = np.full((200, 200, 3), level, np.float32)
         noise = blur.add_sensor_noise(light, np.random.default_rng(0), 1e-3) - light
@@ -221,7 +221,7 @@ def test_sensor_noise_has_the_variance_of_its_docstring():
         assert stats.kstest(noise.ravel()[:5000] / noise.std(), "norm").pvalue > 0.01
 
 
-def test_noise_comes_after_the_blur_and_keeps_the_mean():
+def test_noise_is_added_after_blur_and_preserves_the_mean():
     image = np.full((128, 128, 3), 120, np.uint8)
     blurred, drawn = blur.gaussian_blur(image, np.random.default_rng(0), sigma=(4, 4), noise=1e-3)
     assert 0 < drawn["noise"] <= 1e-3
@@ -231,7 +231,7 @@ def test_noise_comes_after_the_blur_and_keeps_the_mean():
     assert abs(neighbours) < 0.03  # blurred noise would be smooth
 
 
-def test_jpeg_keeps_the_colours_and_is_reported():
+def test_jpeg_preserves_colours_and_quality_is_reported():
     image = np.zeros((64, 64, 3), np.uint8)
     image[:, :32], image[:, 32:] = (200, 40, 30), (30, 60, 190)
     seen, drawn = blur.gaussian_blur(image, np.random.default_rng(0), jpeg_probability=1.0, **QUIET)
@@ -241,7 +241,7 @@ def test_jpeg_keeps_the_colours_and_is_reported():
     assert np.abs(seen.astype(int) - plain).mean() < 3
 
 
-def test_random_blur_takes_every_type_alike():
+def test_random_blur_types_are_uniform():
     image = read_image(photographs(("coffee.png",))[0])[:64, :64]
     rng = np.random.default_rng(0)
     drawn = [blur.random_blur(image, rng)[1] for _ in range(200)]
@@ -249,7 +249,7 @@ def test_random_blur_takes_every_type_alike():
     assert {blur.random_blur(image, rng, ["lens_blur"])[1] for _ in range(5)} == {"lens_blur"}
 
 
-def test_bad_input_is_named():
+def test_bad_input_raises():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="zoom_blur.*choose from motion_blur"):
         blur.random_blur(np.zeros((8, 8, 3), np.uint8), rng, ["motion_blur", "zoom_blur"])

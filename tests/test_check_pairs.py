@@ -1,4 +1,4 @@
-"""Every defect of a data set is found, and none in a clean one."""
+"""tool_check_pairs.py finds each kind of defect in a data set of pairs, and none in a clean one."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ def path_of(root: Path, scene: str, side: str, frame: int = 1) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """GoPro's tree: a frame of each scene, and a second one that looks much like it of one scene."""
+    """Write a GoPro tree with a frame per scene; one scene has a second, nearly identical one."""
     folder = tmp_path_factory.mktemp("made")
     for path in photographs():
         if path.stem in SCENES:
@@ -56,7 +56,7 @@ def write_pair(root: Path, scene: str, sharp: np.ndarray, frame: int = 1) -> Non
 
 
 def run(root: Path, **options) -> dict[str, dict]:
-    """Row of each pair in pairs.csv by scene and frame; the error, if there is one, counts the pairs."""
+    """Run the tool, check the error's count of pairs, and return the rows of pairs.csv by scene/frame."""
     output = root.parent / "out"
     certain = 0
     try:
@@ -75,7 +75,7 @@ def findings(rows: dict[str, dict]) -> dict[str, str]:
     return {name: row["findings"] for name, row in rows.items() if row["findings"]}
 
 
-def test_a_clean_set_has_no_findings(root, capsys):
+def test_clean_data_set_has_no_findings(root, capsys):
     rows = run(root)
     assert len(rows) == 6 and findings(rows) == {}
     row = rows["coffee/1"]
@@ -120,14 +120,14 @@ DEFECTS = {
 
 
 @pytest.mark.parametrize("kind", DEFECTS)
-def test_a_defect_of_one_pair_is_found(kind, root, capsys):
+def test_defect_in_one_pair_is_found(kind, root, capsys):
     DEFECTS[kind](root)
     rows = run(root)
     assert findings(rows) == {"chelsea/1": kind}
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"  1  train/chelsea/blur/000001.png  {kind}: ")
     assert f"  {kind:20} 1" in printed
-    assert next(iter(rows)) == "chelsea/1"  # the worst first
+    assert next(iter(rows)) == "chelsea/1"  # worst pair first
     if kind == "shifted":
         assert float(rows["chelsea/1"]["shift_x"]) == pytest.approx(-3, abs=0.1)
         assert float(rows["chelsea/1"]["shift_y"]) == pytest.approx(4, abs=0.1)
@@ -137,7 +137,7 @@ def test_a_defect_of_one_pair_is_found(kind, root, capsys):
         assert float(rows["chelsea/1"]["blue"]) > 8 and abs(float(rows["chelsea/1"]["red"])) < 0.5
 
 
-def test_copies_are_found_in_other_sizes_but_not_among_frames(root):
+def test_duplicates_are_found_at_other_sizes_but_not_among_similar_frames(root):
     sharp = read_image(path_of(root, "coffee", "sharp"))
     write_pair(root, "coffee", sharp, 3)  # equal pixels in one scene
     write_pair(root, "again", cv2.resize(read_image(path_of(root, "chelsea", "sharp")), (400, 320)))
@@ -146,7 +146,7 @@ def test_copies_are_found_in_other_sizes_but_not_among_frames(root):
 
 
 def test_leaks_between_splits_are_found(root, capsys):
-    for number, scene in enumerate(("rocket", "chelsea")):  # of the other split: by content, by name
+    for number, scene in enumerate(("rocket", "chelsea")):  # leaks by content, then by scene name
         source = path_of(root, "rocket", "sharp") if scene == "rocket" else None
         image = read_image(source) if source else np.rot90(read_image(photographs()[0]))[:240, :300]
         for side, pixels in (("blur", cv2.GaussianBlur(image, (0, 0), 2 + number)), ("sharp", image)):
@@ -162,8 +162,8 @@ def test_leaks_between_splits_are_found(root, capsys):
     assert "same image as train/other/blur/000007.png" in capsys.readouterr().out
 
 
-def test_numbered_scenes_and_flat_images_tell_nothing(tmp_path):
-    """REDS has a folder 000 in train and in val; black frames are no copies of each other."""
+def test_numbered_scenes_and_dark_images_are_not_reported(tmp_path):
+    """REDS has a folder 000 in both train and val; nearly black frames are not duplicates of each other."""
     data = tmp_path / "data"
     for name, split in (("astronaut", "train"), ("coffee", "val")):
         image = read_image(photographs((f"{name}.png",))[0])[:200, :260]
@@ -177,10 +177,10 @@ def test_numbered_scenes_and_flat_images_tell_nothing(tmp_path):
     with open(tmp_path / "out" / "pairs.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["split"] for row in rows} == {"train", "val"} and not any(row["findings"] for row in rows)
-    assert [row["shift_x"] for row in rows].count("nan") == 2  # not measurable is not 0
+    assert [row["shift_x"] for row in rows].count("nan") == 2  # not measurable
 
 
-def test_splits_are_told_by_folders():
+def test_split_is_read_from_folder_names():
     paths = (
         "train/a/blur/1.png",
         "GoPro/val_blur/000/1.png",
@@ -190,7 +190,7 @@ def test_splits_are_told_by_folders():
     assert [split_of(Path(path)) for path in paths] == ["train", "val", "test", ""]
 
 
-def test_one_pair_a_list_and_a_long_table(root, tmp_path, capsys, monkeypatch):
+def test_single_pair_list_separate_folders_and_truncated_table(root, tmp_path, capsys, monkeypatch):
     one = root / "train" / "chelsea"
     rows = run(one)
     assert len(rows) == 1 and findings(rows) == {}
@@ -209,7 +209,7 @@ def test_one_pair_a_list_and_a_long_table(root, tmp_path, capsys, monkeypatch):
     assert "     and 4 more, in pairs.csv" in capsys.readouterr().out
 
 
-def test_the_exit_code_and_an_empty_folder(root, tmp_path):
+def test_exit_code_of_defects_and_error_of_empty_folder(root, tmp_path):
     swap(root)
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Checkpoint files are complete or absent, even if writing them fails or is killed."""
 
 import os
 import random
@@ -16,7 +16,7 @@ from ldm import checkpoint
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
-def test_weights_come_back(tmp_path, name):
+def test_saved_weights_load_unchanged(tmp_path, name):
     weights = {"x": torch.randn(3, 4), "y": torch.arange(5), "z": torch.randn(4, 3).t()}
     checkpoint.write_weights(tmp_path / name, weights)
     again = checkpoint.read_weights(tmp_path / name)
@@ -28,14 +28,14 @@ def test_weights_come_back(tmp_path, name):
 @pytest.mark.parametrize(
     "wrapper", ["state_dict", "params", "params-ema", "model_state_dict", "model", "net"]
 )
-def test_weights_are_found_in_what_others_wrap_them_in(tmp_path, wrapper):
+def test_weights_are_found_in_common_wrappers(tmp_path, wrapper):
     checkpoint.save(tmp_path / "a.pth", {wrapper: {"x": torch.ones(2)}, "epoch": 3})
     assert checkpoint.read_weights(tmp_path / "a.pth")["x"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
-def test_a_full_disk_leaves_the_old_file(tmp_path, name):
-    """A limit on the size of files stands in for the disk."""
+def test_full_disk_keeps_the_old_file(tmp_path, name):
+    """A file-size limit simulates the full disk."""
     checkpoint.write_weights(tmp_path / name, {"x": torch.ones(10)})
     before = (tmp_path / name).read_bytes()
     code = (
@@ -54,7 +54,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
-def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
+def test_error_message_reports_full_disk(tmp_path, monkeypatch):
     def write(temporary):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 14769920 vs 14769812")
 
@@ -65,7 +65,7 @@ def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
         checkpoint.write_atomically(tmp_path / "no_folder" / "a.ckpt", write)
 
 
-def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
+def test_kill_while_saving_leaves_a_complete_file(tmp_path):
     path = tmp_path / "a.ckpt"
     code = (
         "import sys, torch\n"
@@ -85,14 +85,14 @@ def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
         path.unlink()
 
 
-def test_random_states_come_back(tmp_path):
+def test_random_states_are_restored(tmp_path):
     checkpoint.save(tmp_path / "states.ckpt", checkpoint.random_states())
     draws = random.random(), np.random.rand(), torch.rand(1).item()
     checkpoint.restore_random_states(checkpoint.load(tmp_path / "states.ckpt"))
     assert draws == (random.random(), np.random.rand(), torch.rand(1).item())
 
 
-def test_damage_is_named(tmp_path):
+def test_missing_or_damaged_files_raise_with_their_names(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.ckpt"):
         checkpoint.load(tmp_path / "none.ckpt")
     with pytest.raises(FileNotFoundError, match="none.safetensors"):

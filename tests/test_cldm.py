@@ -1,4 +1,4 @@
-"""ControlLDM against the original's key manifests and numbers."""
+"""ControlLDM against the original's keys, shapes and reference outputs."""
 
 import copy
 import json
@@ -25,19 +25,19 @@ from tests.fill import fill, relative_error
 
 
 @pytest.mark.parametrize("name", ["v15", "v21"])
-def test_state_dict_equals_the_originals(name):
+def test_state_dict_keys_and_shapes_match_original(name):
     expected = json.loads((REFERENCE / f"keys_cldm_{name}.json").read_text())
     with torch.device("meta"):
         model = instantiate_from_config(OmegaConf.load(f"models/cldm_{name}.yaml").model)
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected
 
 
-def test_tiny_state_dict_equals_the_originals(model):
+def test_tiny_state_dict_keys_and_shapes_match_original(model):
     expected = json.loads((REFERENCE / "cldm_tiny_keys.json").read_text())
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected
 
 
-def test_silu_as_after_cudas_norm_is_silu(monkeypatch):
+def test_silu_after_group_norm_keeps_channels_last(monkeypatch):
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(SiLUChannelsLast.apply, x)
     assert torch.allclose(SiLUChannelsLast.apply(x), F.silu(x), rtol=1e-12)
@@ -46,7 +46,7 @@ def test_silu_as_after_cudas_norm_is_silu(monkeypatch):
     for kernel in (
         F.group_norm,
         lambda *arguments: torch.group_norm(*arguments).contiguous(),
-    ):  # a CPU's, CUDA's
+    ):  # layout of the CPU's output, of CUDA's
         monkeypatch.setattr(F, "group_norm", kernel)
         x = torch.linspace(-3, 3, 2 * 8 * 20).reshape(2, 8, 4, 5).to(memory_format=torch.channels_last)
         h = norm(x.requires_grad_())
@@ -62,7 +62,7 @@ def conditioning(r, name="context"):
 
 
 @torch.no_grad()
-def test_network_numbers(model, reference):
+def test_network_outputs_match_reference(model, reference):
     r = reference
     controls = model.control_model(r["x_noisy"], r["hint"], r["t"], r["context"])
     assert len(controls) == 5
@@ -82,7 +82,7 @@ def test_network_numbers(model, reference):
 
 
 @torch.no_grad()
-def test_autoencoder_numbers(model, reference):
+def test_autoencoder_outputs_match_reference(model, reference):
     r, vae = reference, model.first_stage_model
     posterior = model.encode_first_stage(r["image"])
     assert relative_error(vae.quant_conv(vae.encoder(r["image"])), r["vae.moments"]) < 1e-4
@@ -91,7 +91,7 @@ def test_autoencoder_numbers(model, reference):
 
 
 @torch.no_grad()
-def test_diffusion_numbers(model, reference):
+def test_schedule_and_losses_match_reference(model, reference):
     r = reference
     for name, expected in r.items():
         if name.startswith("schedule.") and "lvlb" not in name:
@@ -102,7 +102,7 @@ def test_diffusion_numbers(model, reference):
         assert relative_error(losses[name], r[f"p_losses.{name}"]) < 1e-4, name
 
 
-def test_sampling_numbers(model, reference):
+def test_ddim_samples_match_reference(model, reference):
     r, sampler, shape = reference, DDIMSampler(model), reference["x_T"].shape[1:]
     five, _ = sampler.sample(
         5,
@@ -118,7 +118,7 @@ def test_sampling_numbers(model, reference):
     assert relative_error(twenty, r["ddim20.cfg1"]) < 1e-3
 
 
-def test_sampler_tables(model, reference):
+def test_sampler_tables_match_reference(model, reference):
     alphacums = model.alphas_cumprod.double().numpy()
     for count in (5, 20):
         assert make_ddim_timesteps(count).tolist() == reference[f"ddim{count}.timesteps"].tolist()
@@ -130,14 +130,14 @@ def test_sampler_tables(model, reference):
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 50, 300, 999, 1000])
-def test_any_number_of_steps(count):
+def test_ddim_timesteps_for_any_step_count(count):
     timesteps = make_ddim_timesteps(count)
     assert len(timesteps) == count and timesteps[0] >= 0 and timesteps[-1] <= 999
     assert (np.diff(timesteps) > 0).all()
 
 
 @pytest.mark.parametrize("count", [0, 1001])
-def test_impossible_numbers_of_steps(count):
+def test_invalid_step_count_raises(count):
     with pytest.raises(ValueError, match=str(count)):
         make_ddim_timesteps(count)
 
@@ -157,7 +157,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     }
 
 
-def test_gradients_reach_the_control_model_and_nothing_else(model, reference):
+def test_only_control_model_gets_gradients_unless_unlocked(model, reference):
     loss_of(model, reference).backward()
     found = gradients(model)
     assert found.keys() == {f"control_model.{name}" for name, _ in model.control_model.named_parameters()}
@@ -169,7 +169,7 @@ def test_gradients_reach_the_control_model_and_nothing_else(model, reference):
     assert unlocked == {"output_blocks", "out"}
 
 
-def test_checkpointing_changes_neither_outputs_nor_gradients(model, reference):
+def test_checkpointing_preserves_outputs_and_gradients(model, reference):
     plain = loss_of(model, reference)
     plain.backward()
     expected = gradients(model)
@@ -182,7 +182,7 @@ def test_checkpointing_changes_neither_outputs_nor_gradients(model, reference):
         assert torch.allclose(gradient, expected[name], rtol=1e-5, atol=1e-7), name
 
 
-def test_new_control_model_changes_nothing(reference):
+def test_zero_initialized_control_model_has_no_effect(reference):
     model = fill(ControlLDM(**tiny_arguments()))
     for name, parameter in model.control_model.named_parameters():
         if name.startswith(("zero_convs", "middle_block_out")):
@@ -194,7 +194,7 @@ def test_new_control_model_changes_nothing(reference):
 
 
 @torch.no_grad()
-def test_items_of_a_batch_do_not_touch(model, reference):
+def test_batch_items_are_independent(model, reference):
     x, t = torch.randn(3, 4, 8, 16), torch.tensor([0, 400, 999])
     context, hint = torch.randn(3, 7, 24), torch.rand(3, 3, 64, 128)
 
@@ -208,7 +208,7 @@ def test_items_of_a_batch_do_not_touch(model, reference):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_gives_finite_outputs_with_half_stored_frozen_parts(model, reference, dtype):
+def test_autocast_with_half_precision_frozen_weights_is_finite(model, reference, dtype):
     model.model.diffusion_model.to(dtype)
     with torch.autocast("cpu", dtype):
         loss = loss_of(model, reference)
@@ -220,7 +220,7 @@ def test_autocast_gives_finite_outputs_with_half_stored_frozen_parts(model, refe
         assert image.dtype == torch.float32
 
 
-def test_sizes_that_do_not_fit_are_named(model, reference):
+def test_unsupported_sizes_raise(model, reference):
     with pytest.raises(ValueError, match="multiples of 16 pixels, not 64 x 72"):
         loss_of(model, reference, (8, 9))
     with pytest.raises(ValueError, match="does not fit latents"):
@@ -239,7 +239,7 @@ def test_v_prediction_agrees_with_noise_prediction(model, reference):
 
 @pytest.fixture
 def v_model() -> ControlLDM:
-    """The 768-px Stable Diffusion 2.1 of models/cldm_v21_768v.yaml with tiny networks."""
+    """Create the v-prediction model of models/cldm_v21_768v.yaml (768 px) with tiny networks."""
     config = read_config("models/cldm_v21_768v.yaml")
     small = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "context_dim": 24}
     small |= {"attention_resolutions": [2], "num_head_channels": 16}
@@ -262,7 +262,7 @@ def v_scheduler() -> DDIMScheduler:
     )
 
 
-def test_a_training_step_of_a_v_model_is_by_the_published_formula(v_model):
+def test_v_prediction_training_step_matches_published_formula(v_model):
     torch.manual_seed(0)
     batch = {"jpg": torch.rand(2, 64, 64, 3) * 2 - 1, "hint": torch.rand(2, 64, 64, 3)}
     batch |= {"txt": torch.randn(2, 7, 24), "seed": torch.tensor([5, 9])}
@@ -281,7 +281,7 @@ def test_a_training_step_of_a_v_model_is_by_the_published_formula(v_model):
 
 
 @torch.no_grad()
-def test_sampling_a_v_model_equals_diffusers_scheduler(v_model):
+def test_v_prediction_sampling_matches_diffusers(v_model):
     torch.manual_seed(0)
     x = x_T = torch.randn(2, 4, 8, 8)
     cond = {"c_crossattn": [torch.randn(2, 7, 24)], "c_concat": [torch.rand(2, 3, 64, 64)]}
@@ -294,7 +294,7 @@ def test_sampling_a_v_model_equals_diffusers_scheduler(v_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_cast_together_take_the_same_step(model, reference, dtype):
+def test_casting_weights_together_gives_same_gradients(model, reference, dtype):
     losses, steps = [], []
     for together in (False, True):
         model.cast_together = together
@@ -309,7 +309,7 @@ def test_weights_cast_together_take_the_same_step(model, reference, dtype):
         assert gradient.dtype == torch.float32 and torch.equal(gradient, steps[1][name]), name
 
 
-def test_the_two_networks_are_compiled_on_request(model, monkeypatch):
+def test_control_model_and_unet_are_compiled_on_request(model, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
     prepare_model(model, "bf16", False, 1, gradient_checkpointing=False)
@@ -319,7 +319,7 @@ def test_the_two_networks_are_compiled_on_request(model, monkeypatch):
 
 
 @pytest.mark.parametrize("sd_locked", [True, False])
-def test_what_is_frozen_is_stored_in_half_precision(model, reference, sd_locked):
+def test_frozen_weights_are_stored_in_half_precision(model, reference, sd_locked):
     model.sd_locked = sd_locked
     prepare_model(model, "bf16", clips=False, processes=1, gradient_checkpointing=False)
     for part in (model.control_model, model.model, model.first_stage_model):
@@ -333,7 +333,7 @@ def test_what_is_frozen_is_stored_in_half_precision(model, reference, sd_locked)
     assert any(name.startswith("model.") for name in trained) != sd_locked
 
 
-def test_the_autoencoder_of_float16_computes_in_bf16_if_it_is_stored_so(model, reference):
+def test_bf16_autoencoder_runs_in_bf16_under_float16_autocast(model, reference):
     with torch.autocast("cpu", torch.float16):
         exact = model.decode_first_stage(reference["latent"])
         model.first_stage_model.to(torch.bfloat16)
@@ -342,11 +342,11 @@ def test_the_autoencoder_of_float16_computes_in_bf16_if_it_is_stored_so(model, r
     assert relative_error(image.float(), exact.detach()) < 0.05
 
 
-def test_attention_of_many_tokens_reads_them_once():
+def test_fused_self_attention_projection_matches_separate_ones():
     torch.manual_seed(0)
     attention, x = CrossAttention(16, None, 2, 8), torch.randn(2, 40, 16, requires_grad=True)
     results = []
-    for context in (None, x):  # with itself as context: three products
+    for context in (None, x):  # x as its own context: three matrix products
         output = attention(x, context)
         output.square().sum().backward()
         results.append([output, x.grad, *(p.grad for p in attention.parameters())])
@@ -355,7 +355,7 @@ def test_attention_of_many_tokens_reads_them_once():
     assert all(relative_error(a, b.detach()) < 1e-5 for a, b in zip(*results, strict=True))
 
 
-def test_the_gated_gelu_has_the_gradient_of_its_formula():
+def test_gated_gelu_matches_formula_and_gradient():
     both = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
     x, gate = both.chunk(2, dim=-1)
     assert torch.equal(GatedGELU.apply(both), x * torch.nn.functional.gelu(gate))
@@ -377,7 +377,7 @@ def test_text_is_embedded_once_per_prompt(model):
     assert first[:, 0, 0].tolist() == [1, 2, 1] and second[:, 0, 0].tolist() == [2, 3]
 
 
-def test_training_draws_depend_on_each_items_seed_alone(model):
+def test_noise_and_timesteps_depend_only_on_item_seed(model):
     like = torch.empty(3, 4, 8, 8)
     noise = model.noise_of({"seed": torch.tensor([7, 8, 7])}, like, salt=1)
     assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
@@ -386,7 +386,7 @@ def test_training_draws_depend_on_each_items_seed_alone(model):
     assert model.timesteps_of({}, 5).shape == (5,)
 
 
-def test_unconditional_call_may_lack_the_hint(model, reference):
+def test_sampling_without_unconditional_hint(model, reference):
     r = reference
     uncond = {"c_crossattn": [r["uncond_context"]], "c_concat": None}
     latents, _ = DDIMSampler(model).sample(
@@ -401,7 +401,7 @@ def test_unconditional_call_may_lack_the_hint(model, reference):
     assert torch.isfinite(latents).all()
 
 
-def test_starting_from_an_image_and_keeping_a_part_of_it(model, reference):
+def test_sampling_from_an_image_with_strength_or_mask(model, reference):
     r, sampler = reference, DDIMSampler(model)
     same, _ = sampler.sample(10, 2, (4, 8, 8), conditioning(r), x0=r["x_start"], strength=0.0)
     assert torch.allclose(same, r["x_start"], atol=1e-5)
@@ -415,7 +415,7 @@ def test_starting_from_an_image_and_keeping_a_part_of_it(model, reference):
         sampler.sample(10, 2, (4, 8, 8), conditioning(r), method="nonsense")
 
 
-def test_unknown_arguments_are_refused():
+def test_unknown_arguments_raise():
     with pytest.raises(TypeError, match="scale_facto"):
         ControlLDM(**tiny_arguments(), scale_facto=1.0)
     with pytest.raises(ValueError, match="'x0'"):
@@ -423,8 +423,8 @@ def test_unknown_arguments_are_refused():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_sampled_image_with_one_value_that_is_not_finite_is_refused(model, monkeypatch, value):
-    """Clamped, a lone infinity would look like a white pixel."""
+def test_non_finite_value_in_sampled_image_raises(model, monkeypatch, value):
+    """A clamped infinity would look like a white pixel."""
     image = torch.zeros(1, 3, 64, 64)
     image[0, 1, 2, 3] = value
     monkeypatch.setattr(model, "decode_first_stage", lambda latents: image)
@@ -434,7 +434,7 @@ def test_a_sampled_image_with_one_value_that_is_not_finite_is_refused(model, mon
 
 
 class FewBatches(torch.utils.data.Dataset):
-    """A data set as lllyasviel's tutorial has it."""
+    """Data set in the format of lllyasviel's ControlNet tutorial."""
 
     def __len__(self) -> int:
         return 4
@@ -445,7 +445,7 @@ class FewBatches(torch.utils.data.Dataset):
         return {"jpg": image * 2 - 1, "hint": image, "txt": torch.zeros(7, 24)}
 
 
-def test_a_plain_trainer_trains_it(model, tmp_path):
+def test_plain_lightning_trainer_updates_weights(model, tmp_path):
     before = copy.deepcopy(model.control_model.state_dict())
     loader = torch.utils.data.DataLoader(FewBatches(), batch_size=2)
     trainer = pl.Trainer(
@@ -463,7 +463,7 @@ def test_a_plain_trainer_trains_it(model, tmp_path):
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_the_frozen_encoder_records_no_graph(model, reference):
+def test_frozen_encoder_records_no_graph(model, reference):
     r, seen = reference, []
     for block in model.model.diffusion_model.input_blocks:
         block.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))

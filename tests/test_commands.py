@@ -1,4 +1,4 @@
-"""What the pages promise: every command in them is understood, every flag exists, every knob is explained."""
+"""The README and docs: every command is parsed and runs, every flag exists and has a help line."""
 
 import contextlib
 import importlib
@@ -46,13 +46,13 @@ def module_of(script):
 
 
 def settings_of(script):
-    """What a script reads from its command line: a dataclass, or one for each subcommand."""
+    """Return the settings class of a script, or a dictionary of one class per subcommand."""
     module = module_of(script)
     return getattr(module, "COMMANDS", None) or module.Settings
 
 
 def explanations(settings):
-    """Name of each option -> its line in --help."""
+    """Return the help line of each option."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
         read_settings(settings, words=["--help"])
@@ -78,7 +78,7 @@ def all_settings():
 
 
 def commands():
-    """(page, command) of every command line for this project's scripts, in the pages' order."""
+    """Yield (page, command) for every command line that calls one of our scripts, in page order."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         script = r"python (?:[\w/.]+\.py\b|-m (?:benchmarks|extras|ldm|tests)\.[\w.]*\w)"
@@ -87,11 +87,11 @@ def commands():
         yield from ((page.name, " ".join(line.split())) for line in found)
 
 
-NO_WORK = ([], ["--help"])  # nothing behind the script's name, or a question
+NO_WORK = ([], ["--help"])  # no arguments, or only help
 
 
 def split(line):
-    """Script and words of a command line; infer.py's subcommand where the file would say it."""
+    """Return script and arguments; add infer.py's subcommand where the checkpoint would determine it."""
     script, *words = shlex.split(line[line.rindex("python ") :], comments=True)[1:]
     if script == "infer.py" and words not in NO_WORK and words[0].startswith("--"):
         words = ["inpaint" if "--input_mask" in words else "srn", *words]
@@ -106,7 +106,7 @@ IDS = [f"{page}: {line[:60]}" for line, page in COMMANDS]
 
 
 @pytest.mark.parametrize(("line", "page"), COMMANDS, ids=IDS)
-def test_every_command_in_the_pages_is_understood(line, page):
+def test_every_command_in_the_docs_is_parsed(line, page):
     script, words = split(line)
     if words not in NO_WORK:
         read_settings(settings_of(script), words=words)
@@ -122,11 +122,11 @@ def flags_of(settings):
 
 OTHERS = """python torch-backend no-project allow-existing logdir nodes ntasks-per-node gpus-per-node nnodes
 nproc_per_node node_rank master_addr master_port collect-only check cov""".split()
-# of uv, tensorboard, srun, torchrun, pytest and ruff
+# flags of uv, tensorboard, srun, torchrun, pytest and ruff
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_flag_named_in_a_page_exists(page):
+def test_every_flag_named_in_the_docs_exists(page):
     known = set().union(*(flags_of(settings) for _, settings in all_settings()))
     files = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "faults").glob("*.py")]
     measuring = "".join(path.read_text(encoding="utf-8") for path in files)
@@ -136,7 +136,7 @@ def test_every_flag_named_in_a_page_exists(page):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_knob_has_a_line_of_its_own_in_the_help(script):
+def test_every_option_has_its_own_help_line(script):
     for name, settings in all_settings():
         if name.split()[0] == script:
             lines = explanations(settings)
@@ -146,7 +146,7 @@ def test_every_knob_has_a_line_of_its_own_in_the_help(script):
             assert len({*lines.values()}) == len(lines), f"{name}: {sorted(lines.values())}"
 
 
-# ---- commands that are run, with tiny networks on small pictures: these flags come behind their own
+# ---- running the commands: these flags are appended for tiny networks and small images
 
 TINY = ROOT / "models" / "cldm_tiny_deblur.yaml"
 FEW = "--batch_size 2 --num_workers 0 --precision 32"
@@ -158,7 +158,7 @@ SMALL = {
     "tutorial_train_deblur.py": f"{CONTROL} --config_path {TINY} --val_fraction 0.3 "
     "--perceptual_loss_weight 0",
     "tutorial_train_inpaint.py": f"{CONTROL} --config_path {TINY.with_stem('cldm_tiny_inpaint')}",
-    "train_srn.py": f"{PLAIN} --width 2 --val_images 1",  # two times 16 for --sampling
+    "train_srn.py": f"{PLAIN} --width 2 --val_images 1",  # 2 channels, times 16 with --sampling
     "train_dbgan.py": f"{PLAIN} --width 4 --blocks 1 --accumulate 1 --perceptual_loss_weight 0",
     "train_kontext_lora.py": "--max_steps 1 --resolution 32 --rank 2 --batch_size 1 --accumulate 1 "
     "--num_workers 0 --preview_steps 1",
@@ -173,12 +173,12 @@ SMALL = {
     "tool_make_dbgan_dataset.py": "--patch_size 32",
 }
 FEW_STEPS = f"{FEW} --max_steps 2 --save_steps 2 --val_steps 2 --val_samples 2"
-SHORT = {  # with the included small models
+SHORT = {  # commands on the included small models
     "tutorial_train_deblur.py": f"{FEW_STEPS} --val_fraction 0.3",
     "tutorial_train_inpaint.py": FEW_STEPS,
     "tool_add_control.py": "--overwrite",
 }
-# several devices or machines; a server and an export, which have their own tests; minutes
+# not run here: several devices or nodes, the server and the export (tested elsewhere), slow commands
 ELSEWHERE = (
     "srun ",
     "torchrun ",
@@ -192,7 +192,7 @@ ELSEWHERE = (
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder that holds, tiny, what the commands name."""
+    """Create a folder with tiny versions of all files that the commands name."""
     folder = tmp_path_factory.mktemp("commands")
     place = folder / "place"
     tiny_runs.make_place(place)
@@ -230,7 +230,7 @@ def workplace(tmp_path_factory):
     wiener = folder / "outputs" / "blind_wiener"
     wiener.mkdir(parents=True)
     checkpoint.write_weights(wiener / "blind_wiener.safetensors", BlindWiener().state_dict())
-    nafnet = NAFNet(4, [1], 2, [1]).state_dict()  # under its authors' names
+    nafnet = NAFNet(4, [1], 2, [1]).state_dict()  # key names of the NAFNet authors
     checkpoint.save(folder / "models" / "NAFNet-SIDD-width32.pth", {"params": nafnet})
     flux = folder / "models" / "FLUX.1-Kontext-dev"
     (folder / "outputs" / "kontext_lora").mkdir(parents=True)
@@ -245,7 +245,7 @@ def workplace(tmp_path_factory):
     return folder
 
 
-RUNS = {}  # script and words -> the first line that has them
+RUNS = {}  # (script, *arguments) -> the first command line with them
 for line, page in COMMANDS:
     script, words = split(line)
     if words not in NO_WORK and not any(word in line for word in ELSEWHERE):
@@ -255,7 +255,7 @@ for line, page in COMMANDS:
 
 @pytest.mark.parametrize("line", RUNS.values())
 def test_every_command_runs(line, workplace, monkeypatch, capsys):
-    """In the pages' order, in one folder: what one command makes another uses."""
+    """Commands run in page order in one folder, because later ones use the outputs of earlier ones."""
     script, words = split(line)
     if script == "infer.py" and words[0] == "network":
         pytest.importorskip("spandrel")

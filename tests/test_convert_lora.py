@@ -1,4 +1,4 @@
-"""LoRAs of other trainers, converted: what they do here is what they do there."""
+"""LoRAs of other trainers give the same output after conversion."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.test_lora import CONDITIONS, output, random_lora
 
 
 @pytest.mark.parametrize("alpha", [4, 10])
-def test_a_lora_of_diffusers_does_here_what_it_does_there(tmp_path, alpha):
+def test_converted_diffusers_lora_gives_same_output(tmp_path, alpha):
     from diffusers import FluxKontextPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -39,10 +39,10 @@ def test_a_lora_of_diffusers_does_here_what_it_does_there(tmp_path, alpha):
     assert relative_error(output(model), theirs) < 1e-4
 
 
-def test_original_names_with_peft_endings_and_what_cannot_be_converted(tmp_path):
+def test_peft_names_are_converted_and_unsupported_files_raise(tmp_path):
     source, converted = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
     model = tiny_flux()
-    adapter = random_lora(model, alpha=4.0)  # of rank 4: no scale
+    adapter = random_lora(model, alpha=4.0)  # equal to the rank: scale 1
     names = {kohya_name(name): name for name in block_linears(tiny_flux())}
     weights = {}
     for stem, lora in adapter.items():

@@ -1,4 +1,4 @@
-"""What would happen on CUDA, on fake tensors: devices, types, waits and resumed states of every system."""
+"""Every system on fake CUDA tensors: devices, dtypes, synchronizations and resumed states."""
 
 import inspect
 from contextlib import nullcontext
@@ -53,7 +53,7 @@ WORKS = {
     "dbgan blur": (partial(plan.dbgan, stage="blur"), DBGAN),
     "dbgan deblur": (partial(plan.dbgan, stage="deblur"), DBGAN),
 }
-FORMS = {  # in one precision each
+FORMS = {  # each in one precision
     "deblur, attention, checkpointed": (
         plan.controlnet,
         replace(
@@ -77,7 +77,7 @@ FORMS = {  # in one precision each
 
 
 def build(make, settings, device: str = "cuda") -> plan.Work:
-    """A training step on fake CUDA tensors, of tiny networks."""
+    """Build a training step of tiny networks on fake CUDA tensors."""
     with (
         mock.patch("benchmarks.plan.FluxParams", lambda: FLUX),
         mock.patch("ldm.models.kontext.FluxParams", lambda **sizes: FLUX),
@@ -88,12 +88,12 @@ def build(make, settings, device: str = "cuda") -> plan.Work:
 
 
 def on_cpu(state):
-    """A state as a checkpoint gives it back."""
+    """Move a state to the CPU, as loading a checkpoint does."""
     return tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, state)
 
 
 def check_step(make, settings) -> None:
-    """Two steps, the second without a wait for the device, and a third after what a checkpoint gives back."""
+    """Take two steps, the second without synchronization, and a third after loading the saved state."""
     with fake_tensors() as count:
         work = build(make, settings)
         work.step()
@@ -108,7 +108,7 @@ def check_step(make, settings) -> None:
 
 
 def check_parts(work: plan.Work) -> None:
-    """Everything is on CUDA, and the optimizer has seen a gradient of all that is trained."""
+    """Check that parameters and optimizer state are on CUDA and that every trained parameter was updated."""
     parameters, optimizer = list(work.parts["state_dict"].parameters()), work.parts["optimizer"]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     assert trained and all(parameter.is_cuda for parameter in parameters)
@@ -126,31 +126,31 @@ def check_parts(work: plan.Work) -> None:
         ("dbgan deblur", "bf16"),
     ],
 )
-def test_a_training_step_runs_on_cuda_and_resumes_there(name, precision):
+def test_training_step_runs_and_resumes_on_cuda(name, precision):
     make, settings = WORKS[name]
     check_step(make, replace(settings, precision=precision))
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_other_forms_of_the_training_steps_do_so_too(name):
+def test_training_step_variants_run_and_resume_on_cuda(name):
     check_step(*FORMS[name])
 
 
 @pytest.mark.slow
-def test_a_step_of_the_real_controlnet_runs_on_cuda():
+def test_full_size_controlnet_step_runs_on_cuda():
     settings = tutorial_train_deblur.Settings(precision="bf16", image_size=128, batch_size=1)
     with fake_tensors() as count:
         build(plan.controlnet, settings).step()
         assert count.flops > 1e11
 
 
-def test_a_mix_of_devices_raises():
+def test_mixed_devices_raise():
     with fake_tensors(), pytest.raises(RuntimeError, match="two devices, cuda:0 and cpu"):
         torch.empty(3, device="cuda") + torch.empty(3)
 
 
-def test_blocks_that_wait_are_fetched_while_the_one_before_computes(monkeypatch):
-    """What each stream waits for: a copy is used once it is there, and its room again once it was used."""
+def test_next_swapped_block_is_copied_while_current_one_computes(monkeypatch):
+    """A block runs after its copy has finished, and its buffer is overwritten only after it has run."""
     log = []
 
     class Stream:
@@ -175,7 +175,7 @@ def test_blocks_that_wait_are_fetched_while_the_one_before_computes(monkeypatch)
             swap.start(x.device)
             for block in blocks:
                 x = swap.run(block, x)
-            for block in reversed(blocks):  # as a backward pass recomputes them
+            for block in reversed(blocks):  # the recomputation of a backward pass
                 x = swap.run(block, x)
             assert x.is_cuda and all(not block.weight.is_cuda for block in blocks)
             forward = [there, *fetched, there, *fetched, there, *fetched, there]
@@ -197,7 +197,7 @@ def options(command, tmp_path, **more):
 
 
 @pytest.mark.parametrize(("precision", "tile"), [("32", 0), ("bf16", 64), ("16", 0)])
-def test_one_pass_networks_restore_on_cuda(tmp_path, precision, tile):
+def test_feed_forward_networks_restore_on_cuda(tmp_path, precision, tile):
     networks = {
         infer.SRN: ("train_srn.load_network", lambda path: train_srn.SRNDeblurNet(8).eval()),
         infer.DBGAN: ("train_dbgan.load_generator", lambda *a: train_dbgan.DBGANGenerator(8, 1).eval()),
@@ -214,7 +214,7 @@ TILED = {"tile": 64, "overlap": 0, "strength": 0.5, "guidance_scale": 2.0}
 
 
 @pytest.mark.parametrize(("precision", "how"), [("bf16", {}), ("16", TILED)])
-def test_the_deblurring_controlnet_restores_on_cuda(tmp_path, precision, how):
+def test_deblurring_controlnet_restores_on_cuda(tmp_path, precision, how):
     how = {"input": tmp_path, "precision": precision, "num_inference_steps": 2, **how}
     with (
         fake_tensors(),
@@ -225,7 +225,7 @@ def test_the_deblurring_controlnet_restores_on_cuda(tmp_path, precision, how):
 
 
 @pytest.mark.parametrize(("precision", "strength"), [("bf16", 1.0), ("16", 0.5)])
-def test_the_inpainting_controlnet_restores_on_cuda(tmp_path, precision, strength):
+def test_inpainting_controlnet_restores_on_cuda(tmp_path, precision, strength):
     mask, photo = tmp_path / "mask.png", tmp_path / "photo.png"
     image = np.zeros((90, 150, 3), np.uint8)
     write_image(photo, image)
@@ -241,8 +241,8 @@ def test_the_inpainting_controlnet_restores_on_cuda(tmp_path, precision, strengt
         assert restore(image, photo).shape == (90, 150, 3)
 
 
-def test_t5_stays_in_main_memory_and_passes_layer_by_layer():
-    """Its 9.5 GB would not leave room on a card that the swapped transformer fits on."""
+def test_t5_stays_in_cpu_memory_and_runs_layer_by_layer():
+    """On a card that just fits the swapped transformer there is no room for T5's 9.5 GB."""
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 12, "num_heads": 4}
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(vocab_size=40, **sizes)).eval()
@@ -256,8 +256,8 @@ def test_t5_stays_in_main_memory_and_passes_layer_by_layer():
         assert count.peak - weights < weights / 3
 
 
-def test_the_controlnet_is_cast_before_the_device_holds_it():
-    """In float32 it takes more of a card than in the precision that it restores in."""
+def test_controlnet_is_cast_before_moving_to_device():
+    """Moving it in float32 would need more GPU memory than restoring in half precision."""
     model, moved = tiny_control_model("cldm_tiny_deblur.yaml"), []
     model.to = lambda *where, **how: moved.append(model.control_model.input_blocks[0][0].weight.dtype)
     with mock.patch("cldm.restore.open_control_model", lambda *files: model):
@@ -265,7 +265,7 @@ def test_the_controlnet_is_cast_before_the_device_holds_it():
     assert moved == [torch.bfloat16]
 
 
-def test_the_autoencoder_of_kontext_is_in_bf16_and_channels_last_on_cuda():
+def test_kontext_autoencoder_is_bf16_and_channels_last_on_cuda():
     def open_tiny(path):
         model = FluxAutoencoder(AUTOENCODER)
         return model, model.state_dict()
@@ -277,7 +277,7 @@ def test_the_autoencoder_of_kontext_is_in_bf16_and_channels_last_on_cuda():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_autoencoders_attention_gets_what_fused_kernels_take(monkeypatch, layout):
+def test_autoencoder_attention_inputs_suit_fused_kernels(monkeypatch, layout):
     real, strides = F.scaled_dot_product_attention, []
     monkeypatch.setattr(
         F,

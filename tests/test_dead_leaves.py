@@ -1,4 +1,4 @@
-"""Dead leaves: power-law radii, full cover, photograph-like spectrum, a new picture for every key."""
+"""Dead leaves: power-law radii, photograph-like spectrum, a new image for every key."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from ldm.data.dead_leaves import DeadLeaves, dead_leaves, leaf_radii
 from ldm.data.paired import BlurDataset
 
 
-def test_radii_follow_the_power_law():
+def test_radii_follow_power_law():
     radii = leaf_radii(200_000, 2.0, 50.0, np.random.default_rng(0))
     assert 2 <= radii.min() < 2.001 and 45 < radii.max() <= 50
     for limit in (3.0, 7.0, 20.0):  # P(r > x) = (x^-2 - b^-2) / (a^-2 - b^-2)
@@ -16,7 +16,7 @@ def test_radii_follow_the_power_law():
         assert (radii > limit).mean() == pytest.approx(share, rel=0.05)
 
 
-def test_picture_is_uint8_colourful_and_repeatable():
+def test_image_is_uint8_colourful_and_repeatable():
     picture = dead_leaves(96, np.random.default_rng(3))
     assert picture.shape == (96, 96, 3) and picture.dtype == np.uint8
     assert picture.std() > 30 and np.unique(picture).size > 200
@@ -24,12 +24,12 @@ def test_picture_is_uint8_colourful_and_repeatable():
     assert not np.array_equal(picture, dead_leaves(96, np.random.default_rng(4)))
 
 
-def test_brightness_is_neutral_and_without_a_tint():
+def test_mean_brightness_is_neutral_grey():
     mean = np.mean([dead_leaves(64, np.random.default_rng(seed)).mean((0, 1)) for seed in range(40)], axis=0)
     assert np.abs(mean - 127.5).max() < 12
 
 
-def test_spectrum_falls_like_that_of_photographs():
+def test_spectrum_slope_is_like_photographs():
     powers = []
     for seed in range(12):
         picture = dead_leaves(128, np.random.default_rng(seed)).mean(-1)
@@ -43,7 +43,7 @@ def test_spectrum_falls_like_that_of_photographs():
     assert -3.5 < slope < -1.2  # photographs: about -2
 
 
-def test_dataset_is_new_for_every_key_and_feeds_the_blur():
+def test_images_differ_by_key_and_feed_blur_dataset():
     source = DeadLeaves(size=96, length=4, seed=0)
     assert len(source) == 4 and np.array_equal(source[2], source[(0, 2)])
     assert not np.array_equal(source[(0, 2)], source[(1, 2)])
@@ -54,6 +54,6 @@ def test_dataset_is_new_for_every_key_and_feeds_the_blur():
     assert batch["path"][0].startswith("dead leaves")
 
 
-def test_bad_size():
+def test_small_size_raises():
     with pytest.raises(ValueError, match="at least 8"):
         DeadLeaves(size=4, length=1, seed=0)

@@ -1,4 +1,4 @@
-"""The deblurring ControlNet: its losses, and its training as a user runs it, at tiny size."""
+"""The deblurring ControlNet: losses, and training with tutorial_train_deblur.py at tiny size."""
 
 import csv
 import json
@@ -58,7 +58,7 @@ def settings(place, tmp_path) -> Settings:
 
 @pytest.fixture(scope="module")
 def first_step(place, tmp_path_factory) -> Path:
-    """The folder of a run that was stopped after its first step."""
+    """Train for one step and return the run's folder."""
     settings = replace(small_settings(place, tmp_path_factory.mktemp("first")), max_steps=1)
     main(settings)
     return Path(settings.output_dir)
@@ -66,20 +66,20 @@ def first_step(place, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stopped(settings, first_step) -> Settings:
-    """The settings of a run whose folder has the first of its two steps."""
+    """Return the settings of a run that has done one of its two steps."""
     shutil.copytree(first_step, settings.output_dir)
     return settings
 
 
 def make_place(folder: Path) -> Path:
-    """A small data set and starting weights."""
+    """Write a small data set and initial weights."""
     make_dataset(MakeSettings(output_dir=str(folder / "data"), num_samples=8, image_size=64, workers=1))
     checkpoint.write_weights(folder / "start.safetensors", fill(create_model(CONFIG)).state_dict())
     return folder
 
 
 def small_settings(place: Path, folder: Path) -> Settings:
-    """Two steps on the small data set, everything switched on that costs little."""
+    """Return settings for two steps on the small data set, with every cheap feature on."""
     return Settings(
         data_root=str(place / "data"),
         image_size=64,
@@ -120,7 +120,7 @@ def same(a, b) -> bool:
     return a == b
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(settings, tmp_path):
     main(replace(settings, max_steps=4))
     whole, whole_rows = last(settings), rows(settings)
     stopped = replace(settings, output_dir=str(tmp_path / "stopped"))
@@ -141,12 +141,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path):
 
 
 def tile(grid: np.ndarray, row: int, column: int) -> np.ndarray:
-    """One picture of a grid of 64-pixel squares."""
+    """Cut one image out of a grid of 64-pixel squares."""
     y, x = 4 + 68 * row, 4 + 68 * column
     return grid[y : y + 64, x : x + 64].astype(int)
 
 
-def test_the_validation_grid_shows_blurry_restored_sharp_and_prompt(settings):
+def test_validation_grid_shows_blurry_restored_sharp_and_prompt(settings):
     settings = replace(settings, val_fraction=0.4)
     main(settings)
     folder = Path(settings.output_dir)
@@ -168,7 +168,7 @@ def test_the_validation_grid_shows_blurry_restored_sharp_and_prompt(settings):
     assert float(rows(settings)[2]["val/psnr"]) == pytest.approx(np.mean(scores), abs=1e-3)
 
 
-def test_checkpoints_hold_what_is_trained_and_open_again(settings):
+def test_checkpoint_holds_only_trained_weights_and_loads(settings):
     main(settings)
     content = last(settings)
     model = create_model(CONFIG)
@@ -196,7 +196,7 @@ def test_checkpoints_hold_what_is_trained_and_open_again(settings):
         DeblurControlNetWithAttention.load_from_checkpoint(path)
 
 
-def test_the_best_checkpoint_outlives_a_worse_end(settings, monkeypatch):
+def test_best_checkpoint_is_kept_when_scores_get_worse(settings, monkeypatch):
     settings = replace(settings, val_samples=1, val_steps=1)
     for steps, score in ((1, 12.0), (2, 11.0), (3, 11.5)):
         monkeypatch.setattr("cldm.cldm.psnr", lambda *pair, score=score: score)
@@ -206,7 +206,7 @@ def test_the_best_checkpoint_outlives_a_worse_end(settings, monkeypatch):
 
 
 class Syncs(TorchDispatchMode):
-    """Counts how often the program asks what a tensor holds: on CUDA it would wait there."""
+    """Counter of reads of tensor values, each of which would synchronize with a CUDA device."""
 
     def __init__(self):
         super().__init__()
@@ -217,7 +217,7 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_waits_for_the_device_only_where_it_logs(settings, monkeypatch):
+def test_training_synchronizes_with_device_only_when_logging(settings, monkeypatch):
     settings = replace(settings, max_steps=6, log_steps=3, val_fraction=0.0, save_steps=6, val_steps=6)
     settings = replace(settings, max_grad_norm=1.0, lr_scheduler="linear", hint_as_latent=True)
     step, seen = DeblurControlNet.training_step, []
@@ -230,11 +230,11 @@ def test_a_step_waits_for_the_device_only_where_it_logs(settings, monkeypatch):
         monkeypatch.setattr(DeblurControlNet, "training_step", counted)
         main(settings)
     between = {(a[0], b[0]): b[1] - a[1] for a, b in zip(seen, seen[1:], strict=False)}
-    assert {pair for pair, count in between.items() if count} == {(2, 3)}  # two batches to a step
+    assert {pair for pair, count in between.items() if count} == {(2, 3)}  # two batches per step
     assert len(seen) == 12 and rows(settings)[0]["step"] == "3"
 
 
-def test_files_are_written_while_training_goes_on(tmp_path, monkeypatch):
+def test_checkpoints_are_written_in_the_background(tmp_path, monkeypatch):
     files, go, save = AtomicCheckpointIO(), threading.Event(), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda path, content: go.wait() and save(path, content))
     weight = torch.zeros(3)
@@ -247,7 +247,7 @@ def test_files_are_written_while_training_goes_on(tmp_path, monkeypatch):
     assert torch.equal(content["weight"], torch.zeros(3)) and content["settings"] == {"a": (1, "b")}
 
 
-def test_a_file_that_cannot_be_written_stops_the_run(stopped, monkeypatch):
+def test_failed_checkpoint_write_stops_the_run(stopped, monkeypatch):
     def full(path, content):
         raise OSError(f"cannot save {path}: the disk is full")
 
@@ -257,7 +257,7 @@ def test_a_file_that_cannot_be_written_stops_the_run(stopped, monkeypatch):
     assert last(stopped)["global_step"] == 1
 
 
-def test_weights_that_are_not_finite_are_not_saved(stopped, monkeypatch):
+def test_non_finite_weights_are_not_saved(stopped, monkeypatch):
     step = DeblurControlNet.shared_step
 
     def broken(model, batch):
@@ -272,8 +272,8 @@ def test_weights_that_are_not_finite_are_not_saved(stopped, monkeypatch):
     assert last(stopped)["global_step"] == 1
 
 
-def test_any_configuration_of_the_family_will_do(settings, tmp_path):
-    """As models/cldm_v21.yaml, which names plain ControlLDM."""
+def test_plain_control_ldm_config_is_accepted(settings, tmp_path):
+    """models/cldm_v21.yaml is such a configuration."""
     text = Path(CONFIG).read_text().replace("cldm.deblur.DeblurControlNet", "cldm.cldm.ControlLDM")
     lines = [line for line in text.splitlines() if "loss_weight" not in line]
     (tmp_path / "plain.yaml").write_text("\n".join(lines))
@@ -282,7 +282,7 @@ def test_any_configuration_of_the_family_will_do(settings, tmp_path):
     assert isinstance(open_control_model(path), DeblurControlNet)
 
 
-def test_sharp_pictures_alone_are_blurred_on_the_fly(settings, place):
+def test_sharp_images_without_pairs_are_blurred_on_the_fly(settings, place):
     sharp = str(place / "data" / "clear_images")
     on_the_fly = replace(settings, data_root=sharp, blur_on_the_fly=True, use_augmentation=True)
     main(on_the_fly)
@@ -291,14 +291,14 @@ def test_sharp_pictures_alone_are_blurred_on_the_fly(settings, place):
         main(replace(settings, data_root=sharp, output_dir=settings.output_dir + "x"))
 
 
-def test_a_run_in_32_bits_is_not_continued_in_16(stopped):
+def test_resuming_in_another_precision_raises(stopped):
     with pytest.raises(ValueError, match="precision was '32', is 'bf16'. To continue it: "):
         main(replace(stopped, precision="bf16"))
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="only Linux says what is mapped")
-def test_a_resumed_run_maps_neither_checkpoint_nor_base(stopped, monkeypatch):
-    """Windows does not replace a file that is mapped, and Linux keeps its room on the disk."""
+def test_resumed_run_keeps_no_file_memory_mapped(stopped, monkeypatch):
+    """Windows cannot replace a mapped file, and Linux does not free its disk space."""
     found = []
     step = LatentDiffusion.training_step
 
@@ -311,12 +311,12 @@ def test_a_resumed_run_maps_neither_checkpoint_nor_base(stopped, monkeypatch):
     assert last(stopped)["global_step"] == 2 and found == []
 
 
-def test_other_settings_do_not_continue_a_run(stopped):
+def test_resuming_with_other_settings_raises(stopped):
     with pytest.raises(ValueError, match="learning_rate was 0.0001, is 0.001"):
         main(replace(stopped, learning_rate=1e-3))
 
 
-def test_another_yaml_does_not_continue_a_run(stopped, monkeypatch):
+def test_resuming_with_another_yaml_raises(stopped, monkeypatch):
     changed = read_config(CONFIG)
     changed["params"]["deblur_crop"] = 16
     monkeypatch.setattr(tutorial_train_deblur, "read_config", lambda path: changed)
@@ -324,17 +324,17 @@ def test_another_yaml_does_not_continue_a_run(stopped, monkeypatch):
         main(stopped)
 
 
-def test_other_data_do_not_continue_a_run(stopped, tmp_path):
+def test_resuming_with_other_data_raises(stopped, tmp_path):
     data = shutil.copytree(stopped.data_root, tmp_path / "data")
     pairs = (data / "blur_types.json").read_text().splitlines()
     pairs = [line for line in pairs if json.loads(line)["source"] != json.loads(pairs[0])["source"]]
     (data / "blur_types.json").write_text("\n".join(pairs))
-    with pytest.raises(ValueError, match=r"; samples was \d+, is \d+"):  # beside the folder's name
+    with pytest.raises(ValueError, match=r"; samples was \d+, is \d+"):  # after the changed folder name
         main(replace(stopped, data_root=str(data)))
 
 
 @pytest.mark.parametrize("script", [tutorial_train_deblur, tutorial_train_inpaint])
-def test_flags_go_by_all_their_names(script):
+def test_option_aliases_are_accepted(script):
     def read(line: str):
         return tyro.cli(script.Settings, args=line.split(), use_underscores=True)
 
@@ -348,7 +348,7 @@ def test_flags_go_by_all_their_names(script):
     assert (theirs.resume_path, theirs.precision, theirs.image_size) == ("a/b", "fp16", 768)
 
 
-def test_an_optimizer_that_is_not_installed_is_said_before_anything_is_loaded(settings, monkeypatch):
+def test_missing_optimizer_package_raises_before_loading(settings, monkeypatch):
     monkeypatch.setattr("ldm.util.find_spec", lambda name: None)
     monkeypatch.setattr(tutorial_train_deblur, "load_state_dict", lambda path: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="adamw8bit needs a package: pip install bitsandbytes"):
@@ -361,7 +361,7 @@ def test_unlocked_decoder_is_trained_and_saved(settings):
     assert {name.split(".")[2] for name in names if name.startswith("model.")} == {"output_blocks", "out"}
 
 
-def test_one_batch_can_be_learnt(place):
+def test_overfits_one_batch(place):
     model = create_model(CONFIG).train()
     model.load_state_dict(checkpoint.read_weights(place / "start.safetensors"))
     model.deblur_loss_weight, model.learning_rate = 0.0, 1e-3
@@ -375,7 +375,7 @@ def test_one_batch_can_be_learnt(place):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_attention_starts_as_the_plain_model_and_is_trained(settings, place):
+def test_attention_is_identity_at_start_and_gets_trained(settings, place):
     x = torch.randn(2, 48, 8, 8)
     assert torch.equal(ChannelSpatialAttention(48)(x), x)
     config = read_config(CONFIG)
@@ -396,7 +396,7 @@ def test_attention_starts_as_the_plain_model_and_is_trained(settings, place):
     assert (attention.spatial.weight != 0).any()
 
 
-def test_the_hint_as_latent_starts_as_the_plain_model(place):
+def test_hint_latent_has_no_effect_at_start(place):
     start, config = checkpoint.read_weights(place / "start.safetensors"), read_config(CONFIG)
     plain, (wide, weights) = create_model(CONFIG), add_hint_latent(config, start)
     plain.load_state_dict(start)
@@ -414,7 +414,7 @@ def test_the_hint_as_latent_starts_as_the_plain_model(place):
 
 
 @pytest.mark.slow
-def test_the_hint_as_latent_is_trained_cached_kept_and_used(settings, tmp_path):
+def test_hint_latent_is_trained_cached_saved_and_used(settings, tmp_path):
     settings = replace(settings, hint_as_latent=True, use_attention=True)
     main(replace(settings, max_steps=1, val_steps=1))
     main(replace(settings, val_steps=1))
@@ -431,10 +431,10 @@ def test_the_hint_as_latent_is_trained_cached_kept_and_used(settings, tmp_path):
         deblur_image(model, image, Sampling("", steps=2, tile=tile, overlap=0)) for tile in (0, 64)
     )
     assert whole.shape == tiles.shape == image.shape
-    model.hint_latent = lambda cond: torch.zeros(1, 16, 8, 16)  # it matters
+    model.hint_latent = lambda cond: torch.zeros(1, 16, 8, 16)  # the hint latent has an effect
     model.encode_first_stage = lambda image: DiagonalGaussianDistribution(torch.zeros(1, 32, 8, 16))
     assert (deblur_image(model, image, Sampling("", steps=2)) != whole).any()
-    # other runs and other tools are told
+    # other runs and other tools reject it
     with pytest.raises(ValueError, match="hint_as_latent was True, is False"):
         main(replace(cached, hint_as_latent=False))
     export = tool_export_control.Settings(path, tmp_path / "control.safetensors")
@@ -447,12 +447,12 @@ def test_the_hint_as_latent_is_trained_cached_kept_and_used(settings, tmp_path):
     with pytest.raises(ValueError, match="--hint_as_latent or --coarse_fill: its input has 16 channels"):
         tool_export_control.main(export)
     export.allow_extra = True
-    tool_export_control.main(export)  # which names no configuration: the shapes tell
+    tool_export_control.main(export)  # the export names no configuration: shapes decide
     opened = open_control_model(export.output_path, cached.resume_path, CONFIG)
     assert opened.sees_hint_latent
 
 
-def test_learning_rate_and_clipping_are_those_of_the_settings(settings):
+def test_learning_rate_and_gradient_clipping_follow_settings(settings):
     settings = replace(settings, max_grad_norm=1e-3, lr_scheduler="cosine")
     settings = replace(settings, val_fraction=0.0, ema_decay=0.0)
     for steps, factor in ((1, 1.0), (3, 0.5 * (1 + np.cos(np.pi * 2 / 3)))):
@@ -476,12 +476,12 @@ def test_learning_rate_schedules(name, end):
     assert rates[52] == pytest.approx((1 + end) / 2)
 
 
-def test_gradients_of_float16_can_be_clipped():
-    """The fused kernel would scale float16's gradients back by itself, after the clipping; Lightning refuses
-    to clip for it whatever the half precision is."""
+def test_optimizer_is_not_fused_if_half_precision_gradients_are_clipped():
+    """A fused optimizer unscales float16 gradients itself, after clipping; Lightning refuses to clip with it,
+    also in bf16."""
     model = create_model(CONFIG)
     for precision, clips, fused in (
-        ("16", True, None),  # False would take torch's slowest kernels, one by one
+        ("16", True, None),  # False would select torch's slow for-loop implementation
         ("16", False, True),
         ("bf16", True, None),
         ("32", True, True),
@@ -493,7 +493,7 @@ def test_gradients_of_float16_can_be_clipped():
 
 
 def captioned(folder: Path, data: str) -> Path:
-    """A copy of the data, its first line with a caption."""
+    """Copy the data and add a caption to the first line of its list."""
     data = Path(shutil.copytree(data, folder / "captioned"))
     lines = [json.loads(line) for line in (data / "blur_types.json").read_text().splitlines()]
     lines[0]["text"] = "a cat after {blur_type}"
@@ -501,7 +501,7 @@ def captioned(folder: Path, data: str) -> Path:
     return data
 
 
-def test_pairs_may_have_captions(settings, tmp_path, monkeypatch):
+def test_captions_of_pairs_replace_the_prompt(settings, tmp_path, monkeypatch):
     data = captioned(tmp_path, settings.data_root)
     pairs = [json.loads(line) for line in (data / "blur_types.json").read_text().splitlines()]
     (data / pairs[1]["clear_image"]).with_suffix(".txt").write_text("two\nlines \u00e9", encoding="utf-8")
@@ -520,7 +520,7 @@ def test_pairs_may_have_captions(settings, tmp_path, monkeypatch):
         find_crops(settings)
 
 
-def test_a_caption_must_be_a_text(settings, tmp_path):
+def test_non_string_caption_raises(settings, tmp_path):
     data = captioned(tmp_path, settings.data_root)
     text = (data / "blur_types.json").read_text().replace('"a cat after {blur_type}"', "7")
     (data / "blur_types.json").write_text(text)
@@ -528,7 +528,7 @@ def test_a_caption_must_be_a_text(settings, tmp_path):
         find_crops(replace(settings, data_root=str(data)))
 
 
-def test_pixel_losses_are_what_they_say():
+def test_pixel_losses_match_their_formulas():
     model = create_model(CONFIG)
     sharp = torch.rand(2, 3, 16, 16) * 2 - 1
     restored = sharp + torch.tensor([0.1, 0.2]).reshape(2, 1, 1, 1)
@@ -547,7 +547,7 @@ def deblur_batch(size: int = 64) -> dict:
     return {"jpg": image, "hint": (image + 1) / 2, "txt": ["a", ""], "seed": torch.tensor([5, 6])}
 
 
-def test_total_loss_is_the_sum_and_reaches_the_control_model(place):
+def test_total_loss_is_weighted_sum_and_reaches_control_model(place):
     model = create_model(CONFIG).train()
     model.load_state_dict(checkpoint.read_weights(place / "start.safetensors"))
     model.perceptual_loss_weight, model.deblur_loss_weight = 0.5, 2.0
@@ -567,7 +567,7 @@ def test_total_loss_is_the_sum_and_reaches_the_control_model(place):
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_pixel_losses_are_weighted_by_alpha_bar_if_the_yaml_says_so(weighted, monkeypatch):
+def test_pixel_losses_are_weighted_by_alpha_bar_if_configured(weighted, monkeypatch):
     config, seen = read_config(CONFIG), []
     config["params"]["weight_by_alpha_bar"] = weighted
     model = instantiate_from_config(config).train()
@@ -582,7 +582,7 @@ def test_pixel_losses_are_weighted_by_alpha_bar_if_the_yaml_says_so(weighted, mo
     assert torch.equal(seen[0], wanted)
 
 
-def test_pixel_losses_of_every_second_step_count_twice(place, settings, monkeypatch):
+def test_pixel_losses_on_every_second_step_are_doubled(place, settings, monkeypatch):
     model = create_model(CONFIG).train()
     model.load_state_dict(checkpoint.read_weights(place / "start.safetensors"))
     model.perceptual_loss_weight, model.deblur_every = 0.0, 2
@@ -610,13 +610,13 @@ def test_pixel_losses_of_every_second_step_count_twice(place, settings, monkeypa
         ("16-mixed", False, False, "16"),
     ],
 )
-def test_precision_is_what_the_card_does_best(tmp_path, monkeypatch, given, cuda, bf16, expected):
+def test_auto_precision_follows_the_device(tmp_path, monkeypatch, given, cuda, bf16, expected):
     monkeypatch.setattr("cldm.training.choose_device", lambda: torch.device("cuda" if cuda else "cpu"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     assert choose_precision(given, tmp_path / "last.ckpt") == expected
 
 
-def test_a_run_goes_on_in_its_own_precision(settings):
+def test_auto_precision_keeps_that_of_the_resumed_run(settings):
     settings = replace(settings, precision="bf16", val_fraction=0.0, gradient_checkpointing=True)
     main(replace(settings, max_steps=1))
     path = Path(settings.output_dir) / "checkpoints" / "last.ckpt"
@@ -627,7 +627,7 @@ def test_a_run_goes_on_in_its_own_precision(settings):
     assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
 
 
-def test_weightless_terms_cost_nothing(place, monkeypatch):
+def test_losses_of_zero_weight_are_not_computed(place, monkeypatch):
     model = create_model(CONFIG).train()
     model.deblur_loss_weight = 0.0
     monkeypatch.setattr(model, "decode_first_stage", lambda latent: pytest.fail("decoded for nothing"))
@@ -639,7 +639,7 @@ def test_weightless_terms_cost_nothing(place, monkeypatch):
     model.shared_step(deblur_batch())
 
 
-def test_the_crop_is_aligned_and_the_same_for_the_same_seed(place):
+def test_loss_crop_is_aligned_and_depends_on_seed(place):
     model = create_model(CONFIG).train()
     model.deblur_crop = 3
     latents = torch.arange(64.0).reshape(1, 1, 8, 8).expand(2, 1, 8, 8)
@@ -671,13 +671,13 @@ def test_the_crop_is_aligned_and_the_same_for_the_same_seed(place):
         ({"cache_latents": True, "use_augmentation": True}, "--cache_latents needs crops that stay"),
     ],
 )
-def test_mistakes_are_found_before_training(settings, change, message):
+def test_bad_settings_raise_before_training(settings, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(replace(settings, **change))
     assert not (Path(settings.output_dir) / "logs").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_pictures(stopped, monkeypatch):
+def test_non_finite_loss_stops_the_run_and_names_the_images(stopped, monkeypatch):
     before = (Path(stopped.output_dir) / "checkpoints" / "last.ckpt").read_bytes()
     step = DeblurControlNet.shared_step
 
@@ -693,7 +693,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_pictures(stopped,
     assert (Path(stopped.output_dir) / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
-def test_cached_latents_train_as_fresh_ones_do_and_stale_ones_are_noticed(settings, tmp_path):
+def test_cached_latents_give_same_losses_and_are_rebuilt_when_stale(settings, tmp_path):
     settings = replace(settings, prompt="remove {blur_type}")
     main(settings)
     cached = replace(settings, cache_latents=True, output_dir=str(tmp_path / "cached"))
@@ -708,13 +708,13 @@ def test_cached_latents_train_as_fresh_ones_do_and_stale_ones_are_noticed(settin
     assert cache.stat().st_mtime_ns == stamp
     main(replace(cached, max_steps=1, image_size=128, output_dir=cached.output_dir + "x"))
     picture = sorted(Path(settings.data_root, "clear_images").iterdir())[0]
-    write_image(picture, read_image(picture))  # same pixels, other time: not worth the risk
+    write_image(picture, read_image(picture))  # same pixels, new modification time
     main(replace(cached, max_steps=4))
     assert cache.stat().st_mtime_ns != stamp
 
 
 @pytest.mark.parametrize("part", ["loops", "random", "weight", "shape"])
-def test_a_checkpoint_that_is_not_whole_does_not_resume(stopped, part):
+def test_incomplete_checkpoint_does_not_resume(stopped, part):
     path = Path(stopped.output_dir) / "checkpoints" / "last.ckpt"
     content = checkpoint.load(path, mmap=False)
     weights, name = content["state_dict"], "control_model.zero_convs.0.0.weight"
@@ -740,7 +740,7 @@ def command(settings: Settings, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(settings, tmp_path):
+def test_two_processes_equal_one(settings, tmp_path):
     one = replace(
         settings, batch_size=4, accumulate_grad_batches=1, max_steps=3, save_steps=3, val_fraction=0.0
     )
@@ -759,12 +759,12 @@ def test_two_processes_take_the_steps_of_one(settings, tmp_path):
     for (
         name,
         value,
-    ) in ones.items():  # Adam turns rounding of near-zero gradients into whole steps: few of them
+    ) in ones.items():  # Adam amplifies rounding errors of near-zero gradients
         assert (value - twos[name]).norm() < 0.02 * (value - start[name]).norm(), name
     assert [row["step"] for row in rows(two)] == ["1", "2", "3"]
 
 
-def test_the_demonstration_runs_through_and_resumes(tmp_path, monkeypatch, capsys):
+def test_demo_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = replace(tutorial_train_deblur.DEMO_DATA, num_samples=12)
     monkeypatch.setattr(tutorial_train_deblur, "DEMO_DATA", data)
@@ -774,7 +774,7 @@ def test_the_demonstration_runs_through_and_resumes(tmp_path, monkeypatch, capsy
         "val_steps": 1,
         "val_ddim_steps": 1,
     }
-    main(Settings(demo=True, **few | {"max_steps": 1, "val_steps": 9}))  # too short to be validated
+    main(Settings(demo=True, **few | {"max_steps": 1, "val_steps": 9}))  # ends before validation
     assert not Path("outputs/deblur_demo/checkpoints/best.ckpt").exists()
     start = Path("outputs/deblur_demo/control_small_ini.safetensors")
     stamp = start.stat().st_mtime_ns

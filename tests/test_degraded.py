@@ -26,7 +26,7 @@ def blocky(size: int = 64) -> np.ndarray:
     return np.kron(squares, np.ones((4, 4, 1))).astype(np.uint8)
 
 
-def test_contract(folder):
+def test_item_format(folder):
     dataset = DegDataset(folder, "restore", resolution=96, repeats=3)
     assert len(dataset) == 18
     item = dataset[(2, 7)]
@@ -38,7 +38,7 @@ def test_contract(folder):
     assert item["name"] == str(dataset.targets[1])
 
 
-def test_samples_depend_on_seed_epoch_and_index_alone(folder):
+def test_samples_depend_only_on_seed_epoch_and_index(folder):
     datasets = [DegDataset(folder, "", resolution=96, seed=seed) for seed in (1, 1, 2)]
     first, same, other_seed = (dataset[(3, 2)] for dataset in datasets)
     other_epoch, repeated = (
@@ -51,21 +51,21 @@ def test_samples_depend_on_seed_epoch_and_index_alone(folder):
         assert first["seed"] != other["seed"]
 
 
-def test_nothing_is_degraded_without_types(folder):
+def test_no_degradation_types_leave_image_unchanged(folder):
     for key in [(0, 0), (1, 3), (2, 5)]:
         item = DegDataset(folder, "", resolution=96, degradation_types=())[key]
         assert torch.equal(item["control"], item["target"])
 
 
 @pytest.mark.parametrize("native_crop", [False, True])
-def test_real_pairs_are_cut_alike(folder, tmp_path_factory, native_crop):
+def test_both_sides_of_real_pairs_get_the_same_crop(folder, tmp_path_factory, native_crop):
     copy = shutil.copytree(folder, tmp_path_factory.mktemp("copies") / "copy")
     pairs = DegDataset(folder, "", resolution=96, lr_data_root=copy, native_crop=native_crop)
     for key in [(epoch, index) for epoch in range(4) for index in range(len(pairs))]:
         assert torch.equal(pairs[key]["control"], pairs[key]["target"])
 
 
-def test_native_crops_are_pieces_of_the_file(folder):
+def test_native_crop_is_not_resized(folder):
     options = {"native_crop": True, "random_flip": False, "degradation_types": ()}
     item = DegDataset(folder, "", resolution=96, **options)[(1, 1)]
     image = read_image(item["name"])
@@ -74,7 +74,7 @@ def test_native_crops_are_pieces_of_the_file(folder):
     assert np.array_equal(image[y : y + 96, x : x + 96], crop)
 
 
-def test_without_random_crop_and_flip_the_target_stays_the_same(folder):
+def test_target_is_constant_without_random_crop_and_flip(folder):
     plain = DegDataset(folder, "", resolution=96, random_crop=False, random_flip=False)
     assert torch.equal(plain[(0, 1)]["target"], plain[(5, 1)]["target"])
     assert not torch.equal(plain[(0, 1)]["control"], plain[(5, 1)]["control"])
@@ -82,7 +82,7 @@ def test_without_random_crop_and_flip_the_target_stays_the_same(folder):
     assert len({flipped[(epoch, 0)]["target"].numpy().tobytes() for epoch in range(8)}) == 2
 
 
-def test_captions_beside_pictures(folder):
+def test_caption_files_replace_the_prompt(folder):
     (folder / "coffee.txt").write_text("a cup,\nscratched\n")
     dataset = DegDataset(folder, "restore", resolution=96, captions=True)
     place = [path.stem for path in dataset.targets].index("coffee")
@@ -91,31 +91,31 @@ def test_captions_beside_pictures(folder):
     assert dataset.describe() == "6 images; 5 without a caption take the prompt"
     plain = DegDataset(folder, "restore", resolution=96)
     assert {plain[index]["prompts"] for index in range(6)} == {"restore"}
-    assert torch.equal(dataset[(1, 2)]["control"], plain[(1, 2)]["control"])  # the same degradation
+    assert torch.equal(dataset[(1, 2)]["control"], plain[(1, 2)]["control"])  # same degradation
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_degradation_moves_the_image(kind):
-    """A LoRA would learn to move it back."""
+def test_degradations_do_not_shift_the_image(kind):
+    """A LoRA would learn to undo the shift."""
     image = photograph(192)
     seeds = range(4)
     moved = [
         measure_movement(degrade(image, np.random.default_rng(seed), [kind], lr_scale=4), image)
         for seed in seeds
     ]
-    # where a path is bent the peak is near its middle
+    # the correlation peak of a bent path is near its middle
     assert np.median([movement.shift for movement in moved]) < 0.5
     assert np.median([abs(movement.scale - 100) for movement in moved]) < 0.3
 
 
-def test_noise_has_the_given_standard_deviation():
+def test_noise_has_given_standard_deviation():
     grey = np.full((200, 200, 3), 128, np.uint8)
     noisy = degrade(grey, np.random.default_rng(0), ["noise"], noise_level=0.05)
     assert noisy.std() == pytest.approx(0.05 * 255, rel=0.02)
     assert noisy.mean() == pytest.approx(128, abs=0.2)
 
 
-def test_blur_is_a_gaussian_of_the_given_radius():
+def test_blur_is_gaussian_of_given_radius():
     point = np.zeros((41, 41, 3), np.uint8)
     point[20, 20] = 255
     response = degrade(point, np.random.default_rng(0), ["blur"], blur_radius=1.5)[..., 0].astype(float)
@@ -125,17 +125,17 @@ def test_blur_is_a_gaussian_of_the_given_radius():
     assert np.abs(response - expected).max() < 1
 
 
-def test_downsampling_keeps_place_and_loses_detail():
+def test_downsampling_loses_detail_without_shift():
     image = blocky()
     result = degrade(image, np.random.default_rng(0), ["downsample"], lr_scale=8)
     expected = np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BICUBIC))
     again = np.asarray(Image.fromarray(result).resize((8, 8), Image.Resampling.BOX))
     assert np.abs(again.astype(int) - expected).mean() < 6
     turned = degrade(image[::-1, ::-1], np.random.default_rng(0), ["downsample"], lr_scale=8)[::-1, ::-1]
-    assert np.abs(turned.astype(int) - result).max() <= 1  # no shift: turning commutes
+    assert np.abs(turned.astype(int) - result).max() <= 1  # no shift: rotation by 180 degrees commutes
 
 
-def test_jpeg_is_the_last_and_of_the_given_quality():
+def test_jpeg_is_applied_last_with_given_quality():
     image = blocky()
     errors = []
     for quality in (20, 75, 95):
@@ -155,7 +155,7 @@ OTHERS = [name for name in KINDS if name not in DEGRADATIONS]
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_kinds_do_more_with_more_strength(kind):
+def test_other_degradations_grow_with_strength(kind):
     image = photograph()
     errors = []
     for strength in (0.02, 0.4, 1.0):
@@ -175,7 +175,7 @@ def degraded(kind: str, value: int = 128, strength: float = 1.0) -> np.ndarray:
     return degrade(grey, np.random.default_rng(1), [kind], degradation_strength=strength).astype(float)
 
 
-def test_what_makes_each_kind_what_it_is():
+def test_properties_of_other_degradations():
     grain = degraded("film_grain")
     assert np.ptp(grain, axis=2).max() == 0 and grain.std() == pytest.approx(0.08 * 255, rel=0.05)
     assert degraded("film_grain", 5).std() < 0.4 * grain.std() and np.ptp(degraded("film_grain", 0)) == 0
@@ -194,7 +194,7 @@ def test_what_makes_each_kind_what_it_is():
     assert 8 < max(np.ptp(y), np.ptp(x)) < 60
 
 
-def test_values_are_drawn_from_ranges():
+def test_values_are_sampled_from_ranges():
     grey = np.full((200, 200, 3), 128, np.uint8)
     levels = [
         degrade(grey, np.random.default_rng(seed), ["noise"], noise_level=(0.01, 0.1)).std() / 255
@@ -203,7 +203,7 @@ def test_values_are_drawn_from_ranges():
     assert 0.009 < min(levels) < 0.025 < 0.085 < max(levels) < 0.102
 
 
-def test_the_usual_degradation_is_to_the_bit_what_it_always_was():
+def test_default_degradation_is_bitwise_stable():
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     made = degrade(image, np.random.default_rng(1), ("downsample", "noise", "blur"))
     assert hashlib.sha256(made.tobytes()).hexdigest()[:16] == "2e56531f9f364efd"
@@ -211,7 +211,7 @@ def test_the_usual_degradation_is_to_the_bit_what_it_always_was():
     assert hashlib.sha256(made.tobytes()).hexdigest()[:16] == "729262f17bb508ed"
 
 
-def test_the_documents_name_for_it(folder):
+def test_apply_degradation_accepts_pillow_and_numpy_images(folder):
     dataset = DegDataset(folder, "", resolution=96, degradation_types=["noise", "fading"])
     picture = Image.fromarray(photograph())
     result = dataset.apply_degradation(picture)
@@ -234,12 +234,12 @@ def test_the_documents_name_for_it(folder):
         ({"degradation_strength": (0.5, 1.5)}, "degradation_strength must lie in 0 ... 1, not 0.5,1.5"),
     ],
 )
-def test_bad_values(folder, values, message):
+def test_bad_values_raise(folder, values, message):
     with pytest.raises(ValueError, match=message):
         DegDataset(folder, "", **{"resolution": 96, **values})
 
 
-def test_bad_folders(folder, tmp_path):
+def test_bad_folders_raise(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         DegDataset(tmp_path / "absent", "")
     with pytest.raises(ValueError, match=r"6 of 6 images are smaller than 512 px: .*\d+x\d+"):
@@ -250,7 +250,7 @@ def test_bad_folders(folder, tmp_path):
         DegDataset(tmp_path / "broken", "")[0]
 
 
-def test_pairs_of_unequal_size_are_named(tmp_path):
+def test_pairs_of_different_sizes_raise(tmp_path):
     for name, size in (("clean", 64), ("damaged", 48)):
         (tmp_path / name).mkdir()
         write_image(tmp_path / name / "a.png", np.zeros((size, size, 3), np.uint8))

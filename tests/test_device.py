@@ -1,4 +1,4 @@
-"""Which device computes, in which precision, what is said about it; states that change their layout."""
+"""Choice of device and precision, start messages, and optimizer states that change memory format."""
 
 import copy
 import gc
@@ -24,7 +24,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def card(monkeypatch):
-    """Makes torch believe in a GPU: card(capability, architectures, bf16)."""
+    """Return a function that simulates a GPU: card(capability, architectures, bf16)."""
 
     def pretend(capability=(9, 0), built=("sm_75", "sm_80", "sm_90", "sm_120"), bf16=True):
         about = type("About", (), {"name": "Card", "total_memory": 24 * 10**9})
@@ -44,7 +44,7 @@ def card(monkeypatch):
 
 @pytest.fixture
 def no_card(monkeypatch):
-    """Makes torch fail to find a GPU, for a reason: no_card(reason)."""
+    """Return a function that simulates torch's failure to find a GPU: no_card(reason)."""
 
     def pretend(reason="Found no NVIDIA driver on your system. Please check ...", built="13.0"):
         def fail():
@@ -64,15 +64,15 @@ def no_card(monkeypatch):
     ("capability", "built", "says"),
     [
         ((7, 5), ["sm_75", "sm_90"], ""),
-        ((8, 9), ["sm_75", "sm_80"], ""),  # within a major version older kernels run
-        ((12, 1), ["sm_90", "compute_90"], ""),  # compiled when it loads
+        ((8, 9), ["sm_75", "sm_80"], ""),  # kernels of an older minor version run
+        ((12, 1), ["sm_90", "compute_90"], ""),  # PTX, compiled at load time
         ((7, 0), ["sm_75", "sm_90"], r"Card \(sm_70\) has no kernels .*--torch-backend=cu126"),
         ((6, 1), ["sm_60", "sm_75"], ""),
         ((8, 0), ["sm_75", "sm_86"], "a newer torch may have them"),
         ((11, 0), ["sm_90", "sm_100", "sm_120"], "a newer torch may have them"),
     ],
 )
-def test_a_card_without_kernels_is_not_used_and_named(card, capability, built, says):
+def test_gpu_without_kernels_is_not_used(card, capability, built, says):
     card(capability, built)
     if not says:
         assert why_no_cuda() == "" and choose_device().type == "cuda"
@@ -98,7 +98,7 @@ def test_a_card_without_kernels_is_not_used_and_named(card, capability, built, s
         ("", None, "built without it.*--torch-backend=auto"),
     ],
 )
-def test_cuda_that_is_not_there_is_explained_in_one_sentence(no_card, monkeypatch, reason, built, says):
+def test_missing_cuda_is_explained_on_one_line(no_card, monkeypatch, reason, built, says):
     no_card(reason, built)
     monkeypatch.setattr("sys.platform", "linux")
     with pytest.raises(ValueError, match=says) as error:
@@ -107,14 +107,14 @@ def test_cuda_that_is_not_there_is_explained_in_one_sentence(no_card, monkeypatc
     assert choose_device() == choose_device("cpu") == CPU
 
 
-def test_what_hides_the_gpus_is_named(no_card, monkeypatch):
+def test_cuda_visible_devices_is_named_if_it_hides_gpus(no_card, monkeypatch):
     no_card("No CUDA GPUs are available")
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert "CUDA_VISIBLE_DEVICES=-1" in why_no_cuda()
 
 
-def test_a_macs_own_gpu_is_never_taken(no_card, monkeypatch):
+def test_mps_is_never_used(no_card, monkeypatch):
     no_card()
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -122,7 +122,7 @@ def test_a_macs_own_gpu_is_never_taken(no_card, monkeypatch):
     assert "MPS" in describe_start(CPU, "32")
 
 
-def test_the_first_line_says_what_computes(card, no_card, capsys):
+def test_start_line_describes_device_and_precision(card, no_card, capsys):
     no_card()
     line = describe_start(CPU, "32-true")
     assert line.startswith("computing on the CPU (") and "precision 32, " in line
@@ -138,7 +138,7 @@ def test_the_first_line_says_what_computes(card, no_card, capsys):
     assert "precision bf16 (emulated: " in describe_start(CUDA, "bf16")
 
 
-def test_infer_begins_with_it(tmp_path, capsys, monkeypatch):
+def test_infer_prints_start_line_first(tmp_path, capsys, monkeypatch):
     write_image(tmp_path / "a.png", np.zeros((16, 16, 3), np.uint8))
     command = infer.SRN(input=tmp_path / "a.png", output_dir=tmp_path / "out", device="cpu", precision="32")
     monkeypatch.setattr(infer.SRN, "restorer", lambda self: lambda image, path, progress: image)
@@ -149,10 +149,10 @@ def test_infer_begins_with_it(tmp_path, capsys, monkeypatch):
 # ---- precisions --------------------------------------------------------------------------------------------
 
 
-def test_auto_is_what_the_device_computes_in(card, monkeypatch):
+def test_auto_precision_follows_the_device(card, monkeypatch):
     for bf16, found, of_controlnet in ((True, torch.bfloat16, "bf16"), (False, None, "16")):
         card(bf16=bf16)
-        assert compute_dtype("auto", CUDA) is found  # SRN comes close to what float16 overflows at
+        assert compute_dtype("auto", CUDA) is found  # SRN's activations come close to overflow in float16
         assert infer.Deblur(input=Path("a.png")).settled_precision() == of_controlnet
     for known, found in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: {"avx512_bf16": known})
@@ -161,7 +161,7 @@ def test_auto_is_what_the_device_computes_in(card, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["16", "16-mixed"])
-def test_16_bits_on_a_cpu_are_refused(precision, tmp_path):
+def test_float16_on_cpu_raises(precision, tmp_path):
     with pytest.raises(ValueError, match=f"precision {precision} needs a CUDA device.*give bf16 or 32"):
         settle_precision(precision, CPU)
     with pytest.raises(ValueError, match="needs a CUDA device"):
@@ -172,8 +172,8 @@ def test_16_bits_on_a_cpu_are_refused(precision, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "precision"), [(np.uint8, "32"), (np.uint16, "auto"), (np.uint16, "bf16")])
-def test_float32_is_not_rounded_to_tf32(monkeypatch, kind, precision):
-    """16-bit pictures at `auto` are computed in float32, also where others are in bf16."""
+def test_float32_does_not_use_tf32(monkeypatch, kind, precision):
+    """`auto` processes 16-bit images in float32 even where 8-bit images use bf16."""
     cudnn, seen = torch.backends.cudnn, []
     monkeypatch.setattr("ldm.util.cpu_computes_in_bf16", lambda: True)
     monkeypatch.setattr(cudnn, "benchmark", True)
@@ -197,12 +197,12 @@ def test_float32_is_not_rounded_to_tf32(monkeypatch, kind, precision):
         torch.set_float32_matmul_precision(before[1])
 
 
-def test_more_blocks_to_swap_than_there_are():
+def test_too_many_blocks_to_swap_raise():
     with pytest.raises(ValueError, match=r"blocks_to_swap must lie in 0 ... 2 \(all blocks\), not 3"):
         BlockSwap([nn.Linear(1, 1), nn.Linear(1, 1)], 3)
 
 
-# ---- states of optimizers ----------------------------------------------------------------------------------
+# ---- optimizer states --------------------------------------------------------------------------------------
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 
@@ -216,8 +216,8 @@ def steps(network: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> N
 
 @pytest.mark.parametrize(("before", "after"), [(FIRST, LAST), (LAST, FIRST)])
 @pytest.mark.parametrize("through", ["make_adamw", "Run"])
-def test_a_fused_optimizer_resumes_in_another_layout(tmp_path, through, before, after):
-    """It goes through weights and moments in the order of memory, which a checkpoint may have otherwise."""
+def test_fused_optimizer_resumes_in_another_memory_format(tmp_path, through, before, after):
+    """It reads weights and moments in memory order, which may differ in the checkpoint."""
 
     def begin(layout):
         torch.manual_seed(0)
@@ -254,14 +254,14 @@ MAPS = Path("/proc/self/maps")
 
 
 def mapped(folder: Path) -> list[str]:
-    """Files in a folder that this process has mapped into its memory, deleted ones too."""
+    """List a folder's files that this process has memory-mapped, including deleted ones."""
     gc.collect()
     return [line for line in MAPS.read_text().splitlines() if str(folder) in line]
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="only Linux says what is mapped")
-def test_a_resumed_run_maps_no_checkpoint(tmp_path):
-    """Windows does not replace a file that is mapped, and Linux keeps its room on the disk."""
+def test_resumed_run_keeps_no_checkpoint_memory_mapped(tmp_path):
+    """Windows cannot replace a mapped file, and Linux does not free its disk space."""
     network = nn.Linear(2000, 2000)
     optimizer = torch.optim.Adam(network.parameters())
     network(torch.ones(1, 2000)).sum().backward()

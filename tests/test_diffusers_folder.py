@@ -1,4 +1,4 @@
-"""FLUX's networks from the folders that diffusers writes: equal outputs, and what can be wrong."""
+"""FLUX networks from folders in diffusers format: equal outputs, and errors of bad folders."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ CONDITIONS = torch.tensor([0.25, 0.9]), torch.tensor([1.0, 3.5])
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    """Tiny random networks as diffusers saves them, the transformer in shards."""
+    """Save tiny random networks with diffusers, the transformer in shards."""
     folder = tmp_path_factory.mktemp("flux")
     transformer = diffusers_flux(tiny_flux())
     transformer.save_pretrained(folder / "transformer", max_shard_size="300KB")
@@ -64,7 +64,7 @@ def edit(path: Path, **values) -> None:
 @pytest.mark.parametrize(
     "storage", [{}, {"blocks_to_swap": 2}, {"fp8": True}, {"fp8": True, "blocks_to_swap": 4}]
 )
-def test_the_transformer_gives_what_it_gives_in_diffusers(model_folder, storage):
+def test_transformer_equals_diffusers(model_folder, storage):
     theirs = diffusers.FluxTransformer2DModel.from_pretrained(model_folder / "transformer").eval()
     expected = diffusers_output(theirs, tiny_inputs(), *CONDITIONS)
     model = load_flux(model_folder / "transformer", dtype=torch.float32, **storage)
@@ -76,7 +76,7 @@ def test_the_transformer_gives_what_it_gives_in_diffusers(model_folder, storage)
 
 
 @torch.no_grad()
-def test_the_autoencoder_gives_what_it_gives_in_diffusers(model_folder):
+def test_autoencoder_equals_diffusers(model_folder):
     theirs = diffusers.AutoencoderKL.from_pretrained(model_folder / "vae").eval()
     model = load_autoencoder(model_folder / "vae")
     image, latent = draw("image", (2, 3, 32, 48)).tanh(), draw("latent", (2, 16, 4, 6))
@@ -85,7 +85,7 @@ def test_the_autoencoder_gives_what_it_gives_in_diffusers(model_folder):
     assert relative_error(model.decode(latent), theirs.decode(latent / 0.3611 + 0.1159).sample) < 1e-4
 
 
-def test_the_released_sizes_fit_name_by_name():
+def test_full_size_keys_and_shapes_match_diffusers():
     with torch.device("meta"):
         theirs = diffusers.FluxTransformer2DModel(guidance_embeds=True).state_dict()
         widths = {**VAE, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
@@ -99,7 +99,7 @@ def test_the_released_sizes_fit_name_by_name():
 
 
 @torch.no_grad()
-def test_one_file_without_an_index_and_without_guidance(tmp_path):
+def test_single_file_without_index_or_guidance_loads(tmp_path):
     sizes = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2}
     sizes |= {"joint_attention_dim": 24, "pooled_projection_dim": 8, "axes_dims_rope": (4, 6, 6)}
     theirs = fill(diffusers.FluxTransformer2DModel(in_channels=32, guidance_embeds=False, **sizes)).eval()
@@ -111,13 +111,13 @@ def test_one_file_without_an_index_and_without_guidance(tmp_path):
     assert relative_error(full_output(load_flux(tmp_path), inputs, *CONDITIONS), expected) < 1e-4
 
 
-def test_tensors_are_joined_only_where_they_are_used(model_folder):
+def test_only_fused_layers_are_joined_lazily(model_folder):
     weights = open_flux(model_folder / "transformer")[1]
     joined = {name for name, value in weights.items() if isinstance(value, Joined)}
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in joined} == {"qkv", "linear1", "1"}
 
 
-def test_host_memory_stays_below_twice_the_folder(tmp_path):
+def test_cpu_memory_stays_below_twice_the_folder_size(tmp_path):
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(
             num_layers=1, num_single_layers=4, num_attention_heads=8, guidance_embeds=True
@@ -132,7 +132,7 @@ def test_host_memory_stays_below_twice_the_folder(tmp_path):
     assert int(run.stdout) < 2 * size
 
 
-def test_the_single_file_comes_first(copy):
+def test_single_file_is_preferred_to_folder(copy):
     assert find_network(copy, TRANSFORMER) == copy / "transformer"
     assert find_network(copy, AUTOENCODER) == check_networks(copy) / "vae"
     (copy / AUTOENCODER).touch()
@@ -142,7 +142,7 @@ def test_the_single_file_comes_first(copy):
         check_networks(copy)
 
 
-def test_missing_and_damaged_files_are_named(copy):
+def test_missing_or_damaged_files_raise_with_their_names(copy):
     folder = copy / "transformer"
     shard = sorted(folder.glob("*.safetensors"))[1]
     content = shard.read_bytes()
@@ -180,7 +180,7 @@ def test_missing_and_damaged_files_are_named(copy):
         ({"_class_name": "SD3Transformer2DModel"}, "config.json is of SD3Transformer2DModel, not of Flux"),
     ],
 )
-def test_a_wrong_config_of_the_transformer(copy, values, message):
+def test_wrong_transformer_config_raises(copy, values, message):
     edit(copy / "transformer" / "config.json", **values)
     with pytest.raises(ValueError, match=message):
         load_flux(copy / "transformer")
@@ -200,13 +200,13 @@ def test_a_wrong_config_of_the_transformer(copy, values, message):
         ({"block_out_channels": [0] * 4}, r"config.json is damaged or not complete"),
     ],
 )
-def test_a_wrong_config_of_the_autoencoder(copy, values, message):
+def test_wrong_autoencoder_config_raises(copy, values, message):
     edit(copy / "vae" / "config.json", **values)
     with pytest.raises(ValueError, match=message):
         load_autoencoder(copy / "vae")
 
 
-def test_what_is_no_config_and_other_tensors(copy):
+def test_invalid_config_and_unexpected_tensors_raise(copy):
     path = copy / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({**load_file(path), "quant_conv.bias": torch.zeros(32)}, path)
     with pytest.raises(ValueError, match="vae does not fit FluxAutoencoder: quant_conv.bias does not belong"):
@@ -216,7 +216,7 @@ def test_what_is_no_config_and_other_tensors(copy):
         load_flux(copy / "transformer")
 
 
-def test_headers_tell_whether_a_folder_fits(copy):
+def test_headers_suffice_to_validate_a_folder(copy):
     for find, file in ((open_flux, TRANSFORMER), (open_autoencoder, AUTOENCODER)):
         model, weights = find(find_network(copy, file), checkpoint.read_shapes)
         assert weights.keys() == model.state_dict().keys()
@@ -225,8 +225,8 @@ def test_headers_tell_whether_a_folder_fits(copy):
         open_flux(copy / "transformer", checkpoint.read_shapes)
 
 
-def test_infer_restores_from_the_folder_and_knows_its_content(copy, tmp_path):
-    """A result is made again when a shard changes."""
+def test_infer_restores_from_folder_and_detects_changed_shards(copy, tmp_path):
+    """A changed shard causes the result to be computed again."""
     inputs = tiny_inputs()
     prompt = {"t5": inputs["t5"][:1], "pooled": inputs["clip_pooled"][:1]}
     (tmp_path / "photos").mkdir()
@@ -254,7 +254,7 @@ def test_infer_restores_from_the_folder_and_knows_its_content(copy, tmp_path):
     assert infer.with_subcommand(words) == ["kontext", "--pretrained_model_name_or_path", words[1]]
 
 
-def test_training_opens_the_folder(model_folder):
+def test_training_loads_the_folder(model_folder):
     settings = Settings(pretrained_model_name_or_path=model_folder, base_precision="fp8")
     autoencoder, model = load_models(settings, torch.device("cpu"))
     assert autoencoder.config["z_channels"] == 16 and model.checkpointing

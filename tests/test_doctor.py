@@ -1,4 +1,4 @@
-"""What `python -m harness.doctor` says of this machine, of damaged weights and of missing packages."""
+"""Reports of `python -m harness.doctor`: this machine, damaged weights, missing packages."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ REAL = doctor.MODELS
 
 @pytest.fixture
 def models(tmp_path, monkeypatch) -> Path:
-    """A copy of the included weights."""
+    """Copy the included weights."""
     folder = tmp_path / "models"
     folder.mkdir()
     for name in doctor.INCLUDED:
@@ -29,7 +29,7 @@ def models(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_all_is_well_here(models, capsys):
+def test_no_problem_with_included_weights(models, capsys):
     assert doctor.main() == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 30 and "PROBLEM" not in text
@@ -39,7 +39,7 @@ def test_all_is_well_here(models, capsys):
 
 
 @pytest.mark.slow
-def test_without_its_weights_the_main_job_fails(models, capsys):
+def test_damaged_or_missing_default_weights_fail_the_main_job(models, capsys):
     path = models / doctor.BEST
     path.write_bytes(path.read_bytes()[:-1000])
     assert doctor.main() == 1
@@ -53,7 +53,7 @@ def test_without_its_weights_the_main_job_fails(models, capsys):
 
 
 @pytest.mark.slow
-def test_the_main_job_finds_wrong_shapes(models):
+def test_main_job_reports_wrong_shapes(models):
     path = models / doctor.BEST
     wrong = {**load_file(path), "deblur.last.bias": torch.zeros(5)}
     save_file(wrong, path, read_metadata(path))
@@ -61,7 +61,7 @@ def test_the_main_job_finds_wrong_shapes(models):
     assert doctor.try_main_job().startswith(f"error: {expected}")
 
 
-def test_other_files_are_named(models):
+def test_user_files_are_identified_and_problems_reported(models):
     shutil.copy(models / "bgan.safetensors", models / "dbgan.safetensors")
     shutil.copy(models / "small_diffusion.safetensors", models / "v1-5.safetensors")
     torch.save({"state_dict": {"other.weight": torch.zeros(2)}}, models / "mine.ckpt")
@@ -81,13 +81,13 @@ def test_other_files_are_named(models):
     ]
 
 
-def test_a_flux_of_other_shapes_does_not_fit(models):
+def test_flux_file_with_wrong_shapes_is_reported(models):
     path = models / "small_kontext" / "ae.safetensors"
     shutil.copy(models / "small_kontext" / "flux1-kontext-dev.safetensors", path)
     assert "ae.safetensors does not fit FluxAutoencoder" in doctor.describe(path.parent, "FLUX")
 
 
-def test_packages_of_other_versions_are_named(monkeypatch):
+def test_package_versions_that_differ_from_pins_are_reported(monkeypatch):
     real = doctor.find_version
     versions = {"numpy": "1.0", "gradio": "", "torch": "2.13.0+cpu"}
     monkeypatch.setattr(doctor, "find_version", lambda name: versions.get(name, real(name)))
@@ -99,7 +99,7 @@ def test_packages_of_other_versions_are_named(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["torch", "einops"])
-def test_a_missing_package_is_listed(name):
+def test_missing_package_is_reported(name):
     code = f"""
 import sys
 sys.modules[{name!r}] = None  # cannot be imported

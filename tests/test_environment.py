@@ -1,4 +1,4 @@
-"""The one list of pins, and that the documents' commands use it."""
+"""The list of pinned requirements, its use in documented commands, and portability to Windows."""
 
 import pickle
 import re
@@ -28,7 +28,7 @@ def pins(name: str) -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-def test_every_requirement_is_an_exact_pin():
+def test_every_requirement_is_pinned():
     for line in [*pins("requirements.txt"), *pins("requirements-dev.txt")[1:]]:
         assert re.fullmatch(r"[A-Za-z0-9_.\-]+==[0-9][0-9a-z.\-+]*(; .+)?", line), line
     assert pins("requirements-dev.txt")[0] == "-r requirements.txt"
@@ -40,12 +40,12 @@ def test_every_requirement_is_an_exact_pin():
     assert len(names) == len(set(names))
 
 
-def test_conda_repeats_no_pin():
+def test_conda_environment_uses_requirements_txt():
     environment = OmegaConf.to_container(OmegaConf.load(ROOT / "environment.yaml"))
     assert environment["dependencies"] == ["python=3.11", "pip", {"pip": ["-r requirements.txt"]}]
 
 
-def test_ci_runs_the_readmes_second_command():
+def test_ci_runs_the_second_readme_command():
     commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert "--demo" in commands[0] and "pytest" in commands[1]
     run = (ROOT / ".ci" / "run").read_text()
@@ -85,8 +85,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_every_script_runs_without_what_windows_lacks(tmp_path):
-    """They are imported, and one trains two steps with data from spawned processes."""
+def test_scripts_run_without_modules_missing_on_windows(tmp_path):
+    """All are imported, and one trains two steps with spawned data workers."""
     (tmp_path / "photos").mkdir()
     for number, path in enumerate(photographs(("coffee.png", "rocket.jpg"))):
         write_image(tmp_path / "photos" / f"{number}.png", read_image(path)[:48, :64])
@@ -97,8 +97,8 @@ def test_every_script_runs_without_what_windows_lacks(tmp_path):
     assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["step"] == 2
 
 
-def test_every_data_set_can_be_sent_to_a_spawned_process(tmp_path):
-    """By pickle, with what its workers share."""
+def test_datasets_can_be_pickled_for_spawned_workers(tmp_path):
+    """Unpickled datasets give the same items, also with state that workers share."""
     photos = photographs(("coffee.png", "rocket.jpg"))
     (tmp_path / "photos").mkdir()
     for number, path in enumerate(photos):

@@ -14,7 +14,7 @@ STEMS = ("astronaut", "chelsea", "coffee", "rocket")
 
 @pytest.fixture
 def folders(tmp_path):
-    """Blurry, half restored and sharp crops of photographs."""
+    """Write blurry, partly restored and sharp crops of photographs."""
     for name in ("blurry", "restored", "sharp"):
         (tmp_path / name).mkdir()
     for sigma, path in enumerate(photographs(), start=1):
@@ -32,7 +32,7 @@ def settings(folder, **changes):
     return evaluate.Settings(**{**names, "prefix": "deblurred_", "suffix": "_x", **changes})
 
 
-def test_report_csv_and_page(folders, capsys):
+def test_report_csv_and_html_agree(folders, capsys):
     chosen = settings(folders, output=folders / "report.json", html=folders / "report.html")
     evaluate.main(chosen)
     report = json.loads(chosen.output.read_text())
@@ -61,7 +61,7 @@ def test_report_csv_and_page(folders, capsys):
     assert "4 found, 4 used, 0 skipped" in printed and f"gain {report['psnr_gain']:+.3f} dB" in printed
 
 
-def test_what_cannot_be_scored_is_named(folders, capsys):
+def test_pairs_that_cannot_be_scored_are_reported(folders, capsys):
     write_image(folders / "sharp" / "coffee.png", np.zeros((20, 20, 3), np.uint8))
     (folders / "restored" / "deblurred_rocket_x.png").write_bytes(b"not a picture")
     (folders / "restored" / "deblurred_chelsea_x.png").unlink()
@@ -79,7 +79,7 @@ def test_what_cannot_be_scored_is_named(folders, capsys):
         evaluate.main(settings(folders, blurry=None))
 
 
-def test_a_gopro_tree_is_matched_by_sequence_and_frame(tmp_path):
+def test_gopro_tree_is_matched_by_sequence_and_frame(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
     for place in ("a/sharp/1", "b/sharp/1", "a/blur/1", "b/blur/1", "a/blur_gamma/1"):
         path = tmp_path / "test" / f"{place}.png"
@@ -97,7 +97,7 @@ def test_a_gopro_tree_is_matched_by_sequence_and_frame(tmp_path):
     assert report["psnr_blurry"] == float("inf")
 
 
-def test_a_made_data_set_is_matched_by_number(tmp_path):
+def test_generated_data_set_is_matched_by_number(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
     made, restored = tmp_path / "made", tmp_path / "restored"
     for place in ("clear_images/clear_", "blur_images/blur_"):
@@ -112,7 +112,7 @@ def test_a_made_data_set_is_matched_by_number(tmp_path):
         report, rows, files = evaluate.evaluate(chosen)
         assert set(files) == {"000001"} and report["pairs"]["unmatched"]["sharp"] == 1
         assert files["000001"]["blurry"] == made / "blur_images/blur_000001.png"
-    (restored / "blur_images").mkdir()  # what infer.py --input made --pattern "blur_images/*" leaves
+    (restored / "blur_images").mkdir()  # as infer.py --input made --pattern "blur_images/*" writes
     (restored / "deblurred_blur_000001.png").rename(restored / "blur_images/deblurred_blur_000001.png")
     assert set(evaluate.evaluate(evaluate.Settings(restored, made, prefix="deblurred_"))[2]) == {"000001"}
 
@@ -132,7 +132,7 @@ def test_other_trees_are_matched_by_scene_and_frame(layout, tmp_path):
         for path, picture in ((tree / blurry, image // 2), (tree / sharp, image), (made, image // 2)):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_image(path, picture)
-        spare = (restored / sharp).with_name(f"deblurred_{sharp.split('/')[-1]}")  # all was restored
+        spare = (restored / sharp).with_name(f"deblurred_{sharp.split('/')[-1]}")  # restored too
         spare.parent.mkdir(parents=True, exist_ok=True)
         write_image(spare, image)
     for blurry in (tree, tree / "test-close-ups") if layout == "hide" else (tree,):
@@ -146,7 +146,7 @@ def test_other_trees_are_matched_by_scene_and_frame(layout, tmp_path):
         assert report["psnr"] == report["psnr_blurry"] < 20
 
 
-def test_more_figures_say_what_they_are(folders, capsys):
+def test_additional_metrics_are_defined_in_report(folders, capsys):
     more = {"ssim3d": True, "y": True, "align": True}
     chosen = settings(folders, output=folders / "report.json", html=folders / "report.html", **more)
     evaluate.main(chosen)
@@ -156,13 +156,13 @@ def test_more_figures_say_what_they_are(folders, capsys):
     page = chosen.html.read_text()
     for name in names:
         assert report[f"{name}_gain"] == pytest.approx(report[name] - report[f"{name}_blurry"])
-        assert f"{name.upper()}: " in printed and f"{name.upper()}: " in page  # what it is
+        assert f"{name.upper()}: " in printed and f"{name.upper()}: " in page  # its definition
     assert report["ssim3d"] > report["ssim"] and report["psnr_y"] > report["psnr"]
     with open(folders / "report.csv") as file:
         assert {"ssim3d", "ssim3d_blurry"} <= next(csv.DictReader(file)).keys()
 
 
-def test_shift_and_zoom_are_reported_beside_those_of_the_blurry_images(folders, capsys):
+def test_shift_and_zoom_are_reported_for_restored_and_blurry_images(folders, capsys):
     for path in photographs():
         if path.stem in STEMS:
             sharp = read_image(path)[40:240, 60:320]
@@ -178,17 +178,17 @@ def test_shift_and_zoom_are_reported_beside_those_of_the_blurry_images(folders, 
     with open(folders / "report.csv") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert float(rows["coffee"]["shift_x"]) == pytest.approx(3, abs=0.1)
-    assert rows["rocket"]["shift_px"] == rows["rocket"]["scale_percent"] == "nan"  # not 0
+    assert rows["rocket"]["shift_px"] == rows["rocket"]["scale_percent"] == "nan"  # not measurable
     assert "SHIFT_PX: distance in pixels" in capsys.readouterr().out
 
 
-def test_equal_pictures_are_written_as_json(folders):
+def test_infinite_psnr_of_equal_images_is_valid_json(folders):
     chosen = settings(folders, restored=folders / "sharp", prefix="", suffix="", output=folders / "r.json")
     evaluate.main(chosen)
     assert json.loads(chosen.output.read_text())["psnr"] == "inf"
 
 
-def test_bad_input(folders):
+def test_bad_input_raises(folders):
     with pytest.raises(
         ValueError, match="no names in common; the first ones are: restored deblurred_astronaut_x"
     ):

@@ -1,4 +1,4 @@
-"""What the export of a ControlNet refuses, and what it says about the tools that will read it."""
+"""Errors of the ControlNet export, and its warnings about tools that read the file."""
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ def write(path, hint_channels=3, context=768):
     return path
 
 
-def test_four_channels_of_a_hint_are_refused(tmp_path):
+def test_four_hint_channels_raise_unless_allowed(tmp_path):
     path = write(tmp_path / "run.safetensors", hint_channels=4)
     with pytest.raises(ValueError, match="--hint_channels 4: other tools give three.*--allow_extra"):
         tool.main(tool.Settings(path, tmp_path / "control_inpaint.safetensors"))
     tool.main(tool.Settings(path, tmp_path / "control_inpaint.safetensors", allow_extra=True))
 
 
-def test_names_that_menus_find_and_stable_diffusion_2(tmp_path, capsys):
+def test_warnings_about_file_name_and_stable_diffusion_2(tmp_path, capsys):
     tool.main(tool.Settings(write(tmp_path / "run.safetensors"), tmp_path / "mine.safetensors"))
     printed = capsys.readouterr().out
     assert "control_sd15_inpaint_mine.safetensors is shown under Inpaint" in printed and "2.x" not in printed

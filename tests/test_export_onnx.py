@@ -1,4 +1,4 @@
-"""The ONNX export of SRN and DBGAN equals PyTorch at any size; what cannot be exported is named."""
+"""The ONNX export of SRN and DBGAN equals PyTorch at any size; other files raise an error."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def write(path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["srn", "dbgan"])
-def test_the_export_equals_what_infer_computes(kind, tmp_path, capsys):
+def test_onnx_output_equals_pytorch(kind, tmp_path, capsys):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     path = write(tmp_path / f"{kind}.safetensors", kind)
@@ -45,7 +45,7 @@ def test_the_export_equals_what_infer_computes(kind, tmp_path, capsys):
         tool.main(tool.Settings(path, tmp_path / "out.onnx"))
 
 
-def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
+def test_unsupported_files_raise(tmp_path, monkeypatch):
     path = write(tmp_path / "srn.safetensors", "srn")
     with pytest.raises(ValueError, match="must be a .onnx file"):
         tool.main(tool.Settings(path, tmp_path / "out.pt"))

@@ -1,4 +1,4 @@
-"""The fault campaign of tests/faults in short: kills, a full disk, malformed inputs."""
+"""A short version of the fault tests in tests/faults: kills, a full disk, malformed inputs."""
 
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.faults import bad_inputs, damage, input_slots
 from tests.faults.tiny_runs import Result, command, make_place, must, prepare_output, run, script
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked: no CUDA")
-# Places to read damaged files in, quick ones of every kind, by their names in SLOTS.
+# Names in SLOTS of fast cases, for every kind of input file.
 QUICK = (
     "srn --data",
     "dbgan blur --blur_data",
@@ -29,14 +29,14 @@ QUICK = (
     "infer srn weights",
     "infer kontext weights",
 )
-# A damaged image of each of the five trainers, and a mask.
+# Slots with an image, or a mask, of each of the five trainers.
 IN_TRAINING = ("deblur --data_root", "inpaint --image_dir", "inpaint --mask_dir", "srn --data")
 IN_TRAINING += ("dbgan paired --data", "kontext --hr_root")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """What tiny runs start from; made in a process of its own, so that this one stays without threads."""
+    """Create the inputs of tiny runs in a separate process, so that this one starts no threads."""
     folder = tmp_path_factory.mktemp("faults")
     must(run(partial(make_place, folder / "place"), folder / "log"))
     return folder / "place"
@@ -44,31 +44,31 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "count"), [("srn_init", 3), ("kontext_captions", 3)])
-def test_killed_runs_end_like_the_uninterrupted_one(place, tmp_path, trainer, count):
+def test_killed_runs_equal_uninterrupted_run(place, tmp_path, trainer, count):
     tally = faults.kills(trainer, place, tmp_path, 3, count, tqdm(disable=True))
     assert tally["kills"] == count and tally["runs"] >= 1
 
 
 @pytest.mark.slow
-def test_a_killed_process_of_two_ends_the_other_and_the_run_ends_equal(place, tmp_path):
+def test_killed_rank_ends_the_other_and_resumed_run_is_equal(place, tmp_path):
     tally = faults.rank_kills("srn", place, tmp_path, 0, 1, tqdm(disable=True))
     assert tally["kills"] == 1 and tally["runs"] >= 1
 
 
-def test_a_full_disk_loses_nothing(place, tmp_path):
+def test_full_disk_loses_no_data(place, tmp_path):
     said = faults.fill_disk("srn", place, tmp_path, part=0.0, nth=4)
     assert said.startswith("error: ") and ("No space left" in said or "cannot" in said)
 
 
 @pytest.fixture(scope="module")
 def ready(place, tmp_path_factory) -> Path:
-    """The same with trained files."""
+    """Add trained files to `place`."""
     input_slots.make_ready(place, tmp_path_factory.mktemp("ready"), ("srn", "kontext"))
     return place
 
 
 @pytest.mark.parametrize("number", range(24))
-def test_malformed_inputs_end_in_a_sentence_or_are_read(ready, tmp_path, number, monkeypatch):
+def test_malformed_inputs_are_read_or_give_one_error_line(ready, tmp_path, number, monkeypatch):
     quick = [slot for slot in input_slots.SLOTS if slot.name in QUICK]
     assert len(quick) == len(QUICK)
     monkeypatch.setattr(bad_inputs, "SLOTS", quick)
@@ -77,7 +77,7 @@ def test_malformed_inputs_end_in_a_sentence_or_are_read(ready, tmp_path, number,
 
 
 @pytest.mark.parametrize("name", IN_TRAINING)
-def test_training_passes_over_a_damaged_image_and_names_it(ready, tmp_path, name):
+def test_training_skips_damaged_image_with_one_warning(ready, tmp_path, name):
     case = next(slot for slot in input_slots.SLOTS if slot.name == name).build(tmp_path, ready)
     damage.truncated(case.victim, np.random.default_rng(0))
     result = must(run(script(case.arguments), tmp_path / "log"))
@@ -85,10 +85,10 @@ def test_training_passes_over_a_damaged_image_and_names_it(ready, tmp_path, name
     assert len({*told}) == 1 and f" {case.victim}: " in told[0], result.err
 
 
-# ---- the campaign itself would notice
+# ---- the checks themselves detect faults
 
 
-def test_differences_and_losses_are_noticed(place, tmp_path):
+def test_checks_detect_differences_and_lost_progress(place, tmp_path):
     prepare_output("srn", place, tmp_path / "a")
     must(run(script(command("srn", place, tmp_path / "a")), tmp_path / "log"))
     must(run(script(command("srn", place, tmp_path / "b", learning_rate=2e-4)), tmp_path / "log"))
@@ -122,12 +122,12 @@ def test_differences_and_losses_are_noticed(place, tmp_path):
         (0, "error: a\n", "an error line and exit code 0"),
     ],
 )
-def test_bad_ends_are_noticed(code, err, expected):
+def test_complaint_detects_bad_endings(code, err, expected):
     assert bad_inputs.complaint(Result(code, "", err)).startswith(expected)
     assert bool(bad_inputs.complaint(Result(code, "", err))) == bool(expected)
 
 
-def test_what_is_left_behind_is_noticed(tmp_path):
+def test_half_done_detects_partial_outputs_and_executed_code(tmp_path):
     (tmp_path / "out").mkdir()
     victim = tmp_path / "out" / "a.png"
     victim.write_bytes(b"\x89PNG")
@@ -137,8 +137,8 @@ def test_what_is_left_behind_is_noticed(tmp_path):
     assert bad_inputs.half_done(tmp_path, victim) == "code from a file was run"
 
 
-def test_a_hostile_pickle_would_run(tmp_path):
-    """It is a real one: torch.load without weights_only runs it."""
+def test_hostile_pickle_runs_without_weights_only(tmp_path):
+    """The pickle is a real attack: torch.load without weights_only executes it."""
     path = tmp_path / "a.ckpt"
     damage.hostile_pickle(path, np.random.default_rng(0))
     run(partial(torch.load, path, weights_only=False), tmp_path / "log")

@@ -48,13 +48,13 @@ def shapes_of(module: torch.nn.Module) -> dict[str, list[int]]:
     return {name: list(value.shape) for name, value in module.state_dict().items()}
 
 
-def test_keys_of_the_full_model():
+def test_full_size_keys_and_shapes_match_release():
     with torch.device("meta"):
         model = Flux(FluxParams())
     assert shapes_of(model) == json.loads((REFERENCE / "keys_flux_kontext_dev.json").read_text())
 
 
-def test_keys_of_the_tiny_model():
+def test_tiny_keys_and_shapes_match_reference():
     keys = json.loads((REFERENCE / "flux_tiny_keys.json").read_text())
     assert shapes_of(tiny_flux()) == {
         name: shape for name, shape in keys.items() if not name.startswith("ae.")
@@ -74,13 +74,13 @@ def full_output(model, inputs, timesteps, guidance):
     )
 
 
-def test_output_equals_the_reference():
+def test_output_matches_reference():
     output = full_output(tiny_flux(), tiny_inputs(), torch.tensor([0.25, 0.9]), torch.tensor([1.0, 3.5]))
     assert relative_error(output, ARRAYS["flux.out_full"]) < 1e-4
     assert relative_error(output[:, :6], ARRAYS["flux.out_target"]) < 1e-4
 
 
-def test_velocity_is_the_target_part():
+def test_velocity_is_the_target_part_of_the_output():
     inputs = tiny_inputs()
     velocity = predict_velocity(
         tiny_flux(), *inputs.values(), timesteps=torch.tensor([0.25, 0.9]), guidance=torch.tensor([1.0, 3.5])
@@ -89,12 +89,12 @@ def test_velocity_is_the_target_part():
     assert relative_error(pack(velocity), ARRAYS["flux.out_target"]) < 1e-4
 
 
-def test_schedules_equal_the_reference():
+def test_schedules_match_reference():
     assert relative_error(schedule(28, 4096), ARRAYS["flux.schedule28_1024px"]) < 1e-6
     assert relative_error(schedule(4, 6), ARRAYS["flux.schedule4_tiny"]) < 1e-6
 
 
-def test_sampler_equals_the_reference():
+def test_sampler_matches_reference():
     inputs = tiny_inputs()
     latent, control, t5, pooled = inputs.values()
     model = tiny_flux()
@@ -103,7 +103,7 @@ def test_sampler_equals_the_reference():
     assert relative_error(pack(result), ARRAYS["flux.denoise4"]) < 1e-3
 
 
-def test_pack_is_undone_by_unpack_and_orders_as_documented():
+def test_unpack_inverts_pack_and_token_order_is_as_documented():
     latent = torch.arange(2 * 16 * 6 * 4.0).reshape(2, 16, 6, 4)
     tokens = pack(latent)
     assert torch.equal(unpack(tokens, 6, 4), latent)
@@ -113,7 +113,7 @@ def test_pack_is_undone_by_unpack_and_orders_as_documented():
     assert token_ids(latent, 1)[1].tolist() == [[1, y, x] for y in range(3) for x in range(2)]
 
 
-def test_rotation_is_exact_at_the_largest_picture():
+def test_rotary_embedding_is_exact_at_large_positions():
     ids = torch.tensor([[[1.0, 97.0, 42.0]]])
     cos, sin = (values[0, 0, 0].numpy() for values in rotary_embedding(ids, (16, 56, 56), 10_000))
     exact = []
@@ -123,7 +123,7 @@ def test_rotation_is_exact_at_the_largest_picture():
     assert np.abs(cos[0::2] + 1j * sin - exact).max() < 1e-5 and np.array_equal(cos[0::2], cos[1::2])
 
 
-def test_pairs_are_turned_like_complex_numbers_and_gradients_back():
+def test_rotation_equals_complex_multiplication_with_gradient():
     x, grad = draw("x", (2, 3, 5, 8)).requires_grad_(), draw("grad", (2, 3, 5, 8))
     cos, sin = rotary_embedding(draw("ids", (2, 5, 3)), (2, 2, 4), 100)
     turned = Rotate.apply(x, cos, sin)
@@ -138,7 +138,7 @@ def test_pairs_are_turned_like_complex_numbers_and_gradients_back():
     assert half.dtype == torch.bfloat16 and relative_error(half.float(), turned.detach()) < 0.01
 
 
-def test_checkpointing_changes_memory_not_gradients():
+def test_checkpointing_preserves_gradients():
     model, inputs = tiny_flux(), tiny_inputs()
     gradients = []
     for model.checkpointing in (False, True):
@@ -152,8 +152,8 @@ def test_checkpointing_changes_memory_not_gradients():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_compiled_block_is_one_graph(checkpointing):
-    """As --compile does it, with a LoRA; a break in the graph raises with fullgraph."""
+def test_every_block_compiles_to_one_graph(checkpointing):
+    """Blocks are compiled as by --compile, with a LoRA; fullgraph=True raises on a graph break."""
     model, inputs, results = tiny_flux(), tiny_inputs(), []
     adapter = fill(make_lora(model, "all", 2, 2.0))
     model.checkpointing = checkpointing
@@ -167,12 +167,12 @@ def test_every_compiled_block_is_one_graph(checkpointing):
         output = full_output(model, inputs, torch.tensor([0.2, 0.6]), torch.ones(2))
         output.square().mean().backward()
         results.append([output.detach(), *(parameter.grad.clone() for parameter in adapter.parameters())])
-    assert 2 <= counter.frame_count <= len(blocks)  # blocks alike may share theirs
+    assert 2 <= counter.frame_count <= len(blocks)  # similar blocks may share a graph
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 def diffusers_state_dict(model: Flux) -> dict[str, torch.Tensor]:
-    """Our names -> those of diffusers, so that its own network can serve as the oracle."""
+    """Rename our weights for diffusers, whose network serves as the oracle."""
     names = {
         "img_in": "x_embedder",
         "txt_in": "context_embedder",
@@ -263,19 +263,19 @@ def diffusers_output(oracle, inputs, timesteps, guidance):
 
 def test_output_equals_diffusers():
     model, inputs = fill(Flux(tiny_params()), salt="oracle:"), tiny_inputs()
-    inputs["flux_control_latent"] = draw("input:larger", (2, 16, 8, 10))  # a control of another size
+    inputs["flux_control_latent"] = draw("input:larger", (2, 16, 8, 10))  # a control image of another size
     conditions = torch.tensor([0.1, 0.7]), torch.tensor([2.5, 1.0])
     output = full_output(model, inputs, *conditions)
     assert output.shape == (2, 6 + 20, 64)
     assert relative_error(output, diffusers_output(diffusers_flux(model), inputs, *conditions)) < 1e-4
 
 
-def test_impossible_sizes_are_refused():
+def test_inconsistent_axes_dim_raises():
     with pytest.raises(ValueError, match="axes_dim"):
         FluxParams(hidden_size=64, num_heads=2, axes_dim=(8, 12, 16))
 
 
-def test_sampling_equals_the_pipeline_of_diffusers():
+def test_sampling_equals_diffusers_pipeline():
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
 
     shift = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}

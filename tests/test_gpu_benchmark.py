@@ -1,4 +1,4 @@
-"""The benchmark for whoever has a GPU, tried without one; and what the benchmarks have in common."""
+"""benchmarks/gpu.py at tiny size without a GPU, and the functions that the benchmarks share."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from benchmarks.gpu_figures import Case, Row
 FIGURES = (gpu_figures.srn, gpu_figures.dbgan, gpu_figures.controlnet, gpu_figures.kontext)
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
+def test_missing_gpu_raises(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no CUDA device here: `python -m benchmarks.plan` counts"):
         gpu.main(gpu.Settings(tmp_path / "out"))
@@ -24,7 +24,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_every_stage_runs_at_tiny_size(tmp_path, monkeypatch, capfd):
-    """As on a GPU: processes, checks, figures, the training by its command."""
+    """Runs the processes, checks, figures and training command of a GPU run."""
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -35,7 +35,7 @@ def test_every_stage_runs_at_tiny_size(tmp_path, monkeypatch, capfd):
     wrong = [row for row in rows if row["stage"] != "machine" and not row["unit"]]
     assert [row["what"] for row in wrong] == ["deblurring network, weights"], wrong
     assert (tmp_path / "training" / "deblur" / "dbgan.safetensors").is_file()
-    exact = [row for row in stages["checks"] if row["unit"] != "dB"]  # bf16's dB are those of real sizes
+    exact = [row for row in stages["checks"] if row["unit"] != "dB"]  # limits in dB are for full size
     assert len(exact) >= 22 and all(row["met"] == "yes" for row in exact), exact
     assert capfd.readouterr().out.count("| of the time |") == 2
     with pytest.raises(ValueError, match="report.jsonl exists: give another --output_dir"):
@@ -43,7 +43,7 @@ def test_every_stage_runs_at_tiny_size(tmp_path, monkeypatch, capfd):
 
 
 class Stream:
-    """A CUDA stream that is not there."""
+    """Stand-in for a CUDA stream."""
 
     def __init__(self, device: object):
         pass
@@ -57,8 +57,8 @@ class Stream:
     not torch.backends.cuda.is_built(), reason="torch was built without CUDA: no fake tensors"
 )
 @pytest.mark.parametrize("section", FIGURES)
-def test_every_section_runs_on_fake_cuda_tensors(monkeypatch, section):
-    """Ours and the peers': a mix of devices or types, which only a GPU would show, raises."""
+def test_every_figure_runs_on_fake_cuda_tensors(monkeypatch, section):
+    """Mixed devices or dtypes, in our networks or the peers', raise as on a GPU."""
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
@@ -74,7 +74,7 @@ def test_every_section_runs_on_fake_cuda_tensors(monkeypatch, section):
     assert len(rows) >= 2 and all(row.value == 5.0 for row in rows if row.unit == "GB")
 
 
-def test_both_sides_start_from_the_same_weights_none_of_them_zero():
+def test_both_sides_start_from_the_same_nonzero_weights():
     pytest.importorskip("diffusers")
     settings = gpu_figures.controlnet_step.Settings(1, image_size=64, width=32)
     networks = gpu_figures.controlnet_step.our_networks(settings, "cpu")
@@ -93,7 +93,7 @@ def broken() -> list[Row]:
     raise RuntimeError("two devices\nand more")
 
 
-def test_a_case_that_does_not_fit_stops_no_other(monkeypatch, tmp_path, capsys):
+def test_failed_case_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     def sound() -> list[Row]:
         return [Row("a", 1.0, "s", 2.0), Row("b", 5, "s", 9, True)]
 
@@ -106,13 +106,13 @@ def test_a_case_that_does_not_fit_stops_no_other(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.count("| srn |") == 4
 
 
-def test_a_stage_that_crashes_or_hangs_is_named():
+def test_crashed_or_hanging_stage_is_reported():
     assert gpu.in_process(partial(os._exit, 7), 60) == "ended with exit code 7"
     assert gpu.in_process(partial(gpu.time.sleep, 60), 0.1) == "stopped after 0 s"
     assert gpu.in_process(partial(min, 1, 2), 60) == ""
 
 
-def test_the_head_names_the_machine_and_warns_of_a_load(monkeypatch, capsys):
+def test_begin_prints_the_machine_and_warns_of_load(monkeypatch, capsys):
     for load, warned in ((0.1, False), (0.4, True)):
         monkeypatch.setattr(head.os, "getloadavg", lambda load=load: (load, 0, 0))
         head.begin()
@@ -121,7 +121,7 @@ def test_the_head_names_the_machine_and_warns_of_a_load(monkeypatch, capsys):
         assert head.processor() in shown
 
 
-def test_works_take_turns_and_ratios_are_of_pairs():
+def test_in_turn_alternates_and_ratio_is_computed_per_pair():
     order = []
     works = {name: lambda name=name: order.append(name) for name in "ab"}
     times = head.in_turn(works, 3)

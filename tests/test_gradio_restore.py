@@ -1,4 +1,4 @@
-"""The web page: what is behind it, its server, and the page itself in a real browser, on tiny networks."""
+"""The web page on tiny networks: restoration service, server, and the page in a real browser."""
 
 import gc
 import io
@@ -41,7 +41,7 @@ from web.service import SIDES, RestorationService, Stopped, System
 
 ROOT = Path(__file__).parent.parent
 NO_SIDES = (0, 0, 0, 0)
-PATIENCE = 90  # seconds that a busy machine may take for one thing
+PATIENCE = 90  # seconds that a busy machine may take for one step
 BROWSER = [shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")]
 in_browser = pytest.mark.skipif(
     None in BROWSER, reason="no chromium with its chromedriver here (Debian: chromium, chromium-driver)"
@@ -50,7 +50,7 @@ in_browser = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Tiny networks: SRN and both ControlNets. There is no DBGAN, BGAN or Kontext."""
+    """Write tiny weights of SRN and both ControlNets, but none of DBGAN, BGAN or Kontext."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     network = SRNDeblurNet(2, residual=True)
@@ -85,7 +85,7 @@ def photograph(height: int, width: int) -> np.ndarray:
 
 
 def huge_header(path: Path, width: int, height: int) -> Path:
-    """A PNG of a few bytes that says it is that large."""
+    """Write a PNG of a few bytes whose header claims this size."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IEND", b"")]
     data = b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -95,11 +95,11 @@ def huge_header(path: Path, width: int, height: int) -> Path:
     return path
 
 
-# ---- behind the page ---------------------------------------------------------------------------------------
+# ---- restoration service -----------------------------------------------------------------------------------
 
 
 class Silent:
-    """A system whose network counts how often it is loaded and runs until it is stopped, or just once."""
+    """Fake system that counts how often it is loaded; its network runs once, or until it is stopped."""
 
     SEES_ALPHA = False
 
@@ -133,11 +133,11 @@ def ignore(*_, **__):
 
 
 def keeper(folder: Path, max_megapixels: float = 1) -> RestorationService:
-    """What opens images and masks for the page, and keeps them in `folder`."""
+    """Create a service without systems, which keeps opened images and masks in `folder`."""
     return RestorationService({}, folder, max_megapixels)
 
 
-def test_a_system_is_loaded_once_and_freed_for_another(tmp_path):
+def test_system_is_loaded_once_and_freed_for_the_next(tmp_path):
     one, two = Silent(), Silent()
     service, picture = make_service(tmp_path, one=one, two=two)
     results = [service.restore("one", picture, {"add": add}, "page", ignore) for add in (3, 4)]
@@ -150,7 +150,7 @@ def test_a_system_is_loaded_once_and_freed_for_another(tmp_path):
     assert one.loaded == 2 and not service.turn.locked()
 
 
-def test_stop_ends_the_jobs_of_one_page_running_or_waiting(tmp_path):
+def test_stop_ends_running_and_waiting_jobs_of_one_page(tmp_path):
     endless, short = Silent(forever=True), Silent()
     service, picture = make_service(tmp_path, endless=endless, short=short)
     ends, waiting = {}, set()
@@ -180,7 +180,7 @@ def test_stop_ends_the_jobs_of_one_page_running_or_waiting(tmp_path):
     assert ends == {("endless", "a"): "stopped", ("short", "a"): "stopped"}
 
 
-def test_settings_of_a_tab_reach_the_loaded_network(weights, tmp_path):
+def test_changed_settings_apply_without_reloading_the_network(weights, tmp_path):
     settings = make_settings(weights, tmp_path)
     service = RestorationService(list_systems(settings), tmp_path, 1)
     picture = tmp_path / "p.png"
@@ -200,7 +200,7 @@ def test_settings_of_a_tab_reach_the_loaded_network(weights, tmp_path):
     assert np.array_equal(first, run()) and service.restorer is restorer
 
 
-def test_uploads_are_bounded_and_become_upright_pngs(tmp_path):
+def test_uploads_are_limited_and_converted_to_upright_png(tmp_path):
     image = photograph(40, 60)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -221,7 +221,7 @@ def test_uploads_are_bounded_and_become_upright_pngs(tmp_path):
         keeper(tmp_path, 24).open_image(huge_header(tmp_path / "bomb.png", 60000, 60000))
 
 
-def test_names_of_results_stay_in_their_folder(tmp_path):
+def test_result_names_cannot_leave_their_folder(tmp_path):
     image = np.zeros((2, 2, 3), np.uint8)
     stems = ("../../x/y", "北京 <b>", "..", "a" * 300, "a" * 300, "京" * 300)
     paths = [keeper(tmp_path).save(stem, image) for stem in stems]
@@ -229,7 +229,7 @@ def test_names_of_results_stay_in_their_folder(tmp_path):
     assert all(re.fullmatch(r"[\w-]+\.png", path.name) for path in paths)
 
 
-def test_strokes_become_a_mask(tmp_path):
+def test_brush_strokes_become_a_mask(tmp_path):
     write_image(tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8))
     layer = np.zeros((20, 30, 4), np.uint8)
     for drawing in (None, {"layers": []}, {"layers": [layer]}):
@@ -240,7 +240,7 @@ def test_strokes_become_a_mask(tmp_path):
     assert mask.shape == (40, 60) and mask[10:20, 40:].all() and mask.sum() == 200
 
 
-def test_what_is_added_at_the_sides_and_mask_files_are_bounded(tmp_path):
+def test_added_sides_and_mask_files_are_limited(tmp_path):
     write_image(tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8))
     service = keeper(tmp_path, 0.004)
     assert service.open_mask(tmp_path / "p.png", None, None, (0, 0, 6, 20)) is None  # 66 * 60 = 3960
@@ -255,7 +255,7 @@ def test_what_is_added_at_the_sides_and_mask_files_are_bounded(tmp_path):
             service.open_mask(tmp_path / "p.png", None, mask, NO_SIDES)
 
 
-def test_systems_say_what_they_want(weights, tmp_path):
+def test_systems_list_missing_files_and_documentation(weights, tmp_path):
     systems = list_systems(make_settings(weights, tmp_path))
     for name in ("srn", "deblur", "inpaint"):
         assert systems[name].missing() == []
@@ -284,7 +284,7 @@ def png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_a_mask_file_and_strokes_are_one_mask(tmp_path):
+def test_mask_file_and_strokes_are_combined(tmp_path):
     write_image(tmp_path / "picture.png", photograph(40, 60))
     file = np.zeros((20, 30), np.uint8)  # of another size, but of the same shape
     file[:5] = 255
@@ -307,8 +307,8 @@ def test_a_mask_file_and_strokes_are_one_mask(tmp_path):
         keeper(tmp_path).open_mask(tmp_path / "picture.png", None, tmp_path / "file.png", NO_SIDES)
 
 
-def test_weights_that_are_included_say_on_what_they_were_trained(tmp_path, monkeypatch):
-    """By their metadata: a user's file may have any name."""
+def test_included_weights_state_their_training_image_size(tmp_path, monkeypatch):
+    """They are recognized by their metadata, since a user's file may have any name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoint, "MODELS", tmp_path / "none")
     models = tmp_path / "models"
@@ -334,14 +334,14 @@ def test_weights_that_are_included_say_on_what_they_were_trained(tmp_path, monke
     assert "pixels" not in chosen.about() and chosen.options.num_inference_steps == 50
 
 
-def test_the_page_finds_the_included_weights_from_any_folder(tmp_path, monkeypatch):
-    """A network of other authors is not included."""
+def test_included_weights_are_found_from_any_working_directory(tmp_path, monkeypatch):
+    """Only a third-party network is missing, since none is included."""
     monkeypatch.chdir(tmp_path)
     settings = Settings(network_path=tmp_path / "none.pth")
     assert [name for name, system in list_systems(settings).items() if system.missing()] == ["network"]
 
 
-def test_a_network_of_others_enlarges_what_is_transparent_too(weights, tmp_path):
+def test_upscaling_network_also_enlarges_transparency(weights, tmp_path):
     compact = pytest.importorskip("spandrel.architectures.Compact").Compact
     network = compact(num_in_ch=3, num_out_ch=3, num_feat=4, num_conv=1, upscale=2)
     checkpoint.save(tmp_path / "x2.pth", {"params": network.state_dict()})
@@ -354,7 +354,7 @@ def test_a_network_of_others_enlarges_what_is_transparent_too(weights, tmp_path)
         assert result.size == (60, 40) and (np.array(result)[..., 3] == 128).all()
 
 
-def test_hidden_colours_reach_no_network_and_transparency_comes_back(weights, tmp_path):
+def test_hidden_colours_do_not_affect_result_and_transparency_is_kept(weights, tmp_path):
     service, alpha = (
         RestorationService(list_systems(make_settings(weights, tmp_path)), tmp_path, 1),
         np.zeros((32, 48), np.uint8),
@@ -373,22 +373,22 @@ def test_hidden_colours_reach_no_network_and_transparency_comes_back(weights, tm
     assert np.array_equal(*results) and np.array_equal(results[0][..., 3], alpha)
 
 
-def test_addresses_are_found_in_requests():
+def test_urls_in_requests_are_detected():
     def body(path):
         return json.dumps({"data": [{"a": {"path": path, "meta": {}}}, "http://x"]}).encode()
 
     assert names_address(body("http://x/y.png")) and names_address(b"{") and names_address(b"")
     assert names_address(body("http://x").replace(b"http", b"\\u0068ttp"))
-    assert names_address(b"[" * 10**6)  # deeper than can be read
+    assert names_address(b"[" * 10**6)  # too deeply nested to parse
     assert not names_address(body("/tmp/x.png")) and not names_address(body(None))
 
 
-# ---- its server --------------------------------------------------------------------------------------------
+# ---- the server --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def server(weights, tmp_path_factory):
-    """The command that a user types, on a free port: its address and output folder."""
+    """Run gradio_restore.py on a free port; yield its URL, output folder and process."""
     folder = tmp_path_factory.mktemp("web")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -432,7 +432,7 @@ def upload(url: str, name: str, content: bytes) -> tuple[int, str]:
     )
 
 
-def test_nothing_outside_its_folder_is_read_or_written(server):
+def test_server_reads_and_writes_only_its_own_folders(server):
     (server.folder / "secret.txt").write_text("secret")
     (server.folder / "results" / "own.txt").write_text("mine")
     api = f"{server.url}/gradio_api"
@@ -455,7 +455,7 @@ def test_nothing_outside_its_folder_is_read_or_written(server):
     assert status == 200 and json.loads(answer)[0].startswith(f"{server.folder}/uploads/")
 
 
-def test_pictures_from_elsewhere_are_refused(server):
+def test_images_from_other_locations_are_rejected(server):
     config = json.loads(request(f"{server.url}/config")[1])
     number = next(d["id"] for d in config["dependencies"] if d["targets"][0][1] == "upload")
     join = f"{server.url}/gradio_api/queue/join"
@@ -484,8 +484,8 @@ def test_large_files_are_not_stored(server):
     assert upload(server.url, "fits.png", whole)[0] == 200 and stored() == before + 1
 
 
-def test_what_is_painted_is_limited(server):
-    """The address to which the page sends layers: their size and number."""
+def test_size_and_number_of_layers_are_limited(server):
+    """Limits apply to the endpoint to which the page sends painted layers."""
     config = json.loads(request(f"{server.url}/config")[1])
     editor = next(part["id"] for part in config["components"] if part["type"] == "imageeditor")
     address = f"{server.url}/gradio_api/component_server"
@@ -501,14 +501,14 @@ def test_what_is_painted_is_limited(server):
         return request(address, body, "multipart/form-data; boundary=X")[0]
 
     assert paint(png(photograph(40, 40))) == 200
-    for index in ("1000000000", "8", "-1", "x"):  # gradio would make so many layers
+    for index in ("1000000000", "8", "-1", "x"):  # gradio would create that many layers
         assert paint(png(photograph(40, 40)), index=index) == 403, index
     assert paint(png(photograph(40, 40)), files=9) == 403
     assert paint(png(photograph(40, 40)) + bytes(2**21)) == 413
     assert request(address, json.dumps({"component_id": editor}).encode()) == (403, "not here")
 
 
-def test_other_sites_are_refused(server):
+def test_foreign_hosts_and_origins_are_rejected(server):
     def ask(path="/config", body=None, **headers):
         asked = urllib.request.Request(
             server.url + path, body, {"Content-Type": "application/json", **headers}
@@ -527,10 +527,10 @@ def test_other_sites_are_refused(server):
         assert ask(Host=host) == 200, host
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"{server.url}.evil.example"):
         assert ask(join, b"{}", Origin=origin) == 403, origin
-    assert ask(join, b"{}", Origin=server.url) in (400, 422)  # the page's own, though it asks for nothing
+    assert ask(join, b"{}", Origin=server.url) in (400, 422)  # allowed origin, empty request
 
 
-def test_forged_calls_do_not_stop_the_server(server):
+def test_forged_calls_do_not_crash_the_server(server):
     config = json.loads(request(f"{server.url}/config")[1])
     join = f"{server.url}/gradio_api/queue/join"
     calls = [(d["id"], len(d["inputs"])) for d in config["dependencies"]]
@@ -541,15 +541,15 @@ def test_forged_calls_do_not_stop_the_server(server):
     assert server.process.poll() is None and request(f"{server.url}/config")[0] == 200
 
 
-def test_pages_at_once_see_their_own_pictures_alone(server, weights):
-    """A short `python -m tests.faults page`."""
+def test_concurrent_pages_see_only_their_own_images(server, weights):
+    """Run a short `python -m tests.faults page`."""
     port, network = int(server.url.rpartition(":")[2]), load_network(weights / "srn.safetensors")
     with ThreadPoolExecutor(3) as threads:
         people = [threads.submit(visit, port, network, 4, (1, page)) for page in range(3)]
     tally = sum((person.result() for person in people), Counter())
     assert tally["refused"] == 12 and tally["restored"] >= 3
     assert tally["restored"] + tally["stopped"] + tally["reloaded"] == 12
-    with pytest.raises(RuntimeError, match="what is not its own picture's result"):  # it would be noticed
+    with pytest.raises(RuntimeError, match="what is not its own picture's result"):  # detected
         visit(port, tiny_network(4), 4, (1, 0))
 
 
@@ -578,7 +578,7 @@ def driver(tmp_path_factory):
 
 
 class Visitor:
-    """What a person does on the page."""
+    """Simulated user of the page."""
 
     def __init__(self, driver, server, width: int = 1280, height: int = 1000):
         self.driver, self.results = driver, server.folder / "results"
@@ -613,7 +613,7 @@ class Visitor:
         self.wait(lambda: self.find("#shown img"))
 
     def tab(self, label: str) -> None:
-        for more in self.find(".overflow-menu > button"):  # on a phone most tabs are in a menu
+        for more in self.find(".overflow-menu > button"):  # on narrow screens most tabs are in a menu
             if more.is_displayed() and label not in [tab.text for tab in self.find("button[role=tab]")]:
                 self.click(more)
 
@@ -629,7 +629,7 @@ class Visitor:
         boxes[0].send_keys(str(steps), "\ue004")
 
     def told(self, text: str) -> str:
-        """Waits for a message that has `text` in it, and closes all."""
+        """Wait for a message that matches `text`, close all messages and return it."""
 
         def messages():
             return [m.text for m in self.find(".toast-body") if re.search(text, m.text)]
@@ -657,9 +657,9 @@ class Visitor:
 
 
 @in_browser
-def test_a_picture_goes_up_and_its_result_comes_down(driver, server, weights, tmp_path):
+def test_upload_restore_and_download_in_browser(driver, server, weights, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(photograph(90, 130)).save(tmp_path / "a photo.jpg", exif=exif)
     visitor = Visitor(driver, server)
     visitor.press("#start-srn")
@@ -670,12 +670,12 @@ def test_a_picture_goes_up_and_its_result_comes_down(driver, server, weights, tm
     network = load_network(weights / "srn.safetensors")
     expected = restore_image(network, read_image(tmp_path / "a photo.jpg"), tile=1536, overlap=128)
     assert result.shape == (130, 90, 3) and np.array_equal(result, expected)
-    assert all(url.startswith(server.url) for url in visitor.requests())  # no font or script from elsewhere
+    assert all(url.startswith(server.url) for url in visitor.requests())  # no external fonts or scripts
 
 
 @pytest.mark.slow
 @in_browser
-def test_the_brush_says_what_is_filled(driver, server, tmp_path):
+def test_brush_strokes_define_the_mask(driver, server, tmp_path):
     from selenium.webdriver import ActionChains
 
     write_image(tmp_path / "photo.png", photograph(240, 320))
@@ -688,7 +688,7 @@ def test_the_brush_says_what_is_filled(driver, server, tmp_path):
     canvas = visitor.wait(lambda: visitor.find("#editor canvas"))[0]
     visitor.wait(lambda: canvas.size["height"] > 100)
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
-    time.sleep(0.5)  # scrolled, and the picture is drawn
+    time.sleep(0.5)  # until the page has scrolled and drawn the image
     stroke = ActionChains(driver).move_to_element(canvas).move_by_offset(-30, 0).click_and_hold()
     stroke.move_by_offset(30, 0).move_by_offset(30, 0).release().perform()
     time.sleep(0.5)
@@ -706,7 +706,7 @@ def test_the_brush_says_what_is_filled(driver, server, tmp_path):
 
 @pytest.mark.slow
 @in_browser
-def test_a_mask_file_and_pixels_at_the_sides_are_filled(driver, server, tmp_path):
+def test_mask_file_and_added_sides_are_filled(driver, server, tmp_path):
     write_image(tmp_path / "wide.png", photograph(64, 128))
     mask = np.zeros((64, 128), np.uint8)
     mask[20:40, 30:50] = 255
@@ -736,7 +736,7 @@ def test_a_mask_file_and_pixels_at_the_sides_are_filled(driver, server, tmp_path
 
 @pytest.mark.slow
 @in_browser
-def test_stop_and_closing_the_page_end_the_computation(driver, server, tmp_path):
+def test_stop_button_and_closed_page_end_the_computation(driver, server, tmp_path):
     write_image(tmp_path / "large.png", photograph(320, 400))
 
     def start_long_work():
@@ -750,7 +750,7 @@ def test_stop_and_closing_the_page_end_the_computation(driver, server, tmp_path)
 
     def work_on(visitor):
         visitor.tab("SRN")
-        visitor.press("#start-srn")  # it would wait for its turn
+        visitor.press("#start-srn")  # waits until the other computation has ended
         visitor.download("srn")
 
     visitor = start_long_work()
@@ -766,7 +766,7 @@ def test_stop_and_closing_the_page_end_the_computation(driver, server, tmp_path)
 
 @pytest.mark.slow
 @in_browser
-def test_mistakes_are_told_in_sentences(driver, server, tmp_path):
+def test_errors_are_clear_messages(driver, server, tmp_path):
     (tmp_path / "broken.jpg").write_text("a text file")
     (tmp_path / "cut.png").write_bytes(photographs()[0].read_bytes()[:20000])
     write_image(tmp_path / "many.png", np.zeros((800, 700, 3), np.uint8))
@@ -793,7 +793,7 @@ def test_mistakes_are_told_in_sentences(driver, server, tmp_path):
 
 
 @in_browser
-def test_all_systems_on_one_picture(driver, server, tmp_path):
+def test_compare_tab_shows_all_available_systems(driver, server, tmp_path):
     write_image(tmp_path / "both.png", photograph(64, 64))
     visitor = Visitor(driver, server, 390, 844)
     visitor.open(tmp_path / "both.png")
@@ -808,4 +808,4 @@ def test_all_systems_on_one_picture(driver, server, tmp_path):
     written = max(visitor.results.glob("both_*_deblur_*.png"), key=os.path.getmtime)
     assert np.array_equal(right, read_image(written))
     width = driver.execute_script("return document.documentElement.scrollWidth")
-    assert width <= 390  # a phone needs no scrolling sideways
+    assert width <= 390  # no horizontal scrolling on a phone

@@ -1,4 +1,4 @@
-"""Filling holes without a model."""
+"""Filling holes without a model: Telea's method, biharmonic equation, FSR."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ IMAGE = read_image(photographs()[0])[100:164, 60:124]
 
 
 def masks():
-    """A scratch, single pixels at a corner, an edge and inside, and a quarter of the image."""
+    """Create masks of a scratch, of single pixels (corner, edge, inside) and of a quarter of the image."""
     scratch, corner, edge, inside, quarter = (np.zeros((64, 64), np.uint8) for _ in range(5))
     cv2.line(scratch, (3, 9), (60, 40), 255, 2)
     corner[63, 63] = edge[0, 30] = inside[31, 17] = 1
@@ -24,7 +24,7 @@ def masks():
 
 @pytest.mark.parametrize("method", ["telea", "biharmonic"])
 @pytest.mark.parametrize("place", masks())
-def test_known_pixels_stay_and_what_is_in_the_hole_is_not_seen(method, place):
+def test_known_pixels_are_kept_and_hole_content_has_no_effect(method, place):
     mask = masks()[place]
     filled = fill_classically(IMAGE, mask, method)
     other = np.where(mask[..., None] > 0, 255 - IMAGE, IMAGE)
@@ -37,15 +37,15 @@ def test_known_pixels_stay_and_what_is_in_the_hole_is_not_seen(method, place):
 
 
 @pytest.mark.parametrize("method", ["telea", "biharmonic"])
-def test_one_colour_goes_on(method):
+def test_constant_colour_is_continued(method):
     flat = np.broadcast_to(np.array([10, 120, 250], np.uint8), (64, 64, 3))
     for mask in masks().values():
         error = np.abs(fill_classically(flat, mask, method).astype(int) - flat)
-        assert error.max() <= (8 if method == "telea" else 1)  # rounding of OpenCV's Telea adds up
+        assert error.max() <= (8 if method == "telea" else 1)  # rounding errors of OpenCV's Telea add up
 
 
-def test_the_biharmonic_fill_continues_a_cubic_surface():
-    """Third-degree polynomials solve the equation, also its differences on a grid."""
+def test_biharmonic_fill_continues_a_cubic_surface():
+    """Cubic polynomials solve the biharmonic equation exactly, also in finite differences."""
     y, x = np.mgrid[-32:32, -32:32] / 32
     surface = np.dstack([128 + 60 * x**3 - 40 * x * y, 128 + 90 * y**2 * x, 100 + 50 * x**2 + 50 * y**3])
     image, mask = np.rint(surface).astype(np.uint8), np.zeros((64, 64), np.uint8)
@@ -55,14 +55,14 @@ def test_the_biharmonic_fill_continues_a_cubic_surface():
     assert error < 1.5 and of_telea > 3
 
 
-def test_nothing_and_everything_missing():
+def test_empty_and_full_masks():
     for method in METHODS:
         assert np.array_equal(fill_classically(IMAGE, np.zeros((64, 64), np.uint8), method), IMAGE)
         assert (fill_classically(IMAGE, np.ones((64, 64), np.uint8), method) == 128).all()
 
 
-def test_fsr_gets_what_opencv_documents(monkeypatch):
-    """BGR, a mask that is 0 where pixels are missing, and an image of the same size to write to."""
+def test_fsr_is_called_as_opencv_documents(monkeypatch):
+    """FSR takes BGR, a mask that is 0 at missing pixels, and an output image of the same size."""
 
     def inpaint(source, mask, target, kind):
         assert kind == 2 and not source[mask == 0].any() and target.shape == source.shape
@@ -79,7 +79,7 @@ def test_fsr_gets_what_opencv_documents(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(cv2, "xphoto"), reason="opencv-contrib is not installed")
-def test_fsr_fills_a_scratch_nearly_right():
+def test_fsr_fills_a_scratch_closely():
     mask = masks()["scratch"]
     filled = fill_classically(IMAGE, mask, "fsr")
     assert np.array_equal(filled[mask == 0], IMAGE[mask == 0])

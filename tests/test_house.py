@@ -1,4 +1,4 @@
-"""Check the structure: import directions, `settings` only in scripts, and file names in the pages."""
+"""House rules: import directions, `settings` only in scripts, file names in the docs, help lines, wording."""
 
 import ast
 import io
@@ -21,7 +21,7 @@ LEVELS = {
     **{"infer": 5, "evaluate": 5, "gradio_restore": 6},
 }
 PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"]
-# Names of what users make, and of other people's files.
+# Names of files that users create, and of third-party files.
 NOT_OURS = {"deblur.md": {"walk.yaml"}}
 NOT_OURS |= {"srn.md": {"data_list.py"}, "names.md": {"config.py"}, "names_zh.md": {"config.py"}}
 
@@ -35,12 +35,12 @@ def library() -> list[Path]:
 
 
 def level(name: str) -> int:
-    """Of a room or a script; that of the longest beginning which is known."""
+    """Return the level of a folder or script by its longest known prefix."""
     return LEVELS[max((known for known in LEVELS if name.startswith(known)), key=len)]
 
 
 def imported(path: Path) -> set[str]:
-    """First names of all that a file imports; what stands under `if __name__ == "__main__"` is left out."""
+    """Return the top-level packages that a file imports, outside of `if __name__ == "__main__"`."""
     body = [
         part
         for part in ast.parse(path.read_text(encoding="utf-8")).body
@@ -56,8 +56,8 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_arrows_point_one_way(path):
-    """docs/contributing.md draws them."""
+def test_imports_go_only_to_lower_levels(path):
+    """docs/contributing.md has a diagram of the levels."""
     here = path.relative_to(ROOT).parts[0].removesuffix(".py")
     ours = {"ldm", "cldm", "harness", "web", *(script.stem for script in ROOT.glob("*.py"))}
     found = imported(path)
@@ -67,8 +67,8 @@ def test_arrows_point_one_way(path):
 
 
 @pytest.mark.parametrize("path", library(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_the_library_takes_values_not_settings(path):
-    """Nor do the messages of ldm and cldm name command-line flags: other scripts have other flags."""
+def test_library_takes_values_not_settings(path):
+    """Messages of ldm and cldm name no command-line flags either, since scripts have different ones."""
     if path == ROOT / "harness" / "settings.py":  # it reads the command line
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def test_the_library_takes_values_not_settings(path):
 
 
 def messages(tree: ast.Module) -> list[str]:
-    """All string constants that are not docstrings."""
+    """Return all string constants that are not docstrings."""
     described = (ast.Module, ast.ClassDef, ast.FunctionDef)
     docstrings = {
         id(node.body[0].value)
@@ -92,11 +92,11 @@ def messages(tree: ast.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_file_named_in_a_page_exists(page):
+def test_files_named_in_the_docs_exist(page):
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / link).exists(), link
-    if page.name.startswith("names"):  # the first column of its tables has the documents' names
+    if page.name.startswith("names"):  # the first table column has names of other projects
         text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.M)
     begins = rf"(?<![\w./-])(?:{'|'.join(ROOMS)})"
     named = re.findall(rf"{begins}/[\w./-]*\w|(?<![\w./-])[\w./-]*\w\.(?:py|md|yaml|toml)\b", text, re.A)
@@ -105,8 +105,8 @@ def test_every_file_named_in_a_page_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_module_named_in_a_page_exists(page):
-    """And what is named in it is written there."""
+def test_modules_named_in_the_docs_exist(page):
+    """The attribute named after the module must occur in its source."""
     text = page.read_text(encoding="utf-8")
     for name in {*re.findall(rf"(?<![\w./-])(?:{'|'.join(ROOMS)})(?:\.\w+)+", text, re.A)}:
         parts, file = name.split("."), None
@@ -123,7 +123,7 @@ def test_every_module_named_in_a_page_exists(page):
 
 
 def help_lines(path: Path) -> list[tuple[str, str]]:
-    """Settings of a script and the comments that tyro shows as their help: behind a field, or above it."""
+    """Return (setting, comment) for a script; tyro shows the comment behind or above a field as its help."""
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     found = []
@@ -148,7 +148,7 @@ def is_dataclass(decorator: ast.expr) -> bool:
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
-def test_every_help_line_stands_alone(path):
+def test_help_lines_are_unique_and_self_contained(path):
     found = help_lines(path)
     for name, comment in found:
         words = comment.split()
@@ -158,7 +158,7 @@ def test_every_help_line_stands_alone(path):
     assert [comment for comment, count in repeated.items() if count > 1] == []
 
 
-# Private words that readers had to guess, and what the field says (docs/contributing.md has the list).
+# Words to avoid -> the usual terms (docs/contributing.md has the full list).
 BANNED = {
     r"com(es|ing|e) along": "included, pretrained",
     r"taught|teach(es|ing)?": "trained, learned",
@@ -173,7 +173,7 @@ BANNED = {
 
 
 def prose(path: Path) -> str:
-    """Text of a page outside code blocks; docstrings, comments and messages of a source."""
+    """Return a page's text outside code blocks, or the docstrings, comments and strings of a source file."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         return re.sub(r"^```.*?^```|^    .*?$|`[^`]*`|\]\([^)]*\)|^\|[^|]*\|", " ", text, flags=re.M | re.S)
@@ -188,15 +188,15 @@ def prose(path: Path) -> str:
     [*sources(), *(page for page in PAGES if "zh" not in page.name)],
     ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
-def test_no_private_words(path):
+def test_no_banned_words(path):
     text = prose(path)
     found = {word: use for word, use in BANNED.items() if re.search(rf"\b({word})\b", text, re.IGNORECASE)}
     assert not found, f"{path.name}: " + ", ".join(f"/{word}/ (use: {use})" for word, use in found.items())
 
 
 @pytest.mark.slow
-def test_restoring_waits_for_no_training_library():
-    """infer.py imports these scripts: Lightning and torchvision would add seconds to every restored photo."""
+def test_infer_imports_no_training_library():
+    """infer.py imports these modules; importing Lightning or torchvision would take seconds each time."""
     unwanted = ("lightning_fabric", "pytorch_lightning", "torchvision", "transformers", "open_clip")
     imports = "import sys, train_srn, train_dbgan, ldm.models.kontext"
     code = f"{imports}; print([n for n in {unwanted} if n in sys.modules])"

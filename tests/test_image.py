@@ -1,4 +1,4 @@
-"""Reading pictures of every mode, and files that are no pictures."""
+"""Reading and writing images of every mode, listing folders, and files that are not images."""
 
 import os
 import struct
@@ -37,13 +37,13 @@ def save(path: Path, image: Image.Image, **options) -> np.ndarray:
     return read
 
 
-def test_grey_and_bilevel_become_three_channels(tmp_path):
+def test_grey_and_bilevel_images_become_three_channels(tmp_path):
     assert np.array_equal(save(tmp_path / "l.png", Image.fromarray(GREY)), np.stack([GREY] * 3, -1))
     assert np.unique(save(tmp_path / "1.png", Image.fromarray(GREY).convert("1"))).tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("alpha", [0, 128, 255])
-def test_transparency_is_laid_over_white(tmp_path, alpha):
+def test_transparency_is_composited_over_white(tmp_path, alpha):
     expected = (RGB.astype(float) * alpha + 255.0 * (255 - alpha)) / 255
     layer = np.full((8, 8), alpha, np.uint8)
     rgba = save(tmp_path / "rgba.png", Image.fromarray(np.dstack([RGB, layer])))
@@ -52,7 +52,7 @@ def test_transparency_is_laid_over_white(tmp_path, alpha):
     assert np.abs(la - expected[..., :1]).max() <= 1
 
 
-def test_palette_with_and_without_transparency(tmp_path):
+def test_palette_images_with_and_without_transparency(tmp_path):
     image = Image.new("P", (2, 1))
     image.putpalette([200, 10, 20, 30, 40, 250])
     image.putdata([0, 1])
@@ -63,12 +63,12 @@ def test_palette_with_and_without_transparency(tmp_path):
     assert read.tolist() == [[[200, 10, 20], [255, 255, 255]]]
 
 
-def test_colour_key_transparency(tmp_path):
+def test_colour_key_becomes_white(tmp_path):
     read = save(tmp_path / "key.png", Image.fromarray(RGB), transparency=tuple(RGB[3, 4].tolist()))
     assert read[3, 4].tolist() == [255, 255, 255] and np.array_equal(read[0], RGB[0])
 
 
-def test_cmyk(tmp_path):
+def test_cmyk_is_converted_to_rgb(tmp_path):
     pixels = np.zeros((16, 16, 4), np.uint8)
     pixels[:, 8:] = (0, 255, 255, 0)  # magenta and yellow: red
     read = save(tmp_path / "cmyk.jpg", Image.fromarray(pixels, "CMYK"), quality=100)
@@ -86,13 +86,13 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
     assert np.array_equal(save(tmp_path / "i.tif", Image.fromarray(deep.astype(np.int32)))[..., 0], expected)
 
 
-def test_float_grey_is_in_0_1(tmp_path):
+def test_float_grey_in_0_1_is_scaled_and_clipped(tmp_path):
     values = np.array([[-0.5, 0.0, 0.5, 1.0, 3.0]], np.float32)
     assert save(tmp_path / "f.tif", Image.fromarray(values))[0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_the_picture_upright(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation):
     upright = np.zeros((32, 48, 3), np.uint8)
     upright[:16, :24] = 255  # white is top left in the scene
     stored = {
@@ -111,14 +111,14 @@ def test_exif_turns_the_picture_upright(tmp_path, orientation):
     assert read.shape == upright.shape and np.abs(read.astype(int) - upright).mean() < 2
 
 
-# Red, green and blue as XYZ under D50, the white of ICC profiles (columns).
+# Red, green and blue primaries (columns) in XYZ under D50, the white point of ICC profiles.
 ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
 SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
 GAMMA = 563 / 256  # of Adobe RGB (1998)
 
 
 def icc_profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
-    """A display profile of version 2.1 (ICC.1:1998-09): header, table, tagged data."""
+    """Build a display profile of version 2.1 (ICC.1:1998-09): header, tag table, tag data."""
     content, table, start = b"", b"", 132 + 12 * len(tags)
     for name, data in tags.items():
         table += struct.pack(">4sII", name, start + len(content), len(data))
@@ -144,7 +144,7 @@ ADOBE_RGB = icc_profile(
 
 
 def encoded(linear: np.ndarray) -> np.ndarray:
-    """Linear light in [0, 1] by the curve of sRGB (IEC 61966-2-1), in 0..255."""
+    """Encode linear light in [0, 1] with the sRGB curve (IEC 61966-2-1) to 0..255."""
     linear = linear.clip(0, 1)
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
@@ -153,7 +153,7 @@ def adobe_in_srgb(image: np.ndarray) -> np.ndarray:
     return encoded((image / 255) ** GAMMA @ (np.linalg.inv(SRGB) @ ADOBE).T)
 
 
-def test_colours_are_converted_by_the_icc_profile(tmp_path):
+def test_icc_profile_is_converted_to_srgb(tmp_path):
     expected = adobe_in_srgb(RGB)
     assert np.abs(expected - RGB).max() > 20
     for name, options in (("a.png", {}), ("a.tif", {}), ("a.webp", {"lossless": True})):
@@ -174,21 +174,21 @@ def test_colours_are_converted_by_the_icc_profile(tmp_path):
     assert np.abs(read - encoded((GREY / 255) ** 1.8)[..., None]).max() < 2
 
 
-def test_profiles_that_change_nothing_or_cannot_be_used(tmp_path):
+def test_srgb_and_unusable_profiles_leave_pixels_unchanged(tmp_path):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     for number, data in enumerate((srgb, lab, b"no profile", ADOBE_RGB[:150], bytes(500))):
         read = save(tmp_path / f"{number}.png", Image.fromarray(RGB), icc_profile=data)
         assert np.array_equal(read, RGB), number
-    assert np.array_equal(  # a profile of another mode
+    assert np.array_equal(  # an RGB profile in a grey image
         save(tmp_path / "l.png", Image.fromarray(GREY), icc_profile=ADOBE_RGB)[..., 0], GREY
     )
     with Image.open(tmp_path / "2.png") as image:
-        assert image.info["icc_profile"] == b"no profile"  # it was there
+        assert image.info["icc_profile"] == b"no profile"  # the profile is in the file
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
-def test_the_size_is_known_without_reading(tmp_path, suffix):
+def test_image_size_respects_exif_and_megapixels_are_limited(tmp_path, suffix):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / f"a.{suffix}"
@@ -198,7 +198,7 @@ def test_the_size_is_known_without_reading(tmp_path, suffix):
         read_image(path, 0.00015)
 
 
-def test_broken_files_are_named(tmp_path):
+def test_unreadable_files_raise_with_their_names(tmp_path):
     whole = tmp_path / "whole.png"
     write_image(whole, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     cut, text, empty = tmp_path / "cut.png", tmp_path / "text.jpg", tmp_path / "empty.png"
@@ -214,31 +214,31 @@ def test_broken_files_are_named(tmp_path):
         read_image(tmp_path)
 
 
-def test_writing_is_exact_atomic_and_leaves_nothing_behind(tmp_path):
+def test_writing_is_exact_and_atomic(tmp_path):
     path = tmp_path / "blank space 图像.png"
     write_image(path, RGB)
     assert np.array_equal(read_image(path), RGB)
     with pytest.raises(TypeError):
-        write_image(path, np.zeros((4, 4, 3), np.complex64))  # no picture: what was there stays
+        write_image(path, np.zeros((4, 4, 3), np.complex64))  # not an image: the old file is kept
     assert np.array_equal(read_image(path), RGB)
     with pytest.raises(OSError, match="no_folder"):
         write_image(tmp_path / "no_folder" / "a.png", RGB)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_tensors_have_the_stated_range_and_round_trip():
+def test_tensor_range_and_round_trip():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     tensor = to_tensor(levels)
     assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
     assert tensor.min() == -1 and tensor.max() == 1
     assert np.array_equal(to_uint8(tensor), levels)
     assert np.array_equal(to_uint8(tensor.bfloat16().float() * 0 + 3.0), np.full((16, 16, 3), 255))
-    assert to_uint8(torch.full((3, 1, 1), 0.6 / 127.5 - 1)).ravel().tolist() == [1, 1, 1]  # rounds, not cuts
+    assert to_uint8(torch.full((3, 1, 1), 0.6 / 127.5 - 1)).ravel().tolist() == [1, 1, 1]  # rounded
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_no_pixels(value, tmp_path):
-    """Neither of a result, nor of a grid of previews."""
+def test_non_finite_values_raise(value, tmp_path):
+    """Neither results nor preview grids may contain them."""
     image = torch.zeros(3, 4, 4)
     image[1, 2, 3] = value
     with pytest.raises(ValueError, match="not finite .* precision 32 or bf16"):
@@ -254,7 +254,7 @@ def test_natural_order():
     names = ["frame_10.png", "frame_2.png", "Frame_1.png", "a/2/x", "a/10/x", "10", "x²", "9"]
     ordered = sorted(names, key=natural_key)
     assert sorted(names[::-1], key=natural_key) == ordered
-    assert sorted(["a", "B", "b", "A"], key=natural_key) == ["A", "a", "B", "b"]  # whatever their order was
+    assert sorted(["a", "B", "b", "A"], key=natural_key) == ["A", "a", "B", "b"]  # deterministic
     assert ordered == ["9", "10", "a/2/x", "a/10/x", "Frame_1.png", "frame_2.png", "frame_10.png", "x²"]
 
 
@@ -274,8 +274,8 @@ def test_list_images(tmp_path):
         list_images(tmp_path / "folder.png")
 
 
-def test_folders_of_programs_and_loops_are_left_out(tmp_path):
-    """Each real folder is listed once, under its own path if it has one here."""
+def test_tool_folders_and_symlink_loops_are_skipped(tmp_path):
+    """Each real folder is listed once, under its real path if that is inside the searched folder."""
     folder, outside = tmp_path / "photos", tmp_path / "outside"
     left = [".ipynb_checkpoints", "__MACOSX", ".AppleDouble", "@eaDir", ".hidden", "#recycle", "__pycache__"]
     left += ["$RECYCLE.BIN", "System Volume Information", "lost+found", ".Trash-1000"]
@@ -299,7 +299,7 @@ def test_folders_of_programs_and_loops_are_left_out(tmp_path):
     assert [str(path) for path in list_images(relative)] == [f"{relative}/{name}" for name in found]
 
 
-def test_a_folder_that_cannot_be_opened_is_told(tmp_path, monkeypatch):
+def test_unreadable_folder_gives_a_warning(tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir()
     (tmp_path / "a.png").touch()
     scandir = os.scandir
@@ -314,7 +314,7 @@ def test_a_folder_that_cannot_be_opened_is_told(tmp_path, monkeypatch):
         assert list_images(tmp_path) == [tmp_path / "a.png"]
 
 
-def test_files_that_are_left_out_are_told(tmp_path):
+def test_unsupported_formats_give_a_warning(tmp_path):
     for name in ("a.HEIC", "b.heic", "c.jxl", "d.CR2", "e.psd", "notes.txt", ".f.heic", "g"):
         (tmp_path / name).touch()
     told = r"5 left out: 2 .heic, 1 \.\w+, 1 \.\w+, 1 \.\w+ \(not read here: convert them to PNG or JPEG\)"
@@ -332,7 +332,7 @@ LOSSLESS = "png apng bmp dib gif tif tiff webp jp2 j2k jpx ppm pnm tga qoi pcx s
 
 
 @pytest.mark.parametrize("ending", [*LOSSLESS.split(), *"jpg jpeg jpe jfif mpo avif".split()])
-def test_every_format_that_pillow_reads(tmp_path, ending):
+def test_every_supported_format_is_read(tmp_path, ending):
     path = tmp_path / f"a.{ending.upper()}"
     smooth = np.tile(np.linspace(40, 200, 32).astype(np.uint8)[:, None, None], (1, 48, 3))
     options = {"webp": {"lossless": True}, "jp2": {"irreversible": False}}.get(ending, {})
@@ -343,7 +343,7 @@ def test_every_format_that_pillow_reads(tmp_path, ending):
     assert np.abs(read_image(path).astype(int) - smooth).max() <= limit
 
 
-def test_floats_of_pfm_and_16_bits_of_pgm(tmp_path):
+def test_float_pfm_and_16_bit_pgm_are_scaled(tmp_path):
     for white, name in ((1.0, "a.pfm"), (255.0, "b.pfm")):
         values = np.float32([[0, 0.5, 1.0]]) * white
         assert save(tmp_path / name, Image.fromarray(values))[0, :, 0].tolist() == [0, 128, 255]
@@ -353,12 +353,12 @@ def test_floats_of_pfm_and_16_bits_of_pgm(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png", "avif"])
-def test_first_of_several_frames(tmp_path, ending):
+def test_first_of_several_frames_is_read_with_a_warning(tmp_path, ending):
     frames = [Image.fromarray(np.full((16, 16, 3), value, np.uint8)) for value in (200, 100, 50)]
     frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:])
     with pytest.warns(UserWarning, match=f"a.{ending}: only the first of 3 frames is read"):
         assert np.abs(read_image(tmp_path / f"a.{ending}").astype(int) - 200).max() < 4
-    frames[0].save(tmp_path / "b.mpo", save_all=True, append_images=frames[1:])  # what telephones write
+    frames[0].save(tmp_path / "b.mpo", save_all=True, append_images=frames[1:])  # as phones write them
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.abs(read_image(tmp_path / "b.mpo").astype(int) - 200).max() < 4
@@ -368,8 +368,8 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def test_the_header_of_a_png_is_enough(tmp_path, monkeypatch):
-    """Whatever its size."""
+def test_image_size_reads_only_the_png_header(tmp_path, monkeypatch):
+    """Even an image far above the size limit is not decoded."""
     path = tmp_path / "a.png"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -385,7 +385,7 @@ def test_the_header_of_a_png_is_enough(tmp_path, monkeypatch):
         read_image(path)
 
 
-def test_a_file_that_is_gone_since_it_was_listed(tmp_path):
+def test_file_deleted_after_listing_raises(tmp_path):
     write_image(tmp_path / "a.png", RGB)
     path = list_images(tmp_path)[0]
     path.unlink()
@@ -394,7 +394,7 @@ def test_a_file_that_is_gone_since_it_was_listed(tmp_path):
             read(path)
 
 
-def test_captions_in_upper_case(tmp_path):
+def test_caption_file_with_upper_case_extension_is_read(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
     (tmp_path / "b.TXT").write_text("a  cat\n")

@@ -1,4 +1,4 @@
-"""infer.py network: files of other authors through spandrel, on tiny networks with random weights."""
+"""infer.py network: third-party checkpoints through spandrel, on tiny networks with random weights."""
 
 import sys
 from types import SimpleNamespace
@@ -21,12 +21,12 @@ from spandrel.architectures.Compact import Compact  # noqa: E402
 
 
 def make_nafnet() -> dict[str, torch.Tensor]:
-    """NAFNet's weights under its authors' names; with two middle blocks it is none of train_dbgan.py."""
+    """Create NAFNet weights with two middle blocks, a form that train_dbgan.py does not have."""
     return fill(NAFNet(8, (1, 1, 1, 1), 2, (1, 1, 1, 1))).state_dict()
 
 
 def make_compact(channels: int = 3) -> dict[str, torch.Tensor]:
-    """Real-ESRGAN's small network for twice the size: four convolutions, which see 4 pixels far."""
+    """Create weights of Real-ESRGAN's compact 2x network: four convolutions, radius 4 pixels."""
     torch.manual_seed(0)
     network = Compact(num_in_ch=channels, num_out_ch=channels, num_feat=8, num_conv=2, upscale=2)
     return network.state_dict()
@@ -34,7 +34,7 @@ def make_compact(channels: int = 3) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Files as authors publish them: NAFNet's in `params`, Real-ESRGAN's in `params_ema` beside others."""
+    """Write files as published: NAFNet in `params`, Real-ESRGAN in `params_ema` besides other `params`."""
     folder = tmp_path_factory.mktemp("weights")
     checkpoint.save(folder / "nafnet.pth", {"params": make_nafnet()})
     compact = make_compact()
@@ -53,7 +53,7 @@ def photograph(height: int, width: int) -> np.ndarray:
 
 
 def own_output(path, image: np.ndarray) -> np.ndarray:
-    """What spandrel alone makes of uint8 or uint16 (h, w, 3), in [0, 1]."""
+    """Restore a uint8 or uint16 image (h, w, 3) with spandrel alone; return floats in [0, 1]."""
     network = spandrel.ModelLoader().load_from_file(path)
     top = np.iinfo(image.dtype).max
     restored = network(torch.from_numpy(image.astype(np.float32) / top).permute(2, 0, 1)[None])
@@ -61,7 +61,7 @@ def own_output(path, image: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "scale"), [("nafnet.pth", 1), ("x2.pth", 2)])
-def test_16_bit_results_are_spandrels(files, tmp_path, name, scale):
+def test_16_bit_results_equal_spandrel(files, tmp_path, name, scale):
     image = photograph(37, 50).astype(np.uint16) * 257 + np.arange(50, dtype=np.uint16)[:, None]
     cv2.imwrite(str(tmp_path / "a.png"), image[..., ::-1])
     infer.restore_files(command(tmp_path / "a.png", files / name))
@@ -71,11 +71,11 @@ def test_16_bit_results_are_spandrels(files, tmp_path, name, scale):
     assert restored.std() > 1000
 
 
-def test_tiles_are_the_whole_image_where_they_are_not_blended(files):
+def test_tiles_equal_whole_image_outside_blended_overlaps(files):
     network, image = load_foreign(files / "x2.pth"), photograph(70, 70)
     whole = restore_foreign(network, image)
-    tiled = restore_foreign(network, image, tile=48, overlap=16)  # at 0 and 22: alone up to 22, from 48 on
-    alone = np.r_[0:36, 2 * 52 : 140]  # and 4 pixels off the edge of the other tile
+    tiled = restore_foreign(network, image, tile=48, overlap=16)  # tiles at 0 and 22 overlap in 22 to 48
+    alone = np.r_[0:36, 2 * 52 : 140]  # outside the blended region and the receptive radius
     assert np.array_equal(tiled[np.ix_(alone, alone)], whole[np.ix_(alone, alone)])
     assert np.abs(tiled.astype(int) - whole).max() <= 4
     plain = restore_foreign(network, np.full((70, 70, 3), 100, np.uint8), tile=48, overlap=16)
@@ -84,8 +84,8 @@ def test_tiles_are_the_whole_image_where_they_are_not_blended(files):
     )
 
 
-def test_a_larger_result_keeps_what_belongs_to_it(files, tmp_path, capsys):
-    """Transparency, and the comparison; nothing is made again until a file changes."""
+def test_upscaling_keeps_transparency_and_is_repeated_only_on_change(files, tmp_path, capsys):
+    """The comparison image is upscaled too; nothing is computed again until a file changes."""
     folder = tmp_path / "in"
     folder.mkdir()
     alpha = np.zeros((20, 30), np.uint8)
@@ -109,13 +109,13 @@ def test_a_larger_result_keeps_what_belongs_to_it(files, tmp_path, capsys):
     assert "2 made, 0 kept (unchanged)" in capsys.readouterr().out
 
 
-def test_the_file_says_that_it_is_a_network(files):
+def test_subcommand_is_chosen_by_the_checkpoint(files):
     for name in ("nafnet.pth", "x2.pth"):
         words = ["--checkpoint_path", str(files / name), "--input", "a.png"]
         assert infer.with_subcommand(words) == ["network", *words]
 
 
-def test_what_is_no_such_network_is_refused(files, tmp_path, monkeypatch):
+def test_unsupported_networks_raise(files, tmp_path, monkeypatch):
     write_image(tmp_path / "a.png", photograph(8, 8))
 
     def message(path, content):
@@ -139,14 +139,14 @@ def test_what_is_no_such_network_is_refused(files, tmp_path, monkeypatch):
         infer.restore_files(command(tmp_path / "a.png", files / "none.pth"))
 
 
-def test_without_the_package_one_error_says_what_to_install(files, tmp_path, monkeypatch):
+def test_missing_spandrel_raises_with_install_command(files, tmp_path, monkeypatch):
     write_image(tmp_path / "a.png", photograph(8, 8))
     monkeypatch.setitem(sys.modules, "spandrel", None)
     with pytest.raises(ValueError, match="nafnet.pth, .*, needs a package: pip install spandrel$"):
         infer.restore_files(command(tmp_path / "a.png", files / "nafnet.pth"))
 
 
-def test_the_extra_architectures_are_installed_if_they_are_there(files, monkeypatch):
+def test_extra_architectures_are_registered_if_installed(files, monkeypatch):
     seen = []
     extra = SimpleNamespace(__spec__=object(), install=lambda **options: seen.append(options))
     monkeypatch.setitem(sys.modules, "spandrel_extra_arches", extra)
@@ -154,7 +154,7 @@ def test_the_extra_architectures_are_installed_if_they_are_there(files, monkeypa
     assert seen == [{"ignore_duplicates": True}]
 
 
-def test_precision_is_one_that_the_network_supports(monkeypatch):
+def test_unsupported_precision_raises_and_auto_falls_back(monkeypatch):
     name = SimpleNamespace(name="AuraSR")
     network = SimpleNamespace(
         device=torch.device("cpu"), architecture=name, supports_half=False, supports_bfloat16=False
@@ -167,7 +167,7 @@ def test_precision_is_one_that_the_network_supports(monkeypatch):
     assert [check_precision(network, precision) for precision in ("auto", "bf16")] == ["auto", "bf16"]
 
 
-def test_a_cleaner_keeps_the_size(files, tmp_path):
+def test_cleaner_must_have_scale_1(files, tmp_path):
     write_image(tmp_path / "a.png", photograph(32, 32))
 
     def open_cleaner(name):

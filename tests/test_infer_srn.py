@@ -27,7 +27,7 @@ SHIPPED = Path(__file__).parent.parent / "models" / "srn_deblur.safetensors"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A tiny network that changes its input a little."""
+    """Write a tiny network that changes its input slightly."""
     torch.manual_seed(0)
     network = SRNDeblurNet(2, residual=True)
     torch.nn.init.normal_(network.outblock.conv[0].weight, std=0.05)
@@ -38,7 +38,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of pictures of odd sizes and modes, a text file among them."""
+    """Write a folder of images of odd sizes and modes, and a text file."""
     folder = tmp_path / "photos"
     (folder / "trip to 北京").mkdir(parents=True)
     coffee = read_image(photographs(("coffee.png",))[0])
@@ -54,7 +54,7 @@ def command(photos, weights, **changes):
     return infer.SRN(**{**places, "device": "cpu", **changes})
 
 
-def test_a_folder_is_restored_with_its_tree(photos, weights, capsys):
+def test_folder_is_restored_with_its_subfolders(photos, weights, capsys):
     infer.restore_files(command(photos, weights, comparison=True))
     out = photos.parent / "out"
     names = {"deblurred_a.png", "deblurred_grey.png", "trip to 北京/deblurred_deep.png"}
@@ -62,7 +62,7 @@ def test_a_folder_is_restored_with_its_tree(photos, weights, capsys):
     image = read_image(photos / "a.png")
     with torch.no_grad():
         expected = restore(weights[1], to_tensor(image)[None])[0].clamp(-1, 1)
-    expected = ((expected + 1) * 127.5).round().permute(1, 2, 0).numpy()  # rounded, not cut off
+    expected = ((expected + 1) * 127.5).round().permute(1, 2, 0).numpy()  # rounded, not truncated
     restored = read_image(out / "deblurred_a.png")
     assert np.abs(restored - expected).max() <= 1 and (restored != expected).mean() < 1e-3
     assert np.abs(restored.astype(int) - image).max() > 1
@@ -72,7 +72,7 @@ def test_a_folder_is_restored_with_its_tree(photos, weights, capsys):
     assert "3 made, 0 kept (unchanged)" in capsys.readouterr().out
 
 
-def test_results_of_the_same_making_stay_and_all_others_are_made_anew(photos, weights, capsys):
+def test_only_changed_results_are_computed_again(photos, weights, capsys):
     def run(**changes):
         infer.restore_files(command(photos, weights, **changes))
         return capsys.readouterr().out
@@ -82,13 +82,13 @@ def test_results_of_the_same_making_stay_and_all_others_are_made_anew(photos, we
     foreign.write_bytes(b"of something else")
     assert "3 made, 0 kept (unchanged)" in run()
     assert "0 made, 3 kept (unchanged)" in run()
-    assert "0 made, 3 kept (unchanged)" in run(pattern="**/*", device="auto")  # no other pixels
-    assert "3 made, 0 kept (unchanged)" in run(comparison=True)  # there were none
+    assert "0 made, 3 kept (unchanged)" in run(pattern="**/*", device="auto")  # same pixels
+    assert "3 made, 0 kept (unchanged)" in run(comparison=True)  # comparisons were missing
     assert "0 made, 3 kept (unchanged)" in run(comparison=True)
     assert "3 made, 0 kept (unchanged)" in run(tile=32, overlap=16)  # another option
     assert "0 made, 3 kept (unchanged)" in run(tile=32, overlap=16)
     image = read_image(photos / "a.png")
-    write_image(photos / "a.png", 255 - image)  # another picture of that name
+    write_image(photos / "a.png", 255 - image)  # another image under the same name
     assert "1 made, 2 kept (unchanged)" in run(tile=32, overlap=16)
     other = weights[0].with_stem("other")
     write_weights(other, {k: v * 0.9 for k, v in weights[1].state_dict().items()}, {"settings": FORM})
@@ -98,15 +98,15 @@ def test_results_of_the_same_making_stay_and_all_others_are_made_anew(photos, we
         run(checkpoint_path=other.with_stem("none"))
 
 
-def test_one_picture_is_always_made_anew(photos, weights, capsys):
+def test_single_image_is_always_computed_again(photos, weights, capsys):
     for _ in range(2):
         infer.restore_files(command(photos / "a.png", weights))
         assert "1 made, 0 kept (unchanged), 0 left out, 0 failed" in capsys.readouterr().out
     kept = [path.name for path in (photos / "out").iterdir()]
-    assert kept == ["deblurred_a.png"]  # no temporary file stays
+    assert kept == ["deblurred_a.png"]  # no temporary file is left
 
 
-def test_shards_have_every_picture_once(photos, weights, capsys):
+def test_shards_contain_every_image_once(photos, weights, capsys):
     seen = []
     for shard in ("1/2", "2/2", "1/2"):
         infer.restore_files(command(photos, weights, shard=shard))
@@ -119,11 +119,11 @@ def test_shards_have_every_picture_once(photos, weights, capsys):
             infer.restore_files(command(photos, weights, shard=shard))
     infer.restore_files(
         command(photos, weights, shard="5/9", output_dir=photos.parent / "none")
-    )  # has nothing
+    )  # an empty shard
     assert "0 made" in capsys.readouterr().out
 
 
-def test_the_file_says_the_system(weights, tmp_path, model, monkeypatch, capsys):
+def test_subcommand_is_chosen_by_the_checkpoint(weights, tmp_path, model, monkeypatch, capsys):
     control = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.")}
     bare = {k.removeprefix("control_model."): v for k, v in control.items()}
     lora = {"lora_unet_single_blocks_0_linear1.lora_down.weight": torch.zeros(1, 1)}
@@ -157,7 +157,7 @@ def test_the_file_says_the_system(weights, tmp_path, model, monkeypatch, capsys)
     assert infer.with_subcommand(["--input_mask", "m.png"])[0] == "inpaint"
     assert infer.with_subcommand(["srn", "--input", "a"]) == ["srn", "--input", "a"]
     write_weights(tmp_path / "vae.safetensors", {"decoder.conv_in.weight": torch.zeros(1)})
-    assert infer.system_of(tmp_path / "vae.safetensors") == "network"  # which says that it knows none
+    assert infer.system_of(tmp_path / "vae.safetensors") == "network"  # which reports an unknown network
     assert infer.with_subcommand(["--input", "a.png"]) == [infer.BEST, "--input", "a.png"]
     with pytest.raises(ValueError, match="give --input, or one of deblur, .* first"):
         infer.with_subcommand(["--output_dir", "a"])
@@ -168,7 +168,7 @@ def test_the_file_says_the_system(weights, tmp_path, model, monkeypatch, capsys)
     assert "1 made" in capsys.readouterr().out
 
 
-def test_one_picture_and_a_pattern(photos, weights):
+def test_jobs_of_single_image_pattern_and_earlier_results(photos, weights):
     jobs, _ = list_jobs(command(photos / "a.png", weights, output_dir=photos, output_prefix="new_"))
     assert jobs == [(photos / "a.png", photos / "new_a.png")]
     jobs, left_out = list_jobs(command(photos, weights, pattern="*/deep*"))
@@ -179,7 +179,7 @@ def test_one_picture_and_a_pattern(photos, weights):
     write_image(photos / "out" / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))
     (photos / "out_comparison").mkdir()
     write_image(photos / "out_comparison" / "deblurred_a.png", np.zeros((4, 4, 3), np.uint8))
-    assert len(list_jobs(within)[0]) == 3  # earlier results are no input
+    assert len(list_jobs(within)[0]) == 3  # earlier results are not inputs
     infer.restore_files(command(photos / "a.png", weights, output_dir=photos))
     beside = command(photos, weights, output_dir=photos, pattern="*.png")
     jobs, left_out = list_jobs(beside)
@@ -192,7 +192,7 @@ def test_one_picture_and_a_pattern(photos, weights):
         list_jobs(command(photos / "a.png", weights, output_dir=photos))
 
 
-def test_a_broken_picture_stops_no_other(photos, weights, monkeypatch, capsys):
+def test_unreadable_image_does_not_stop_the_others(photos, weights, monkeypatch, capsys):
     (photos / "broken.jpg").write_text("a text file")
     (photos / "gone.jpg").symlink_to("nowhere")
     arguments = ["--input", photos, "--output_dir", photos / "out", "--checkpoint_path", weights[0]]
@@ -206,7 +206,7 @@ def test_a_broken_picture_stops_no_other(photos, weights, monkeypatch, capsys):
     assert len(failures) == 2 and "broken.jpg" in failures[0] and "gone.jpg" in failures[1]
 
 
-def test_a_picture_too_large_for_the_memory_stops_no_other(photos, weights, monkeypatch, capsys):
+def test_out_of_memory_image_does_not_stop_the_others(photos, weights, monkeypatch, capsys):
     def short_of_memory(network, image, *options, **more):
         if image.shape == (37, 50, 3):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -220,16 +220,16 @@ def test_a_picture_too_large_for_the_memory_stops_no_other(photos, weights, monk
     assert re.search("failed: .*a.png: 50 x 37 pixels need more memory than .*: give a --tile", printed)
 
 
-def test_main_memory_that_is_short_is_told_too(photos, weights, monkeypatch):
-    """numpy raises MemoryError, torch a RuntimeError without a class of its own."""
+def test_cpu_out_of_memory_gives_the_same_error(photos, weights, monkeypatch):
+    """NumPy raises MemoryError, torch a plain RuntimeError."""
     for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
         monkeypatch.setattr("train_srn.restore_image", Mock(side_effect=error))
         with pytest.raises(ValueError, match="a.png: 50 x 37 pixels need more memory"):
             infer.restore_files(command(photos / "a.png", weights))
 
 
-def test_one_failure_of_any_kind_stops_no_other(photos, weights, capsys):
-    """A name at the limit is written; one that grows too long is not; a picture is deleted on the way."""
+def test_long_name_or_deleted_image_does_not_stop_the_others(photos, weights, capsys):
+    """Two of five fail: an output name is too long, an input is deleted during the run."""
     write_image(photos / f"{'m' * 241}.png", np.zeros((8, 8, 3), np.uint8))  # 255 with the prefix
     write_image(photos / f"{'n' * 245}.png", np.zeros((8, 8, 3), np.uint8))
     options = command(photos, weights)
@@ -249,13 +249,13 @@ def test_one_failure_of_any_kind_stops_no_other(photos, weights, capsys):
     assert (photos.parent / "out" / f"deblurred_{'m' * 241}.png").is_file()
 
 
-def test_results_that_are_not_finite_are_not_written(photos, weights, tmp_path, capsys):
+def test_non_finite_results_are_not_written(photos, weights, tmp_path, capsys):
     broken = {name: value.clone() for name, value in weights[1].state_dict().items()}
     next(iter(broken.values())).fill_(float("nan"))
     with pytest.raises(ValueError, match="nan.safetensors is not written: its weight .* is not finite"):
         write_weights(tmp_path / "nan.safetensors", broken, {"settings": FORM})
     save_file(broken, tmp_path / "nan.safetensors", {"settings": FORM})
-    for _ in range(2):  # nothing is kept as the same
+    for _ in range(2):  # the second run keeps nothing as unchanged
         with pytest.raises(ValueError, match="3 of 3 images failed"):
             infer.restore_files(command(photos, [tmp_path / "nan.safetensors"]))
         printed = capsys.readouterr().out
@@ -266,8 +266,8 @@ def test_results_that_are_not_finite_are_not_written(photos, weights, tmp_path, 
         assert not list(photos.parent.glob("out/**/*.*"))
 
 
-def test_hidden_colours_do_not_harm(tmp_path):
-    """Cut-outs are black under what is transparent: SRN, which looks far, would gain nothing beside that."""
+def test_hidden_colours_do_not_affect_visible_pixels(tmp_path):
+    """SRN's receptive field is large: black pixels under the transparency would cost the gain in PSNR."""
     sharp = read_image(photographs(("coffee.png",))[0])[40:232, 100:292]
     blurry = random_blur(sharp, np.random.default_rng(0), ["gaussian_blur"], scale=0.5)[0]
     visible = np.hypot(*(np.mgrid[:192, :192] - 96)) < 68
@@ -284,7 +284,7 @@ def test_hidden_colours_do_not_harm(tmp_path):
     assert 10 * np.log10(errors[0] / errors[1]) > 2
 
 
-def test_a_folder_that_is_input_and_output_is_restored_once(photos, weights, capsys):
+def test_same_input_and_output_folder_is_restored_once(photos, weights, capsys):
     (photos / "a.png").unlink()  # a result without a prefix would be written over it
     (photos / "trip to 北京" / "deep.png").unlink()
     for summary in ("1 made, 0 kept", "0 made, 1 kept"):
@@ -297,7 +297,7 @@ def test_a_folder_that_is_input_and_output_is_restored_once(photos, weights, cap
 
 
 @pytest.mark.parametrize(("platform", "differ"), [("linux", True), ("darwin", False), ("win32", False)])
-def test_names_that_differ_in_capitals_alone(photos, weights, monkeypatch, platform, differ):
+def test_names_differing_only_in_case_raise_off_linux(photos, weights, monkeypatch, platform, differ):
     write_image(photos / "A.png", np.zeros((4, 4, 3), np.uint8))
     monkeypatch.setattr("sys.platform", platform)
     if differ:
@@ -307,8 +307,8 @@ def test_names_that_differ_in_capitals_alone(photos, weights, monkeypatch, platf
             list_jobs(command(photos, weights))
 
 
-def test_tiles_agree_with_the_whole_picture(weights):
-    """With a network of small reach: away from the borders the PSNR differs by less than 0.1 dB."""
+def test_tiled_result_is_close_to_whole_image_result(weights):
+    """Away from the borders the PSNR differs by less than 0.1 dB."""
     sharp = read_image(photographs(("rocket.jpg",))[0])[100:228, 200:392]
     blurry = (sharp.astype(np.float32) * 0.9 + 10).astype(np.uint8)
     whole = restore_image(weights[1], blurry)
@@ -318,16 +318,16 @@ def test_tiles_agree_with_the_whole_picture(weights):
     assert psnr(tiled, whole) > 40
 
 
-def test_self_ensemble_commutes_with_turning(weights):
+def test_self_ensemble_commutes_with_rotation(weights):
     blurry = read_image(photographs(("coffee.png",))[0])[:48, :64]
     restored = restore_image(weights[1], blurry, self_ensemble=True)
     turned = restore_image(weights[1], np.rot90(blurry), self_ensemble=True)
     assert np.abs(np.rot90(restored).astype(int) - turned).max() <= 1
     plain = restore_image(weights[1], np.rot90(blurry)).astype(int)
-    assert np.abs(np.rot90(restore_image(weights[1], blurry)) - plain).max() > 1  # a network alone does not
+    assert np.abs(np.rot90(restore_image(weights[1], blurry)) - plain).max() > 1  # without it: not equal
 
 
-def test_bad_input(photos, weights, tmp_path):
+def test_bad_input_raises(photos, weights, tmp_path):
     with pytest.raises(ValueError, match="cannot read image .*notes.txt"):
         infer.restore_files(command(photos / "notes.txt", weights))
     with pytest.raises(FileNotFoundError, match=r"input none does not exist \(the current folder is /"):
@@ -357,8 +357,8 @@ def test_bad_input(photos, weights, tmp_path):
         infer.restore_files(command(photos / "a.png", weights, checkpoint_path=other))
 
 
-def test_the_shipped_network_restores_as_recorded():
-    """The scores in its metadata, on two photographs that it never saw; a sharp one passes unharmed."""
+def test_included_network_reaches_recorded_scores():
+    """The metadata has scores of blurry and sharp inputs, on two photos outside the training set."""
     network, about = load_network(SHIPPED), read_metadata(SHIPPED)
     assert SHIPPED.stat().st_size < 12e6 and {"command", "commit", "data", "step"} <= about.keys()
     recorded = json.loads(about["scores"])
@@ -376,13 +376,13 @@ def test_the_shipped_network_restores_as_recorded():
 
 
 @pytest.mark.parametrize("size", [(3, 3), (1, 5000)])
-def test_the_shipped_network_takes_any_size(size):
+def test_included_network_takes_any_size(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     restored = restore_image(load_network(SHIPPED), image, tile=1536, overlap=128)
     assert restored.shape == image.shape and restored.dtype == np.uint8
 
 
-def test_a_damaged_shipped_file_is_named(photos, tmp_path):
+def test_damaged_weights_raise_with_file_name(photos, tmp_path):
     whole = SHIPPED.read_bytes()
     for content in (whole[:100_000], b"a text file"):
         (tmp_path / "torn.safetensors").write_bytes(content)
@@ -390,8 +390,8 @@ def test_a_damaged_shipped_file_is_named(photos, tmp_path):
             infer.restore_files(command(photos / "a.png", [tmp_path / "torn.safetensors"]))
 
 
-def test_odd_pictures_go_through(weights, tmp_path, capsys):
-    """Tiny, narrow, grey, 16 bits, transparent: each comes back in its size, bits and transparency."""
+def test_unusual_images_keep_size_bit_depth_and_transparency(weights, tmp_path, capsys):
+    """The images are tiny, narrow, grey, transparent or of 16 bits."""
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     pictures = {

@@ -1,4 +1,4 @@
-"""Filling holes in photographs with the inpainting ControlNet, at tiny size."""
+"""Inpainting photographs with the ControlNet at tiny size, and without a model."""
 
 import json
 from dataclasses import fields, replace
@@ -63,7 +63,7 @@ def hole_in(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(70, 133), (33, 20)])
 @pytest.mark.parametrize("change", [{"mask_blur": 0}, {"grow_mask": 5}, {"only_masked_padding": 6}])
-def test_pixels_beyond_the_feather_are_those_of_the_input(model, size, change):
+def test_pixels_outside_the_feathered_mask_are_unchanged(model, size, change):
     image, mask = photograph(*size), hole_in(*size)
     options = replace(OPTIONS, **change)
     result = inpaint_image(model, image, mask, options)
@@ -76,7 +76,7 @@ def test_pixels_beyond_the_feather_are_those_of_the_input(model, size, change):
     assert np.array_equal(result, inpaint_image(model, image, mask, options))
 
 
-def test_the_feather_runs_from_new_to_old(model):
+def test_feather_blends_filling_into_the_image(model):
     image, mask = photograph(96, 96), hole_in(96, 96)
     hard = inpaint_image(model, image, mask, replace(OPTIONS, mask_blur=0)).astype(float)
     soft = inpaint_image(model, image, mask, replace(OPTIONS, mask_blur=8)).astype(float)
@@ -87,7 +87,7 @@ def test_the_feather_runs_from_new_to_old(model):
     assert moved == sorted(moved, reverse=True) and moved[-1] > 0
 
 
-def test_options_change_the_filling(model):
+def test_each_option_changes_the_filling(model):
     image, mask = photograph(64, 64), hole_in(64, 64)
     plain = inpaint_image(model, image, mask, OPTIONS)
     changes = [
@@ -107,11 +107,11 @@ def test_options_change_the_filling(model):
         inpaint_image(model, image, mask, guided),
         inpaint_image(model, image, mask, replace(guided, guidance_scale=1.0)),
     )
-    assert np.array_equal(plain, inpaint_image(model, image, mask, OPTIONS))  # nothing stuck
+    assert np.array_equal(plain, inpaint_image(model, image, mask, OPTIONS))  # no state is kept
 
 
-def test_what_is_in_the_hole_is_not_seen(model):
-    """With strength 1 the filling depends on the surroundings alone."""
+def test_hole_content_has_no_effect(model):
+    """With strength 1 the filling depends only on the surroundings."""
     image, mask = photograph(64, 64), hole_in(64, 64)
     other = np.where(mask[..., None] > 0, 255 - image, image)
     results = [
@@ -120,7 +120,7 @@ def test_what_is_in_the_hole_is_not_seen(model):
     assert np.array_equal(*results)
 
 
-def test_known_latents_are_put_back_and_every_cell_of_the_hole_is_free(model, monkeypatch):
+def test_known_latents_are_restored_outside_cells_touching_the_hole(model, monkeypatch):
     seen = {}
 
     def sample(self, steps, batch_size, shape, cond, x0, mask, **options):
@@ -142,7 +142,7 @@ def test_known_latents_are_put_back_and_every_cell_of_the_hole_is_free(model, mo
     assert (seen["hint"][0, :, 15, 40] == -1).all() and (seen["hint"] == -1).sum() == 3 * (1 + 16 * 15)
 
 
-def test_black_and_white_masks(model):
+def test_all_black_and_all_white_masks_give_warnings(model):
     image = photograph(64, 80)
     with pytest.warns(UserWarning, match="mask is black"):
         assert np.array_equal(inpaint_image(model, image, np.zeros((64, 80), np.uint8), OPTIONS), image)
@@ -152,7 +152,7 @@ def test_black_and_white_masks(model):
 
 
 @pytest.mark.parametrize(("place", "padding"), [((0, 0), -1), ((63, 63), 8), ((31, 17), 8)])
-def test_a_hole_of_one_pixel_is_filled_wherever_it_is(model, place, padding):
+def test_one_pixel_hole_is_filled_anywhere(model, place, padding):
     image, mask = photograph(64, 64), np.zeros((64, 64), np.uint8)
     mask[place] = 1
     result = inpaint_image(model, image, mask, replace(OPTIONS, mask_blur=0, only_masked_padding=padding))
@@ -160,7 +160,7 @@ def test_a_hole_of_one_pixel_is_filled_wherever_it_is(model, place, padding):
     assert np.array_equal(result[mask == 0], image[mask == 0])
 
 
-def test_transparency_is_kept_outside_and_gone_inside(model):
+def test_transparency_is_kept_outside_and_removed_inside_the_hole(model):
     image = np.dstack([photograph(64, 64), np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))])
     mask = hole_in(64, 64)
     result = inpaint_image(model, image, mask, OPTIONS)
@@ -169,7 +169,7 @@ def test_transparency_is_kept_outside_and_gone_inside(model):
     assert (result[mask > 0][:, 3] == 255).all()
 
 
-def test_wrong_options_are_named(model):
+def test_bad_options_raise(model):
     image = photograph(64, 64)
     with pytest.raises(ValueError, match=r"mask is \(64, 65\), the image \(64, 64\)"):
         inpaint_image(model, image, np.ones((64, 65), np.uint8), OPTIONS)
@@ -180,7 +180,7 @@ def test_wrong_options_are_named(model):
             inpaint_image(model, image, hole_in(64, 64), replace(OPTIONS, **change))
 
 
-def test_holes_are_filled_smoothly():
+def test_fill_smoothly_interpolates_the_surroundings():
     y, x = np.mgrid[:80, :100].astype(np.float32)
     ramp = np.dstack([y, x, y + x])
     hole = hole_in(80, 100)
@@ -191,7 +191,7 @@ def test_holes_are_filled_smoothly():
     assert (fill_smoothly(ramp, np.ones_like(hole)) == 127.5).all()
 
 
-def test_a_colour_cast_of_the_filling_is_moved_away():
+def test_match_border_removes_a_colour_cast():
     image = photograph(128, 128)
     hole = hole_in(128, 128)
     cast = (image.astype(float) * 0.8 + [25, 0, 10]).clip(0, 255).astype(np.uint8)
@@ -201,7 +201,7 @@ def test_a_colour_cast_of_the_filling_is_moved_away():
     assert np.abs(match_border(image, image, hole).astype(int) - image).max() == 0
 
 
-def test_errors_by_region():
+def test_region_errors_of_hole_ring_and_outside():
     truth, mask = torch.zeros(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
     mask[:, :, 16:48, 16:48] = 1
     result = torch.where(mask > 0, 0.5, 0.1).expand(2, 3, 64, 64)
@@ -213,7 +213,7 @@ def test_errors_by_region():
     assert region_errors(result, truth, torch.ones_like(mask))["outside"].tolist() == [0, 0]
 
 
-def test_a_wider_hint_starts_as_the_same_model(model):
+def test_widened_hint_input_gives_same_output_at_start(model):
     config = read_config(CONFIG)
     config["params"]["control_stage_config"]["params"]["hint_channels"] = 4
     wide = instantiate_from_config(config)
@@ -231,7 +231,7 @@ def test_a_wider_hint_starts_as_the_same_model(model):
     assert result.shape == (64, 64, 3)
 
 
-def test_each_hole_has_its_part_and_near_ones_share_it():
+def test_holes_get_separate_regions_unless_close():
     hole = np.zeros((100, 120), np.uint8)
     hole[5:10, 5:15] = hole[60:70, 90:95] = hole[60:64, 100:110] = 1
     assert regions_of(hole, -1, 4) == [(slice(0, 100), slice(0, 120))]
@@ -242,7 +242,7 @@ def test_each_hole_has_its_part_and_near_ones_share_it():
     assert regions_of(hole, 6, 4) == [(slice(0, 100), slice(0, 120))]
 
 
-def test_only_masked_works_on_each_hole_by_itself(model, monkeypatch):
+def test_only_masked_padding_fills_each_hole_separately(model, monkeypatch):
     seen = []
 
     def fill_grey(model, image, hole, options, progress):
@@ -258,7 +258,7 @@ def test_only_masked_works_on_each_hole_by_itself(model, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(6, 300), (30, 40), (80, 90)])
-def test_a_region_has_no_more_pixels_than_the_resolution_squared_or_its_own(model, monkeypatch, size):
+def test_region_size_is_limited_by_resolution(model, monkeypatch, size):
     seen = []
 
     def watched(image):
@@ -285,7 +285,7 @@ def test_hidden_colours_do_not_reach_the_network(model):
     assert np.array_equal(results[0][mask > 0], results[1][mask > 0])
 
 
-def test_outpainting_adds_pixels_that_are_hole(model):
+def test_outpainting_adds_masked_pixels(model):
     image, mask = photograph(40, 50), np.zeros((40, 50), np.uint8)
     mask[3, 4] = 1
     larger, hole = expand(image, mask, (8, 0, 16, 24))
@@ -298,7 +298,7 @@ def test_outpainting_adds_pixels_that_are_hole(model):
         expand(image, mask, (-1, 0, 0, 0))
 
 
-def test_the_command_fills_one_image(weights, tmp_path):
+def test_command_fills_one_image(weights, tmp_path):
     image = Image.fromarray(np.dstack([photograph(70, 90), np.full((70, 90), 200, np.uint8)]))
     image.save(tmp_path / "a photo.png")
     write_image(tmp_path / "mask.png", np.repeat(hole_in(70, 90)[..., None], 3, axis=2))
@@ -312,7 +312,7 @@ def test_the_command_fills_one_image(weights, tmp_path):
     assert read_image(tmp_path / "out" / "comparison.png").shape == (70, 278, 3)
 
 
-def test_the_command_fills_a_folder(weights, tmp_path, capsys):
+def test_command_fills_a_folder(weights, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.png"):
         write_image(tmp_path / "in" / name, photograph(64, 64))
@@ -325,7 +325,7 @@ def test_the_command_fills_a_folder(weights, tmp_path, capsys):
         checkpoint_path=weights,
         num_inference_steps=1,
     )
-    with pytest.raises(ValueError, match="1 of 2 images failed"):  # a missing mask stops no other image
+    with pytest.raises(ValueError, match="1 of 2 images failed"):  # a missing mask does not stop the others
         infer.restore_files(settings)
     printed = capsys.readouterr().out
     assert "1 made, 0 kept (unchanged), 0 left out, 1 failed" in printed and "no mask for b.png" in printed
@@ -335,7 +335,7 @@ def test_the_command_fills_a_folder(weights, tmp_path, capsys):
     assert "1 made, 1 kept (unchanged)" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
     assert sorted(path.name for path in (tmp_path / "out_comparison").iterdir()) == ["a.png", "b.png"]
-    with pytest.raises(FileNotFoundError, match="none.ckpt"):  # all exist, but not of these weights
+    with pytest.raises(FileNotFoundError, match="none.ckpt"):  # results of other weights do not count
         infer.restore_files(replace(settings, checkpoint_path=Path("none.ckpt")))
     with pytest.raises(FileNotFoundError, match="mask not found: .*gone.png"):
         infer.restore_files(replace(settings, input_mask=tmp_path / "gone.png"))
@@ -349,7 +349,7 @@ def test_the_command_fills_a_folder(weights, tmp_path, capsys):
     assert "a_mask.png is 32x64, its image 64x64" in printed
 
 
-def test_outpainting_beyond_a_format_is_found_before_the_work(weights, tmp_path, monkeypatch):
+def test_outpainting_beyond_format_limit_raises_before_restoring(weights, tmp_path, monkeypatch):
     write_image(tmp_path / "a.png", photograph(8, 8))
     monkeypatch.setattr(infer.Inpaint, "restorer", lambda self: pytest.fail)
     options = {"outpaint": (16383, 0, 0, 0), "format": "webp", "output_dir": tmp_path / "out"}
@@ -358,7 +358,7 @@ def test_outpainting_beyond_a_format_is_found_before_the_work(weights, tmp_path,
         infer.restore_files(command)
 
 
-def test_the_command_takes_photographs_and_masks_from_one_folder(weights, tmp_path):
+def test_command_accepts_photos_and_masks_in_one_folder(weights, tmp_path):
     for name in ("a.png", "b.png"):
         write_image(tmp_path / name, photograph(64, 64))
     write_image(tmp_path / "a_mask.png", hole_in(64, 64))
@@ -385,8 +385,8 @@ def test_the_command_takes_photographs_and_masks_from_one_folder(weights, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["telea", "biharmonic"])
-def test_the_command_fills_without_a_model(tmp_path, monkeypatch, method):
-    """As the whole image at once, though it works hole by hole; nothing else changes, not even alpha."""
+def test_command_fills_without_a_model(tmp_path, monkeypatch, method):
+    """Filling hole by hole equals filling all at once; other pixels, including alpha, are unchanged."""
     monkeypatch.setattr(infer, "small_file", lambda name: pytest.fail("no weights are needed"))
     alpha = np.tile(np.arange(128, 255, dtype=np.uint8), (110, 1))
     image, mask = np.dstack([photograph(110, 127), alpha]), np.zeros((110, 127), np.uint8)
@@ -406,7 +406,7 @@ def test_the_command_fills_without_a_model(tmp_path, monkeypatch, method):
     assert read_image(tmp_path / "out" / "comparison.png").shape[0] == 110
 
 
-def test_a_folder_filled_without_a_model_is_made_again_by_another_method(tmp_path, capsys):
+def test_changed_method_fills_a_folder_again(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     write_image(tmp_path / "in" / "a.png", photograph(64, 64))
     Image.fromarray(hole_in(64, 64)).save(tmp_path / "mask.png")
@@ -420,7 +420,7 @@ def test_a_folder_filled_without_a_model_is_made_again_by_another_method(tmp_pat
     assert changed[distance_to(hole_in(64, 64)) == 2].any()
 
 
-def test_masks_without_a_hole_and_without_surroundings(tmp_path):
+def test_model_free_filling_of_empty_and_full_masks(tmp_path):
     write_image(tmp_path / "a.png", photograph(64, 64))
     options = {"input_mask": tmp_path / "mask.png", "output_dir": tmp_path / "out", "method": "biharmonic"}
     command = infer.Inpaint(input=tmp_path / "a.png", **options)
@@ -442,7 +442,7 @@ READ = """input input_mask method output_dir output_prefix pattern shard format 
 outpaint grow_mask""".split()
 
 
-def test_options_are_read_without_a_model_or_refused(tmp_path):
+def test_options_without_effect_on_model_free_filling_raise(tmp_path):
     write_image(tmp_path / "a.png", photograph(64, 64))
     command = infer.Inpaint(input=tmp_path / "a.png", method="telea", outpaint=(0, 0, 4, 0))
     command.output_dir = tmp_path / "out"
@@ -455,8 +455,8 @@ def test_options_are_read_without_a_model_or_refused(tmp_path):
     assert read_image(tmp_path / "out" / "inpainted.png").shape == (64, 68, 3)
 
 
-def test_scores_of_a_hole_tell_guessing_from_smearing():
-    """The ground truth scores best in both; one colour has no gradients."""
+def test_hole_scores_of_ground_truth_and_flat_filling():
+    """The ground truth has the best scores; a constant colour has no gradients."""
     rng = np.random.default_rng(0)
     truth = cv2.resize(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), (64, 64))
     hole = np.zeros((64, 64), bool)

@@ -1,4 +1,4 @@
-"""Pictures with holes: masks, captions, COCO's annotations as flat arrays."""
+"""The inpainting data set: masks, captions, COCO annotations as flat arrays."""
 
 import json
 import pickle
@@ -17,7 +17,7 @@ from ldm.data.crop import ScaledCrop
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.inpaint import CocoInpaintingDataset, make_hint
 
-SIZE = (96, 128)  # of the pictures: height, width
+SIZE = (96, 128)  # image height, width
 
 
 def encoded(y: int, x: int, h: int, w: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def encoded(y: int, x: int, h: int, w: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Four pictures; polygons, both kinds of RLE, a crowd, a picture without objects, one that is missing."""
+    """Write 4 images; polygons, both kinds of RLE, a crowd, an image without objects and a missing one."""
     folder = tmp_path_factory.mktemp("coco")
     (folder / "photos").mkdir()
     picture = read_image(photographs()[3])
@@ -66,7 +66,7 @@ def dataset(place: Path, **options) -> CocoInpaintingDataset:
     return CocoInpaintingDataset(place / "photos", **{"size": 64, **options})
 
 
-def test_objects_are_pycocotools(place, capsys):
+def test_object_masks_equal_pycocotools(place, capsys):
     records, coco = CocoRecords(place / "instances.json", "objects"), COCO(place / "instances.json")
     rows = records.rows(["missing.jpg", "0.png", "1.png", "2.png", "3.png", "unknown.png"])
     assert rows.tolist() == [4, 0, 1, 2, 3, -1]
@@ -79,7 +79,7 @@ def test_objects_are_pycocotools(place, capsys):
     assert records.of(-1) == []
 
 
-def test_the_flat_file_is_used_and_a_stale_one_noticed(place, tmp_path, monkeypatch):
+def test_flat_file_is_reused_and_rebuilt_when_stale_or_damaged(place, tmp_path, monkeypatch):
     source = tmp_path / "a.json"
     source.write_text((place / "captions.json").read_text())
     assert CocoRecords(source, "captions").of(0)[4] == "größe 4."
@@ -99,7 +99,7 @@ def test_the_flat_file_is_used_and_a_stale_one_noticed(place, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["rectangle", "irregular", "mixed", "object", "folder"])
-def test_items_are_whole_and_repeatable(place, tmp_path, kind):
+def test_items_are_consistent_and_repeatable(place, tmp_path, kind):
     for n, value in enumerate((255, 128, 190)):
         mask = np.zeros((50, 90, 3), np.uint8)
         mask[10:30, 20 + n : 60] = value
@@ -127,8 +127,8 @@ def items_of(items: CocoInpaintingDataset) -> list[dict]:
     return [items[n] for n in range(len(items))]
 
 
-def test_object_masks_lie_on_their_objects(place):
-    """An object within the limits is the hole as it is: COCO's shape, scaled and cut as the picture is."""
+def test_object_mask_is_the_object_in_the_crop(place):
+    """An object within the size limits is the hole: the COCO mask, scaled and cropped like the image."""
     items = dataset(place, ann_file=place / "instances.json", mask_ratio=(0.02, 0.9))
     coco = encoded(30, 40, 40, 30), encoded(20, 40, 40, 3)
     expected = [
@@ -136,10 +136,10 @@ def test_object_masks_lie_on_their_objects(place):
     ]
     mask = items[1]["mask"][..., 0].numpy() > 0
     assert min((mask != other).mean() for other in expected) < 0.02
-    assert 0.02 <= items[2]["mask"].mean() <= 0.9  # nothing usable: a random hole
+    assert 0.02 <= items[2]["mask"].mean() <= 0.9  # no usable object: a random hole
 
 
-def test_prompts(place):
+def test_captions_are_sampled_and_dropped(place):
     items = dataset(place, captions_file=place / "captions.json", prompt="a photo", prompt_dropout=0.5)
     texts = [items[(epoch, 0)]["txt"] for epoch in range(300)]
     assert set(texts) == {"", *(f"größe {n}." for n in range(5))}
@@ -148,8 +148,8 @@ def test_prompts(place):
     assert dataset(place, prompt="x", prompt_dropout=0.0)[0]["txt"] == "x"
 
 
-def test_hint_is_the_documented_convention():
-    """control_v11p_sd15_inpaint: pixels in [0, 1], -1 where the mask is above one half."""
+def test_hint_follows_published_convention():
+    """As for control_v11p_sd15_inpaint, pixels are in [0, 1], and -1 where the mask is above one half."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     mask = np.random.default_rng(1).uniform(size=(8, 8)).astype(np.float32)
     theirs = pixels.astype(np.float32) / 255
@@ -173,7 +173,7 @@ def test_hint_is_the_documented_convention():
         ({"mask_dir": "nowhere"}, "folder not found: nowhere"),
     ],
 )
-def test_wrong_options(place, options, message):
+def test_bad_options_raise(place, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         dataset(place, **options)[0]
 
@@ -241,13 +241,13 @@ def test_wrong_options(place, options, message):
         ),
     ],
 )
-def test_broken_annotations_are_named(place, tmp_path, text, message):
+def test_broken_annotations_raise(place, tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         dataset(place, ann_file=tmp_path / "a.json")
 
 
-def test_folders_without_pictures_and_broken_pictures_are_named(tmp_path):
+def test_empty_folder_and_unreadable_image_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match="no images"):
         CocoInpaintingDataset(tmp_path)
     (tmp_path / "a.png").write_bytes(b"no picture")
@@ -255,8 +255,8 @@ def test_folders_without_pictures_and_broken_pictures_are_named(tmp_path):
         CocoInpaintingDataset(tmp_path)[0]
 
 
-def test_the_mask_of_a_photograph_is_cut_as_the_photograph_is(place, tmp_path):
-    """One of its two masks, which lie beside it; the second is twice as large."""
+def test_mask_gets_the_same_crop_as_its_photo(place, tmp_path):
+    """One of two mask files beside the photo is used; the second has twice the size."""
     mask = np.zeros(SIZE, np.uint8)
     mask[40:80, 30:70] = 255
     write_image(tmp_path / "a.png", read_image(place / "photos" / "0.png"))
@@ -278,8 +278,8 @@ def test_the_mask_of_a_photograph_is_cut_as_the_photograph_is(place, tmp_path):
 
 @pytest.mark.parametrize("at", [(0, 0), (95, 127), (0, 127), (50, 60)])
 @pytest.mark.parametrize("augment", [False, True])
-def test_a_hole_of_one_pixel_is_where_the_crop_is(place, tmp_path, at, augment):
-    mask = np.zeros((4 * SIZE[0], 4 * SIZE[1]), np.uint8)  # so that it is thinner than a pixel of the crop
+def test_thin_hole_is_kept_in_the_crop(place, tmp_path, at, augment):
+    mask = np.zeros((4 * SIZE[0], 4 * SIZE[1]), np.uint8)  # hole smaller than a pixel of the crop
     mask[4 * at[0], 4 * at[1]] = 255
     write_image(tmp_path / "0.png", mask)
     items = dataset(place, mask_dir=tmp_path, augment=augment, mask_ratio=(0.0, 0.3))
@@ -292,7 +292,7 @@ def test_a_hole_of_one_pixel_is_where_the_crop_is(place, tmp_path, at, augment):
 
 
 @pytest.mark.parametrize("value", [0, 1])
-def test_masks_without_a_hole_are_met_with_their_name(place, tmp_path, value):
+def test_mask_without_hole_raises_with_its_name(place, tmp_path, value):
     write_image(tmp_path / "m.png", np.full(SIZE, value, np.uint8))
     with pytest.raises(ValueError, match=f"m.png.*brightest value .*is {value} of 255"):
         dataset(place, mask_dir=tmp_path)[0]

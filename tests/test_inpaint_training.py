@@ -1,4 +1,4 @@
-"""Training the inpainting ControlNet as a user runs it, and the tool that makes masks, at tiny size."""
+"""Training with tutorial_train_inpaint.py at tiny size, and tool_make_mask.py."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ CONFIG = "models/cldm_tiny_inpaint.yaml"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A few pictures with captions, and starting weights."""
+    """Write a few images with captions, and initial weights."""
     folder = tmp_path_factory.mktemp("inpaint")
     cut_photographs(folder / "photos", 6, 64)
     checkpoint.write_weights(folder / "start.safetensors", fill(create_model(CONFIG)).state_dict())
@@ -49,14 +49,14 @@ def settings(place, tmp_path) -> Settings:
 
 @pytest.fixture(scope="module")
 def finished(place, tmp_path_factory) -> Settings:
-    """Of a run that nobody changes."""
+    """Train once; return the settings of the run, which tests must not modify."""
     settings = small_settings(place, tmp_path_factory.mktemp("finished"))
     main(settings)
     return settings
 
 
 def small_settings(place: Path, folder: Path) -> Settings:
-    """Two steps on the small data set, everything switched on that costs little."""
+    """Return settings for two steps on the small data set, with every cheap feature on."""
     return Settings(
         image_dir=str(place / "photos"),
         image_size=64,
@@ -86,7 +86,7 @@ def rows(settings: Settings) -> list[dict]:
     return list(csv.DictReader((Path(settings.output_dir) / "logs" / "metrics.csv").open()))
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(settings, place, tmp_path):
+def test_resumed_run_equals_uninterrupted_run(settings, place, tmp_path):
     settings = replace(
         settings, ann_file=str(place / "instances.json"), captions_file=str(place / "captions.json")
     )
@@ -108,7 +108,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, place, tmp_path):
     assert any("tfevents" in path.name for path in (folder / "logs").iterdir())
 
 
-def test_the_validation_grid_shows_what_its_page_says(finished):
+def test_validation_grid_has_documented_columns(finished):
     settings = finished
     folder = Path(settings.output_dir)
     grid = read_image(folder / "images" / "val_0000002.png")
@@ -127,7 +127,7 @@ def test_the_validation_grid_shows_what_its_page_says(finished):
         assert (shown_truth == truth).all() and (text == prompt).all()
 
 
-def test_what_a_run_leaves_opens_again(finished, tmp_path, capsys):
+def test_exported_weights_load_and_initialize_another_run(finished, tmp_path, capsys):
     settings = finished
     folder, average = Path(settings.output_dir), last(settings)["ema"]["average"]
     final = open_control_model(folder / "final_model" / "model.ckpt")
@@ -137,7 +137,7 @@ def test_what_a_run_leaves_opens_again(finished, tmp_path, capsys):
     assert control.keys() == {name for name in final.state_dict() if name.startswith("control_model.")}
     assert all(torch.equal(control[name], value) for name, value in average.items())
     assert "optimizer_states" not in checkpoint.load(folder / "final_model" / "model.ckpt")
-    # a ControlNet of someone else as the start, with the mask as fourth channel
+    # another run's ControlNet as the start, with the mask as fourth channel
     more = replace(settings, output_dir=str(tmp_path / "run"), hint_channels=4, max_steps=1)
     start = shutil.copy(folder / "final_model" / "controlnet.safetensors", tmp_path / "start.safetensors")
     main(replace(more, init_control=str(start)))
@@ -146,7 +146,7 @@ def test_what_a_run_leaves_opens_again(finished, tmp_path, capsys):
     assert (wide[:, :3] - control["control_model.input_hint_block.0.weight"]).abs().max() < 1e-3
     assert not Path(
         more.output_dir, "final_model", "controlnet.safetensors"
-    ).exists()  # no other tool reads 4
+    ).exists()  # other tools cannot read 4
     assert (
         "no controlnet.safetensors for other tools is written: the run was trained with --hint_channels 4"
         in (capsys.readouterr().out)
@@ -162,12 +162,12 @@ def test_what_a_run_leaves_opens_again(finished, tmp_path, capsys):
             ValueError, match="torn.safetensors does not fit this model: .*zero_convs.0.0.bias"
         ):
             main(torn_start)
-    start.unlink()  # a run that is resumed does not read it
+    start.unlink()  # not read when resuming
     main(replace(more, init_control=str(start), max_steps=2))
     assert last(more)["global_step"] == 2
 
 
-def test_one_batch_can_be_learnt(place):
+def test_overfits_one_batch(place):
     model = create_model(CONFIG).train()
     model.load_state_dict(checkpoint.read_weights(place / "start.safetensors"))
     model.learning_rate = 1e-3
@@ -184,7 +184,7 @@ def test_one_batch_can_be_learnt(place):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_captions_beside_the_pictures(settings, place, tmp_path):
+def test_caption_files_replace_the_prompt(settings, place, tmp_path):
     photos = shutil.copytree(place / "photos", tmp_path / "photos")
     (photos / "002.txt").write_text("a boat", encoding="utf-8-sig")
     settings = replace(
@@ -198,7 +198,7 @@ def test_captions_beside_the_pictures(settings, place, tmp_path):
         find_images(settings)
 
 
-def test_data_can_be_looked_at(settings, place, tmp_path, monkeypatch, capsys):
+def test_show_data_writes_samples_and_does_not_train(settings, place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     more = {"ann_file": str(place / "instances.json"), "captions_file": str(place / "captions.json")}
     main(replace(settings, show_data=True, val_samples=99, **more))
@@ -209,7 +209,7 @@ def test_data_can_be_looked_at(settings, place, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("value", [0, 1])
-def test_masks_without_a_hole_are_refused_at_the_start(settings, tmp_path, value):
+def test_mask_without_hole_raises_before_training(settings, tmp_path, value):
     (tmp_path / "masks").mkdir()
     for n in range(3):
         write_image(tmp_path / "masks" / f"{n}.png", np.full((8, 8), 255 if n < 2 else value, np.uint8))
@@ -218,7 +218,7 @@ def test_masks_without_a_hole_are_refused_at_the_start(settings, tmp_path, value
     assert not Path(settings.output_dir).exists()
 
 
-def test_masks_beside_photographs_are_not_trained_on(settings, place, tmp_path):
+def test_masks_beside_photos_are_not_training_images(settings, place, tmp_path):
     photos = shutil.copytree(place / "photos", tmp_path / "photos")
     write_image(photos / "001_mask001.png", np.full((64, 64), 255, np.uint8))
     settings = replace(settings, image_dir=str(photos), val_samples=0)
@@ -228,7 +228,7 @@ def test_masks_beside_photographs_are_not_trained_on(settings, place, tmp_path):
 
 
 @pytest.mark.parametrize("captions", [False, True])
-def test_cached_latents_train_as_fresh_ones_do(settings, place, captions):
+def test_cached_latents_give_same_losses(settings, place, captions):
     settings = replace(settings, use_augmentation=False, max_steps=1, val_steps=1)
     settings = replace(settings, captions_file=str(place / "captions.json") if captions else "")
     main(settings)
@@ -241,8 +241,8 @@ def test_cached_latents_train_as_fresh_ones_do(settings, place, captions):
         main(replace(cached, use_augmentation=True, output_dir=settings.output_dir + "d"))
 
 
-def test_a_coarse_fill_is_trained_cached_kept_and_used(settings, tmp_path):
-    """The ControlNet gets the hole filled by Telea's method, the mask, and the latent of both."""
+def test_coarse_fill_is_trained_cached_saved_and_used(settings, tmp_path):
+    """The ControlNet's hint is the image filled by Telea's method, with the mask, and their latent."""
     settings = replace(settings, coarse_fill="telea", use_augmentation=False, val_steps=1)
     train, _ = find_images(settings)
     item = train[0]
@@ -256,17 +256,17 @@ def test_a_coarse_fill_is_trained_cached_kept_and_used(settings, tmp_path):
     cached = replace(settings, cache_latents=True, output_dir=str(tmp_path / "cached"))
     main(cached)
     with h5py.File(tmp_path / "cached" / "cache" / "train_latents.h5") as file:
-        assert set(file) == {"moments"}  # the holes of an image change in training, and so do hints
+        assert set(file) == {"moments"}  # hints are not cached, since holes change in training
     losses = [
         [float(row["val/loss"]) for row in rows(each) if row["val/loss"]] for each in (settings, cached)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
     weights = last(settings)["state_dict"]
-    assert weights["control_model.input_blocks.0.0.weight"].shape[1] == 32  # 16 latent channels, twice
+    assert weights["control_model.input_blocks.0.0.weight"].shape[1] == 32  # 2 x 16 latent channels
     folder = Path(settings.output_dir)
     assert not (folder / "final_model" / "controlnet.safetensors").exists()
 
-    # the checkpoint, and the same weights as a file to share
+    # the checkpoint and the exported file have the same weights
     model = open_control_model(folder / "final_model" / "model.ckpt")
     whole = {**checkpoint.read_weights(settings.resume_path), **model.state_dict()}
     shared = tmp_path / "shared.safetensors"
@@ -278,13 +278,13 @@ def test_a_coarse_fill_is_trained_cached_kept_and_used(settings, tmp_path):
     assert np.abs(restored[0].astype(int) - restored[1]).max() <= 3  # half precision
     other = np.where(hole[..., None], 255 - image, image)
     assert np.array_equal(inpaint_image(model, other, hole, options), restored[0])
-    inpaint_image(model, image, np.ones((64, 64)), replace(options, strength=0.5))  # a hole everywhere
+    inpaint_image(model, image, np.ones((64, 64)), replace(options, strength=0.5))  # the whole image as hole
 
     checkpoint.write_half(tmp_path / "wrong.safetensors", whole, {"coarse_fill": "magic"})
     with pytest.raises(ValueError, match="wrong.safetensors: coarse_fill must be one of"):
         open_control_model(tmp_path / "wrong.safetensors", config_path=CONFIG)
 
-    # a run that starts from its ControlNet
+    # a run initialized with its ControlNet
     again = replace(settings, output_dir=str(tmp_path / "again"), init_control=str(shared), max_steps=1)
     main(again)
     ours, theirs = last(again)["state_dict"], checkpoint.read_weights(shared)
@@ -292,8 +292,8 @@ def test_a_coarse_fill_is_trained_cached_kept_and_used(settings, tmp_path):
     assert (ours[name] - theirs[name]).abs().max() < 1e-3
 
 
-def test_any_configuration_of_the_family_is_validated(settings, tmp_path):
-    """As models/cldm_v21_768v.yaml, which names plain ControlLDM and predicts v."""
+def test_plain_control_ldm_config_trains_and_validates(settings, tmp_path):
+    """models/cldm_v21_768v.yaml is such a configuration, with v-prediction."""
     text = Path(CONFIG).read_text().replace("cldm.inpaint.InpaintControlNet", "cldm.cldm.ControlLDM")
     assert "parameterization: v" in text
     (tmp_path / "plain.yaml").write_text(text)
@@ -304,13 +304,13 @@ def test_any_configuration_of_the_family_is_validated(settings, tmp_path):
     assert (folder / "images" / "val_0000001.png").is_file()
 
 
-def test_a_run_has_its_own_folder(settings, monkeypatch):
+def test_default_output_folder_is_new_and_shared_by_ranks(settings, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv(tutorial_train_inpaint.RUN_VARIABLE, "of an earlier run")
     settings = replace(settings, output_dir="")
     folder = run_folder(settings)
     assert re.fullmatch(r"outputs/controlnet_inpainting_\d{8}_\d{6}", folder)
-    monkeypatch.setenv("LOCAL_RANK", "1")  # a process that the first one started
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a process started by rank 0
     assert run_folder(settings) == folder
     monkeypatch.delenv(tutorial_train_inpaint.RUN_VARIABLE)
     with pytest.raises(ValueError, match="give --output_dir"):
@@ -334,13 +334,13 @@ def test_a_run_has_its_own_folder(settings, monkeypatch):
         ({"init_control": "none.safetensors"}, "none.safetensors"),
     ],
 )
-def test_mistakes_are_found_before_training(settings, change, message):
+def test_bad_settings_raise_before_training(settings, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(replace(settings, **change))
     assert not Path(settings.output_dir).exists()
 
 
-def test_the_command_to_make_masks(tmp_path):
+def test_tool_make_mask_writes_masks(tmp_path):
     write_image(tmp_path / "in.png", np.zeros((60, 80, 3), np.uint8))
     make = tool_make_mask.Settings(tmp_path / "mask.png", image=tmp_path / "in.png", kind="irregular")
     tool_make_mask.main(make)
@@ -351,7 +351,7 @@ def test_the_command_to_make_masks(tmp_path):
     assert mask.shape == (30, 40) and (mask[5:30, 10:20] == 255).all() and (mask > 0).sum() == 250
     tool_make_mask.main(replace(make, output_path=tmp_path / "masks", image=tmp_path))
     assert [path.name for path in (tmp_path / "masks").iterdir()] == ["in_mask.png", "mask_mask.png"]
-    tool_make_mask.main(replace(make, output_path=tmp_path, image=tmp_path))  # beside the pictures
+    tool_make_mask.main(replace(make, output_path=tmp_path, image=tmp_path))  # beside the images
     tool_make_mask.main(replace(make, output_path=tmp_path, image=tmp_path))
     assert {path.name for path in tmp_path.glob("in*")} == {"in.png", "in_mask.png"}
     assert not read_image(tmp_path / "in.png").any()

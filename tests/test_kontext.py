@@ -27,7 +27,7 @@ from tests.test_flux import ARRAYS, CONFIG, REFERENCE, full_output, shapes_of, t
 TINY_AE = {name: CONFIG["ae"][name] for name in ("ch", "ch_mult", "num_res_blocks", "z_channels")}
 
 
-def test_keys_of_the_autoencoder():
+def test_autoencoder_keys_and_shapes_match_release():
     with torch.device("meta"):
         model = FluxAutoencoder()
     assert shapes_of(model) == json.loads((REFERENCE / "keys_flux_ae.json").read_text())
@@ -37,7 +37,7 @@ def test_keys_of_the_autoencoder():
 
 
 @torch.no_grad()
-def test_autoencoder_equals_the_reference():
+def test_autoencoder_matches_reference():
     model = fill(FluxAutoencoder(TINY_AE))
     b, (h, w) = CONFIG["batch"], CONFIG["latent_hw"]
     image = draw("input:flux_image", (b, 3, 8 * h, 8 * w)).tanh()
@@ -50,7 +50,7 @@ def tiny_output(model):
 
 
 @torch.no_grad()
-def test_loading_gives_the_saved_network(tmp_path):
+def test_loaded_network_equals_saved_network(tmp_path):
     save_flux(tmp_path / "flux.safetensors", tiny_flux())
     model = load_flux(tmp_path / "flux.safetensors", dtype=torch.float32)
     assert torch.equal(tiny_output(model), tiny_output(tiny_flux()))
@@ -61,7 +61,7 @@ def test_loading_gives_the_saved_network(tmp_path):
 
 
 @torch.no_grad()
-def test_fp8_storage_halves_the_blocks_and_stays_close(tmp_path):
+def test_fp8_storage_covers_block_linears_with_small_error(tmp_path):
     save_flux(tmp_path / "flux.safetensors", tiny_flux())
     model = load_flux(tmp_path / "flux.safetensors", dtype=torch.float32, fp8=True)
     eight_bit = [m for m in model.modules() if isinstance(m, Fp8Linear)]
@@ -71,7 +71,7 @@ def test_fp8_storage_halves_the_blocks_and_stays_close(tmp_path):
     assert error / np.linalg.norm(ARRAYS["flux.out_full"]) < 0.1
 
 
-def test_fp8_gradients_reach_the_input_through_checkpoints(tmp_path):
+def test_fp8_gradients_are_equal_with_checkpointing(tmp_path):
     save_flux(tmp_path / "flux.safetensors", tiny_flux())
     model = load_flux(tmp_path / "flux.safetensors", dtype=torch.float32, fp8=True)
     model.img_in.weight.requires_grad_(True)
@@ -95,7 +95,7 @@ def gradients(model) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_swapped_blocks_compute_the_same_and_two_copies_live_at_most(tmp_path, monkeypatch, fp8, count):
+def test_swapped_blocks_give_same_gradients_with_at_most_two_copies(tmp_path, monkeypatch, fp8, count):
     save_flux(tmp_path / "flux.safetensors", tiny_flux())
     live, most = weakref.WeakSet(), []
 
@@ -116,7 +116,7 @@ def test_swapped_blocks_compute_the_same_and_two_copies_live_at_most(tmp_path, m
     frozen = [sum(p.nbytes for p in b.parameters() if not p.requires_grad) for b in blocks]
     assert 0 < max(most) <= sum(sorted(frozen)[-2:]) and len(most) > len(frozen)
     with torch.no_grad():
-        assert torch.equal(tiny_output(model), results[0][0])  # and in a preview
+        assert torch.equal(tiny_output(model), results[0][0])  # without gradients too
     with pytest.raises(ValueError, match=r"blocks_to_swap must lie in 0 ... 4 \(all blocks\), not 6"):
         load_flux(tmp_path / "flux.safetensors", blocks_to_swap=6)
 
@@ -131,7 +131,7 @@ print(peak() - before)
 """
 
 
-def test_host_memory_stays_below_twice_the_file(tmp_path):
+def test_cpu_memory_stays_below_twice_the_file_size(tmp_path):
     from ldm.modules.flux import Flux, FluxParams
 
     sizes = FluxParams(hidden_size=1024, num_heads=8, depth=1, depth_single_blocks=4)
@@ -147,7 +147,7 @@ def test_host_memory_stays_below_twice_the_file(tmp_path):
     assert int(run.stdout) < 2 * path.stat().st_size
 
 
-def test_damaged_and_foreign_files_are_named(tmp_path):
+def test_damaged_or_foreign_files_raise_with_their_names(tmp_path):
     whole = tmp_path / "flux.safetensors"
     save_flux(whole, tiny_flux())
     cut = tmp_path / "cut.safetensors"
@@ -166,13 +166,13 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
         load_flux(tmp_path / "shape.safetensors")
 
 
-def test_autoencoder_file(tmp_path):
+def test_autoencoder_is_loaded_from_file(tmp_path):
     model = fill(FluxAutoencoder(TINY_AE))
     save_file(model.state_dict(), tmp_path / "ae.safetensors", {"ddconfig": json.dumps(TINY_AE)})
     latent = tiny_inputs()["flux_latent"]
     with torch.no_grad():
         found = load_autoencoder(tmp_path / "ae.safetensors").decode(latent)
-        assert torch.allclose(found, model.decode(latent), atol=1e-5)  # in another layout
+        assert torch.allclose(found, model.decode(latent), atol=1e-5)  # in another memory format
 
 
 def test_missing_files_are_listed(tmp_path):
@@ -186,7 +186,7 @@ def test_missing_files_are_listed(tmp_path):
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory) -> Path:
-    """The text side of a model folder, as transformers writes it, with tiny random encoders."""
+    """Save tiny random text encoders and a tokenizer with transformers, in the layout of a model folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -211,7 +211,7 @@ def text_folder(tmp_path_factory) -> Path:
     }
     save_file(
         weights, path, {"format": "pt"}
-    )  # the released file has the prefix, transformers 5 writes it no more
+    )  # the released file has this prefix; transformers 5 no longer writes it
     return folder
 
 
@@ -265,7 +265,7 @@ def test_several_prompts_are_encoded_once_and_stacked(text_folder, tmp_path):
         Prompts(tmp_path, text_folder, texts)
 
 
-def test_damaged_text_encoder_is_named(text_folder, tmp_path):
+def test_damaged_text_encoder_raises_with_its_name(text_folder, tmp_path):
     shutil.copytree(text_folder, tmp_path / "folder")
     shard = max((tmp_path / "folder" / "text_encoder_2").glob("model*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-10])

@@ -35,7 +35,7 @@ from train_kontext_lora import SIGMAS, Settings, draw_noise, flow_loss, learning
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Photographs, a tiny model folder and an embedded prompt, as the demonstration makes them."""
+    """Write photographs, a tiny model folder and an embedded prompt."""
     folder = tmp_path_factory.mktemp("kontext")
     (folder / "photos").mkdir()
     for path in photographs(("chelsea.png", "coffee.png")):
@@ -69,7 +69,7 @@ def trained(output_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def distance(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
-    """Of the up matrices, relative to their norm: here and there Adam turns rounding into a sign."""
+    """Return the relative distance of the up matrices; Adam amplifies rounding errors of some elements."""
     names = [name for name in weights if name.endswith("lora_up.weight")]
     ours, theirs = (torch.cat([w[name].flatten() for name in names]) for w in (weights, others))
     assert ours.abs().max() > 1e-3
@@ -77,7 +77,7 @@ def distance(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) 
 
 
 def kill_at(step: int, settings: Settings, monkeypatch) -> None:
-    """Run until `step` steps are done, then stop it from outside."""
+    """Run for `step` steps, then interrupt."""
     advance = script.Run.advance
 
     def killed(run, *arguments):
@@ -91,11 +91,11 @@ def kill_at(step: int, settings: Settings, monkeypatch) -> None:
             main(settings)
 
 
-def test_a_killed_run_resumes_exactly(folder, tmp_path, monkeypatch):
+def test_killed_run_resumes_exactly(folder, tmp_path, monkeypatch):
     main(make_settings(folder, tmp_path / "whole", save_steps=2))
     broken = make_settings(folder, tmp_path / "broken", save_steps=2)
     kill_at(3, broken, monkeypatch)
-    torch.manual_seed(12345)  # whatever happened in between
+    torch.manual_seed(12345)  # another random state before resuming
     main(broken)
     whole, resumed = trained(tmp_path / "whole"), trained(tmp_path / "broken")
     assert whole.keys() == resumed.keys()
@@ -107,7 +107,7 @@ def test_a_killed_run_resumes_exactly(folder, tmp_path, monkeypatch):
         main(replace(broken, rank=8))
 
 
-def test_a_base_of_other_sizes_is_trained_and_used(folder, tmp_path):
+def test_base_model_of_other_sizes_is_trained_and_used(folder, tmp_path):
     settings = make_settings(folder, tmp_path / "run", max_steps=1)
     settings.pretrained_model_name_or_path = tmp_path / "model"
     write_tiny_folder(tmp_path / "model", settings.output_dir, "restore", channels=6)
@@ -118,7 +118,7 @@ def test_a_base_of_other_sizes_is_trained_and_used(folder, tmp_path):
 
 
 def caption_settings(folder: Path, output_dir: Path) -> Settings:
-    """One of the two photographs has a caption, whose embedding is there."""
+    """Add a caption and its embedding to one of the two photographs."""
     settings = make_settings(folder, output_dir, captions=True, save_steps=2)
     photos = shutil.copytree(folder / "photos", output_dir.parent / "photos", dirs_exist_ok=True)
     (photos / "coffee.txt").write_text("a cup")
@@ -129,7 +129,7 @@ def caption_settings(folder: Path, output_dir: Path) -> Settings:
     return replace(settings, hr_root=photos)
 
 
-def test_captions_are_told_apart_and_resume_exactly(folder, tmp_path, monkeypatch):
+def test_captions_change_the_result_and_resume_exactly(folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(script, "flow_loss", lambda m, *a, **k: (seen.append(a), flow_loss(m, *a, **k))[1])
     main(caption_settings(folder, tmp_path / "whole"))
@@ -152,10 +152,10 @@ def test_accumulated_steps_equal_one_large_batch(folder, tmp_path):
     main(make_settings(folder, tmp_path / "b", batch_size=1, accumulate_grad_batches=4, **common))
     assert (
         distance(trained(tmp_path / "a"), trained(tmp_path / "b")) < 5e-3
-    )  # batches of 4 and of 1 round apart
+    )  # rounding differs between batches of 4 and 1
 
 
-def test_a_run_with_swapped_blocks_leaves_the_same_weights(folder, tmp_path):
+def test_swapped_blocks_give_same_weights(folder, tmp_path):
     main(make_settings(folder, tmp_path / "a", max_steps=2))
     main(make_settings(folder, tmp_path / "b", max_steps=2, blocks_to_swap=5))
     ours, theirs = trained(tmp_path / "a"), trained(tmp_path / "b")
@@ -173,7 +173,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     assert distance(trained(tmp_path / "one"), trained(tmp_path / "two")) < 1e-3
 
 
-def test_one_batch_is_learnt(folder):
+def test_overfits_one_batch(folder):
     torch.manual_seed(0)
     model = load_flux(folder / "model" / TRANSFORMER)
     adapter = make_lora(model, "all", 16, 16)
@@ -211,7 +211,7 @@ def test_loss_of_a_perfect_network_is_zero():
     assert wrong.item() == pytest.approx(0.25, rel=1e-4)
 
 
-def test_the_validation_loss_is_the_same_each_time_and_falls_with_training(folder, tmp_path):
+def test_validation_loss_is_deterministic_and_falls_in_training(folder, tmp_path):
     settings = make_settings(folder, tmp_path)
     prompt = checkpoint.read_weights(prompt_file(folder, "restore"))
     autoencoder, model = script.load_models(settings, torch.device("cpu"))
@@ -224,14 +224,14 @@ def test_the_validation_loss_is_the_same_each_time_and_falls_with_training(folde
     assert before["loss"] > float(rows[0]["val/loss"]) > float(rows[1]["val/loss"])
 
 
-def test_timesteps_and_noise_belong_to_their_sample():
+def test_timesteps_and_noise_depend_only_on_the_sample():
     together, alone = draw_noise([1, 2, 3], (16, 4, 4)), draw_noise([2], (16, 4, 4))
     assert torch.equal(together[0][1:2], alone[0]) and torch.equal(together[1][1:2], alone[1])
     sigmas, _ = draw_noise(range(2000), (1, 2, 2))
     assert sigmas.logit().mean().abs() < 0.07 and sigmas.logit().std() == pytest.approx(1, abs=0.05)
 
 
-def test_learning_rates():
+def test_learning_rate_schedules():
     rates = {
         name: [learning_rate_factor(step, 110, name, 10) for step in (0, 4, 9, 10, 60, 109)]
         for name in ("constant", "linear", "cosine")
@@ -241,7 +241,7 @@ def test_learning_rates():
     assert rates["cosine"] == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0.000247], abs=1e-5)
 
 
-def test_perceptual_term_sees_small_noise_alone_and_has_gradients(folder, monkeypatch):
+def test_perceptual_term_uses_only_low_noise_and_has_gradients(folder, monkeypatch):
     monkeypatch.setattr(script, "PERCEPTUAL_CROP", 32)
     autoencoder = load_autoencoder(folder / "model" / "ae.safetensors")
     sizes = []
@@ -270,7 +270,7 @@ def test_perceptual_term_sees_small_noise_alone_and_has_gradients(folder, monkey
     assert script.perceptual_term(autoencoder, distance, estimate, batch, torch.ones(3)) == 0
 
 
-def test_training_with_perceptual_loss(folder, tmp_path, monkeypatch):
+def test_perceptual_loss_is_logged(folder, tmp_path, monkeypatch):
     class Distance(nn.Module):
         def forward(self, restored, clean):
             return (restored - clean).square().mean(dim=(1, 2, 3))
@@ -281,7 +281,7 @@ def test_training_with_perceptual_loss(folder, tmp_path, monkeypatch):
 
 
 class PixelAutoencoder(nn.Module):
-    """Keeps every pixel: 8x8 squares become channels."""
+    """Lossless autoencoder that moves 8x8 squares to channels."""
 
     def encode(self, image):
         return F.pixel_unshuffle(image, 8)
@@ -291,7 +291,7 @@ class PixelAutoencoder(nn.Module):
 
 
 def copy_control(img, timesteps, **_):
-    """The network whose flow ends at the control picture."""
+    """Return the velocity of a flow that ends at the control image."""
     latent, control = img.chunk(2, dim=1)
     return torch.cat([(latent - control) / timesteps[:, None, None], control], dim=1)
 
@@ -300,7 +300,7 @@ PROMPT = {"t5": torch.zeros(1, 2, 8), "pooled": torch.zeros(1, 8)}
 
 
 @pytest.mark.parametrize("size", [(64, 96), (50, 71), (1, 1), (7, 200)])
-def test_identity_network_gives_back_the_picture(size):
+def test_identity_network_returns_the_input(size):
     image = cv2.resize(read_image(photographs(("coffee.png",))[0]), size[::-1], interpolation=cv2.INTER_AREA)
     restored = restore_image(copy_control, PixelAutoencoder(), PROMPT, image, steps=3)
     assert restored.dtype == np.uint8 and np.abs(restored.astype(int) - image).max() <= 1
@@ -308,7 +308,7 @@ def test_identity_network_gives_back_the_picture(size):
 
 @pytest.mark.parametrize("size", [(96, 160), (130, 71)])
 def test_tiles_have_no_seams(size):
-    """A network that knows one place only: tiles give what the whole gives, at every pixel."""
+    """With a pixelwise network, tiles equal the whole image at every pixel."""
     image = cv2.resize(read_image(photographs(("coffee.png",))[0]), size[::-1], interpolation=cv2.INTER_AREA)
     options = {"steps": 2, "resolution": 32, "tile": 64, "overlap": 32}
     seen = []
@@ -324,8 +324,8 @@ def test_tiles_have_no_seams(size):
     assert np.array_equal(small, restore_image(network, PixelAutoencoder(), PROMPT, image, steps=2))
 
 
-def test_blended_tiles_equal_the_mean_of_their_velocities():
-    """Each tile pulls towards a constant of its own: the blend goes from one to the other without a step."""
+def test_tile_velocities_are_blended_smoothly():
+    """Each tile predicts its own constant; the blend changes gradually from one to the other."""
     values = iter(range(1000))
 
     def network(img, timesteps, **_):
@@ -342,20 +342,20 @@ def test_blended_tiles_equal_the_mean_of_their_velocities():
 @pytest.mark.parametrize(
     "options", [{"steps": 0}, {"resolution": 8}, {"tile": 100}, {"tile": 64, "overlap": 64}]
 )
-def test_restoring_refuses_nonsense(options):
+def test_bad_options_raise(options):
     with pytest.raises(ValueError, match="at least 1 step and a resolution of 16|must be multiples of 16"):
         restore_image(copy_control, PixelAutoencoder(), PROMPT, np.zeros((32, 32, 3), np.uint8), **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"resolution": 120}, {"resolution": 64, "tile": 64, "overlap": 32}])
-def test_pictures_come_back_without_shift_or_zoom(options):
+def test_restoring_does_not_shift_or_zoom(options):
     image = cv2.resize(read_image(photographs(("coffee.png",))[0]), (211, 137), interpolation=cv2.INTER_AREA)
     restored = restore_image(copy_control, PixelAutoencoder(), PROMPT, image, steps=2, **options)
     moved = measure_movement(restored, image)
     assert moved.shift < 0.1 and abs(moved.scale - 100) < 0.1
 
 
-def test_restoring_from_the_command_line(folder, tmp_path, monkeypatch):
+def test_command_restores_with_and_without_lora(folder, tmp_path, monkeypatch):
     settings = make_settings(folder, tmp_path / "run")
     main(settings)
     arguments = ["infer.py", "kontext", "--pretrained_model_name_or_path", str(folder / "model")]
@@ -376,7 +376,7 @@ def test_restoring_from_the_command_line(folder, tmp_path, monkeypatch):
     assert np.array_equal(lora, again) and not np.array_equal(lora, without)
 
 
-def test_the_movement_of_a_result_is_printed_and_undone_on_request(tmp_path, monkeypatch, capsys):
+def test_movement_is_printed_and_undone_on_request(tmp_path, monkeypatch, capsys):
     image = read_image(photographs(("coffee.png",))[0])[60:260, 100:360]
     there = np.float32([[1, 0, 4], [0, 1, -2.5]])
     moved = cv2.warpAffine(image, there, image.shape[1::-1], flags=cv2.INTER_CUBIC)
@@ -393,7 +393,7 @@ def test_the_movement_of_a_result_is_printed_and_undone_on_request(tmp_path, mon
     assert capsys.readouterr().out.rstrip().endswith(" %, undone")
 
 
-def test_a_preview_that_cannot_be_measured_says_so(folder, tmp_path, monkeypatch):
+def test_unmeasurable_preview_movement_is_nan(folder, tmp_path, monkeypatch):
     settings = make_settings(folder, tmp_path, resolution=48, degradation_types="noise", noise_level=0.02)
     dataset = script.load_data(settings)[1]
     prompts = {"t5": torch.zeros(1)}
@@ -411,7 +411,7 @@ def test_restorer_needs_a_prompt(folder, tmp_path):
         load_restorer(folder / "model", prompt="never embedded", prompt_cache=tmp_path / "prompt.safetensors")
 
 
-def test_metadata_says_how_it_was_made(folder, tmp_path):
+def test_lora_metadata_describes_the_training(folder, tmp_path):
     main(make_settings(folder, tmp_path, lora_targets="attn", max_steps=1))
     _, metadata = load_lora(load_flux(folder / "model" / TRANSFORMER), tmp_path / LORA_FILE)
     assert metadata == {
@@ -427,8 +427,8 @@ def test_metadata_says_how_it_was_made(folder, tmp_path):
     assert metadata["modelspec.architecture"] == "flux-1-dev/lora"
 
 
-def test_the_folder_of_a_run_is_what_diffusers_takes(folder, tmp_path):
-    """One LoRA at the top; more are below, and each finds the embedded prompt."""
+def test_run_folder_can_be_loaded_by_diffusers(folder, tmp_path):
+    """The top folder has one LoRA; it and those in subfolders load with the embedded prompt."""
     from diffusers.loaders.lora_base import _best_guess_weight_name
 
     main(make_settings(folder, tmp_path, save_steps=2))
@@ -445,24 +445,24 @@ def test_the_folder_of_a_run_is_what_diffusers_takes(folder, tmp_path):
         assert torch.equal(load_restorer(folder / "model", lora).args[2]["t5"], prompt["t5"])
 
 
-def test_training_starts_from_a_lora_and_on_8_bit_weights(folder, tmp_path):
+def test_training_starts_from_a_lora_with_8_bit_weights(folder, tmp_path):
     main(make_settings(folder, tmp_path / "first", max_steps=1))
     lora = tmp_path / "first" / LORA_FILE
     more = {"resume_lora": lora, "base_precision": "fp8", "learning_rate": 0.0, "max_steps": 1}
     main(make_settings(folder, tmp_path / "second", **more))
     before, after = (checkpoint.read_weights(tmp_path / n / LORA_FILE) for n in ("first", "second"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    shutil.rmtree(tmp_path / "first")  # a run that is resumed does not read it
+    shutil.rmtree(tmp_path / "first")  # not read when resuming
     main(make_settings(folder, tmp_path / "second", **more))
 
 
-def test_examples_only(folder, tmp_path):
+def test_examples_only_writes_examples_and_does_not_train(folder, tmp_path):
     main(make_settings(folder, tmp_path, examples_only=True, pretrained_model_name_or_path=Path("absent")))
     assert read_image(tmp_path / "images" / "examples.png").shape == (64, 64, 3)
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_demo(tmp_path, monkeypatch, capsys):
+def test_demo_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     few = {"max_steps": 2, "save_steps": 2, "batch_size": 2}
     monkeypatch.setattr(script, "PREVIEW_IMAGES", 2)
@@ -497,12 +497,12 @@ def test_demo(tmp_path, monkeypatch, capsys):
         ({"captions": True}, "no image in .*photos has a caption"),
     ],
 )
-def test_bad_values(folder, tmp_path, values, message):
+def test_bad_values_raise(folder, tmp_path, values, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(make_settings(folder, tmp_path, **values))
 
 
-def test_bad_files(folder, tmp_path):
+def test_bad_files_raise(folder, tmp_path):
     with pytest.raises(
         FileNotFoundError, match="flux1-kontext-dev.safetensors MISSING; ae.safetensors MISSING"
     ):

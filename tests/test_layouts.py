@@ -1,4 +1,4 @@
-"""Data sets as they lie on people's disks: every layout, the scenes of its split, and what is reversed."""
+"""Layouts of data sets: every supported tree and list, scenes for the split, reversed pairs."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ PHOTOS = [read_image(path)[:96, :96] for path in photographs(("astronaut.png", "
 
 
 def make(root: Path, *names: str) -> None:
-    """Pictures of these paths: those that a name calls blurry (by BLUR in it) are blurred."""
+    """Write a pair of images for each name, "BLURRY_PATH SHARP_PATH"."""
     for number, name in enumerate(names):
         blurry, sharp = name.split(" ")
         photo = PHOTOS[number % len(PHOTOS)]
@@ -30,7 +30,7 @@ def found(root: Path, *arguments, **options) -> list[str]:
 
 
 def check(root: Path, made: list[str], groups: list[str], source: Path | None = None, **options) -> None:
-    """The finder gives these pairs in natural order, with these scenes, and no split cuts through one."""
+    """Check that these pairs and scenes are found in natural order, and that no split divides a scene."""
     source = source or root
     assert found(root, source, **options) == made
     pairs = find_pairs(source, **options)
@@ -85,7 +85,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("layout", TREES)
-def test_trees(layout, tmp_path):
+def test_folder_trees(layout, tmp_path):
     make(tmp_path, *TREES[layout])
     check(tmp_path, TREES[layout], GROUPS[layout])
     assert has_pairs(tmp_path)
@@ -96,8 +96,8 @@ def test_trees(layout, tmp_path):
     assert [pair.group for pair in alone] == GROUPS[layout]
 
 
-def test_srns_own_layout(tmp_path):
-    """Its folders: train/blur_lin and train/deblurred_lin, eval/blur and eval/deblur."""
+def test_layout_of_the_srn_authors(tmp_path):
+    """The folders are train/blur_lin and train/deblurred_lin, eval/blur and eval/deblur."""
     train = [f"train/blur_lin/{n}.png train/deblurred_lin/{n}.png" for n in (1, 2, 10)]
     held_out = [
         f"eval/blur/GOPR{s}_00_00000{n}.png eval/deblur/GOPR{s}_00_00000{n}.png"
@@ -117,19 +117,19 @@ def test_srns_own_layout(tmp_path):
     ]
     assert found(tmp_path, tmp_path) == [*held_out, *train]
     assert [pair.sharp.parent.name for pair in sharp_pairs(tmp_path / "train")] == ["deblurred_lin"] * 3
-    (tmp_path / "list.txt").write_text("\n".join(reversed(train)))  # as its data_list.py writes them
+    (tmp_path / "list.txt").write_text("\n".join(reversed(train)))  # in the format of SRN's data_list.py
     assert found(tmp_path, tmp_path / "list.txt") == train
     assert len({pair.group for pair in find_pairs(tmp_path / "list.txt")}) == 3
 
 
-def test_results_beside_inputs_are_no_sharp_images(tmp_path):
+def test_restored_images_are_not_taken_for_sharp_ones(tmp_path):
     make(tmp_path, "input/1.png deblurred/1.png")
     with pytest.raises(FileNotFoundError, match="no pairs"):
         find_pairs(tmp_path)
 
 
-def test_links_and_folders_that_programs_leave(tmp_path):
-    """Each real folder is searched once, and what archivers and editors leave is no data."""
+def test_symlinks_and_tool_folders_are_skipped(tmp_path):
+    """Each real folder is searched once, and folders of archivers and editors are not searched."""
     made = [f"GOPR{s}/blur/{n}.png GOPR{s}/sharp/{n}.png" for s in (1, 2) for n in (1, 2)]
     make(tmp_path, *made)
     (tmp_path / "GOPR1" / "again").symlink_to(tmp_path)
@@ -142,7 +142,7 @@ def test_links_and_folders_that_programs_leave(tmp_path):
     )
 
 
-def test_one_folder_for_both_sides_is_refused(tmp_path):
+def test_same_folder_for_both_sides_raises(tmp_path):
     make(tmp_path, "blur/1.png sharp/1.png", "real/1.png real/2.png")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for blurry, sharp in (("real", "real"), ("real", "link"), ("real", "blur/../real")):
@@ -155,7 +155,7 @@ def test_one_folder_for_both_sides_is_refused(tmp_path):
         find_pairs(tmp_path / "tree")
 
 
-def test_hide_has_one_folder_of_all_sharp_pictures(tmp_path):
+def test_hide_layout_with_one_folder_of_sharp_images(tmp_path):
     made = [
         f"test/test-close-ups/{n}fromGOPR{s}.MP4.png GT/{n}fromGOPR{s}.MP4.png"
         for n in (7, 9)
@@ -170,7 +170,7 @@ def test_hide_has_one_folder_of_all_sharp_pictures(tmp_path):
     assert found(tmp_path, tmp_path / "test") == made
     assert found(tmp_path, tmp_path) == [*made, *train]
     empty = tmp_path / "empty"
-    (empty / "target").mkdir(parents=True)  # of a compiler: no folder of sharp pictures
+    (empty / "target").mkdir(parents=True)  # a build folder, not one of sharp images
     make(empty, "photos/1.png photos/2.png")
     with pytest.raises(FileNotFoundError, match="no pairs in .*photos: expected"):
         find_pairs(empty / "photos")
@@ -179,7 +179,7 @@ def test_hide_has_one_folder_of_all_sharp_pictures(tmp_path):
         find_pairs(tmp_path / "test")
 
 
-def test_a_scene_without_its_sharp_folder_is_named(tmp_path):
+def test_scene_without_sharp_folder_raises_with_its_name(tmp_path):
     make(tmp_path, *TREES["realblur"])
     gt = tmp_path / "RealBlur-J_ECC_IMCORR_centroid_itensity_ref" / "scene002" / "gt"
     gt.rename(tmp_path / "elsewhere")
@@ -187,7 +187,7 @@ def test_a_scene_without_its_sharp_folder_is_named(tmp_path):
         find_pairs(tmp_path)
 
 
-def test_two_folders_of_a_kind_are_named(tmp_path):
+def test_several_folders_of_one_side_raise(tmp_path):
     make(tmp_path, "blur/1.png sharp/1.png", "blur_crops/1.png sharp_crops/1.png")
     with pytest.raises(ValueError, match="several folders of one kind, blur, blur_crops, sharp, sharp_crops"):
         find_pairs(tmp_path)
@@ -202,11 +202,11 @@ def test_two_folders_of_a_kind_are_named(tmp_path):
     [
         ("GOPR4_00_000001 GOPR4_00_000002 GOPR10_1", "GOPR4_00 GOPR4_00 GOPR10"),
         ("a_1 a_2 b_1", "a a b"),
-        ("IMG_1 IMG_2 DSC_7", "IMG_1 IMG_2 DSC_7"),  # cameras count all pictures
+        ("IMG_1 IMG_2 DSC_7", "IMG_1 IMG_2 DSC_7"),  # camera names count all images
         ("20240101_120000 20240101_120107 PXL_20240101_5", "20240101_120000 20240101_120107 PXL_20240101_5"),
-        ("frame_1 frame_2", "frame_1 frame_2"),  # one word tells nothing
+        ("frame_1 frame_2", "frame_1 frame_2"),  # one common word does not identify a scene
         ("scene1_1 scene1_2", "scene1 scene1"),
-        ("0001_s001 0001_s002 0002_s001", "0001 0001 0002"),  # crops of a picture
+        ("0001_s001 0001_s002 0002_s001", "0001 0001 0002"),  # crops of one image
         ("000001 000002", "000001 000002"),
         ("seq/1 seq/2 other/1", "seq seq other"),
         ("train/1 train/2 test/1", "train/1 train/2 test/1"),
@@ -223,11 +223,11 @@ def test_two_folders_of_a_kind_are_named(tmp_path):
         ("test-close-ups/3fromG1 test-close-ups/4fromG1", "test-close-ups/G1 test-close-ups/G1"),
     ],
 )
-def test_scenes_by_the_names(names, groups):
+def test_scenes_are_read_from_names(names, groups):
     assert scenes([place(Path(f"{name}.png")) for name in names.split()]) == groups.split()
 
 
-def test_sides_by_whole_words():
+def test_sides_are_read_from_whole_words():
     assert [side(name) for name in ("GT", "clear_images", "sharp_crops", "target")] == ["sharp"] * 4
     assert [side(name) for name in ("blur", "input", "lq", "blur_crops")] == ["blurry"] * 4
     assert [side(name) for name in ("blur_gamma", "deblur", "RealBlur_J", "sharp_and_blur", "7")] == [""] * 5
@@ -237,7 +237,7 @@ def test_sides_by_whole_words():
 # ---- lists -------------------------------------------------------------------------------------------------
 
 
-def test_realblurs_official_list_has_the_sharp_image_first(tmp_path):
+def test_realblur_list_with_sharp_image_first(tmp_path):
     make(tmp_path, *TREES["realblur"])
     file = tmp_path / "RealBlur_J_train_list.txt"
     lines = [" ".join(reversed(name.split())) for name in TREES["realblur"]]
@@ -248,7 +248,7 @@ def test_realblurs_official_list_has_the_sharp_image_first(tmp_path):
         find_pairs(file)
 
 
-def test_where_no_name_tells_the_images_decide(tmp_path):
+def test_reversed_pairs_are_detected_by_sharpness(tmp_path):
     made = [f"one/{n}.png two/{n}.png" for n in range(4)]
     make(tmp_path, *made)
     (tmp_path / "list.txt").write_text("\n".join(made))
@@ -261,7 +261,7 @@ def test_where_no_name_tells_the_images_decide(tmp_path):
     assert len(find_pairs(tmp_path / "one", tmp_path / "two")) == 4
     with pytest.raises(ValueError, match="two: the pairs are reversed"):
         find_pairs(tmp_path / "two", tmp_path / "one")
-    assert find_pairs(tmp_path / "two", tmp_path / "one", blurred=False)  # damage that adds detail
+    assert find_pairs(tmp_path / "two", tmp_path / "one", blurred=False)  # degradation that adds detail
 
 
 def test_noise_is_not_taken_for_sharpness(tmp_path):
@@ -274,7 +274,7 @@ def test_noise_is_not_taken_for_sharpness(tmp_path):
     assert len(find_pairs(tmp_path / "one", tmp_path / "two")) == 3
 
 
-def test_contradictions_by_the_names(tmp_path):
+def test_contradictory_names_raise(tmp_path):
     make(tmp_path, "blur/1.png sharp/1.png")
     with pytest.raises(ValueError, match="sharp: the pairs are reversed"):
         find_pairs(tmp_path / "sharp", tmp_path / "blur")
@@ -290,7 +290,7 @@ def test_contradictions_by_the_names(tmp_path):
         find_pairs(tmp_path / "list.txt")
 
 
-def test_paths_of_a_list_from_the_list_or_from_here(tmp_path, monkeypatch):
+def test_list_paths_are_relative_to_list_or_working_directory(tmp_path, monkeypatch):
     made = [f"DataSet/train/blur/{n}.png DataSet/train/sharp/{n}.png" for n in (1, 2)]
     make(tmp_path, *made)
     monkeypatch.chdir(tmp_path)
@@ -299,14 +299,12 @@ def test_paths_of_a_list_from_the_list_or_from_here(tmp_path, monkeypatch):
         (tmp_path / "lists" / "train.txt").write_text(text)
         pairs = find_pairs("lists/train.txt")
         assert [pair.sharp.resolve() for pair in pairs] == [tmp_path / name.split()[1] for name in made]
-    make(
-        tmp_path / "lists", *made
-    )  # the list's own folder comes before the current one, data_root before both
+    make(tmp_path / "lists", *made)  # order: data_root, the list's folder, working directory
     assert {pair.blurry.parts[0] for pair in find_pairs("lists/train.txt")} == {"lists"}
     assert found(tmp_path, "lists/train.txt", data_root=tmp_path) == made
 
 
-# ---- the documents' data set -------------------------------------------------------------------------------
+# ---- data set with blur_types.json -------------------------------------------------------------------------
 
 
 def documents_set(root: Path, count: int = 4) -> Path:
@@ -319,23 +317,21 @@ def documents_set(root: Path, count: int = 4) -> Path:
     return root / "blur_types.json"
 
 
-def test_bare_names_lie_in_the_two_folders(tmp_path, monkeypatch):
+def test_file_names_in_json_are_found_in_the_image_folders(tmp_path, monkeypatch):
     root = tmp_path / "training" / "deblur_dataset"
     file = documents_set(root)
     made = [f"blur_images/blur_{n:06}.png clear_images/clear_{n:06}.png" for n in range(4)]
     check(root, made, [f"{n:06}" for n in range(4)])
     monkeypatch.chdir(tmp_path)
-    pairs = find_pairs(
-        "blur_types.json", data_root="./training/deblur_dataset"
-    )  # not here: then in data_root
+    pairs = find_pairs("blur_types.json", data_root="./training/deblur_dataset")  # found in data_root
     assert len(pairs) == 4 and {pair.blur_type for pair in pairs} == {"motion_blur"}
-    file.rename(tmp_path / "blur_types.json")  # here
+    file.rename(tmp_path / "blur_types.json")  # in the working directory
     assert len(find_pairs("blur_types.json", data_root="./training/deblur_dataset")) == 4
     with pytest.raises(FileNotFoundError, match="no such file: a.json, nor training/deblur_dataset/a.json"):
         find_pairs("a.json", data_root="./training/deblur_dataset")
 
 
-def test_bare_names_that_are_missing(tmp_path):
+def test_missing_file_names_in_json_raise(tmp_path):
     documents_set(tmp_path)
     for folder in ("blur_images", "clear_images"):
         write_image(tmp_path / folder / "same.png", PHOTOS[0])

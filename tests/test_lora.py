@@ -22,7 +22,7 @@ CONDITIONS = torch.tensor([0.25, 0.9]), torch.tensor([1.0, 3.5])
 
 
 def random_lora(model: Flux, targets: str = "all", rank: int = 4, alpha: float = 7.0):
-    """A LoRA large enough to matter; its up matrices are random too."""
+    """Create a LoRA with a clear effect: its up matrices are random too."""
     adapter = make_lora(model, targets, rank, alpha)
     for name, parameter in adapter.named_parameters():
         parameter.data = draw(f"lora:{name}", parameter.shape) / parameter.shape[1] ** 0.5
@@ -34,7 +34,7 @@ def output(model: Flux) -> torch.Tensor:
         return full_output(model, tiny_inputs(), *CONDITIONS)
 
 
-def test_targets():
+def test_number_of_layers_and_parameters_of_each_target():
     with torch.device("meta"):
         counts = {}
         for targets in ("attn", "attn_mlp", "all"):
@@ -50,7 +50,7 @@ def test_targets():
     assert 57e6 < counts["all"][1] < 77e6
 
 
-def test_at_the_start_nothing_changes_and_only_the_lora_trains():
+def test_new_lora_has_no_effect_and_only_it_is_trained():
     model = tiny_flux()
     before = output(model)
     adapter = make_lora(model, "all", 4, 4)
@@ -61,14 +61,14 @@ def test_at_the_start_nothing_changes_and_only_the_lora_trains():
     assert all(lora.lora_up.weight.grad.abs().max() > 0 for lora in adapter.values())
 
 
-def test_scale_up_down_is_added():
+def test_lora_adds_scaled_low_rank_product():
     lora = LoRA(24, 40, rank=3, alpha=6)
     torch.nn.init.normal_(lora.lora_up.weight)
     x, y = draw("x", (2, 5, 24)), draw("y", (2, 5, 40))
     torch.testing.assert_close(lora(x, y), y + x @ (2.0 * lora.lora_up.weight @ lora.lora_down.weight).T)
 
 
-def test_a_lora_works_on_8_bit_weights(tmp_path):
+def test_lora_works_on_8_bit_weights(tmp_path):
     save_flux(tmp_path / "flux.safetensors", tiny_flux())
     model = load_flux(tmp_path / "flux.safetensors", dtype=torch.float32, fp8=True)
     plain = output(model)
@@ -77,7 +77,7 @@ def test_a_lora_works_on_8_bit_weights(tmp_path):
 
 
 @pytest.mark.parametrize("targets", ["attn", "attn_mlp", "all"])
-def test_saved_and_loaded(tmp_path, targets):
+def test_saved_lora_loads_with_same_output(tmp_path, targets):
     model, path = tiny_flux(), tmp_path / "lora.safetensors"
     adapter = random_lora(model, targets)
     save_lora(path, adapter, {"rank": 4, "prompt": "restore"}, torch.float32)
@@ -92,7 +92,7 @@ def test_saved_and_loaded(tmp_path, targets):
     assert torch.equal(output(half), output(tiny_flux()))
 
 
-def test_halved_files_keep_alpha(tmp_path):
+def test_bf16_file_keeps_alpha(tmp_path):
     adapter = random_lora(tiny_flux(), alpha=7.0)
     save_lora(tmp_path / "lora.safetensors", adapter, {})
     weights = load_file(tmp_path / "lora.safetensors")
@@ -102,7 +102,7 @@ def test_halved_files_keep_alpha(tmp_path):
 
 
 def test_diffusers_pipeline_gives_the_same_output(tmp_path):
-    """All targets but linear1, for which the converter fixes the full model's sizes: see the next test."""
+    """linear1 is left out, since the converter assumes the full model's sizes for it: see the next test."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
 
     model = tiny_flux()
@@ -123,7 +123,7 @@ def test_diffusers_pipeline_gives_the_same_output(tmp_path):
 
 
 @pytest.mark.parametrize("rank, alpha", [(4, 4.0), (5, 8.0), (16, 1.0)])
-def test_diffusers_splits_the_single_blocks_without_loss(tmp_path, rank, alpha):
+def test_diffusers_converts_single_blocks_exactly(tmp_path, rank, alpha):
     from diffusers import FluxKontextPipeline
 
     stem, x = "lora_unet_single_blocks_3_linear1", draw("x", (1, 3072))
@@ -141,7 +141,7 @@ def test_diffusers_splits_the_single_blocks_without_loss(tmp_path, rank, alpha):
 
 
 @pytest.mark.parametrize("alpha", [4.0, 7.0])
-def test_training_starts_from_a_file_whatever_its_alpha(tmp_path, alpha):
+def test_training_starts_from_a_file_with_any_alpha(tmp_path, alpha):
     path = tmp_path / "lora.safetensors"
     model, again = tiny_flux(), tiny_flux()
     save_lora(path, random_lora(model, alpha=alpha), {}, torch.float32)
@@ -156,7 +156,7 @@ def test_training_starts_from_a_file_whatever_its_alpha(tmp_path, alpha):
             start_from(make_lora(tiny_flux(), targets, 4, 4.0), path)
 
 
-def test_foreign_files(tmp_path):
+def test_foreign_or_damaged_files_raise(tmp_path):
     path = tmp_path / "lora.safetensors"
     with pytest.raises(ValueError, match="rank must lie in 1 ... 64, not 0"):
         make_lora(tiny_flux(), "attn", 0, 1.0)

@@ -14,7 +14,7 @@ from ldm.data.patches import Patches, SourceDataset, open_patches
 
 @pytest.fixture
 def folders(tmp_path):
-    """A GoPro tree of two frames of 50 x 40 pixels and three blurred photographs of another size."""
+    """Write a GoPro tree of two frames of 50 x 40 pixels and three blurred photographs of another size."""
     image = read_image(photographs(("coffee.png",))[0])
     for kind, dim in (("blur", 2), ("sharp", 1)):
         (tmp_path / "gopro" / "GOPR1" / kind).mkdir(parents=True)
@@ -35,7 +35,7 @@ def settings(folders, unpaired=False, **changes):
     return tool.Settings(**{**paths, **data, "patch_size": 16, **changes})
 
 
-def test_the_pairs_are_pairs(folders, capsys):
+def test_patches_of_pairs_match(folders, capsys):
     tool.main(settings(folders))
     assert "train.h5 is written: 12 sharp and 12 blurry patches of 16 pixels" in capsys.readouterr().out
     with open_patches(folders / "train.h5") as file:
@@ -45,10 +45,10 @@ def test_the_pairs_are_pairs(folders, capsys):
         image = read_image(folders / "gopro/GOPR1/sharp/000002.png")
         assert np.array_equal(file["sharp"][6 + 1 * 3 + 2], image[16:32, 32:48])  # row 1, column 2 of frame 2
     names = sorted(path.name for path in folders.iterdir())
-    assert names == ["RWBI", "gopro", "train.h5", "valid.h5"]  # no temporary file stays
+    assert names == ["RWBI", "gopro", "train.h5", "valid.h5"]  # no temporary file is left
 
 
-def test_unpaired_files_and_stride(folders):
+def test_unpaired_patches_with_stride(folders):
     tool.main(settings(folders, unpaired=True, stride=8))
     with open_patches(folders / "valid.h5") as file:
         assert len(file["sharp"]) == 2 * 4 * 5 and len(file["blur"]) == 3 * 3 * 4
@@ -57,7 +57,7 @@ def test_unpaired_files_and_stride(folders):
         assert np.array_equal(file["blur"][5], image[8:24, 8:24])
 
 
-def test_again_is_nothing_to_do(folders, capsys):
+def test_finished_file_is_kept_and_other_settings_raise(folders, capsys):
     tool.main(settings(folders))
     before = (folders / "train.h5").read_bytes()
     capsys.readouterr()
@@ -68,7 +68,7 @@ def test_again_is_nothing_to_do(folders, capsys):
         tool.main(settings(folders, stride=8))
 
 
-def test_a_half_written_file_never_has_the_name(folders, monkeypatch):
+def test_interrupted_run_writes_no_file(folders, monkeypatch):
     original, calls = tool.append, []
 
     def interrupted(*arguments):
@@ -90,7 +90,7 @@ def read_in_child(patches, numbers, queue):
     queue.put([int(patches[number].sum()) for number in numbers])
 
 
-def test_every_process_opens_the_file_for_itself(folders):
+def test_each_process_opens_its_own_file_handle(folders):
     tool.main(settings(folders))
     patches = Patches(folders / "train.h5", "sharp")
     expected = [int(patches[number].sum()) for number in range(12)]  # opened here, before the fork
@@ -100,10 +100,10 @@ def test_every_process_opens_the_file_for_itself(folders):
     child.start()
     assert queue.get(timeout=60) == expected
     child.join()
-    assert pickle.loads(pickle.dumps(patches))[0, 3].sum() == expected[3]  # as a spawned worker gets it
+    assert pickle.loads(pickle.dumps(patches))[0, 3].sum() == expected[3]  # as in a spawned worker
 
 
-def test_crops_of_pairs_keep_together(folders):
+def test_crops_of_pairs_match(folders):
     tool.main(settings(folders))
     sources = [Patches(folders / "train.h5", key) for key in ("blur", "sharp")]
     data = SourceDataset(*sources, 12, seed=1, augment=True, paired=True)
@@ -111,11 +111,11 @@ def test_crops_of_pairs_keep_together(folders):
         item = data[3, index]
         blurry, sharp = (((item[name] + 1) * 127.5).round() for name in ("blurry", "sharp"))
         assert (sharp // 2 == blurry).all() and f"sharp[{index}]" in item["path"]
-    assert not (data[0, 0]["sharp"] == data[1, 0]["sharp"]).all()  # another window in the next epoch
+    assert not (data[0, 0]["sharp"] == data[1, 0]["sharp"]).all()  # another crop in the next epoch
     assert (data[1, 0]["sharp"] == data[1, 0]["sharp"]).all()
 
 
-def test_unpaired_items_meet_any_partner(folders):
+def test_unpaired_items_get_random_partners(folders):
     tool.main(settings(folders, unpaired=True))
     sources = [Patches(folders / "train.h5", key) for key in ("blur", "sharp")]
     data = SourceDataset(*sources, 16, seed=1)
@@ -124,7 +124,7 @@ def test_unpaired_items_meet_any_partner(folders):
     assert len(names) > 2 and all(name.endswith("sharp[0]") for name in names)
 
 
-def test_held_out_patches(folders):
+def test_held_out_patches_are_pairs(folders):
     tool.main(settings(folders))
     held_out = HeldOutPatches(folders / "valid.h5", limit=5, seed=0, crop=8)
     assert len(held_out) == 5
@@ -145,14 +145,14 @@ def test_held_out_patches(folders):
         ({"blur_valid_path": "train.h5"}, "are one file"),
     ],
 )
-def test_bad_settings(folders, changes, message):
+def test_bad_settings_raise(folders, changes, message):
     changes = {k: folders / v if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         tool.main(settings(folders, **changes))
     assert not (folders / "train.h5").exists()
 
 
-def test_pairs_of_different_sizes(folders):
+def test_pairs_of_different_sizes_raise(folders):
     write_image(folders / "gopro/GOPR1/blur/000002.png", np.zeros((40, 51, 3), np.uint8))
     with pytest.raises(ValueError, match=r"blur/000002.png is 51x40, .*sharp/000002.png is 50x40"):
         tool.main(settings(folders))
@@ -165,7 +165,7 @@ def write_h5(path, **data):
             file[key] = value
 
 
-def test_bad_files(folders):
+def test_bad_files_raise(folders):
     path, patches = folders / "bad.h5", np.zeros((4, 16, 16, 3), np.uint8)
     with pytest.raises(FileNotFoundError, match="file of patches not found: .*bad.h5"):
         Patches(path, "sharp")
@@ -193,8 +193,8 @@ def test_bad_files(folders):
         Patches(path, "sharp")
 
 
-def test_photographs_are_parted_by_their_focus(tmp_path):
-    """What is out of focus beside what is in focus becomes `blur`; what is flat or always soft does not."""
+def test_by_focus_separates_sharp_and_out_of_focus_patches(tmp_path):
+    """`blur` gets out-of-focus parts of photos that are partly in focus, but no flat parts."""
     sharp = read_image(photographs(("coffee.png",))[0])[:384, :256]
     soft = cv2.GaussianBlur(sharp, None, 5)
     half = np.concatenate([sharp, soft, np.full_like(sharp[:, :128], 99)], axis=1)

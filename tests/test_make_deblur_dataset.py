@@ -1,4 +1,4 @@
-"""The dataset tool as a user runs it: same bytes for the same seed, continuing, broken sources."""
+"""tool_make_deblur_dataset.py: determinism, continuing after an interruption, broken sources."""
 
 import json
 import time
@@ -34,7 +34,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def photos(folder: Path, count: int, size: int = 80) -> Path:
-    """A folder of crops of one photograph, named photo 0.png and so on."""
+    """Write crops of one photograph, named photo 0.png, photo 1.png, ..."""
     folder.mkdir()
     image = read_image(photographs(("chelsea.png",))[0])
     for number in range(count):
@@ -42,7 +42,7 @@ def photos(folder: Path, count: int, size: int = 80) -> Path:
     return folder
 
 
-def test_layout_and_pictures(tmp_path):
+def test_layout_records_and_images(tmp_path):
     summary = make_dataset(settings(tmp_path / "set", num_samples=20))
     assert (summary.made, summary.kept, summary.not_used) == (20, 0, {})
     lines = records(tmp_path / "set")
@@ -50,7 +50,7 @@ def test_layout_and_pictures(tmp_path):
     assert [line["blur_image"] for line in lines] == [f"blur_images/blur_{i:06d}.png" for i in range(20)]
     assert {line["blur_type"] for line in lines} == set(BLUR_TYPES)
     names = [path.name for path in photographs()]
-    for first in (0, 6, 12):  # every source once, then again
+    for first in (0, 6, 12):  # every source is used once before any is repeated
         assert sorted(line["source"] for line in lines[first : first + 6]) == sorted(names)
     for line in lines:
         sharp, blurry = (read_image(tmp_path / "set" / line[key]) for key in ("clear_image", "blur_image"))
@@ -64,7 +64,7 @@ def test_layout_and_pictures(tmp_path):
     assert PairedDataset(pairs, 48, 0)[3]["blur_type"] == lines[3]["blur_type"]
 
 
-def test_same_seed_same_bytes_whatever_the_number_of_workers(tmp_path):
+def test_output_depends_on_seed_but_not_on_number_of_workers(tmp_path):
     make_dataset(settings(tmp_path / "one", jpeg_probability=0.5))
     make_dataset(settings(tmp_path / "two", jpeg_probability=0.5, workers=2))
     one = content(tmp_path / "one")
@@ -73,7 +73,7 @@ def test_same_seed_same_bytes_whatever_the_number_of_workers(tmp_path):
     assert content(tmp_path / "other")["blur_images/blur_000000.png"] != one["blur_images/blur_000000.png"]
 
 
-def test_running_again_makes_only_what_is_missing(tmp_path):
+def test_second_run_adds_only_missing_pairs(tmp_path):
     folder = tmp_path / "set"
     make_dataset(settings(folder))
     whole = content(folder)
@@ -83,13 +83,13 @@ def test_running_again_makes_only_what_is_missing(tmp_path):
     assert (summary.made, summary.kept) == (1, 7)
     assert (folder / "clear_images" / "clear_000000.png").stat().st_mtime_ns == untouched
     assert content(folder) == whole
-    summary = make_dataset(settings(folder, num_samples=10))  # more samples add to what is there
+    summary = make_dataset(settings(folder, num_samples=10))  # more samples are added
     assert (summary.made, summary.kept) == (2, 8)
     make_dataset(settings(tmp_path / "at once", num_samples=10))
     assert content(folder) == content(tmp_path / "at once")
 
 
-def test_a_killed_run_leaves_a_whole_list_and_continues(tmp_path):
+def test_killed_run_leaves_valid_list_and_continues(tmp_path):
     folder = tmp_path / "set"
     wanted = settings(folder, num_samples=40)
     run = get_context("fork").Process(target=make_dataset, args=(wanted,))
@@ -101,14 +101,14 @@ def test_a_killed_run_leaves_a_whole_list_and_continues(tmp_path):
     run.kill()
     run.join()
     if (folder / "blur_types.json").exists():
-        records(folder)  # every line is whole
+        records(folder)  # every line is valid
     make_dataset(wanted)
     make_dataset(replace(wanted, output_dir=str(tmp_path / "undisturbed")))
     mine = {name: data for name, data in content(folder).items() if not name.endswith(".tmp")}
     assert mine == content(tmp_path / "undisturbed")
 
 
-def test_an_interrupted_run_keeps_its_list(tmp_path, monkeypatch):
+def test_interrupted_run_keeps_its_list(tmp_path, monkeypatch):
     import tool_make_deblur_dataset as tool
 
     whole = tool.make_pair
@@ -135,7 +135,7 @@ def test_small_sources_are_scaled_up(tmp_path):
     assert np.array_equal(read_image(tmp_path / "set" / found["tiny.png"]), np.full((48, 48, 3), 90))
 
 
-def test_unreadable_sources_are_named_counted_and_replaced(tmp_path, capsys):
+def test_unreadable_sources_are_reported_and_replaced(tmp_path, capsys):
     source = photos(tmp_path / "photos", 3)
     (source / "broken.jpg").write_text("no picture")
     cut = (source / "photo 0.png").read_bytes()
@@ -153,8 +153,8 @@ def test_unreadable_sources_are_named_counted_and_replaced(tmp_path, capsys):
         make_dataset(replace(wanted, output_dir=str(tmp_path / "none"), seed=1))
 
 
-def test_the_sharpest_of_several_squares_is_taken():
-    """One is what it was before; of many squares of a picture that is half in focus few are out of it."""
+def test_sharpest_of_several_crops_is_chosen():
+    """One crop is random; of six in an image that is half flat, nearly always a detailed one is chosen."""
     rng = np.random.default_rng(0)
     image = np.full((64, 512, 3), 128, np.uint8)
     image[:, 256:] = rng.integers(0, 256, (64, 256, 3))
@@ -166,7 +166,7 @@ def test_the_sharpest_of_several_squares_is_taken():
     assert taken[1] < 0.75 < 0.95 < taken[6]
 
 
-def test_bad_settings_are_named_before_anything_is_written(tmp_path):
+def test_bad_settings_raise_before_writing(tmp_path):
     for changes, message in (
         ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
         ({"image_size": 4}, "image_size must be at least 16"),
@@ -181,7 +181,7 @@ def test_bad_settings_are_named_before_anything_is_written(tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-def test_other_settings_need_another_folder(tmp_path):
+def test_other_settings_in_same_folder_raise(tmp_path):
     make_dataset(settings(tmp_path / "set", num_samples=2))
     before = content(tmp_path / "set")
     for changes, name in (

@@ -1,4 +1,4 @@
-"""Mask files: which pixels are the hole, and which mask belongs to which photograph."""
+"""Mask files: which pixels are the hole, and which mask belongs to which photo."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_white_paint_on_a_transparent_layer_is_the_hole(tmp_path):
     write_image(tmp_path / "m.png", layer((255, 255, 255), 255 * SQUARE))
     assert np.array_equal(read_mask(tmp_path / "m.png"), SQUARE)
     hidden = layer((255, 255, 255), 255 * SQUARE)
-    hidden[SQUARE == 0, :3] = 90  # what lies under the transparency does not count
+    hidden[SQUARE == 0, :3] = 90  # hidden colours are ignored
     write_image(tmp_path / "m.png", hidden)
     assert np.array_equal(read_mask(tmp_path / "m.png"), SQUARE)
     Image.fromarray(np.dstack([255 * SQUARE, 255 * SQUARE]), "LA").save(tmp_path / "la.png")
@@ -39,7 +39,7 @@ def test_white_paint_on_a_transparent_layer_is_the_hole(tmp_path):
     assert np.array_equal(read_mask(tmp_path / "m.webp")[far > 2], SQUARE[far > 2])
 
 
-def test_a_soft_brush_ends_in_its_middle(tmp_path):
+def test_soft_brush_is_thresholded_at_half(tmp_path):
     soft = cv2.GaussianBlur(255 * SQUARE, None, 2)
     write_image(tmp_path / "layer.png", layer((255, 255, 255), soft))
     write_image(tmp_path / "grey.png", soft)
@@ -48,7 +48,7 @@ def test_a_soft_brush_ends_in_its_middle(tmp_path):
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_the_transparent_part_of_a_photograph_is_the_hole(tmp_path, number):
+def test_transparent_part_of_a_photo_is_the_hole(tmp_path, number):
     image = cv2.resize(read_image(photographs()[number]), (60, 40), interpolation=cv2.INTER_AREA)
     write_image(tmp_path / "m.png", np.dstack([image, 255 * (1 - SQUARE)]))
     assert np.array_equal(read_mask(tmp_path / "m.png"), SQUARE)
@@ -57,14 +57,14 @@ def test_the_transparent_part_of_a_photograph_is_the_hole(tmp_path, number):
 @pytest.mark.parametrize(
     ("colour", "seen"), [((0, 0, 0), r"\(0, 0, 0\)"), ((255, 0, 0), r"\(255, 0, 0\)"), (None, "everywhere")]
 )
-def test_transparency_that_can_be_read_in_two_ways_is_refused(tmp_path, colour, seen):
+def test_ambiguous_transparency_raises(tmp_path, colour, seen):
     alpha = 255 * SQUARE if colour else 0 * SQUARE
     write_image(tmp_path / "m.png", layer(colour or (255, 255, 255), alpha))
     with pytest.raises(ValueError, match=f"m.png.*{seen}.*white .255. on black, without transparency"):
         read_mask(tmp_path / "m.png")
 
 
-def test_black_and_white_with_transparent_margins_is_refused(tmp_path):
+def test_black_and_white_with_transparent_margins_raises(tmp_path):
     alpha = np.zeros_like(SQUARE)
     alpha[5:30, 3:50] = 255
     write_image(tmp_path / "m.png", np.dstack([*[255 * SQUARE] * 3, alpha]))
@@ -72,12 +72,12 @@ def test_black_and_white_with_transparent_margins_is_refused(tmp_path):
         read_mask(tmp_path / "m.png")
 
 
-def test_transparency_of_at_most_a_half_changes_nothing(tmp_path):
+def test_uniform_half_transparency_is_ignored(tmp_path):
     write_image(tmp_path / "m.png", np.dstack([*[255 * SQUARE] * 3, np.full_like(SQUARE, 128)]))
     assert np.array_equal(read_mask(tmp_path / "m.png"), SQUARE)
 
 
-def test_a_colour_photograph_is_no_mask(tmp_path):
+def test_colour_photo_raises(tmp_path):
     write_image(tmp_path / "photo.png", read_image(photographs()[0]))
     with pytest.raises(ValueError, match="photo.png is an image in colour without transparency, not a mask"):
         read_mask(tmp_path / "photo.png")
@@ -92,7 +92,7 @@ def test_masks_of_any_mode_are_binarised(tmp_path):
     Image.fromarray(SQUARE * 255).convert("1").save(tmp_path / "bits.png")
     Image.fromarray(SQUARE.astype(np.uint16) * 65535).save(tmp_path / "deep.png")
     Image.fromarray(SQUARE.astype(np.float32)).save(tmp_path / "float.tif")
-    inverted = Image.fromarray(1 - SQUARE, "P")  # whose index 0 is white
+    inverted = Image.fromarray(1 - SQUARE, "P")  # index 0 is white
     inverted.putpalette([255, 255, 255, 0, 0, 0])
     inverted.save(tmp_path / "palette.png")
     for name in ("bits.png", "deep.png", "float.tif", "palette.png"):
@@ -109,13 +109,13 @@ def test_jpeg_noise_leaves_no_stray_pixels(tmp_path, quality):
 
 
 @pytest.mark.parametrize("value", [1, 127])
-def test_a_mask_without_white_is_refused_with_its_brightest_value(tmp_path, value):
+def test_mask_without_white_raises_with_its_brightest_value(tmp_path, value):
     write_image(tmp_path / "m.png", value * SQUARE)
     with pytest.raises(ValueError, match=f"m.png: the brightest value of this mask is {value} of 255"):
         read_mask(tmp_path / "m.png")
 
 
-def test_masks_to_train_on_have_a_hole(tmp_path, monkeypatch):
+def test_training_masks_must_have_a_hole(tmp_path, monkeypatch):
     write_image(tmp_path / "black.png", 0 * SQUARE)
     assert not read_mask(tmp_path / "black.png").any()
     with pytest.raises(ValueError, match="black.png has no hole .* brightest value is 0 of 255"):
@@ -129,7 +129,7 @@ def test_masks_to_train_on_have_a_hole(tmp_path, monkeypatch):
         assert min(count, 10) >= len(read) >= min(count, 6)
 
 
-def test_another_size_of_the_same_shape_is_resized():
+def test_mask_of_same_aspect_ratio_is_resized():
     with pytest.warns(UserWarning, match="m.png is 60x40, its image 120x80 .*: it is resized"):
         assert np.array_equal(resize_mask(SQUARE, (80, 120), "m.png"), SQUARE.repeat(2, 0).repeat(2, 1))
     dot = np.zeros((400, 600), np.uint8)
@@ -141,7 +141,7 @@ def test_another_size_of_the_same_shape_is_resized():
         resize_mask(SQUARE, (60, 40), "m.png")
 
 
-def test_masks_in_a_folder_of_their_own(tmp_path):
+def test_masks_in_a_separate_folder(tmp_path):
     write_all(tmp_path, "a.png", "sub/b_mask.png", "c.png", "c_mask.png", "d_mask1.png", "d_mask2.png")
     folder = MaskFolder(tmp_path, tmp_path.parent)
     assert folder.find(Path("a.jpg")) == tmp_path / "a.png"
@@ -154,7 +154,7 @@ def test_masks_in_a_folder_of_their_own(tmp_path):
         folder.find(Path("b.png"))
 
 
-def test_photographs_and_masks_in_one_folder(tmp_path):
+def test_photos_and_masks_in_one_folder(tmp_path):
     write_all(
         tmp_path, "a.jpg.png", "a.jpg_mask.png", "b.png", "b_mask001.png", "man_with_mask.png", "_mask.png"
     )
@@ -167,7 +167,7 @@ def test_photographs_and_masks_in_one_folder(tmp_path):
         folder.find(Path("man_with_mask.png"))
 
 
-def test_a_folder_of_masks_below_that_of_the_photographs_and_the_other_way_round(tmp_path):
+def test_mask_folder_inside_photo_folder_and_vice_versa(tmp_path):
     write_all(tmp_path, "a.png", "masks/a.png")
     assert list_photographs(tmp_path, tmp_path / "masks") == [tmp_path / "a.png"]
     assert list_photographs(tmp_path, tmp_path / "masks" / "a.png") == [tmp_path / "a.png"]
@@ -182,7 +182,7 @@ def test_a_folder_of_masks_below_that_of_the_photographs_and_the_other_way_round
         MaskFolder(tmp_path / "only", tmp_path / "only")
 
 
-def test_a_folder_of_masks_is_listed_once(tmp_path, monkeypatch):
+def test_mask_folder_is_listed_once(tmp_path, monkeypatch):
     write_all(tmp_path, *(f"{n}_mask.png" for n in range(20)))
     listed = []
     real = masks.list_images

@@ -1,4 +1,4 @@
-"""Random holes: their area, their shape, their seeds."""
+"""Random masks: area, shape, seeds."""
 
 import cv2
 import numpy as np
@@ -14,14 +14,14 @@ def draws(kind: str, count: int = 600, size: int = 64, **options) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
-def test_statistics_of_many(kind):
+def test_area_and_position_statistics(kind):
     masks = draws(kind)
     areas = masks.mean((1, 2))
     assert masks.dtype == np.uint8 and set(np.unique(masks)) == {0, 1}
     assert areas.min() >= 0.1 and areas.max() <= 0.3
-    assert np.ptp(areas) > 0.19 and 0.18 < areas.mean() < 0.26  # the whole band is used
+    assert np.ptp(areas) > 0.19 and 0.18 < areas.mean() < 0.26  # the whole range is used
     assert (np.histogram(areas, 4, (0.1, 0.3))[0] > 60).all()
-    everywhere = masks.mean(0)  # every pixel is in the hole now and then, none always
+    everywhere = masks.mean(0)  # every pixel is sometimes in the hole, none always
     assert everywhere[4:-4, 4:-4].min() > 0.001 and everywhere.max() < 0.6
 
 
@@ -29,7 +29,7 @@ def test_statistics_of_many(kind):
 @pytest.mark.parametrize(
     "ratio", [(0.1, 0.101), (0.0, 0.02), (0.7, 0.95), (0.5, 0.5), (1.0, 1.0), (0.0, 1.0)]
 )
-def test_any_band_is_kept(kind, ratio):
+def test_area_is_in_the_given_range(kind, ratio):
     for shape in ((64, 64), (40, 70), (96, 72)):
         for seed in range(3):
             area = random_mask(*shape, np.random.default_rng(seed), kind, ratio).sum()
@@ -37,7 +37,7 @@ def test_any_band_is_kept(kind, ratio):
             assert 1 <= low <= area <= high <= ratio[1] * shape[0] * shape[1]
 
 
-def test_shapes_are_what_their_names_say():
+def test_shapes_match_their_names():
     def filled(mask: np.ndarray) -> float:
         x, y, w, h = cv2.boundingRect(mask)
         return mask.sum() / (w * h)
@@ -51,13 +51,13 @@ def test_shapes_are_what_their_names_say():
     assert 0.2 < (mixed == 1).mean() < 0.5
 
 
-def test_the_seed_decides():
+def test_masks_depend_on_the_seed():
     for kind in MASK_KINDS:
         assert np.array_equal(draws(kind, 5), draws(kind, 5))
         assert len(np.unique(draws(kind, 20), axis=0)) == 20
 
 
-def test_a_given_hole_is_grown_or_shrunk_to_the_band():
+def test_fit_area_grows_or_shrinks_a_mask_to_the_range():
     mask = np.zeros((100, 120), np.uint8)
     mask[40:60, 50:90] = 1
     grown, shrunk = fit_area(mask, (0.1, 0.3)), fit_area(mask, (0.0, 0.01))
@@ -67,7 +67,7 @@ def test_a_given_hole_is_grown_or_shrunk_to_the_band():
     assert fit_area(np.ones_like(mask), (0.1, 0.3)).sum() == 3600
 
 
-def test_mistakes_are_named():
+def test_bad_arguments_raise():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="rectangle, irregular, mixed, not 'round'"):
         random_mask(64, 64, rng, "round")

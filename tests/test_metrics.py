@@ -18,7 +18,7 @@ def pairs():
     return [*pairs, (flat + np.uint8(3), flat)]
 
 
-def test_psnr_is_its_formula(pairs):
+def test_psnr_matches_formula(pairs):
     for restored, sharp in pairs:
         error = np.mean((restored.astype(float) - sharp) ** 2)
         assert psnr(restored, sharp) == pytest.approx(10 * np.log10(255**2 / error), abs=1e-4)
@@ -26,7 +26,7 @@ def test_psnr_is_its_formula(pairs):
 
 
 def by_the_formula(x: np.ndarray, y: np.ndarray) -> float:
-    """SSIM of Wang et al. 2004, eq. 13, of one channel, over all 11 x 11 windows that lie inside."""
+    """Compute SSIM of one channel (Wang et al. 2004, eq. 13) over all 11 x 11 windows inside the image."""
     line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     window = np.outer(line, line) / line.sum() ** 2
 
@@ -42,26 +42,26 @@ def by_the_formula(x: np.ndarray, y: np.ndarray) -> float:
     return (top / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))).mean()
 
 
-def test_ssim_is_its_formula(pairs):
+def test_ssim_matches_formula(pairs):
     for restored, sharp in pairs:
         expected = np.mean([by_the_formula(restored[..., c], sharp[..., c]) for c in range(3)])
         assert ssim(restored, sharp) == pytest.approx(expected, abs=1e-4)
     assert ssim(sharp, sharp) == pytest.approx(1)
 
 
-def test_rgb_shift_has_a_sign_and_a_channel():
+def test_rgb_shift_is_signed_and_per_channel():
     sharp = np.full((12, 12, 3), 100, np.uint8)
     restored = sharp + np.array([0, 5, 0], np.uint8)
     restored[..., 2] -= 2
     assert rgb_shift(restored, sharp) == (0, 5, -2)
 
 
-def test_what_was_not_measured_does_not_count():
+def test_known_mean_ignores_nan():
     assert known_mean([1.0, float("nan"), 4.0]) == 2.5 and known_mean([1.0, float("inf")]) == float("inf")
     assert np.isnan(known_mean([float("nan")]))
 
 
-def test_bad_input():
+def test_bad_input_raises():
     image = np.zeros((20, 20, 3), np.uint8)
     with pytest.raises(ValueError, match=r"different shapes: \(20, 20, 3\) and \(20, 10, 3\)"):
         psnr(image, image[:, :10])

@@ -14,15 +14,15 @@ FULL = "width_32_enc_1_1_1_28_mid_1_dec_1_1_1_1"
 TINY = (8, [1, 2], 1, [1, 1])
 
 
-def test_output_is_the_authors():
-    """A picture whose sides are no multiples of 4: zeros are padded and cut off again."""
+def test_output_matches_reference():
+    """The sides of the image are not multiples of 4, so it is zero-padded and cropped."""
     image = torch.sigmoid(draw("input:image", (1, 3, 30, 36)))
     with torch.no_grad():
         restored = fill(NAFNet(*TINY)).eval()(image)
     assert relative_error(restored, np.load(REFERENCE / "generators.npz")["nafnet.tiny"]) < 1e-4
 
 
-def test_keys_and_sizes_are_the_authors():
+def test_keys_parameters_and_flops_match_the_paper():
     manifest = json.loads((REFERENCE / "nafnet_keys.json").read_text())
     with torch.device("meta"):
         networks = {
@@ -33,7 +33,7 @@ def test_keys_and_sizes_are_the_authors():
     counts = [sum(value.numel() for value in network.parameters()) for network in networks.values()]
     assert counts[1:] == [17_111_907, 67_888_835]
     image = torch.zeros(1, 3, 256, 256, device="meta")
-    for name, gmac in ((FULL, 16), ("", 65)):  # the paper's, whose tool also counts norms and scalings
+    for name, gmac in ((FULL, 16), ("", 65)):  # of the paper, which also counts norms and scalings
         with FlopCounterMode(display=False) as counter:
             networks[name](image)
         assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, rel=0.035)
@@ -41,7 +41,7 @@ def test_keys_and_sizes_are_the_authors():
         assert {k: list(v.shape) for k, v in networks[name].state_dict().items()} == expected
 
 
-def test_it_learns_one_batch():
+def test_overfits_one_batch():
     torch.manual_seed(0)
     network, image = NAFNet(*TINY), torch.rand(2, 3, 16, 16)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)

@@ -1,4 +1,4 @@
-"""What the documents of the systems tell people to type runs, but for paths and the name of the script."""
+"""Commands from the original documents run here with our script names and paths (docs/names.md)."""
 
 import json
 import re
@@ -38,7 +38,7 @@ FILL = (
     "python infer.py --checkpoint_path outputs/controlnet_inpainting_*/final_model/controlnet.pth "
     "--input_image test_images/sample.jpg --input_mask test_images/mask.png "
 )
-# The document's line, and which of several scripts of one name it means. They build on each other.
+# (command line, system if several scripts have the name). Later commands use outputs of earlier ones.
 COMMANDS = [
     (
         "python create_deblur_dataset.py --source_dir /path/to/source/images "
@@ -77,7 +77,7 @@ COMMANDS = [
     ("python train_deblur.py", ""),
     ("python train.py", "SRN"),
 ]
-# What users write in the place of the documents' paths, and what comes behind for a tiny run.
+# Replacements for the documents' paths, and arguments to append for a tiny run.
 PATHS = {
     "/path/to/source/images": "photos",
     "path/to/flux-kontext-model": "flux",
@@ -104,7 +104,7 @@ MORE = {
 
 
 def scripts() -> dict[tuple[str, str], list[str]]:
-    """The page's table: (script, of what) -> words of ours."""
+    """Read the page's table: (original script, system) -> our script and arguments."""
     table = PAGE.split("## Scripts")[1].split("##")[0]
     rows = re.findall(r"^\| `([\w.]+)`(?: \((\w+)[^)]*\))? \| `([\w. ]+)`", table, re.M)
     return {(name, about): ours.split() for name, about, ours in rows}
@@ -114,7 +114,7 @@ SCRIPTS = scripts()
 
 
 def ours(line: str, about: str) -> tuple[str, list[str]]:
-    """Our script for a document's line, and its words."""
+    """Translate an original command line to our script and its arguments."""
     words = shlex.split(line)
     start = next(n for n, word in enumerate(words) if word.endswith((".py", ".sh")))
     known = SCRIPTS.get((words[start], about)) or SCRIPTS[(words[start], "")]
@@ -123,7 +123,7 @@ def ours(line: str, about: str) -> tuple[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """The documents' data, tiny."""
+    """Create tiny versions of the documents' data."""
     place = tmp_path_factory.mktemp("names") / "place"
     tiny_runs.make_place(place)
     write_tiny_folder(place / "flux", place, PROMPT)
@@ -141,7 +141,7 @@ def workplace(tmp_path_factory):
     mask = ScaledCrop.fit((64, 64), 64).cut(tiny_runs.read_image(place / "photos" / "000.png")) * 0
     mask[8:24, 8:24] = 255
     write_image(place / "mask.png", mask)
-    tree = sorted((place / "gopro").glob("*/blur/*"))  # from the current folder, as data_list.py writes them
+    tree = sorted((place / "gopro").glob("*/blur/*"))  # relative to the working directory, like data_list.py
     lines = [f"./{path.relative_to(place)} ./{path.relative_to(place)}".split() for path in tree]
     (place / "list.txt").write_text(
         "\n".join(f"{blurry} {sharp.replace('/blur/', '/sharp/')}" for blurry, sharp in lines)
@@ -152,12 +152,12 @@ def workplace(tmp_path_factory):
 @pytest.mark.parametrize(
     ("line", "about"), COMMANDS, ids=[f"{line[:40]} {about}" for line, about in COMMANDS]
 )
-def test_the_documents_commands_run(line, about, workplace, monkeypatch):
+def test_documented_commands_run(line, about, workplace, monkeypatch):
     script, words = ours(line, about)
     monkeypatch.chdir(workplace)
     if module_of(script) is infer:
         words = infer.with_subcommand(words)
-    read_settings(settings_of(script), words=words)  # every flag is known, every value is understood
+    read_settings(settings_of(script), words=words)  # every flag and value is accepted
     words = [PATHS.get(word, word) for word in words]
     words = [next((w.replace(a, b) for a, b in PATHS.items() if w.endswith(f"={a}")), w) for w in words]
     words += f"{SMALL.get(script, '')} {MORE.get(script, '')}".split()
@@ -175,7 +175,7 @@ def test_the_documents_commands_run(line, about, workplace, monkeypatch):
         assert (settings.output_dir / "inpainted.png").is_file()
 
 
-def test_a_name_on_a_hub_is_refused_by_a_sentence_that_names_ours(workplace, monkeypatch):
+def test_hub_name_raises_with_our_tool_in_the_message(workplace, monkeypatch):
     line = next(line for line, _ in COMMANDS if "runwayml" in line)
     script, words = ours(line, "inpainting")
     monkeypatch.chdir(workplace)
@@ -184,8 +184,8 @@ def test_a_name_on_a_hub_is_refused_by_a_sentence_that_names_ours(workplace, mon
         module_of(script).main(read_settings(settings_of(script), words=words))
 
 
-def test_the_chinese_page_has_the_same_names():
-    """What stands in code in each row of its tables."""
+def test_chinese_page_has_the_same_names():
+    """Compares the inline code in each table row."""
     chinese = (ROOT / "docs" / "names_zh.md").read_text(encoding="utf-8")
     rows = [
         sorted(
@@ -196,7 +196,7 @@ def test_the_chinese_page_has_the_same_names():
     assert [row for row in rows[0] if row not in rows[1]] == [] and len(rows[0]) == len(rows[1])
 
 
-def test_every_script_of_the_page_exists():
+def test_scripts_named_in_the_page_exist():
     assert len(SCRIPTS) >= 13
     for words in SCRIPTS.values():
         assert words[0] == "python" or (ROOT / words[0]).is_file(), words
@@ -204,7 +204,7 @@ def test_every_script_of_the_page_exists():
         assert Path(ROOT, name).is_file(), name
 
 
-def test_every_class_of_the_page_exists():
+def test_classes_named_in_the_page_exist():
     import cldm.deblur
     import ldm.data.degraded
     import ldm.modules.perceptual

@@ -1,4 +1,4 @@
-"""Our networks against diffusers' and transformers' with the same weights."""
+"""Our networks give the same outputs as those of diffusers, transformers and open_clip."""
 
 import re
 
@@ -36,7 +36,7 @@ RESNET = {
 
 
 def diffusers_block(name: str, per_level: int, levels: int) -> str:
-    """Name of one of our UNet's or ControlNet's parameters in diffusers."""
+    """Return the diffusers name of a parameter of our UNet or ControlNet."""
     fixed = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -77,7 +77,7 @@ def diffusers_block(name: str, per_level: int, levels: int) -> str:
 
 
 def transfer(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
-    """Give diffusers' network the weights of ours; every parameter of both must have a partner."""
+    """Copy our weights to the diffusers network; all parameters of both must match."""
     weights = {diffusers_block(name, 2, 3): value for name, value in ours.state_dict().items()}
     theirs.load_state_dict(weights, strict=True)
 
@@ -94,7 +94,7 @@ def inputs() -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("linear", [False, True])
-def test_unet_and_controlnet_against_diffusers(inputs, linear):
+def test_unet_and_controlnet_equal_diffusers(inputs, linear):
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     sizes = {**SIZES, "use_linear_in_transformer": linear}
@@ -134,7 +134,7 @@ def diffusers_autoencoder_name(name: str) -> str:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("channels", "quant"), [(4, True), (16, False)])
-def test_autoencoder_against_diffusers(channels, quant):
+def test_autoencoder_equals_diffusers(channels, quant):
     from diffusers import AutoencoderKL as TheirAutoencoder
 
     config = {"ch": 32, "ch_mult": [1, 2, 2], "num_res_blocks": 1, "z_channels": channels}
@@ -163,7 +163,7 @@ PROMPTS = ["a photograph of a CAT, sitting", "", "naïve — 猫 & <b>bold</b>"]
 
 
 @torch.no_grad()
-def test_clip_text_against_transformers():
+def test_clip_text_encoder_equals_transformers():
     from transformers import CLIPTextConfig, CLIPTextModel
 
     ours = fill(FrozenCLIPEmbedder(width=32, hidden=64, layers=3, heads=4)).eval()
@@ -190,7 +190,7 @@ def test_clip_text_against_transformers():
 
 
 @torch.no_grad()
-def test_open_clip_text_against_open_clip():
+def test_open_clip_text_encoder_equals_open_clip():
     import open_clip
 
     ours = FrozenOpenCLIPEmbedder(width=32, heads=4, layers=3, layer="penultimate")
@@ -199,7 +199,7 @@ def test_open_clip_text_against_open_clip():
     assert torch.equal(tokenize(PROMPTS, padding=0), ids)
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2}
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 8, "patch_size": 16}
-    theirs = open_clip.CLIP(1024, vision, text).eval()  # two blocks: ours without its last
+    theirs = open_clip.CLIP(1024, vision, text).eval()  # two blocks, since "penultimate" skips our last one
     weights = {k: v for k, v in ours.model.state_dict().items() if "resblocks.2." not in k}
     theirs.load_state_dict(weights, strict=False)
     h = theirs.token_embedding(ids) + theirs.positional_embedding
@@ -207,12 +207,12 @@ def test_open_clip_text_against_open_clip():
     assert relative_error(ours(PROMPTS), expected) < 1e-4
 
 
-def test_long_prompts_are_cut_with_a_warning():
+def test_long_prompt_is_truncated_with_a_warning():
     with pytest.warns(UserWarning, match="longer than 77 tokens, ignored: 'word"):
         ids = tokenize(["word " * 90])
     assert ids.shape == (1, 77) and ids[0, -1] == 49407
 
 
-def test_another_layer_is_refused():
+def test_unknown_layer_raises():
     with pytest.raises(ValueError, match="'middle'"):
         FrozenOpenCLIPEmbedder(layer="middle")

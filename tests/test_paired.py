@@ -1,4 +1,4 @@
-"""Finding pairs in every layout, splitting by source, and crops that treat both pictures alike."""
+"""Finding pairs, splitting by source, crops that treat both sides alike, and blur on the fly."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def names(pairs: list[Pair], root: Path) -> list[tuple[str, str]]:
 # ---- finding -----------------------------------------------------------------------------------------------
 
 
-def test_two_folders_by_stem_in_natural_order(tmp_path):
+def test_two_folders_are_matched_by_stem_in_natural_order(tmp_path):
     for number in (10, 9, 1):
         picture(tmp_path / "in" / f"{number}.png")
         picture(tmp_path / "out" / f"{number}.bmp").rename(tmp_path / "out" / f"{number}.webp")
@@ -41,7 +41,7 @@ def test_two_folders_by_stem_in_natural_order(tmp_path):
     assert [pair.group for pair in pairs] == ["1", "9", "10"]
 
 
-def test_subfolders_are_matched_by_relative_path_and_are_groups(tmp_path):
+def test_subfolders_are_matched_by_path_and_become_groups(tmp_path):
     for side in ("in", "out"):
         for name in ("a/1.png", "a/2.png", "b/1.png"):
             picture(tmp_path / side / name)
@@ -50,7 +50,7 @@ def test_subfolders_are_matched_by_relative_path_and_are_groups(tmp_path):
     assert [pair.group for pair in pairs] == ["a", "a", "b"]
 
 
-def test_missing_partner_is_named(tmp_path):
+def test_missing_counterpart_raises_with_its_name(tmp_path):
     for name in ("in/1.png", "in/2.png", "out/1.png", "out/3.png"):
         picture(tmp_path / name)
     with pytest.raises(ValueError, match="without a counterpart: .*in/2.png, .*out/3.png"):
@@ -60,7 +60,7 @@ def test_missing_partner_is_named(tmp_path):
         match_folders(tmp_path / "in", tmp_path / "out")
 
 
-def test_gopro_tree(tmp_path):
+def test_gopro_tree_is_found(tmp_path):
     for part, sequence, frames in (
         ("train", "GOPR10_00", (2, 10)),
         ("train", "GOPR9_00", (1,)),
@@ -74,7 +74,7 @@ def test_gopro_tree(tmp_path):
     assert names(pairs, tmp_path / "train") == [(n.format("blur"), n.format("sharp")) for n in expected]
     assert [pair.group for pair in pairs] == ["GOPR9_00", "GOPR10_00", "GOPR10_00"]
     assert {pair.group for pair in find_pairs(tmp_path)} == {"train/GOPR9_00", "train/GOPR10_00", "test/G"}
-    assert len(find_pairs(tmp_path / "test" / "G")) == 1  # one sequence alone
+    assert len(find_pairs(tmp_path / "test" / "G")) == 1  # a single sequence
 
     (tmp_path / "test" / "G" / "sharp" / "1.png").unlink()
     with pytest.raises(FileNotFoundError, match="no images.*test/G/sharp"):
@@ -89,7 +89,7 @@ def write_jsonl(folder: Path, lines: list) -> Path:
     return file
 
 
-def test_jsonl_of_the_dataset_tool(tmp_path):
+def test_jsonl_list_is_read(tmp_path):
     records = []
     for number in (10, 2):
         record = {"clear_image": f"清晰 的/c_{number}.png", "blur_image": f"blur images/b_{number}.png"}
@@ -130,7 +130,7 @@ def test_jsonl_of_the_dataset_tool(tmp_path):
         ('{"clear_image": "a.png", "blur_image": "no.png"}', "blur_types.json:2: image not found: .*no.png"),
     ],
 )
-def test_broken_jsonl_lines_are_named(tmp_path, line, message):
+def test_broken_jsonl_line_raises_with_its_number(tmp_path, line, message):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
     write_jsonl(tmp_path, [{"clear_image": "a.png", "blur_image": "b.png"}, line])
@@ -138,7 +138,7 @@ def test_broken_jsonl_lines_are_named(tmp_path, line, message):
         find_pairs(tmp_path)
 
 
-def test_list_file_with_tabs_spaces_and_quotes(tmp_path):
+def test_list_with_tabs_spaces_and_quotes_is_read(tmp_path):
     for name in ("a/blur/1.png", "a/sharp/1.png", "模糊 图/2.png", "清晰 图/2.png", "x.png", "y.png"):
         picture(tmp_path / name)
     text = "# blurry sharp\nx.png y.png\n\n模糊 图/2.png\t清晰 图/2.png\r\n"
@@ -165,7 +165,7 @@ def test_list_file_with_tabs_spaces_and_quotes(tmp_path):
         ),
     ],
 )
-def test_broken_list_lines_are_named(tmp_path, line, message):
+def test_broken_list_line_raises_with_its_number(tmp_path, line, message):
     for name in ("x.png", "sharp/1.png"):
         picture(tmp_path / name)
     (tmp_path / "list.txt").write_text(f"x.png sharp/1.png\n{line}\n")
@@ -173,7 +173,7 @@ def test_broken_list_lines_are_named(tmp_path, line, message):
         find_pairs(tmp_path / "list.txt")
 
 
-def test_nothing_to_find_is_said(tmp_path):
+def test_missing_or_empty_data_set_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such data set: .*nowhere"):
         find_pairs(tmp_path / "nowhere")
     with pytest.raises(
@@ -203,7 +203,7 @@ def test_split_is_by_source_and_deterministic():
     assert not groups[0] & groups[1] and len(groups[1]) == 5
     assert sorted(training + held_out, key=pairs.index) == pairs
     assert split_pairs(pairs, 0.25, seed=1) == (training, held_out)
-    assert split_pairs(pairs[::-1], 0.25, seed=1)[1] == held_out[::-1]  # whatever the order of the list
+    assert split_pairs(pairs[::-1], 0.25, seed=1)[1] == held_out[::-1]  # independent of the list's order
     assert split_pairs(pairs, 0.25, seed=2)[1] != held_out
     assert split_pairs(pairs, 0, seed=1) == (pairs, [])
     assert {pair.group for pair in split_pairs(pairs, 0.001, seed=1)[1]} and split_pairs(pairs, 0.99, 1)[0]
@@ -218,7 +218,7 @@ def test_split_is_by_source_and_deterministic():
 
 @pytest.fixture
 def same_pairs(tmp_path) -> list[Pair]:
-    """Pairs whose blurry picture is the sharp one inverted: whatever is done to one shows in the other."""
+    """Write pairs whose blurry side is the inverted sharp one, so that both can be compared exactly."""
     pairs = []
     for seed in range(3):
         sharp = picture(tmp_path / f"sharp/{seed}.png", seed, 40, 56)
@@ -228,7 +228,7 @@ def same_pairs(tmp_path) -> list[Pair]:
     return pairs
 
 
-def test_items_have_the_stated_layout(same_pairs):
+def test_item_format_and_range(same_pairs):
     dataset = PairedDataset(same_pairs, size=16, seed=3)
     item = dataset[(2, 1)]
     assert set(item) == {"blurry", "sharp", "path", "blur_type", "seed"} and len(dataset) == 3
@@ -238,11 +238,11 @@ def test_items_have_the_stated_layout(same_pairs):
     assert item["path"] == str(same_pairs[1].blurry) and item["blur_type"] == "lens_blur"
     assert item["seed"] == item_seed(3, (2, 1))
     centre = read_image(same_pairs[1].sharp)[12:28, 20:36]
-    assert torch.equal(item["sharp"], to_tensor(centre))  # without augmentation: the middle
+    assert torch.equal(item["sharp"], to_tensor(centre))  # without augmentation: the center crop
     assert torch.equal(dataset[1]["sharp"], item["sharp"])
 
 
-def test_both_pictures_get_the_same_geometry_and_every_geometry_occurs(same_pairs):
+def test_both_sides_get_the_same_crop_flip_and_rotation(same_pairs):
     dataset = PairedDataset(same_pairs, size=16, seed=0, augment=True)
     whole, seen, corners = read_image(same_pairs[0].sharp), set(), set()
     for epoch in range(120):
@@ -257,11 +257,11 @@ def test_both_pictures_get_the_same_geometry_and_every_geometry_occurs(same_pair
                 if match.min() == 0:
                     seen.add((turns, flip))
                     corners.add(np.unravel_index(match.argmin(), match.shape))
-    assert len(seen) == 8 and len(corners) > 80  # every turn and flip, everywhere
+    assert len(seen) == 8 and len(corners) > 80  # every rotation and flip, at many positions
     assert max(y for y, _ in corners) > 20 and max(x for _, x in corners) > 36
 
 
-def test_colour_jitter_is_one_affine_map_for_both(same_pairs):
+def test_colour_jitter_is_the_same_affine_map_for_both_sides(same_pairs):
     plain = PairedDataset(same_pairs, size=16, seed=0)
     jittered = PairedDataset(same_pairs, size=16, seed=0, color_jitter=0.2)
     for epoch in range(5):
@@ -271,7 +271,7 @@ def test_colour_jitter_is_one_affine_map_for_both(same_pairs):
         for name in ("blurry", "sharp"):
             pixels = (before[name] + 1).div(2).flatten(1).numpy()  # (3, n) in [0, 1]
             expected = (matrix[:, :3] @ pixels + matrix[:, 3:]).clip(0, 1)
-            assert np.abs(expected - (after[name] + 1).div(2).flatten(1).numpy()).max() < 1 / 255  # a level
+            assert np.abs(expected - (after[name] + 1).div(2).flatten(1).numpy()).max() < 1 / 255  # one level
     strengths = [
         np.abs(paired.color_matrix(np.random.default_rng(s), 0.0) - np.eye(3, 4)).max() for s in range(3)
     ]
@@ -289,7 +289,7 @@ def test_small_images_are_scaled_up_not_padded(tmp_path):
     assert at_least(photo, 64).shape == (152, 64, 3) and at_least(photo, 21) is photo
 
 
-def test_items_are_the_same_from_any_worker_and_after_a_resume(same_pairs):
+def test_items_do_not_depend_on_workers_or_resuming(same_pairs):
     dataset = PairedDataset(same_pairs, size=16, seed=0, augment=True, color_jitter=0.1)
 
     def batches(workers: int, start: int = 0) -> list[torch.Tensor]:
@@ -302,7 +302,7 @@ def test_items_are_the_same_from_any_worker_and_after_a_resume(same_pairs):
     assert not torch.equal(dataset[(0, 1)]["sharp"], dataset[(1, 1)]["sharp"])
 
 
-def test_cache_gives_the_same_and_reads_the_disk_once(same_pairs):
+def test_cached_items_are_equal_and_read_once(same_pairs):
     plain = PairedDataset(same_pairs, size=16, seed=0, augment=True)
     cached = PairedDataset(same_pairs, size=16, seed=0, augment=True, cache=True)
     expected = [plain[(1, index)] for index in range(3)]
@@ -311,10 +311,10 @@ def test_cache_gives_the_same_and_reads_the_disk_once(same_pairs):
         pair.sharp.unlink()
     for index in range(3):
         assert torch.equal(cached[(1, index)]["blurry"], expected[index]["blurry"])
-        assert torch.equal(cached[(1, index)]["blurry"], expected[index]["blurry"])  # and does not change it
+        assert torch.equal(cached[(1, index)]["blurry"], expected[index]["blurry"])  # cache not modified
 
 
-def test_bad_pairs_are_named(same_pairs, tmp_path):
+def test_bad_pairs_raise(same_pairs, tmp_path):
     picture(same_pairs[1].blurry, 0, 40, 57)
     dataset = PairedDataset(same_pairs, size=16, seed=0)
     with pytest.raises(ValueError, match=r"differ in size: .*blur/1.png is 57x40, .*sharp/1.png is 56x40"):
@@ -335,7 +335,7 @@ def test_bad_pairs_are_named(same_pairs, tmp_path):
 # ---- blur on the fly ---------------------------------------------------------------------------------------
 
 
-def test_blur_on_the_fly_has_the_layout_of_pairs_and_new_blur_every_epoch():
+def test_blur_on_the_fly_has_pair_format_and_new_blur_each_epoch():
     dataset = BlurDataset(photographs(), size=48, seed=0)
     assert len(dataset) == len(photographs())
     first, again, later = dataset[(0, 2)], dataset[2], dataset[(1, 2)]
@@ -346,7 +346,7 @@ def test_blur_on_the_fly_has_the_layout_of_pairs_and_new_blur_every_epoch():
     assert {dataset[(epoch, 0)]["blur_type"] for epoch in range(40)} == {*BLUR_TYPES}
 
 
-def test_blur_on_the_fly_aligns_with_the_sharp_image_after_flips_and_turns(monkeypatch):
+def test_blur_on_the_fly_stays_aligned_after_flips_and_rotations(monkeypatch):
     monkeypatch.setattr(paired, "BLUR_NAMES", ("defocus_blur",))
     dataset = BlurDataset(photographs(("chelsea.png",)), 96, 0, augment=True, scale=0.4, noise=0)
     for epoch in range(10):
@@ -357,8 +357,8 @@ def test_blur_on_the_fly_aligns_with_the_sharp_image_after_flips_and_turns(monke
         assert torch.corrcoef(torch.stack([sharp, turned]))[0, 1] < 0.9
 
 
-def test_borders_of_a_crop_are_true():
-    """The blur of a crop equals the crop of the blur of a picture in which there is more to see."""
+def test_blur_of_a_crop_includes_light_from_outside():
+    """Blurring a crop equals cropping the blurred larger image."""
     image = np.zeros((128, 128, 3), np.uint8)
     image[:, :38] = 255  # ends 2 pixels left of the crop
     crop = Crop(40, 40, 48, 48)
@@ -367,13 +367,13 @@ def test_borders_of_a_crop_are_true():
         image, crop, np.random.default_rng(0), ["gaussian_blur"], noise=0
     )
     assert blurry.shape == sharp.shape == (48, 48, 3) and blur_type == "gaussian_blur" and drawn["sigma"] > 1
-    assert sharp.max() == 0 and blurry[:, 0].min() > 60  # light from outside comes in
+    assert sharp.max() == 0 and blurry[:, 0].min() > 60  # light from outside the crop
     assert blurry[:, -1].max() == 0
     alone = paired.blur_crop(sharp, Crop(0, 0, 48, 48), np.random.default_rng(0), ["gaussian_blur"], noise=0)
     assert alone[0].max() == 0
 
 
-def test_sharp_pictures_of_a_tree_and_of_a_folder(tmp_path):
+def test_sharp_images_of_a_tree_or_folder_are_found(tmp_path):
     picture = np.zeros((8, 8, 3), np.uint8)
     for name in ("GOPR1/sharp/1.png", "GOPR1/blur/1.png", "GOPR1/sharp/2.png", "GOPR2/sharp/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -397,7 +397,7 @@ def test_sharp_pictures_of_a_tree_and_of_a_folder(tmp_path):
 # ---- the recipe --------------------------------------------------------------------------------------------
 
 
-def test_sources_are_mixed_by_a_ratio():
+def test_sources_are_mixed_by_ratio():
     leaves = DeadLeaves(24, 4, seed=0)
     both = ConcatSource((ImageFiles(photographs()), 3), (leaves, 1))
     assert len(both) == 3 * len(photographs()) + 4
@@ -406,10 +406,10 @@ def test_sources_are_mixed_by_a_ratio():
     assert np.array_equal(both[5, len(both) - 1], leaves[5, 3])
     dataset = BlurDataset(both, size=32, seed=0, augment=True)
     crops = [dataset[(0, index)]["sharp"] for index in range(3)]
-    assert not torch.equal(crops[0], crops[1])  # other crops of the same photograph
+    assert not torch.equal(crops[0], crops[1])  # different crops of the same photograph
 
 
-def test_the_sharpest_of_the_candidates_is_taken(tmp_path):
+def test_sharpest_candidate_crop_is_chosen(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
     write_image(tmp_path / "half.png", np.where(np.arange(128)[:, None] < 64, noise, 128).astype(np.uint8))
     assert sharpness(noise) > 1000 and sharpness(noise * 0 + 9) == 0
@@ -421,7 +421,7 @@ def test_the_sharpest_of_the_candidates_is_taken(tmp_path):
     assert in_focus(1) < 0.85 < 0.99 < in_focus(8)
 
 
-def test_a_crop_has_no_fall_off_of_its_own(monkeypatch):
+def test_lens_vignetting_of_a_crop_can_be_disabled(monkeypatch):
     monkeypatch.setattr(paired, "BLUR_NAMES", ("lens_blur",))
     flat = np.full((80, 80, 3), 200, np.uint8)
     source = [Path("flat.png")]
@@ -436,7 +436,7 @@ def test_a_crop_has_no_fall_off_of_its_own(monkeypatch):
     assert darkest(field=(0.0, 0.0)) == pytest.approx(level, abs=0.01) and darkest() < level - 0.02
 
 
-def test_the_sharp_side_can_take_the_mean_colour_of_the_blurry_one(tmp_path):
+def test_match_colors_removes_the_mean_colour_shift(tmp_path):
     sharp = np.random.default_rng(0).integers(60, 190, (40, 40, 3), dtype=np.uint8)
     write_image(tmp_path / "sharp.png", sharp)
     write_image(tmp_path / "blur.png", cv2.blur(sharp, (3, 3)) + np.uint8([9, 0, 4]))
@@ -448,7 +448,7 @@ def test_the_sharp_side_can_take_the_mean_colour_of_the_blurry_one(tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_pairs_are_mixed_among_crops_on_the_fly(same_pairs, fraction):
+def test_real_pairs_are_mixed_in_by_fraction(same_pairs, fraction):
     photos = BlurDataset([Path(path) for path in photographs()] * 50, 16, seed=0)
     mixed = MixedDataset(photos, PairedDataset(same_pairs, 16, seed=0, augment=True), fraction)
     assert len(mixed) == len(photos)

@@ -1,4 +1,4 @@
-"""What a result keeps of its image: EXIF, colours, 16 bits, transparency, and what it was made from."""
+"""Results keep the input's EXIF, ICC profile, bit depth and transparency, and a note on their origin."""
 
 import warnings
 
@@ -34,7 +34,7 @@ def camera_exif(orientation: int = 6) -> Image.Exif:
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("source", ["jpg", "tif", "png"])
-def test_exif_is_kept_and_the_picture_upright(tmp_path, ending, source):
+def test_exif_is_kept_and_orientation_applied(tmp_path, ending, source):
     path, target = tmp_path / f"in.{source}", tmp_path / f"out.{ending}"
     Image.fromarray(photograph(30, 40)).save(path, exif=camera_exif())
     picture = read_photo(path)
@@ -44,7 +44,7 @@ def test_exif_is_kept_and_the_picture_upright(tmp_path, ending, source):
         exif = image.getexif()
         assert exif[TAGS.Model] == "Camera" and exif[TAGS.DateTime] == "2026:01:02 03:04:05"
         assert TAGS.Orientation not in exif and image.size == (30, 40)
-        if source != "tif":  # Pillow leaves these out when it writes a TIFF
+        if source != "tif":  # Pillow does not write these to a TIFF
             sub = exif.get_ifd(IFD.Exif)
             assert sub[TAGS.DateTimeOriginal] == "2020:01:02 03:04:05" and sub[TAGS.ISOSpeedRatings] == 200
             assert not {TAGS.MakerNote, TAGS.ExifImageWidth} & {*sub} and exif.get_ifd(IFD.GPSInfo)[1] == "N"
@@ -54,7 +54,7 @@ def test_exif_is_kept_and_the_picture_upright(tmp_path, ending, source):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_damaged_exif_is_told_and_left_out(tmp_path):
+def test_damaged_exif_is_dropped_with_a_warning(tmp_path):
     Image.fromarray(photograph(8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05broken")
     with pytest.warns(UserWarning):
         picture = read_photo(tmp_path / "a.jpg")
@@ -64,7 +64,7 @@ def test_damaged_exif_is_told_and_left_out(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("source", ["png", "tif"])
-def test_16_bits_stay(tmp_path, channels, source):
+def test_16_bit_depth_is_kept(tmp_path, channels, source):
     deep = np.random.default_rng(0).integers(0, 65536, (9, 14, channels), dtype=np.uint16)
     path = tmp_path / f"in.{source}"
     cv2.imwrite(str(path), deep if channels == 1 else deep[..., [2, 1, 0, 3][:channels]])
@@ -85,8 +85,8 @@ def test_16_bits_stay(tmp_path, channels, source):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("source", ["png", "tif"])
-def test_16_bits_are_upright(tmp_path, orientation, source):
-    """The same turn as that of the 8-bit reader."""
+def test_orientation_is_applied_to_16_bit_images(tmp_path, orientation, source):
+    """The orientation is the same as in the 8-bit reader."""
     path = tmp_path / f"in.{source}"
     deep = photograph(12, 18).astype(np.uint16) * 257
     cv2.imwrite(str(path), deep[..., ::-1])
@@ -97,7 +97,7 @@ def test_16_bits_are_upright(tmp_path, orientation, source):
 
         path.write_bytes(_deep_png(deep, None, exif.tobytes()))
     else:
-        tags = path.read_bytes()  # OpenCV writes no orientation: Pillow cannot write 16 bits
+        tags = path.read_bytes()  # OpenCV writes no orientation, Pillow no 16 bits
         import tifffile
 
         with tifffile.TiffWriter(path) as writer:
@@ -107,7 +107,7 @@ def test_16_bits_are_upright(tmp_path, orientation, source):
     assert upright.dtype == np.uint16 and np.array_equal(upright // 257, read_image(path))
 
 
-def test_colours_are_srgb_or_named(tmp_path):
+def test_icc_profile_is_kept(tmp_path):
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.fromarray(photograph(8, 8)).save(tmp_path / "a.png", icc_profile=lab)
     Image.fromarray(photograph(8, 8)).save(tmp_path / "b.png")
@@ -123,7 +123,7 @@ def test_colours_are_srgb_or_named(tmp_path):
     assert read_photo(tmp_path / "c.png", deep=True).profile == picture.profile
 
 
-def test_transparency_is_carried_and_lies_over_white_in_jpeg(tmp_path):
+def test_transparency_is_kept_or_composited_over_white_in_jpeg(tmp_path):
     rgba = np.dstack([photograph(8, 8), np.full((8, 8), 128, np.uint8)])
     Image.fromarray(rgba).save(tmp_path / "a.png")
     picture = read_photo(tmp_path / "a.png")
@@ -137,7 +137,7 @@ def test_transparency_is_carried_and_lies_over_white_in_jpeg(tmp_path):
     assert np.abs(read_image(tmp_path / "b.jpg").astype(int) - picture.shown()).mean() < 4
 
 
-def test_a_picture_too_large_for_its_format_is_named(tmp_path):
+def test_image_too_large_for_its_format_raises(tmp_path):
     picture = read_photo(photographs()[0])
     with pytest.raises(ValueError, match="long.webp: WEBP cannot hold this image"):
         write_photo(tmp_path / "long.webp", np.zeros((1, 16384, 3), np.uint8), picture)
@@ -145,8 +145,8 @@ def test_a_picture_too_large_for_its_format_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("ending", "most"), [("jpg", 65500), ("webp", 16383)])
-def test_the_longest_side_of_a_format(tmp_path, ending, most):
-    """The number is the one at which the library refuses; it is checked without an image."""
+def test_size_limit_of_each_format(tmp_path, ending, most):
+    """check_fits knows the encoder's limit and needs no image."""
     picture = read_photo(photographs()[0])
     path = tmp_path / f"a.{ending}"
     write_photo(path, np.zeros((1, most, 3), np.uint8), picture)
@@ -160,7 +160,7 @@ def test_the_longest_side_of_a_format(tmp_path, ending, most):
 
 
 @pytest.mark.parametrize(("width", "comparison"), [(16384, False), (9000, True)])
-def test_a_result_too_long_for_its_format_is_found_before_the_work(tmp_path, width, comparison):
+def test_result_too_large_for_its_format_raises_before_restoring(tmp_path, width, comparison):
     source, target = tmp_path / "a.png", tmp_path / "out" / "a.webp"
     Image.new("RGB", (width, 1)).save(source)
     command = Command(input=source, output_dir=target.parent, format="webp", comparison=comparison)
@@ -168,7 +168,7 @@ def test_a_result_too_long_for_its_format_is_found_before_the_work(tmp_path, wid
         restore_one(command, pytest.fail, source, target, "")
 
 
-def test_files_are_known_by_their_content(tmp_path):
+def test_content_hash_depends_only_on_content(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"1")
     known = content_hash(path)
@@ -179,8 +179,8 @@ def test_files_are_known_by_their_content(tmp_path):
     assert read_note(path) == "" and read_note(tmp_path / "none") == ""
 
 
-def test_damaged_files_are_named_or_read(tmp_path):
-    """1 to 8 bytes of a picture with EXIF are changed: it is refused in a sentence, or written."""
+def test_damaged_files_are_read_or_raise_one_error(tmp_path):
+    """1 to 8 bytes of an image with EXIF are changed; it raises one error or can be written again."""
     rng, read = np.random.default_rng(0), 0
     for ending in ("jpg", "png", "tif", "webp"):
         Image.fromarray(photograph(12, 12)).save(tmp_path / f"in.{ending}", exif=camera_exif())

@@ -1,4 +1,4 @@
-"""The plan against reality: what is counted on fake tensors is what a real step takes on a CPU."""
+"""benchmarks/plan.py: counts on fake tensors agree with real steps on a CPU."""
 
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def measured_peak(work) -> int:
-    """The most bytes that the CPU's allocator had given away at once, by its own account."""
+    """Return the peak of allocated CPU memory in bytes, from torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -37,7 +37,7 @@ def measured_peak(work) -> int:
         (partial(plan.dbgan, stage="blur"), replace(DBGAN, width=16, crop_size=64)),
     ],
 )
-def test_the_counted_peak_is_the_real_one(make, settings):
+def test_counted_peak_memory_matches_measured_peak(make, settings):
     def two_steps() -> None:
         step, _ = make(settings, "cpu")
         step()
@@ -49,7 +49,7 @@ def test_the_counted_peak_is_the_real_one(make, settings):
     assert real > 2e7 and abs(count.peak - real) < 0.1 * real
 
 
-def test_counted_flop_are_those_of_the_formula():
+def test_counted_flops_and_memory_match_formula():
     with fake_tensors(like_cuda=True) as count:
         linear, x = torch.nn.Linear(64, 32), torch.empty(128, 64)
         held = count.held
@@ -61,7 +61,7 @@ def test_counted_flop_are_those_of_the_formula():
         assert count.held == 2 * 4 * (64 * 32 + 32)  # weights and gradients
 
 
-def test_a_norm_is_one_kernel_as_on_cuda_also_where_it_is_recomputed():
+def test_rms_norm_is_one_kernel_also_when_recomputed():
     def norm(x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (128,), torch.empty(128, device=x.device), eps=1e-6)
 
@@ -76,11 +76,11 @@ def test_a_norm_is_one_kernel_as_on_cuda_also_where_it_is_recomputed():
         count.restart()
         loss.backward()
     assert on_cuda.kernels == forward == 1
-    assert count.kernels == 3  # the loss's own gradient, the norm again, its gradient
+    assert count.kernels == 3  # gradient of the sum, recomputed norm, gradient of the norm
 
 
-def test_silu_after_a_norm_turns_the_layout_round_in_its_own_pass():
-    """CUDA's GroupNorm gives NCHW. From channels_last and back: a copy before it, none behind."""
+def test_silu_after_group_norm_restores_channels_last_without_copy():
+    """CUDA's GroupNorm copies channels_last input to NCHW; no second copy is needed after it."""
     norm = GroupNormSiLU(32)
     with fake_tensors(like_cuda=True) as count:
         weights = [p.data for p in to_fake(norm, "cpu").parameters()]
@@ -90,12 +90,12 @@ def test_silu_after_a_norm_turns_the_layout_round_in_its_own_pass():
         assert count.kernels == 3 and h.is_contiguous(memory_format=torch.channels_last)
         count.restart()
         h.backward(torch.empty_like(h))
-    # silu and norm; the copy back; the scale's and the shift's gradients come with the norm's
+    # silu, norm and one copy; the norm's kernel also gives the gradients of scale and shift
     assert count.kernels == 3 and len(weights) == 2
 
 
 @pytest.mark.slow
-def test_a_step_of_every_script_is_counted_and_shown(capsys):
+def test_step_of_every_script_is_counted_and_printed(capsys):
     words = {
         "srn": "--width 8 --crop_size 32 --batch_size 2 --card 3060",
         "dbgan": "--width 8 --blocks 1 --crop_size 32 --perceptual_loss_weight 0",
@@ -108,21 +108,21 @@ def test_a_step_of_every_script_is_counted_and_shown(capsys):
     assert shown.count("(counted)") == 6 and "3060: fits" in shown
 
 
-def test_kontext_is_counted():
+def test_kontext_step_is_counted():
     settings = plan.Kontext(resolution=32, batch_size=1, accumulate_grad_batches=1)
     with fake_tensors(like_cuda=True) as count:
         build(plan.kontext, settings, "cpu").step()
     assert count.flops > 0 and count.kernels > 500
 
 
-def test_the_number_of_blocks_to_swap_that_fits():
+def test_swap_that_fits_finds_number_of_blocks():
     counts = [plan.swap_that_fits(26.3, False, room) for room in (24.0, 16.0, 10.0)]
     assert counts == sorted(counts) and 1 < counts[0] < counts[2] <= 57
     assert plan.swap_that_fits(14.7, True, 11.8) < plan.swap_that_fits(26.3, False, 11.8)
     assert plan.swap_that_fits(26.3, False, 1.0) is None
 
 
-def test_an_unknown_card_is_named_with_those_that_are_known():
+def test_unknown_card_raises_with_list_of_known_cards():
     with pytest.raises(
         ValueError, match="--card 2080 is not known: give one of h200, .*5090, .*4070, .*3080"
     ):
@@ -141,21 +141,21 @@ def layers(fused: bool | None, device: str) -> plan.Work:
     return plan.Work(step, {"optimizer": optimizer})
 
 
-def test_the_optimizer_is_counted_as_the_script_chooses_it():
-    """Fused: one kernel and the count of steps. Open: torch's lists on CUDA. Refused: one by one."""
+def test_optimizer_kernels_depend_on_fused_setting():
+    """True: one kernel plus the step counter. None: foreach kernels on CUDA. False: one tensor at a time."""
     kernels = [plan.count_step(partial(layers, fused), "cpu").kernels for fused in (True, None, False)]
     lists, one_by_one = kernels[1] - kernels[0], kernels[2] - kernels[0]
     assert 5 < lists < 20
     assert one_by_one > 40 * 5
 
 
-def test_srn_is_counted_with_the_fused_kernel_that_cuda_takes():
+def test_srn_is_counted_with_fused_optimizer():
     with fake_tensors(like_cuda=True):
         assert build(plan.srn, SRN, "cpu").parts["optimizer"].param_groups[0]["fused"]
 
 
-def test_real_inputs_are_no_zeros():
-    """They are what a GPU is timed on."""
+def test_benchmark_inputs_are_not_zero():
+    """GPU timings need realistic inputs."""
     settings = replace(DEBLUR, deblur_loss_weight=0.0, precision="32")
     batch = plan.control_batch(settings, plan.control_model(settings, "cpu"), "cpu")
     assert all(batch[name].std() > 0.5 for name in ("jpg", "hint", "noise_0"))

@@ -1,5 +1,5 @@
-"""Two machines, as torchrun starts them on the loopback address: the same weights, a machine that dies, data
-that differ. The processes are forked, as in the fault campaign."""
+"""Training on two nodes, simulated by forked processes on the loopback address: equal weights, a node that
+dies, different data or output folders."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from tests.faults import tiny_runs
 from tests.faults.tiny_runs import command, make_place, must, prepare_output, run, script
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked: no CUDA")
-# Flags of the tiny runs: long enough to be killed on the way, or three steps.
+# Flags of the tiny runs: LONG ones are killed during training, SHORT ones take a few steps.
 LONG = {
     "deblur": {"max_steps": 24, "val_steps": 100, "val_fraction": 0.0, "save_steps": 2},
     "srn": {"epochs": 24, "val_images": 1},
@@ -33,7 +33,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """What tiny runs start from; made in a process of its own, so that this one stays without threads."""
+    """Create the inputs of tiny runs in a separate process, so that this one starts no threads."""
     folder = tmp_path_factory.mktemp("processes")
     must(run(partial(make_place, folder / "place"), folder / "log"))
     return folder / "place"
@@ -46,7 +46,7 @@ def free_port() -> int:
 
 
 def as_machine(rank: int, port: int, work: Callable[[], None]) -> Callable[[], None]:
-    """`work` in the environment that torchrun --nnodes 2 --nproc_per_node 1 gives machine `rank`."""
+    """Wrap `work` to run in the environment of node `rank` of torchrun --nnodes 2 --nproc_per_node 1."""
     where = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
     where |= {
         "GROUP_WORLD_SIZE": 2,
@@ -71,7 +71,7 @@ def start_both(works: list[Callable[[], None]], log: Path) -> list[int]:
 
 
 def end_both(pids: list[int], log: Path, seconds: float = 120) -> list[tuple[int | None, str]]:
-    """Exit codes and what was said on standard error."""
+    """Wait for both processes; return their exit codes and standard error outputs."""
     results = []
     for rank, pid in enumerate(pids):
         code = tiny_runs.wait(pid, seconds)
@@ -96,8 +96,8 @@ def step_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("trainer", SHORT)
-def test_two_machines_leave_what_one_process_leaves(place, tmp_path, trainer):
-    """Twice the batch on one process: the same joint batches."""
+def test_two_nodes_equal_one_process(place, tmp_path, trainer):
+    """One process with twice the batch size sees the same joint batches."""
     folders = tmp_path / "one", tmp_path / "two"
     for folder in folders:
         prepare_output(trainer, place, folder)
@@ -111,9 +111,7 @@ def test_two_machines_leave_what_one_process_leaves(place, tmp_path, trainer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", LONG)
-def test_a_machine_that_dies_ends_the_run_in_a_sentence_and_the_same_command_resumes(
-    place, tmp_path, trainer
-):
+def test_run_ends_with_one_error_when_a_node_dies_and_resumes(place, tmp_path, trainer):
     folder, log = tmp_path / "run", tmp_path / "log"
     prepare_output(trainer, place, folder)
     words = command(trainer, place, folder, **LONG[trainer])
@@ -132,8 +130,8 @@ def test_a_machine_that_dies_ends_the_run_in_a_sentence_and_the_same_command_res
 
 
 @pytest.mark.parametrize(("trainer", "flag", "lost"), [("inpaint", "--image_dir", 1), ("srn", "--data", 9)])
-def test_a_machine_whose_data_are_not_those_of_the_others(place, tmp_path, trainer, flag, lost):
-    """Fewer pictures: all say so. None: it says so, and the others that it ended."""
+def test_different_data_on_one_node_raises(place, tmp_path, trainer, flag, lost):
+    """With fewer images both report the difference; without images, the other reports the lost process."""
     words = command(trainer, place, tmp_path / "run")
     where = words.index(flag) + 1
     elsewhere = tmp_path / "elsewhere"
@@ -152,8 +150,8 @@ def test_a_machine_whose_data_are_not_those_of_the_others(place, tmp_path, train
 
 
 @pytest.mark.parametrize("trainer", ["srn", "deblur"])
-def test_machines_that_do_not_share_the_output_folder(place, tmp_path, trainer):
-    """The second would begin anew where the first resumes."""
+def test_separate_output_folders_raise(place, tmp_path, trainer):
+    """Otherwise one node would resume and the other start again."""
     before, after = {"srn": ({"batch_size": 4}, {}), "deblur": ({}, {"max_steps": 6})}[trainer]
     folders = [tmp_path / "run", tmp_path / "elsewhere"]
     must(run(script(command(trainer, place, folders[0], **SHORT[trainer] | before)), tmp_path / "log"))
@@ -170,14 +168,14 @@ def wait_for_the_dead(rank: int) -> None:
     rank_zero_first(fabric, lambda: None)
 
 
-def test_the_first_does_not_wait_for_a_process_that_has_ended(tmp_path):
+def test_rank_zero_does_not_wait_for_an_ended_process(tmp_path):
     works = [partial(wait_for_the_dead, rank) for rank in range(2)]
     (code, said), (other, _) = end_both(start_both(works, tmp_path / "log"), tmp_path / "log", 30)
     assert (code, other) == (1, 9) and is_lost_peer(RuntimeError(said)), said
 
 
 def average_on(rank: int, answers: Path) -> None:
-    """Gradients that differ by process and by type, averaged and kept."""
+    """Average gradients that differ by process and dtype, and save the results."""
     fabric = start_fabric()
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (), (4, 3, 2, 2))]
     parameters.append(torch.nn.Parameter(torch.zeros(5, dtype=torch.float64)))
@@ -197,7 +195,7 @@ def average_on(rank: int, answers: Path) -> None:
     torch.save(content, answers / f"{rank}.pt")
 
 
-def test_gradients_are_averaged_in_one_exchange_for_each_type(tmp_path):
+def test_gradients_are_averaged_in_one_all_reduce_per_dtype(tmp_path):
     log = tmp_path / "log"
     works = [partial(average_on, rank, tmp_path) for rank in range(2)]
     for code, said in end_both(start_both(works, log), log):

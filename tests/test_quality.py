@@ -8,7 +8,7 @@ from ldm.data.image import photographs, read_image, write_image
 from ldm.metrics import psnr
 
 
-def test_scores_are_gains_over_the_input_and_the_largest_colour_shift():
+def test_score_line_has_gain_and_largest_colour_shift():
     sharp = np.full((40, 40, 3), 100, np.uint8)
     blurry = sharp + np.uint8(10)
     result = quality.score([(blurry, sharp)] * 2, lambda image: image - np.uint8([7, 8, 12]))
@@ -21,7 +21,7 @@ def test_scores_are_gains_over_the_input_and_the_largest_colour_shift():
     assert half.after == half.before
 
 
-def test_scenes_are_rows_of_their_own(tmp_path):
+def test_each_scene_is_a_row(tmp_path):
     image = read_image(photographs()[0])[:40, :40]
     for scene in ("A", "B"):
         for side in ("blur", "sharp"):
@@ -32,13 +32,13 @@ def test_scenes_are_rows_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["srn_deblur", "dbgan"])
-def test_weights_of_both_scripts_are_opened(name):
+def test_srn_and_dbgan_weights_are_opened(name):
     network, restore = quality.open_network(quality.Path("models") / f"{name}.safetensors")
     image = np.random.default_rng(0).integers(0, 256, (37, 45, 3), dtype=np.uint8)
     assert restore(image).shape == image.shape and not network.training
 
 
-def test_synthetic_rows_are_the_four_kinds_of_six_photographs():
+def test_synthetic_rows_are_four_blur_types_of_six_photos():
     rows = quality.synthetic_rows(0)
     assert set(rows) == {"motion_blur", "gaussian_blur", "defocus_blur", "lens_blur"}
     assert all(len(images) == len(photographs()) for images in rows.values())

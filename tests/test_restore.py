@@ -1,4 +1,4 @@
-"""Restoring photographs with a trained ControlNet, and its export, at tiny size."""
+"""Restoring photographs with a ControlNet at tiny size, published ControlNets, and the export."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def files(model, tmp_path_factory) -> Path:
-    """The same model as a full file, as base and ControlNet apart, and as a checkpoint of ours."""
+    """Save one model as a full file, as separate base and ControlNet, and as a training checkpoint."""
     folder = tmp_path_factory.mktemp("weights")
     weights = model.state_dict()
     control = {k: v for k, v in weights.items() if k.startswith("control_model.")}
@@ -72,7 +72,7 @@ def photograph(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(70, 133), (33, 20)])
-def test_any_size_comes_back_as_it_was_and_the_seed_decides(model, size):
+def test_any_size_is_kept_and_result_depends_on_seed(model, size):
     image = photograph(*size)
     first, again = deblur_image(model, image, SAMPLING), deblur_image(model, image, SAMPLING)
     other = deblur_image(model, image, replace(SAMPLING, seed=1))
@@ -80,7 +80,7 @@ def test_any_size_comes_back_as_it_was_and_the_seed_decides(model, size):
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
-def test_options_change_the_picture(model):
+def test_each_option_changes_the_result(model):
     image = photograph(64, 64)
     plain = deblur_image(model, image, SAMPLING)
     changes = (
@@ -92,11 +92,11 @@ def test_options_change_the_picture(model):
     )
     for change in changes:
         assert not np.array_equal(plain, deblur_image(model, image, replace(SAMPLING, **change))), change
-    assert np.array_equal(plain, deblur_image(model, image, SAMPLING))  # nothing stuck
+    assert np.array_equal(plain, deblur_image(model, image, SAMPLING))  # no state is kept
 
 
-def test_the_self_ensemble_is_truer_than_one_sample():
-    """The included small model, on two squares of a photo that it has never seen."""
+def test_self_ensemble_has_higher_psnr_than_one_sample():
+    """Uses the included small model and two squares of a photo outside its training set."""
     model = open_control_model("models/small_deblur.safetensors", "models/small_diffusion.safetensors")
     plain = Sampling("a sharp, detailed, high-quality photograph", steps=2, color_fix=False)
     for y, x in ((60, 20), (100, 260)):
@@ -104,21 +104,21 @@ def test_the_self_ensemble_is_truer_than_one_sample():
         blurry = cv2.GaussianBlur(sharp, (0, 0), 2)
         one = deblur_image(model, blurry, plain)
         mean = deblur_image(model, blurry, replace(plain, self_ensemble=True))
-        assert mean.shape == sharp.shape  # not square: padded, then turned
+        assert mean.shape == sharp.shape  # not square: padded before rotation
         assert psnr(mean, sharp) > psnr(one, sharp) + 0.3
 
 
-def test_tiles_cover_and_blend():
+def test_tiles_cover_the_image_and_blend_in_float32():
     tiles = Tiles((20, 13), 8, 4)
     picture = torch.rand(1, 3, 20, 13)
     assert torch.allclose(tiles.blend(lambda y, x: picture[..., y, x]), picture, atol=1e-6)
     large = tiles.blend(lambda y, x: picture[..., y, x].repeat_interleave(8, 2).repeat_interleave(8, 3), 8)
     assert torch.allclose(large, picture.repeat_interleave(8, 2).repeat_interleave(8, 3), atol=1e-6)
     half = tiles.blend(lambda y, x: picture[..., y, x].bfloat16())
-    assert half.dtype == torch.float32  # sums of bfloat16 are up to two levels off
+    assert half.dtype == torch.float32  # bfloat16 sums have errors of up to two levels
 
 
-def test_tiled_restoration_has_no_seams_and_bounded_squares(model, monkeypatch):
+def test_tiled_restoration_has_no_seams_and_fixed_tile_size(model, monkeypatch):
     image = photograph(192, 256)
     seen = []
     apply = type(model).apply_model
@@ -137,7 +137,7 @@ def test_tiled_restoration_has_no_seams_and_bounded_squares(model, monkeypatch):
             deblur_image(model, image, replace(SAMPLING, **change))
 
 
-def test_color_fix_moves_a_cast_back_and_keeps_detail():
+def test_color_fix_removes_a_cast_and_keeps_detail():
     image = photograph(200, 200)
     cast = (image.astype(float) * [0.8, 1.0, 0.9] + [30, 0, 5]).clip(0, 255).astype(np.uint8)
     fixed = fix_color(cast, image)
@@ -151,7 +151,7 @@ def test_color_fix_moves_a_cast_back_and_keeps_detail():
 
 
 @pytest.mark.slow
-def test_every_kind_of_file_is_the_same_model(files, model):
+def test_every_file_format_loads_the_same_model(files, model):
     config, base = CONFIG, files / "base.safetensors"
     opened = [
         open_control_model(files / "full.ckpt", config_path=config),
@@ -177,9 +177,9 @@ def test_every_kind_of_file_is_the_same_model(files, model):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Tiny files with the names, the wrappers and the tensors' names of the published ones.
+    """Write tiny files with the names, wrappers and keys of the published ones.
 
-    Their text is as wide as Stable Diffusion 1.5's, in whose place their configuration stands.
+    They have the text width of Stable Diffusion 1.5, whose configuration is replaced by theirs.
     """
     folder = tmp_path_factory.mktemp("published")
     config = read_config("models/cldm_tiny_inpaint.yaml")
@@ -211,11 +211,11 @@ def published(tmp_path_factory):
         ("deblur", "control_v11f1e_sd15_tile.pth", "v1-5-pruned-emaonly.safetensors", (64, 100)),
     ],
 )
-def test_published_controlnets_get_the_hint_of_their_authors(
+def test_published_controlnets_get_the_published_hint_format(
     published, tmp_path, monkeypatch, system, control, base, size
 ):
-    """As gradio_inpaint.py of ControlNet 1.1 makes it: RGB / 255, and -255 / 255 where the mask is white; the
-    tile model takes the image itself. The image is padded to a multiple of 64: so is its hole."""
+    """As in gradio_inpaint.py of ControlNet 1.1, the hint is RGB / 255, and -255 / 255 in the hole; for the
+    tile model it is the image itself. Image and mask are padded to multiples of 64."""
     hints = []
     features = ControlNet.hint_features
     monkeypatch.setattr(
@@ -248,7 +248,7 @@ def test_published_controlnets_get_the_hint_of_their_authors(
     assert np.abs(hints[0][0].permute(1, 2, 0).numpy() - expected).max() < 1e-6
 
 
-def test_a_published_controlnet_without_its_base_or_with_another(published, files, tmp_path):
+def test_published_controlnet_with_missing_or_wrong_base_raises(published, files, tmp_path):
     control, base = published / "control_v11f1e_sd15_tile.pth", published / "v1-5-pruned.ckpt"
     write_image(tmp_path / "a.png", photograph(64, 64))
     command = infer.Deblur(input=tmp_path / "a.png", output_dir=tmp_path / "out", checkpoint_path=control)
@@ -269,8 +269,8 @@ def test_a_published_controlnet_without_its_base_or_with_another(published, file
         infer.restore_files(replace(command, checkpoint_path=tmp_path / "diffusers.bin", base_path=base))
 
 
-def test_the_published_layouts_fit_at_full_size():
-    """Names and shapes: a ControlNet of 340 tensors on a Stable Diffusion 1.5 file without its schedule."""
+def test_published_keys_and_shapes_fit_at_full_size():
+    """The ControlNet has 340 tensors; the Stable Diffusion 1.5 file lacks the schedule."""
     keys = json.loads((Path(__file__).parent / "reference" / "keys_cldm_v15.json").read_text())
     weights = {name: torch.empty(shape, device="meta") for name, shape in keys.items() if "." in name}
     control = {name: value for name, value in weights.items() if name.startswith("control_model.")}
@@ -280,7 +280,7 @@ def test_the_published_layouts_fit_at_full_size():
     check_weights(own, weights, "v1-5-pruned.ckpt")
 
 
-def test_a_cleaner_goes_first(files, tmp_path):
+def test_cleaner_is_applied_before_the_controlnet(files, tmp_path):
     torch.manual_seed(0)
     network = SRNDeblurNet(2, residual=True)
     torch.nn.init.normal_(network.outblock.conv[0].weight, std=0.1)
@@ -301,7 +301,7 @@ def test_a_cleaner_goes_first(files, tmp_path):
         infer.Deblur(**settings, cleaner=files / "ours.ckpt").restorer()
 
 
-def test_without_a_file_the_small_model_is_taken(tmp_path, monkeypatch, capsys):
+def test_included_small_model_is_the_default(tmp_path, monkeypatch, capsys):
     small = fill(create_model("models/small_diffusion.yaml")).state_dict()
     config = Path("models/small_diffusion.yaml").read_text()
     (tmp_path / "models").mkdir()
@@ -326,7 +326,7 @@ def test_without_a_file_the_small_model_is_taken(tmp_path, monkeypatch, capsys):
     assert read_image("outputs/inference/inpainted.png").shape == (64, 72, 3)
 
 
-def test_the_command_restores_a_folder_and_skips_what_is_there(files, tmp_path, capsys):
+def test_command_restores_a_folder_and_keeps_unchanged_results(files, tmp_path, capsys):
     source = tmp_path / "my photos 照片"
     source.mkdir()
     write_image(source / "a b.png", photograph(80, 64))
@@ -342,8 +342,8 @@ def test_the_command_restores_a_folder_and_skips_what_is_there(files, tmp_path, 
     assert read_image(tmp_path / "out_comparison" / "ü.png").shape[1] > 128
 
 
-def test_a_result_is_of_the_base_that_its_checkpoint_names_now(files, tmp_path, monkeypatch):
-    """Another file may come under its name; a whole file needs no base."""
+def test_result_note_names_the_current_base(files, tmp_path, monkeypatch):
+    """The checkpoint file may be replaced by one with another base or, as a full file, without one."""
     (tmp_path / "in").mkdir()
     write_image(tmp_path / "in" / "a.png", photograph(64, 64))
     monkeypatch.chdir(tmp_path)
@@ -360,8 +360,8 @@ def test_a_result_is_of_the_base_that_its_checkpoint_names_now(files, tmp_path, 
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_export_is_the_same_controlnet_in_diffusers(tmp_path, half):
-    """At reduced depth the converter fails: it is made for SD 1.5's. So keys are checked at full size too."""
+def test_exported_controlnet_equals_ours_in_diffusers(tmp_path, half):
+    """The diffusers converter supports only SD 1.5's depth, so only the width is reduced."""
     from diffusers import ControlNetModel
 
     from cldm.cldm import ControlNet
@@ -394,7 +394,7 @@ def test_the_export_is_the_same_controlnet_in_diffusers(tmp_path, half):
         assert (mine - other).abs().max() < (2e-2 if half else 1e-4) * mine.abs().max()
 
 
-def test_exports_have_the_names_other_tools_read(files, tmp_path):
+def test_export_has_standard_key_names_and_bad_paths_raise(files, tmp_path):
     export(ExportSettings(files / "ours.ckpt", tmp_path / "a.safetensors", half=True))
     weights = checkpoint.read_weights(tmp_path / "a.safetensors")
     assert all(name.startswith("control_model.") and v.dtype == torch.float16 for name, v in weights.items())
@@ -412,7 +412,7 @@ def test_exports_have_the_names_other_tools_read(files, tmp_path):
             export(settings)
 
 
-def test_hint_attention_is_not_exported_unasked(tmp_path):
+def test_hint_attention_is_exported_only_on_request(tmp_path):
     content = {
         "control_model.zero_convs.0.0.weight": torch.ones(1),
         "control_model.hint_attention.gate": torch.ones(1),

@@ -41,7 +41,7 @@ class Points(torch.utils.data.Dataset):
 
 
 def train(folder, steps=8, stop_at=None, save_every=4, poison=None, **changes):
-    """A run of `steps` steps that draws from the global generator, so that resuming must restore it."""
+    """Train for `steps` steps with noise from the global generator, whose state resuming must restore."""
     settings = Settings(output_dir=folder, **changes)
     fabric = start_fabric(seed=3)
     network = nn.Linear(2, 1)
@@ -81,7 +81,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("stop_at", [5, 7])
-def test_a_stopped_run_ends_like_an_uninterrupted_one(tmp_path, stop_at):
+def test_resumed_run_equals_uninterrupted_run(tmp_path, stop_at):
     train(tmp_path / "whole")
     train(tmp_path / "parts", stop_at=stop_at)
     assert checkpoint.load(tmp_path / "parts/checkpoints/last.ckpt")["step"] == 4
@@ -98,7 +98,7 @@ def test_a_stopped_run_ends_like_an_uninterrupted_one(tmp_path, stop_at):
     assert steps == [3, 4, 6, 8]
 
 
-def test_best_is_kept_and_a_finished_run_trains_no_more(tmp_path, capsys):
+def test_best_checkpoint_is_kept_and_finished_run_does_not_train(tmp_path, capsys):
     train(tmp_path)
     before = checkpoint.load(tmp_path / "checkpoints/last.ckpt")
     assert checkpoint.load(tmp_path / "checkpoints/best.ckpt")["step"] == 4  # the scores fall: -4, -8
@@ -108,7 +108,7 @@ def test_best_is_kept_and_a_finished_run_trains_no_more(tmp_path, capsys):
     assert "next: python infer.py" in capsys.readouterr().out
 
 
-def test_a_run_killed_between_its_two_files_still_keeps_the_best(tmp_path, monkeypatch):
+def test_run_killed_between_two_checkpoints_keeps_the_best(tmp_path, monkeypatch):
     save, written = checkpoint.save, []
 
     def killed(path, content):
@@ -125,14 +125,14 @@ def test_a_run_killed_between_its_two_files_still_keeps_the_best(tmp_path, monke
     assert checkpoint.load(tmp_path / "checkpoints/best.ckpt")["step"] == 4
 
 
-def test_nan_names_step_and_files_and_keeps_the_checkpoint(tmp_path):
+def test_nan_loss_raises_with_step_and_files_and_keeps_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"loss = nan at step 6; its batch: file_\d.png, .*last.ckpt"):
         train(tmp_path, poison=6, steps=20, save_every=4)
     state = checkpoint.load(tmp_path / "checkpoints/last.ckpt")
     assert state["step"] == 4 and all(torch.isfinite(value).all() for value in state["state_dict"].values())
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+def test_non_finite_weights_are_not_saved(tmp_path):
     network = nn.Linear(1, 1)
     run = Run(start_fabric(), tmp_path, {}, {"state_dict": network})
     run.save()
@@ -142,7 +142,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert torch.isfinite(checkpoint.load(run.last_checkpoint)["state_dict"]["weight"]).all()
 
 
-def test_other_settings_do_not_resume(tmp_path):
+def test_resuming_with_other_settings_raises(tmp_path):
     train(tmp_path, steps=4)
     train(tmp_path / "whole", steps=4)
     with pytest.raises(ValueError, match=r"learning_rate was 0.1, is 0.2"):
@@ -167,7 +167,7 @@ def test_other_settings_do_not_resume(tmp_path):
         ("step", []),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, part, value):
+def test_checkpoint_that_does_not_fit_raises(tmp_path, part, value):
     train(tmp_path, steps=4)
     path = tmp_path / "checkpoints" / "last.ckpt"
     checkpoint.save(path, {**checkpoint.load(path, mmap=False), part: value})
@@ -176,27 +176,27 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, part, value):
 
 
 @pytest.mark.parametrize("part", ["ema", "settings"])
-def test_parts_of_a_checkpoint_that_are_something_else_are_named(tmp_path, part):
+def test_checkpoint_parts_of_wrong_type_raise(tmp_path, part):
     checkpoint.save(tmp_path / "a.ckpt", {"state_dict": {"x": torch.zeros(1)}, part: 1.5})
     with pytest.raises(ValueError, match=f"a.ckpt is damaged: its {part} are a float"):
         read_trained(tmp_path / "a.ckpt")
 
 
-def test_metadata_that_are_no_settings_are_named(tmp_path):
+def test_invalid_settings_in_metadata_raise(tmp_path):
     for text in ("{", "[1]"):
         checkpoint.write_weights(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, {"settings": text})
         with pytest.raises(ValueError, match="w.safetensors is damaged: its metadata 'settings' are no"):
             read_trained(tmp_path / "w.safetensors")
 
 
-def test_pictures_land_in_the_folder_of_the_run(tmp_path):
+def test_images_are_logged_to_the_run_folder(tmp_path):
     run = Run(start_fabric(), tmp_path, {}, {"state_dict": nn.Linear(1, 1)})
     run.step = 12
     run.log_image("sample", np.zeros((4, 6, 3), np.uint8))
     assert (tmp_path / "images/sample_0000012.png").is_file()
 
 
-def test_trained_weights_are_the_averaged_ones(tmp_path):
+def test_read_trained_returns_ema_weights(tmp_path):
     train(tmp_path, steps=4)
     weights, content = read_trained(tmp_path / "checkpoints/last.ckpt")
     settings = content["settings"]
@@ -209,7 +209,7 @@ def test_trained_weights_are_the_averaged_ones(tmp_path):
 
 
 def train_plainly(devices, folder):
-    """Three steps without any noise, on one or two processes."""
+    """Train for three steps without noise, on one or two processes."""
     fabric = start_fabric(devices, seed=3)
     network = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
@@ -226,8 +226,8 @@ def train_plainly(devices, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_see_the_batches_of_one(tmp_path):
-    """The same joint batches, averaged gradients: the weights agree, and logs are written once."""
+def test_two_processes_equal_one(tmp_path):
+    """Joint batches and averaged gradients are the same, so the weights agree; logs are written once."""
     train_plainly(1, tmp_path / "1")
     script = tmp_path / "two.py"
     paths = [str(ROOT), str(ROOT / "tests")]
@@ -246,7 +246,7 @@ def test_two_processes_see_the_batches_of_one(tmp_path):
     assert float(rows[0][0]["loss"]) == pytest.approx(float(rows[1][0]["loss"]), abs=1e-5)
 
 
-def test_uneven_batches_are_refused(tmp_path):
+def test_bad_batch_size_and_precision_raise(tmp_path):
     run = Run(start_fabric(), tmp_path, {}, {"state_dict": nn.Linear(1, 1)})
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         run.loader(Points(), 0, 1, 0)
@@ -254,7 +254,7 @@ def test_uneven_batches_are_refused(tmp_path):
         start_fabric(precision="fp8")
 
 
-def test_csv_drops_later_rows_and_a_torn_line(tmp_path):
+def test_metrics_csv_drops_later_and_incomplete_rows(tmp_path):
     path = tmp_path / "metrics.csv"
     table = MetricsCsv(path, 0)
     table.append({"step": 1, "a": 0.5})
@@ -270,7 +270,7 @@ def test_csv_drops_later_rows_and_a_torn_line(tmp_path):
     assert path.read_text() == "step,a,b\n1,0.5,\n2,,1.5\n3,4,\n"
 
 
-def test_a_mistake_is_one_line_and_exit_code_1(monkeypatch, capsys):
+def test_error_is_one_line_with_exit_code_1(monkeypatch, capsys):
     def main(settings):
         raise FileNotFoundError(f"no\nsuch file: {settings.output_dir}")
 
@@ -281,7 +281,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: no such file: here\n"
 
 
-def test_a_full_disk_is_one_line_with_the_file_or_a_hint(monkeypatch, capsys, tmp_path):
+def test_full_disk_error_is_one_line_with_file_or_hint(monkeypatch, capsys, tmp_path):
     def main(settings):
         thread = threading.Thread(target=tensorboard_writes)
         thread.start()
@@ -304,7 +304,7 @@ def test_a_full_disk_is_one_line_with_the_file_or_a_hint(monkeypatch, capsys, tm
         table.append({"step": 2})
 
 
-def test_an_error_in_a_loader_worker_is_one_line_too(monkeypatch, capsys, tmp_path):
+def test_error_in_a_loader_worker_is_one_line(monkeypatch, capsys, tmp_path):
     class Broken(Points):
         def __getitem__(self, key):
             raise ValueError("cannot read image broken.png")
@@ -324,7 +324,7 @@ def test_denormals_are_flushed():
     assert (torch.tensor([1e-30]) * 1e-10).item() == 0.0
 
 
-def test_an_average_with_a_decay_of_0_is_the_parameters():
+def test_ema_with_decay_0_equals_the_parameters():
     network = nn.Linear(3, 2)
     ema = EMA(network, 0.0)
     with torch.no_grad():
@@ -340,16 +340,16 @@ class Threads(Points):
         return {"threads": cv2.getNumThreads()}
 
 
-def test_workers_leave_the_cores_to_each_other(tmp_path):
+def test_loader_workers_use_one_opencv_thread(tmp_path):
     run = Run(start_fabric(), tmp_path, {}, {"state_dict": nn.Linear(1, 1)})
     before = cv2.getNumThreads()
     batches = list(run.loader(Threads(), 2, 2, 0, num_workers=1))
     assert max(batch["threads"].max().item() for batch in batches) <= 1 and cv2.getNumThreads() == before
 
 
-def test_the_launcher_says_how_many_machines_there_are(monkeypatch):
+def test_number_of_nodes_is_read_from_the_launcher(monkeypatch):
     assert launched_nodes() == 1
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # torchrun's
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # set by torchrun
     assert launched_nodes() == 3
     monkeypatch.setattr(SLURMEnvironment, "detect", lambda: True)
     monkeypatch.setenv("SLURM_NNODES", "2")

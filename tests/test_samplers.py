@@ -1,4 +1,4 @@
-"""Samplers against diffusers' schedulers, with a denoiser whose answer is known."""
+"""Samplers against diffusers' schedulers and exact solutions, with an analytic denoiser."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ SCHEDULE = {
 
 
 def predict_eps(x: torch.Tensor, t: int) -> torch.Tensor:
-    """A smooth, curved stand-in for a network."""
+    """Predict noise with a smooth nonlinear function instead of a network."""
     return torch.sin(1.3 * x + t / 300) * 0.8 + 0.1 * x
 
 
@@ -55,7 +55,7 @@ def theirs(scheduler, count: int, monkeypatch) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [2, 5, 10, 20])
 @pytest.mark.parametrize("method", samplers.METHODS)
-def test_against_diffusers(method, count, monkeypatch):
+def test_samplers_equal_diffusers(method, count, monkeypatch):
     import diffusers
 
     options = {"clip_sample": False, "set_alpha_to_one": False}
@@ -75,14 +75,14 @@ def test_against_diffusers(method, count, monkeypatch):
         assert torch.equal(ours("ddpm", timesteps), ours("ddim", timesteps, eta=1.0))
     if method in ("ddim", "ddpm"):
         assert timesteps == [step.t for step in samplers.make_steps(ALPHAS, count)]
-    # their tables are float32
+    # diffusers' tables are float32
     assert torch.allclose(
         ours(method, timesteps), theirs(scheduler, count, monkeypatch), rtol=2e-3, atol=2e-3
     )
 
 
-def test_ancestral_sampling_on_every_timestep_is_ddpm():
-    """Posterior mean and variance of Ho et al. 2020, eq. 7, are what eta 1 amounts to."""
+def test_ddim_with_eta_1_on_every_timestep_is_ddpm():
+    """eta = 1 gives the posterior mean and variance of Ho et al. 2020, eq. 7."""
     step = samplers.make_steps(ALPHAS, 1000)[400]
     x = noises(1)[0]
     x0, eps = denoise(x, step.t)
@@ -95,8 +95,8 @@ def test_ancestral_sampling_on_every_timestep_is_ddpm():
 
 
 @pytest.mark.parametrize("method", ["unipc", "dpmpp_2m"])
-def test_second_order_methods_are_closer_to_the_limit_than_ddim(method):
-    """For gaussian data the denoiser is known, and the exact solution scales with the total deviation."""
+def test_second_order_methods_are_more_accurate_than_ddim(method):
+    """For Gaussian data the exact denoiser and solution are known: x scales with the total deviation."""
 
     def gaussian(x: torch.Tensor, t: int, variance: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
         alpha = ALPHAS[t]
@@ -112,7 +112,7 @@ def test_second_order_methods_are_closer_to_the_limit_than_ddim(method):
     assert error(method) < 0.6 * error("ddim")
 
 
-def test_strength_takes_the_last_part_of_the_steps():
+def test_strength_selects_the_last_steps():
     whole = samplers.make_steps(ALPHAS, 20)
     assert samplers.make_steps(ALPHAS, 20, 0.25) == whole[15:]
     assert samplers.make_steps(ALPHAS, 20, 0.0) == []
@@ -121,6 +121,6 @@ def test_strength_takes_the_last_part_of_the_steps():
 
 
 @pytest.mark.parametrize("method", samplers.METHODS)
-def test_no_steps_change_nothing(method):
+def test_no_steps_return_the_input(method):
     x = noises(1)[0]
     assert torch.equal(samplers.METHODS[method](denoise, x, [], None), x)

@@ -1,4 +1,4 @@
-"""The figures of other papers against formulas written another way."""
+"""Metrics of other papers against independent implementations."""
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ def blurred(sigma: float = 2.0) -> np.ndarray:
 
 
 def conv3d_ssim(x: np.ndarray, y: np.ndarray) -> float:
-    """The definition as a three-dimensional convolution with repeated borders."""
+    """Compute SSIM by three-dimensional convolution with replicated borders."""
     line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     window = np.einsum("i,j,k->ijk", line, line, line) / line.sum() ** 3
 
@@ -33,33 +33,33 @@ def conv3d_ssim(x: np.ndarray, y: np.ndarray) -> float:
     return float(((2 * mx * my + c1) * (2 * xy + c2) / ((mx**2 + my**2 + c1) * (xx + yy + c2))).mean())
 
 
-def test_ssim3d_is_the_three_dimensional_convolution():
+def test_ssim3d_equals_three_dimensional_convolution():
     noise = np.random.default_rng(0).normal(0, 25, CHELSEA.shape)
     noisy = (CHELSEA + noise).clip(0, 255).astype(np.uint8)
     for restored in (blurred(), noisy, CHELSEA):
         value = scores.ssim3d(restored[:48, :48], CHELSEA[:48, :48])["ssim3d"]
         assert value == pytest.approx(conv3d_ssim(restored, CHELSEA), abs=1e-9)
     assert value == pytest.approx(1)
-    # above the two-dimensional one, and the more so the poorer the picture: no constant lies between them
+    # higher than 2D SSIM, by a difference that is not constant but grows with the degradation
     near, far = (
         scores.ssim3d(image, CHELSEA)["ssim3d"] - ssim(image, CHELSEA) for image in (blurred(1), blurred(4))
     )
     assert 0.1 < near < far / 2
 
 
-def test_the_y_channel_is_matlabs():
+def test_luma_equals_matlab_rgb2ycbcr():
     colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)
-    expected = [16, 235, 81.481, 144.553, 40.966]  # rgb2ycbcr's of these five
+    expected = [16, 235, 81.481, 144.553, 40.966]  # of rgb2ycbcr
     assert scores.luma(colours)[0] == pytest.approx(expected, abs=1e-6)
     found = scores.on_luma(blurred(), CHELSEA)
     weights = np.array([65.481, 128.553, 24.966]) / 255
     error = np.mean(((blurred().astype(float) - CHELSEA) @ weights) ** 2)
     assert found["psnr_y"] == pytest.approx(10 * np.log10(255**2 / error))
-    assert found["psnr_y"] > psnr(blurred(), CHELSEA) + 1  # 219 steps instead of 255, and chroma left out
+    assert found["psnr_y"] > psnr(blurred(), CHELSEA) + 1  # range of 219 instead of 255, no chroma
     assert found["ssim_y"] > ssim(blurred(), CHELSEA)
 
 
-def test_alignment_undoes_a_shift_and_a_brighter_picture():
+def test_alignment_undoes_shift_and_brightness():
     photo = read_image(photographs(("coffee.png",))[0])
     shift = np.array([[1, 0, 1.5], [0, 1, -0.75]], np.float32)
     moved = cv2.warpAffine(photo, shift, photo.shape[1::-1], flags=cv2.INTER_CUBIC)[60:260, 100:360]
@@ -74,8 +74,8 @@ def test_alignment_undoes_a_shift_and_a_brighter_picture():
         scores.aligned(flat, sharp)
 
 
-def test_aligned_figures_are_of_the_pixels_that_both_have(monkeypatch):
-    """Brightness scaled, 5 pixels of margin left out of SSIM as scikit-image does, the rest black in both."""
+def test_aligned_scores_use_only_overlapping_pixels(monkeypatch):
+    """Brightness is scaled; SSIM excludes a margin of 5 pixels as in scikit-image; other pixels are black."""
     shift = np.float32([[1, 0, 7], [0, 1, 0], [0, 0, 1]])
     x, y = (image.astype(np.float64) for image in (blurred(), CHELSEA))
     x *= (x * y).sum() / (x * x).sum()
@@ -93,7 +93,7 @@ def test_aligned_figures_are_of_the_pixels_that_both_have(monkeypatch):
 
 @pytest.fixture
 def backbones(tmp_path, monkeypatch):
-    """Random weights under torchvision's names, so that nothing is downloaded."""
+    """Save random weights under torchvision's file names, so that nothing is downloaded."""
     from torchvision.models import alexnet, vgg16
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -107,14 +107,14 @@ def backbones(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["lpips", "dists"])
-def test_deep_distances(name, backbones):
+def test_deep_distances_grow_with_blur(name, backbones):
     near, far = (scores.SCORES[name](blurred(sigma), CHELSEA)[name] for sigma in (0.8, 4))
     assert 0 < near < far < 2
     assert scores.SCORES[name](CHELSEA, CHELSEA)[name] == pytest.approx(0, abs=1e-5)
 
 
-def test_distances_without_a_download(backbones):
-    """Each that has its file here; the others are named with the file that they need."""
+def test_local_distances_use_only_available_backbones(backbones):
+    """Distances without a local file are left out and reported with the missing path."""
     far = blurred(4)
     both = scores.SCORES["lpips"](far, CHELSEA) | scores.SCORES["dists"](far, CHELSEA)
     assert scores.local_distances(far, CHELSEA) == both
@@ -126,7 +126,7 @@ def test_distances_without_a_download(backbones):
 
 
 @pytest.mark.parametrize("name", ["lpips", "dists"])
-def test_a_missing_backbone_is_one_sentence(name, tmp_path, monkeypatch, capsys):
+def test_missing_backbone_raises_with_its_url(name, tmp_path, monkeypatch, capsys):
     scores.deep_metric.cache_clear()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 

@@ -1,4 +1,4 @@
-"""The command line as the scripts read it."""
+"""Reading and validating command-line settings."""
 
 import importlib
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ def as_words(name, value):
 
 
 @pytest.mark.parametrize("script", TRAINING)
-def test_flags_beside_demo_count(script):
-    """Also those whose value is what it would be without --demo; and all that is not given is the demo's."""
+def test_flags_override_demo_settings(script):
+    """A flag wins even if its value is the default without --demo; other settings are the demo's."""
     module = importlib.import_module(script)
     settings, demo = module.Settings, module.DEMO
     usual = settings()
@@ -31,8 +31,8 @@ def test_flags_beside_demo_count(script):
     assert read_settings(settings, demo, ["--demo", *words]) == settings(demo=True, **given)
 
 
-def test_flags_beside_demo_count_from_python_too(tmp_path, monkeypatch, capsys):
-    """The Kontext demonstration trains on the photographs that it is given."""
+def test_kontext_demo_uses_the_given_photos(tmp_path, monkeypatch, capsys):
+    """--hr_root overrides the demo's own photos."""
     module = importlib.import_module("train_kontext_lora")
     monkeypatch.chdir(tmp_path)
     words = "--demo --hr_root absent --batch_size 4".split()
@@ -60,7 +60,7 @@ class Ranges:
         ("weight", float("inf"), "finite and at least 0"),
     ],
 )
-def test_values_out_of_their_range_are_named(name, value, limits):
+def test_out_of_range_value_raises_with_its_name(name, value, limits):
     check_ranges(Ranges())
     with pytest.raises(ValueError, match=f"{name} must be .*{limits}, not {value}"):
         check_ranges(Ranges(**{name: value}))
@@ -81,7 +81,7 @@ def test_values_out_of_their_range_are_named(name, value, limits):
         ({"blurrer": "a"}, {"blurrer": "b"}, "blurrer was 'a', is 'b'. To continue it: the old ones"),
     ],
 )
-def test_other_settings_are_refused_with_both_ways_on(saved, now, way):
+def test_changed_settings_raise_with_both_remedies(saved, now, way):
     common = {"epochs": 3, "num_workers": 8}
     path = Path("run/checkpoints/last.ckpt")
     check_settings({**common, **saved}, {**common, **saved, "num_workers": 0}, {"num_workers"}, path)

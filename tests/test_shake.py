@@ -1,4 +1,4 @@
-"""Camera shake that varies over the image: limits with known answers, energy, seeds."""
+"""Spatially varying camera shake: limiting cases, energy, seeds."""
 
 import numpy as np
 import pytest
@@ -15,13 +15,13 @@ def image():
     return read_image(photographs(("astronaut.png",))[0])[100:260, 150:350]
 
 
-def test_a_path_of_no_length_returns_the_input(image):
+def test_zero_length_path_returns_the_input(image):
     for seed in range(6):
         blurred, _ = shake.camera_shake(image, np.random.default_rng(seed), length=(1e-9, 1e-9), **QUIET)
-        assert np.abs(blurred.astype(int) - image).max() <= 1  # rounded once
+        assert np.abs(blurred.astype(int) - image).max() <= 1  # rounding
 
 
-def test_a_pure_translation_is_the_convolution_with_its_kernel(image):
+def test_pure_translation_equals_convolution(image):
     path = blur.motion_path(np.random.default_rng(0), 20.0, 0.5)
     views = np.repeat(np.eye(2, 3)[None], len(path), axis=0)
     views[:, :, 2] = path
@@ -32,8 +32,8 @@ def test_a_pure_translation_is_the_convolution_with_its_kernel(image):
     assert np.abs(opposite - expected)[25:-25, 25:-25].max() > 0.1
 
 
-def test_most_paths_are_nearly_straight_and_some_are_tangles(image):
-    """As in short exposures; a uniform draw would have a median of half the range."""
+def test_most_paths_are_nearly_straight(image):
+    """Short exposures have nearly straight paths; a uniform distribution would have a median of 0.5."""
     draws = [
         shake.camera_shake(image[:32, :32], np.random.default_rng(n), shake=(0, 1))[1] for n in range(60)
     ]
@@ -41,13 +41,13 @@ def test_most_paths_are_nearly_straight_and_some_are_tangles(image):
     assert np.median(roughness) < 0.25 and roughness.max() > 0.7
 
 
-def test_energy_is_kept():
+def test_energy_is_preserved():
     light = np.zeros((101, 121, 3), np.float32)
     light[45:55, 55:65] = (0.9, 0.5, 0.1)
     for seed in range(4):
         rng = np.random.default_rng(seed)
         views = shake.shake_views(rng, 12.0, 0.5, light.shape[:2])
-        zoom = np.mean([np.linalg.det(view[:, :2]) ** -1 for view in views])  # of the area
+        zoom = np.mean([np.linalg.det(view[:, :2]) ** -1 for view in views])  # ratio of areas
         total = shake.expose(light, views).sum(axis=(0, 1))
         assert total / light.sum(axis=(0, 1)) == pytest.approx([zoom] * 3, rel=0.03)
     flat = np.full((40, 50, 3), 0.3, np.float32)
@@ -57,7 +57,7 @@ def test_energy_is_kept():
 
 
 @pytest.mark.parametrize("length", [3.0, 20.0, 60.0])
-def test_views_have_the_given_length_and_their_middle_is_the_input(length):
+def test_views_have_given_length_and_are_centered(length):
     size = (180, 240)
     points = np.array([[0, 240, 0, 240, 120], [0, 0, 180, 180, 90], [1, 1, 1, 1, 1]])
     for seed in range(5):
@@ -69,13 +69,13 @@ def test_views_have_the_given_length_and_their_middle_is_the_input(length):
 
 
 def test_shake_varies_over_the_image():
-    """A single kernel would move all corners alike."""
+    """A single kernel would move all corners by the same amount."""
     views = shake.shake_views(np.random.default_rng(3), 20.0, 0.5, (200, 200))
     corners = views @ np.array([[0, 200], [0, 200], [1, 1]])
     assert np.abs((corners[..., 0] - corners[..., 1]) - (0 - 200)).max() > 2
 
 
-def test_an_object_moves_on_its_own(image):
+def test_object_moves_independently_of_background(image):
     light = blur.srgb_to_linear(image)
     mask = np.zeros(image.shape[:2], np.float32)
     mask[40:120, 60:140] = 1
@@ -88,20 +88,20 @@ def test_an_object_moves_on_its_own(image):
     assert np.abs(blurred - light)[60:100, 80:120].max() > 0.1
 
 
-def test_only_clipped_light_is_raised():
+def test_restore_highlights_raises_only_clipped_pixels():
     light = blur.srgb_to_linear(np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, axis=2))
     raised = shake.restore_highlights(light, 4.0)
     assert (raised[:, 254:] == 4).all() and np.array_equal(raised[:, :254], light[:, :254])
     assert raised.dtype == np.float32
 
 
-def test_seeds_repeat_and_differ(image):
+def test_result_depends_on_seed(image):
     first, again, other = (shake.camera_shake(image, np.random.default_rng(n))[0] for n in (5, 5, 6))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     assert first.dtype == np.uint8 and first.shape == image.shape
 
 
-def test_both_ways_of_averaging_occur_and_keep_the_mean_colour(image):
+def test_mean_colour_is_preserved(image):
     means = [
         shake.camera_shake(image, np.random.default_rng(seed), length=(6.0, 6.0), **QUIET)[0].mean()
         for seed in range(12)
@@ -109,6 +109,6 @@ def test_both_ways_of_averaging_occur_and_keep_the_mean_colour(image):
     assert np.abs(np.array(means) - image.mean()).max() < 4  # linear light brightens edges a little
 
 
-def test_wrong_images_are_named():
+def test_wrong_image_dtype_raises():
     with pytest.raises(ValueError, match="uint8 image"):
         shake.camera_shake(np.zeros((8, 8, 3), np.float32), np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""The small models that come along still restore as well as on the day they were made (docs/weights.md)."""
+"""The included small models reach the scores recorded when they were trained (docs/weights.md)."""
 
 import shutil
 from pathlib import Path
@@ -23,14 +23,14 @@ from ldm.modules.image_degradation.degrade import degrade
 from ldm.modules.image_degradation.masks import random_mask
 
 MODELS = Path("models")
-# dB, means over the two squares; this gaussian blur is slight, and slight blur becomes worse
+# mean gain in dB over the two squares; slight blur, like this gaussian blur, gets worse
 GAINS = {"gaussian_blur": -0.65, "motion_blur": 1.26, "degradation": 4.55}
 FILLED = -0.14  # dB above Telea in the holes
 
 
 @pytest.fixture(scope="module")
 def squares() -> list[np.ndarray]:
-    """Squares of two photographs that none of the models was taught with."""
+    """Crop squares of two photographs outside the training sets of all models."""
     rng = np.random.default_rng(7)
     return [square(read_image(path), rng) for path in photographs(("astronaut.png", "coffee.png"))]
 
@@ -51,18 +51,18 @@ def mean_gain(restore, squares: list[np.ndarray], worse: list[np.ndarray]) -> fl
 
 
 @pytest.mark.parametrize("kind", ["gaussian_blur", "motion_blur"])
-def test_the_small_controlnet_deblurs(kind, squares):
+def test_small_controlnet_deblurs(kind, squares):
     blurry = [random_blur(sharp, np.random.default_rng(3), [kind], scale=0.6)[0] for sharp in squares]
     restore = infer.Deblur(input=Path("a.png"), device="cpu").restorer()
     assert mean_gain(restore, squares, blurry) > GAINS[kind] - 0.1
 
 
-def test_steps_base_and_colours_are_those_that_the_file_says_whatever_its_name(squares, tmp_path):
-    """The included ControlNet has learned the colours; a file that does not say so gets the input's."""
+def test_metadata_not_file_name_sets_steps_base_and_color_fix(squares, tmp_path):
+    """The included ControlNet needs no color fix; without this metadata the input's colours are kept."""
     included = MODELS / "small_deblur.safetensors"
     named, silent = tmp_path / "other.safetensors", tmp_path / "small_deblur.safetensors"
     shutil.copy(included, named)
-    settings = {"settings": read_metadata(included)["settings"]}  # the prompt is there
+    settings = {"settings": read_metadata(included)["settings"]}  # with the prompt
     write_weights(silent, read_weights(included), settings)
     commands = [
         infer.Deblur(checkpoint_path=path, input=Path("a.png"), device="cpu") for path in (named, silent)
@@ -79,7 +79,7 @@ def test_steps_base_and_colours_are_those_that_the_file_says_whatever_its_name(s
     assert (work["steps"], work["resolution"], work["tile"]) == (2, 128, 128)
 
 
-def test_the_small_controlnet_fills_holes(squares):
+def test_small_controlnet_fills_holes(squares):
     model = infer.Inpaint(input=Path("a.png"), device="cpu").open()
     scores = []
     for number, image in enumerate(squares):
@@ -93,8 +93,8 @@ def test_the_small_controlnet_fills_holes(squares):
 
 
 @pytest.mark.slow
-def test_the_table_of_holes_has_the_default_and_classical_fills(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))  # no networks of LPIPS and DISTS
+def test_small_holes_table_has_default_and_classical_fills(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))  # no networks for LPIPS and DISTS
     names = photographs(("coffee.png",))
     monkeypatch.setattr(small_holes, "photographs", lambda: names)
     small_holes.main(small_holes.Settings(squares=1, seed=5))
@@ -114,15 +114,15 @@ def test_the_table_of_holes_has_the_default_and_classical_fills(monkeypatch, cap
     assert len(shown) == 9 + len(METHODS) == len(set(shown.values()))
 
 
-def test_the_small_lora_undoes_degradation(squares, tmp_path):
+def test_small_lora_undoes_degradation(squares, tmp_path):
     kinds = {"types": ("downsample", "noise"), "lr_scale": 2, "noise_level": 0.1}
     degraded = [degrade(sharp, np.random.default_rng(5), **kinds) for sharp in squares]
     command = infer.Kontext(input=Path("a.png"), output_dir=tmp_path, num_inference_steps=2, device="cpu")
     assert mean_gain(command.restorer(), squares, degraded) > GAINS["degradation"] - 0.1
 
 
-def test_the_small_transformer_keeps_a_picture_where_it_is(squares, tmp_path):
-    """No shift and no zoom: what users of models that edit complain about most."""
+def test_small_transformer_does_not_shift_or_zoom(squares, tmp_path):
+    """Shift and zoom are the most frequent complaints about editing models."""
     restore = load_restorer(MODELS / "small_kontext", None, KEEP, tmp_path / "prompt.safetensors")
     for image in squares:
         kept = restore(image, steps=4, guidance=1.0, resolution=128)
@@ -130,7 +130,7 @@ def test_the_small_transformer_keeps_a_picture_where_it_is(squares, tmp_path):
         assert psnr(kept, image) > 28 and moved.shift < 0.1 and abs(moved.scale - 100) < 0.1
 
 
-def test_a_prompt_embedded_by_another_model_is_embedded_anew(squares, tmp_path):
+def test_prompt_embedded_by_another_model_is_embedded_again(squares, tmp_path):
     other = {"t5": torch.zeros(1, 8, 48), "pooled": torch.zeros(1, 32)}
     about = {"prompt": "restore this degraded photograph", "encoders": "another model's"}
     write_weights(tmp_path / ".prompt.safetensors", other, about)
@@ -138,7 +138,7 @@ def test_a_prompt_embedded_by_another_model_is_embedded_anew(squares, tmp_path):
     assert command.restorer()(squares[0], Path("a.png")).shape == squares[0].shape
 
 
-def test_what_comes_along_is_small_and_says_how_it_was_made():
+def test_included_weights_are_small_and_have_settings():
     files = [*MODELS.glob("small_*.safetensors"), *MODELS.glob("small_kontext/**/*.safetensors")]
     assert len(files) >= 7 and all(path.stat().st_size < 12e6 for path in files)
     for name in ("small_deblur", "small_inpaint", "small_diffusion"):

@@ -48,7 +48,7 @@ def network():
 
 @pytest.fixture
 def pairs(tmp_path):
-    """A GoPro tree of two sequences: odd sizes, one picture smaller than the crop."""
+    """Write a GoPro tree of two sequences with odd sizes and one image smaller than the crop."""
     for sequence, name in (("GOPR1", "coffee.png"), ("GOPR2", "rocket.jpg")):
         image = read_image(photographs((name,))[0])[:60, :90]
         for kind in ("blur", "sharp", "blur_gamma"):
@@ -65,19 +65,19 @@ def settings(folder, **changes):
     return Settings(output_dir=folder / "run", **{**TINY, **changes})
 
 
-def test_keys_are_the_reproductions(network):
+def test_keys_and_shapes_match_reproduction(network):
     expected = json.loads((REFERENCE / "srn_keys.json").read_text())
     assert {name: list(value.shape) for name, value in network.state_dict().items()} == expected
     assert sum(value.numel() for value in network.parameters()) == pytest.approx(10.25e6, rel=1e-3)
 
 
-def test_the_published_network_needs_101_9_gmac():
+def test_published_network_has_101_9_gmac():
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         SRNDeblurNet()(*(torch.empty(1, 3, side, side) for side in (256, 128, 64)))
     assert counter.get_total_flops() / 2e9 == pytest.approx(101.9, rel=1e-3)
 
 
-def test_outputs_are_the_reproductions(network):
+def test_outputs_match_reproduction(network):
     expected = np.load(REFERENCE / "srn.npz")
     blurry = [torch.tanh(draw(f"input:srn_b{n + 1}", (1, 3, 64 >> n, 96 >> n))) for n in range(3)]
     with torch.no_grad():
@@ -85,14 +85,14 @@ def test_outputs_are_the_reproductions(network):
             assert relative_error(restored, expected[name]) < 1e-4
 
 
-def test_a_residual_network_starts_from_the_blurry_image():
+def test_residual_network_starts_as_identity():
     blurry = pyramid(torch.rand(2, 3, 32, 48) * 2 - 1)
     for restored, scale in zip(SRNDeblurNet(2, residual=True)(*blurry), blurry, strict=True):
         assert torch.equal(restored, scale)
 
 
 @pytest.mark.parametrize("size", [(16, 32), (17, 31), (1, 1), (40, 5)])
-def test_any_size_and_dtype(size):
+def test_restore_accepts_any_size_and_dtype(size):
     network = fill(SRNDeblurNet(2)).to(torch.float64)
     image = torch.rand(2, 3, *size, dtype=torch.float64) * 2 - 1
     restored = restore(network, image)
@@ -105,7 +105,7 @@ def test_any_size_and_dtype(size):
         network(*pyramid(torch.zeros(1, 3, 24, 32, dtype=torch.float64)))
 
 
-def test_pyramid_is_pillows_antialiased_bilinear():
+def test_pyramid_equals_pillow_antialiased_bilinear():
     image = read_image(photographs(("chelsea.png",))[0])[:64, :96]
     scales = pyramid(torch.from_numpy(image).permute(2, 0, 1)[None].float())
     for scale, n in zip(scales, (1, 2, 4), strict=True):
@@ -113,13 +113,13 @@ def test_pyramid_is_pillows_antialiased_bilinear():
         assert np.abs(scale[0].permute(1, 2, 0).numpy() - expected).max() <= 1  # Pillow rounds to uint8
 
 
-def test_loss_is_the_sum_of_the_scales_mean_squares():
+def test_loss_is_the_sum_of_mse_over_scales():
     sharp = [torch.zeros(1, 3, n, n) for n in (8, 4, 2)]
     restored = [torch.full_like(s, value) for s, value in zip(sharp, (1.0, 2.0, 3.0), strict=True)]
     assert sum(scale_losses(restored, sharp)).item() == 1 + 4 + 9
 
 
-def test_other_losses():
+def test_other_losses_match_their_formulas():
     made, real = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
     difference = (made - real).double()
     assert pixel_loss(made, real, "l1").item() == pytest.approx(difference.abs().mean().item())
@@ -136,8 +136,8 @@ def test_other_losses():
     assert both == pytest.approx(pixel_loss(made, real, "l1").item() + 0.1 * fft_loss(made, real).item())
 
 
-def test_sampling_works_on_squares_of_pixels():
-    """The same network as one of 24 and 12 channels on unshuffled pictures, at a quarter of the work."""
+def test_sampling_unshuffles_pixels():
+    """The network runs on unshuffled images (24 input, 12 output channels), at a quarter of the FLOPs."""
     network = fill(SRNDeblurNet(2, sampling=True, residual=True))
     blurry = pyramid(torch.rand(1, 3, 32, 64) * 2 - 1)
     calls = []
@@ -151,7 +151,7 @@ def test_sampling_works_on_squares_of_pixels():
         network(*pyramid(torch.zeros(1, 3, 16, 32)))
 
 
-def test_xavier_keeps_a_residual_at_zero():
+def test_xavier_keeps_zero_residual_output():
     torch.manual_seed(0)
     network = SRNDeblurNet(4, residual=True)
     train_srn.xavier(network)
@@ -161,7 +161,7 @@ def test_xavier_keeps_a_residual_at_zero():
     assert network.convlstm.conv.bias.any() and not network.outblock.conv[0].weight.any()
 
 
-def test_learning_rates():
+def test_learning_rate_schedules():
     factor = partial(train_srn.learning_rate_factor, steps_per_epoch=7, steps=14000, schedule="step")
     assert [factor(n) for n in (0, 7 * 500 - 1, 7 * 500, 7 * 1999)] == pytest.approx([1, 1, 0.3, 0.3**3])
     power = partial(train_srn.learning_rate_factor, steps_per_epoch=10, steps=100, schedule="power")
@@ -170,7 +170,7 @@ def test_learning_rates():
     assert [cosine(n) for n in (0, 25, 50, 100)] == pytest.approx([1, 0.5 + 0.125**0.5, 0.5, 0])
 
 
-def test_lstm_gradients_alone_are_clipped_to_norm_3():
+def test_only_lstm_gradients_are_clipped_to_norm_3():
     torch.manual_seed(0)
     fabric = train_srn.start_fabric()
     network = fill(SRNDeblurNet(2))
@@ -182,12 +182,12 @@ def test_lstm_gradients_alone_are_clipped_to_norm_3():
         lstm = torch.stack([p.grad.norm() for p in network.convlstm.parameters()]).norm()
         return lstm.item(), network.outblock.conv[0].bias.grad.norm().item()
 
-    assert 0 < norms(1)[0] < 2.9  # small ones are left alone
+    assert 0 < norms(1)[0] < 2.9  # small gradients are unchanged
     lstm, rest = norms(1e5)
     assert lstm == pytest.approx(3, rel=1e-3) and rest > 100
 
 
-def test_all_gradients_are_clipped_if_asked():
+def test_max_grad_norm_clips_all_gradients():
     torch.manual_seed(0)
     fabric = train_srn.start_fabric()
     network = fill(SRNDeblurNet(2))
@@ -198,7 +198,7 @@ def test_all_gradients_are_clipped_if_asked():
     assert norm == pytest.approx(0.5, rel=1e-3)
 
 
-def test_optimizers():
+def test_optimizer_settings_are_applied():
     network = SRNDeblurNet(2)
     sgd = train_srn.make_optimizer(network, Settings(optimizer="sgd", momentum=0.8, nesterov=False))
     assert sgd.defaults["momentum"] == 0.8 and not sgd.defaults["nesterov"]
@@ -206,22 +206,22 @@ def test_optimizers():
     assert adam.defaults["weight_decay"] == 1e-3
 
 
-def test_a_fused_optimizer_steps_in_float16():
-    """What CUDA does with --precision 16: Fabric's own way to unscale refuses fused optimizers."""
+def test_fused_optimizer_steps_in_float16():
+    """This is the case of --precision 16 on CUDA; Fabric's own unscaling rejects fused optimizers."""
     fabric = Fabric(accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu"))
     network = fill(SRNDeblurNet(2))
     before = network.outblock.conv[0].bias.detach().clone()
     fused = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
     wrapped, optimizer = fabric.setup(network, fused)
     batch = {"blurry": torch.rand(1, 3, 16, 16), "sharp": torch.rand(1, 3, 16, 16)}
-    for _ in range(4):  # the first may be skipped: the scale of 65536 is halved until nothing overflows
+    for _ in range(4):  # steps are skipped until the scale of 65536 is low enough not to overflow
         train_srn.train_step(fabric, wrapped, optimizer, batch, Settings())
     lstm = torch.stack([p.grad.norm() for p in network.convlstm.parameters()]).norm()
-    assert 0 < lstm < 3.01  # in true size
+    assert 0 < lstm < 3.01  # unscaled
     assert not torch.equal(network.outblock.conv[0].bias, before)
 
 
-def test_it_learns_one_batch():
+def test_overfits_one_batch():
     torch.manual_seed(0)
     fabric = train_srn.start_fabric()
     network = SRNDeblurNet(4)
@@ -233,7 +233,7 @@ def test_it_learns_one_batch():
     assert losses[-1] < 0.25 * F.mse_loss(batch["blurry"], sharp).item() < losses[0]
 
 
-def test_training_on_a_gopro_tree(pairs, tmp_path, capsys):
+def test_training_on_a_gopro_tree_writes_logs_and_checkpoints(pairs, tmp_path, capsys):
     main(settings(tmp_path, data=pairs, val_fraction=0.5))
     printed = capsys.readouterr().out
     assert "3 training images, 4 steps; 2 held out" in printed  # whole sequences are held out
@@ -249,7 +249,7 @@ def test_training_on_a_gopro_tree(pairs, tmp_path, capsys):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
-def test_the_exported_file_is_the_best_network(pairs, tmp_path):
+def test_exported_file_has_the_best_ema_weights(pairs, tmp_path):
     main(settings(tmp_path, data=pairs, val_fraction=0.5, residual=True))
     exported = load_network(tmp_path / "run" / "srn_deblur.safetensors")
     best = load_network(tmp_path / "run" / "checkpoints" / "best.ckpt")
@@ -260,7 +260,7 @@ def test_the_exported_file_is_the_best_network(pairs, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [{}, {"dead_leaves": 4, "realistic_blur": False}])
-def test_training_on_sharp_pictures(pairs, tmp_path, extra):
+def test_training_on_sharp_images(pairs, tmp_path, extra):
     main(settings(tmp_path, sharp_dir=pairs / "GOPR1" / "sharp", val_fraction=0.3, epochs=1, **extra))
     with open(tmp_path / "run" / "logs" / "metrics.csv") as file:
         _, row = csv.DictReader(file)
@@ -277,8 +277,8 @@ def same_weights(a, b):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_exactly(tmp_path):
-    """kill -9 in the middle, the same command again: weights, average and metrics as if it never happened."""
+def test_killed_run_resumes_exactly(tmp_path):
+    """After kill -9 and the same command, weights, EMA and metrics equal those of an uninterrupted run."""
     flags = {**TINY, "dead_leaves": 8, "epochs": 12, "crop_size": 16, "num_workers": 1, "demo": True}
 
     def command(folder):
@@ -304,10 +304,10 @@ def test_a_killed_run_resumes_exactly(tmp_path):
             rows.append(
                 [{k: v for k, v in row.items() if k != "train/images/s"} for row in csv.DictReader(file)]
             )
-    assert rows[0] == rows[1] and len(rows[0]) == 13  # one before the first step
+    assert rows[0] == rows[1] and len(rows[0]) == 13  # 12 epochs and one row before the first step
 
 
-def test_another_recipe_resumes_exactly_and_a_batch_is_that_of_a_device(tmp_path, monkeypatch):
+def test_other_options_resume_exactly_and_batch_size_is_per_device(tmp_path, monkeypatch):
     recipe = {"dead_leaves": 6, "loss": "charbonnier", "fft_loss_weight": 0.1, "max_grad_norm": 1.0}
     chosen = {**TINY, **recipe, "schedule": "cosine", "init": "xavier", "max_steps": 8}
     main(Settings(output_dir=tmp_path / "whole" / "run", **chosen))
@@ -329,7 +329,7 @@ def test_another_recipe_resumes_exactly_and_a_batch_is_that_of_a_device(tmp_path
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_run_starts_from_weights(tmp_path, capsys):
+def test_training_starts_from_weights(tmp_path, capsys):
     torch.manual_seed(1)
     network = SRNDeblurNet(2)
     wild = {f"module.{name}": value for name, value in network.state_dict().items()}
@@ -354,11 +354,11 @@ def test_a_run_starts_from_weights(tmp_path, capsys):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             main(settings(tmp_path / "other", **{**chosen, "init_weights": tmp_path / name}))
-    (tmp_path / "wild.pth").unlink()  # a run that is resumed does not read it
+    (tmp_path / "wild.pth").unlink()  # not read when resuming
     main(settings(tmp_path, **{**chosen, "init_weights": tmp_path / "wild.pth"}))
 
 
-def test_files_with_module_in_their_keys_load(network, tmp_path):
+def test_weights_with_module_prefix_load(network, tmp_path):
     weights = {f"module.{name}": value for name, value in network.state_dict().items()}
     checkpoint.write_weights(tmp_path / "wild.pth", weights)
     loaded = load_network(tmp_path / "wild.pth")
@@ -385,14 +385,14 @@ def test_files_with_module_in_their_keys_load(network, tmp_path):
         ({"data": "data", "val_fraction": 0.5, "batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
-def test_bad_settings(pairs, tmp_path, changes, message):
+def test_bad_settings_raise(pairs, tmp_path, changes, message):
     (tmp_path / "empty").mkdir()
     paths = {k: tmp_path / v if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(settings(tmp_path, **paths))
 
 
-def test_bad_pairs(pairs, tmp_path):
+def test_bad_pairs_raise(pairs, tmp_path):
     blurry, sharp = pairs / "GOPR1/blur", pairs / "GOPR1/sharp"
     lines = [f'"{blurry / f"{n:06d}.png"}" "{sharp / f"{n:06d}.png"}"' for n in (10, 1, 2)]
     file = tmp_path / "my list.txt"
@@ -410,8 +410,8 @@ def test_bad_pairs(pairs, tmp_path):
         main(settings(tmp_path, data=file, val_data=file, val_images=3))
 
 
-def test_a_damaged_image_is_passed_over_and_the_run_resumes_exactly(pairs, tmp_path, monkeypatch, capsys):
-    """Also with the file replaced by an empty one: there, too, another image takes its place."""
+def test_damaged_image_is_skipped_and_run_resumes_exactly(pairs, tmp_path, monkeypatch, capsys):
+    """The file may be replaced by an empty one: both are replaced by another image."""
     chosen = {"data": pairs, "val_data": pairs, "epochs": 2, "num_workers": 1}
     victim = pairs / "GOPR1" / "sharp" / "000002.png"
     victim.write_bytes(victim.read_bytes()[:-200])
@@ -444,7 +444,7 @@ def test_a_damaged_image_is_passed_over_and_the_run_resumes_exactly(pairs, tmp_p
     assert all(torch.equal(value, parts["state_dict"][name]) for name, value in whole["state_dict"].items())
 
 
-def test_other_settings_or_data_do_not_resume(pairs, tmp_path):
+def test_resuming_with_other_settings_or_data_raises(pairs, tmp_path):
     chosen = settings(tmp_path, data=pairs, val_fraction=0.5, epochs=1)
     main(chosen)
     with pytest.raises(
@@ -458,7 +458,7 @@ def test_other_settings_or_data_do_not_resume(pairs, tmp_path):
         main(chosen)
 
 
-def test_realistic_blur_with_real_pairs_among_it(pairs, tmp_path):
+def test_training_on_realistic_blur_mixed_with_real_pairs(pairs, tmp_path):
     chosen = {"sharp_dir": pairs, "pairs": pairs, "val_data": pairs, "realistic_blur": True}
     main(settings(tmp_path, **chosen, pairs_fraction=0.5, max_steps=4))
     assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["step"] == 4

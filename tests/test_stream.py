@@ -1,4 +1,4 @@
-"""The order of training samples: every one once an epoch, resumable, the same for any number of processes."""
+"""The stream of training samples: each once per epoch, resumable, equal for any number of processes."""
 
 from itertools import islice
 
@@ -14,7 +14,7 @@ from ldm.data.stream import Readable, SampleStream, first_samples, item_generato
 
 
 class Echo(Dataset):
-    """Gives back the key and its seed."""
+    """Dataset that returns the key and its seed."""
 
     def __len__(self) -> int:
         return 7
@@ -23,7 +23,7 @@ class Echo(Dataset):
         return {"epoch": key[0], "index": key[1], "seed": item_seed(3, key)}
 
 
-def test_every_epoch_is_a_fresh_permutation():
+def test_every_epoch_is_a_new_permutation():
     keys = list(SampleStream(50, seed=0, total=200))
     epochs = [[index for epoch, index in keys if epoch == e] for e in range(4)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
@@ -33,17 +33,17 @@ def test_every_epoch_is_a_fresh_permutation():
 
 
 @pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 20, 30])
-def test_a_resumed_stream_is_the_rest_of_the_whole_one(start):
+def test_resumed_stream_is_the_rest_of_the_stream(start):
     whole = list(SampleStream(7, seed=5, total=30))
     assert list(SampleStream(7, seed=5, start=start, total=30)) == whole[start:]
     assert (
         list(islice(SampleStream(7, seed=5, start=start), 30 - start)) == whole[start:]
-    )  # endless: the same
+    )  # the same without a total
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("start", [0, 6])
-def test_processes_share_the_same_joint_batches(world_size, start):
+def test_ranks_divide_the_same_stream(world_size, start):
     whole = list(SampleStream(7, seed=5, start=start, total=31))
     streams = [SampleStream(7, 5, start, 31, rank, world_size) for rank in range(world_size)]
     ranks = [list(stream) for stream in streams]
@@ -52,7 +52,7 @@ def test_processes_share_the_same_joint_batches(world_size, start):
         assert ranks[position % world_size][position // world_size] == key
 
 
-def test_the_number_of_workers_changes_nothing():
+def test_batches_do_not_depend_on_number_of_workers():
     def batches(workers: int) -> list[dict]:
         stream = SampleStream(7, seed=1, total=20)
         return [
@@ -64,7 +64,7 @@ def test_the_number_of_workers_changes_nothing():
     assert len(batches(0)) == 7
 
 
-def test_lengths():
+def test_stream_length():
     assert len(SampleStream(7, 0, total=20)) == 20
     assert len(SampleStream(7, 0, start=18, total=20)) == 2
     assert len(SampleStream(7, 0, start=25, total=20)) == 0
@@ -82,15 +82,15 @@ def test_item_seeds_differ_and_fit_in_a_signed_integer():
     assert item_seed(4, 9) == item_seed(4, (0, 9)) == item_seed(4, (0, np.int64(9)))
     torch.tensor(max(seeds))  # fits in int64
     bits = np.array([[seed >> bit & 1 for bit in range(62)] for seed in seeds])
-    assert np.abs(bits.mean(0) - 0.5).max() < 0.06  # every bit is a coin
+    assert np.abs(bits.mean(0) - 0.5).max() < 0.06  # every bit is random
 
 
-def test_generators_repeat():
+def test_item_generator_depends_on_seed():
     one, same, other = (torch.randn(5, generator=item_generator(seed)) for seed in (11, 11, 12))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-# ---- samples that cannot be read
+# ---- unreadable samples
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def nothing_warned(monkeypatch):
 
 
 class Torn(Echo):
-    """Some of the samples cannot be read."""
+    """Dataset with some unreadable samples."""
 
     def __init__(self, torn: tuple[int, ...]):
         self.torn = torn
@@ -111,12 +111,12 @@ class Torn(Echo):
         return super().__getitem__(key)
 
 
-def test_another_sample_takes_the_place_and_follows_from_the_key_alone(capsys):
+def test_unreadable_sample_is_replaced_depending_only_on_key(capsys):
     torn = Readable(Torn((1, 4)))
     found = {epoch: [torn[(epoch, index)]["index"] for index in range(7)] for epoch in range(20)}
     assert all(indices[n] == n for indices in found.values() for n in (0, 2, 3, 5, 6))
     stand_ins = {indices[n] for indices in found.values() for n in (1, 4)}
-    assert stand_ins == {0, 2, 3, 5, 6}  # not always the same
+    assert stand_ins == {0, 2, 3, 5, 6}  # different replacements
     assert torn[(3, 1)]["epoch"] == 3
     told = [line for line in capsys.readouterr().err.splitlines() if line]
     assert sorted(told) == [f"warning: cannot read {n}.png: another image takes its place" for n in (1, 4)]
@@ -126,24 +126,24 @@ def test_another_sample_takes_the_place_and_follows_from_the_key_alone(capsys):
     ]
 
 
-def test_nothing_to_take_the_place_is_an_error():
+def test_no_readable_sample_raises():
     with pytest.raises(ValueError, match=r"none of 7 training images can be read; the first: cannot read 3"):
         Readable(Torn(tuple(range(7))))[(0, 3)]
 
 
-def test_other_errors_pass():
+def test_other_errors_are_not_caught():
     dataset = Torn(())
     dataset.torn = None
     with pytest.raises(TypeError):
         Readable(dataset)[(0, 3)]
 
 
-def test_the_first_samples():
+def test_first_samples_returns_readable_samples():
     assert [item["index"] for item in first_samples(Torn((5,)), 3)] == [0, 1, 2]
     assert len(first_samples(Torn((5,)), 30)) == 7
 
 
-def test_workers_take_the_same_and_report_a_file_once_each(capfd):
+def test_workers_use_same_replacements_and_warn_once_each(capfd):
     loader = make_loader(Torn((1, 4)), 1, 2, SampleStream(7, seed=0, total=28))
     found = [batch["index"].tolist() for batch in loader]
     told = capfd.readouterr().err
@@ -153,7 +153,7 @@ def test_workers_take_the_same_and_report_a_file_once_each(capfd):
     assert [batch["index"].tolist() for batch in alone] == found
 
 
-def test_what_is_left_out_is_told_once(capsys):
+def test_skipped_sample_is_reported_once(capsys):
     for _ in range(2):
         assert [number for number, _ in readable(Torn((1, 4)), range(6))] == [0, 2, 3, 5]
     assert capsys.readouterr().err.count("cannot read 1.png: it is left out") == 1

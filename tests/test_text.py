@@ -1,4 +1,4 @@
-"""CLIP's text tower against the original's numbers."""
+"""CLIP's text model against reference outputs."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.fill import fill, relative_error
 
 
 @torch.no_grad()
-def test_clip_text_numbers():
+def test_clip_text_model_matches_reference():
     config = json.loads((REFERENCE / "clip_text_tiny.json").read_text())
     arrays = np.load(REFERENCE / "clip_text_tiny.npz")
     model = fill(

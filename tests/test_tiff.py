@@ -1,4 +1,4 @@
-"""What the pixels of a TIFF mean: every kind of colour, number, layout and transparency, or one sentence."""
+"""Reading TIFF: every kind of colour, number format, layout and transparency, or one clear error."""
 
 import re
 
@@ -17,7 +17,7 @@ LAYOUTS = {
     "deflate": {"compression": "deflate", "predictor": True, "rowsperstrip": 7},
     "BigTIFF, deflate in tiles": {"bigtiff": True, "compression": "deflate", "tile": (16, 16)},
 }
-# Name -> photometric interpretation, channels of colour, kinds of further channels.
+# Name -> photometric interpretation, number of colour channels, types of extra channels.
 FORMS = {
     "grey": ("minisblack", 1, []),
     "white is zero": ("miniswhite", 1, []),
@@ -46,7 +46,7 @@ def write(path, values: np.ndarray, planar: bool = False, **options) -> None:
 
 
 def stored(true: np.ndarray, form: str, extra: list[str]) -> np.ndarray:
-    """What a file holds for true colours and transparency, the last channel where there is one."""
+    """Encode colours and transparency (the last channel, if any) as stored in this form of file."""
     colour, rest = true[..., : true.shape[2] - len(extra)], true[..., true.shape[2] - len(extra) :]
     if form == "white is zero":
         colour = ~colour
@@ -58,14 +58,14 @@ def stored(true: np.ndarray, form: str, extra: list[str]) -> np.ndarray:
 @pytest.mark.parametrize("planar", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_every_form_means_the_same(tmp_path, dtype, layout, planar):
+def test_every_form_and_layout_is_decoded(tmp_path, dtype, layout, planar):
     for form, (photometric, colours, extra) in FORMS.items():
         if planar and colours + len(extra) == 1:
             continue
         path = tmp_path / f"{form}.tif"
         true = numbers(dtype, colours + len(extra))
         if "assocalpha" in extra:
-            true[..., -1] |= 1 << (8 * true.itemsize - 1)  # at least half opaque: the colours can be told
+            true[..., -1] |= 1 << (8 * true.itemsize - 1)  # at least half opaque, to recover the colours
         options = {"photometric": photometric, "extrasamples": extra, **LAYOUTS[layout]}
         write(path, stored(true, form, extra), planar, **options)
         picture = read_photo(path, deep=True)
@@ -79,7 +79,7 @@ def test_every_form_means_the_same(tmp_path, dtype, layout, planar):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_16_bits_as_8(tmp_path, form):
+def test_16_bits_are_converted_to_8(tmp_path, form):
     photometric, colours, extra = FORMS[form]
     true = numbers(np.uint16, colours + len(extra))
     true[..., -1] |= 1 << 15
@@ -93,7 +93,7 @@ def test_16_bits_as_8(tmp_path, form):
 
 @pytest.mark.parametrize("planar", [False, True])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_cmyk(tmp_path, dtype, planar):
+def test_cmyk_is_converted_to_rgb(tmp_path, dtype, planar):
     values = np.zeros((H, W, 4), dtype)
     values[:, 20:, 1:3] = np.iinfo(dtype).max  # magenta and yellow: red
     write(tmp_path / "a.tif", values, planar, photometric="separated")
@@ -105,7 +105,7 @@ def test_cmyk(tmp_path, dtype, planar):
 
 
 @pytest.mark.parametrize("factor", [256, 257])
-def test_palette(tmp_path, factor):
+def test_palette_is_converted_to_rgb(tmp_path, factor):
     colours = np.random.default_rng(0).integers(0, 256, (3, 256)).astype(np.uint16)
     indices = numbers(np.uint8, 1)[..., 0]
     tifffile.imwrite(tmp_path / "a.tif", indices, photometric="palette", colormap=colours * factor)
@@ -115,7 +115,7 @@ def test_palette(tmp_path, factor):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("white", [1, 255, 65535])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int16, np.int32, np.uint32])
-def test_numbers_that_do_not_say_what_white_is(tmp_path, dtype, white, channels):
+def test_white_level_of_float_and_integer_values_is_estimated(tmp_path, dtype, white, channels):
     whole = np.dtype(dtype).kind in "iu"
     if white == 65535 and dtype in (np.float16, np.int16):
         white = 32767 if dtype == np.int16 else 255
@@ -126,7 +126,7 @@ def test_numbers_that_do_not_say_what_white_is(tmp_path, dtype, white, channels)
     write(tmp_path / "a.tif", values, photometric="rgb" if channels == 3 else "minisblack")
     read = read_image(tmp_path / "a.tif")
     assert np.abs(read - 255 * share).max() < 1
-    if not whole and white == 1:  # sharpening goes beyond white and below black
+    if not whole and white == 1:  # sharpened images have values outside [0, 1]
         write(tmp_path / "b.tif", (1.5 * values[..., :1] - 0.25).astype(dtype), photometric="minisblack")
         again = read_image(tmp_path / "b.tif")
         assert again.min() == 0 and again.max() == 255
@@ -146,14 +146,14 @@ def test_numbers_that_do_not_say_what_white_is(tmp_path, dtype, white, channels)
         (np.complex64([[0, 1]]), "a TIFF of 1 x 64 bits .* cannot be read: save it as RGB"),
     ],
 )
-def test_numbers_that_could_mean_anything_are_refused(tmp_path, values, message):
+def test_ambiguous_value_ranges_raise(tmp_path, values, message):
     tifffile.imwrite(tmp_path / "a.tif", values)
     with pytest.raises(ValueError, match=f"cannot read image .*a.tif: .*{message}"):
         read_image(tmp_path / "a.tif")
 
 
-def test_compressions(tmp_path):
-    """Without imagecodecs: LZW by Pillow for 8 bits, by OpenCV for 16 bits, else a sentence."""
+def test_compressions_read_without_imagecodecs(tmp_path):
+    """Pillow reads LZW of 8 bits, OpenCV of 16 bits."""
     import cv2
 
     eight, sixteen = numbers(np.uint8, 3), numbers(np.uint16, 3)
@@ -170,12 +170,12 @@ def test_compressions(tmp_path):
 
 
 def retagged(path, tag: int, value: int) -> None:
-    """Overwrite a number of the first page's directory."""
+    """Overwrite a tag of the first page."""
     with tifffile.TiffFile(path, mode="r+b") as tiff:
         tiff.pages[0].tags[tag].overwrite(value)
 
 
-def test_what_needs_another_package_is_said(tmp_path):
+def test_unsupported_compression_raises_with_remedy(tmp_path):
     path = tmp_path / "a.tif"
     write(path, numbers(np.uint16, 3), planar=True, photometric="rgb")
     retagged(path, 259, 5)  # LZW, in planes
@@ -191,7 +191,7 @@ def test_what_needs_another_package_is_said(tmp_path):
 
 @pytest.mark.parametrize("compression", [None, "deflate"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_cut_off_files_are_refused(tmp_path, compression, dtype):
+def test_truncated_file_raises(tmp_path, compression, dtype):
     path = tmp_path / "a.tif"
     options = {"photometric": "rgb", "rowsperstrip": 4, "compression": compression}
     write(path, numbers(dtype, 3), **options)
@@ -201,12 +201,12 @@ def test_cut_off_files_are_refused(tmp_path, compression, dtype):
         with pytest.raises(ValueError, match="cannot read image .*a.tif"):
             read_image(path)
     path.write_bytes(content)
-    retagged(path, 257, 2**30)  # a height that would fill the memory
+    retagged(path, 257, 2**30)  # a height that would exhaust the memory
     with pytest.raises(ValueError, match="it is cut off"):
         read_image(path)
 
 
-def test_first_of_several_pages(tmp_path):
+def test_first_of_several_pages_is_read_with_a_warning(tmp_path):
     pages = [numbers(np.uint16, 3) // (n + 1) for n in range(3)]
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
         for page in pages:

@@ -1,4 +1,4 @@
-"""The script that trains the blind Wiener filter: its crops, their flips, its run."""
+"""extras/train_blind_wiener.py: degraded crops, flipped spectra, resuming."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_crops_are_kept_and_hardly_degraded_ones_left_out(photos, tmp_path):
+def test_crops_are_cached_and_slightly_degraded_ones_left_out(photos, tmp_path):
     paths = sorted(photos.iterdir())
     crops = degrade_crops(paths, 10, 0, tmp_path / "crops.npy")
     assert 4 < len(crops) <= 10 and crops.shape[1:] == (2, FFT, FFT) and crops.dtype == torch.float16
@@ -34,9 +34,9 @@ def test_crops_are_kept_and_hardly_degraded_ones_left_out(photos, tmp_path):
     assert not torch.equal(degrade_crops(paths, 10, 1, tmp_path / "crops.npy")[:3], crops[:3])
 
 
-def test_spectra_of_flipped_crops_are_flipped_spectra():
+def test_spectra_are_flipped_with_the_crops():
     crops = torch.rand(1, 2, FFT, FFT)
-    crops[:, :, :, ::3] += 1  # a direction
+    crops[:, :, :, ::3] += 1  # a preferred direction
     network = BlindWiener(8)
     turned = Crops(crops, network, 0, augment=True)
     seen = set()
@@ -49,8 +49,8 @@ def test_spectra_of_flipped_crops_are_flipped_spectra():
     assert len(seen) == 4
 
 
-def test_errors_are_those_of_filtered_crops():
-    """The filter with the highest score is applied; the identity leaves the error as it is."""
+def test_errors_before_and_after_the_selected_filter():
+    """The filter with the highest score is applied; the identity does not change the error."""
     network = fill(BlindWiener(8))
     network.estimator.forward = lambda spectra: torch.eye(len(network.bank))[[0, 30]] * 1e4
     batch = {name: torch.rand(2, FFT, FFT) for name in ("blurry", "sharp")} | {"spectra": torch.zeros(2)}
@@ -58,7 +58,7 @@ def test_errors_are_those_of_filtered_crops():
     assert after[0] == pytest.approx(before[0].item(), rel=1e-4) and abs(after[1] - before[1]) > 0.02
 
 
-def test_a_stopped_run_resumes_exactly_and_writes_a_file_of_the_filter(photos, tmp_path, monkeypatch):
+def test_stopped_run_resumes_exactly_and_writes_filter_weights(photos, tmp_path, monkeypatch):
     whole = Settings(
         photos, 16, 4, batch_size=8, steps=4, warmup=1, output_dir=tmp_path / "whole", save_steps=2
     )
@@ -80,7 +80,7 @@ def test_a_stopped_run_resumes_exactly_and_writes_a_file_of_the_filter(photos, t
     assert (first["estimator.motion.weight"] != 0).any()
 
 
-def test_a_single_photo_is_refused(tmp_path):
+def test_single_photo_raises(tmp_path):
     (tmp_path / "photos").mkdir()
     write_image(tmp_path / "photos" / "a.png", np.zeros((300, 300, 3), np.uint8))
     with pytest.raises(ValueError, match="give at least two photographs"):

@@ -1,4 +1,4 @@
-"""The script that trains the small base: its computed encoder, its stages, its files."""
+"""extras/train_small_base.py: computed encoder, training stages, exported files."""
 
 from dataclasses import replace
 from functools import partial
@@ -33,8 +33,8 @@ def pictures() -> torch.Tensor:
     return torch.stack([to_tensor(script.square(images[n % len(images)], rng)) for n in range(24)])
 
 
-def test_the_encoder_is_the_projection_on_principal_components(pictures):
-    """A linear map of its latents restores blocks as well as the best one of so many numbers, nearly."""
+def test_encoder_projects_on_principal_components(pictures):
+    """Linear reconstruction from its latents is within 15 % of the optimal (PCA) error."""
     autoencoder = base_model().first_stage_model
     compute_encoder(autoencoder, pictures)
     latents = autoencoder.encode(pictures).mode()
@@ -49,11 +49,11 @@ def test_the_encoder_is_the_projection_on_principal_components(pictures):
     basis = components(blocks, CHANNELS)
     best = blocks - blocks @ basis.T @ basis
     assert best.square().mean() < ours.square().mean() < 1.15 * best.square().mean()
-    twice = autoencoder.encode(0.5 * pictures).mode()  # and it is linear in spite of its norm
+    twice = autoencoder.encode(0.5 * pictures).mode()  # the encoder is linear in spite of its norm
     assert (twice - 0.5 * latents).abs().max() < 0.02 * latents.abs().max()
 
 
-def test_pieces_are_the_same_again_and_differ_from_each_other():
+def test_pieces_are_deterministic_and_distinct():
     photos = [np.random.default_rng(1).integers(0, 256, (200, 300, 3), dtype=np.uint8)]
     settings = Settings(leaves=0.5, blurred=0.5)
     made = [piece(photos, settings, index) for index in range(8)]
@@ -65,7 +65,7 @@ def test_pieces_are_the_same_again_and_differ_from_each_other():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Settings:
-    """All stages for two steps, and their files."""
+    """Run all stages for two steps each, and export."""
     folder = tmp_path_factory.mktemp("base")
     (folder / "photos").mkdir()
     for n in range(2):
@@ -84,7 +84,7 @@ def trained(tmp_path_factory) -> Settings:
     return settings
 
 
-def test_what_is_written_opens_as_the_real_models_do(trained):
+def test_exported_files_load_like_the_original_models(trained):
     config = read_config(CONFIG)
     weights = load_state_dict(trained.models / "small_diffusion.safetensors")
     assert {value.dtype for name, value in weights.items() if "position_ids" not in name} == {torch.float16}
@@ -97,8 +97,8 @@ def test_what_is_written_opens_as_the_real_models_do(trained):
     assert restore(image, steps=1).shape == image.shape
 
 
-def test_both_layouts_hold_the_same_autoencoder(trained, pictures):
-    """Stable Diffusion's 1x1 convolutions and scale do what FLUX's shift and scale do."""
+def test_both_exported_autoencoders_are_equal(trained, pictures):
+    """Stable Diffusion's 1x1 convolutions and scale are equivalent to FLUX's shift and scale."""
     model = base_model()
     weights = load_state_dict(trained.models / "small_diffusion.safetensors")
     model.load_state_dict(
@@ -111,7 +111,7 @@ def test_both_layouts_hold_the_same_autoencoder(trained, pictures):
 
 
 @pytest.mark.slow
-def test_training_continues_from_weights_and_keeps_their_autoencoder(trained, tmp_path):
+def test_training_continues_from_weights_and_keeps_autoencoder(trained, tmp_path):
     old = trained.models / "small_diffusion.safetensors"
     settings = replace(trained, stage="unet", init_weights=old, output_dir=tmp_path / "run", models=tmp_path)
     main(settings)
@@ -132,7 +132,7 @@ def test_training_continues_from_weights_and_keeps_their_autoencoder(trained, tm
         main(replace(settings, init_weights=tmp_path / "torn.safetensors", output_dir=tmp_path / "b"))
 
 
-def test_a_stage_resumes(trained, capsys):
+def test_stage_resumes(trained, capsys):
     main(replace(trained, stage="unet"))
     assert "resuming" in capsys.readouterr().out
     with pytest.raises(ValueError, match="learning_rate was 0.001"):

@@ -1,4 +1,4 @@
-"""A model folder of FLUX's layout with random weights and toy sizes."""
+"""A model folder in FLUX's layout with random weights and toy sizes."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from ldm.models.kontext import AUTOENCODER, TRANSFORMER, FluxAutoencoder, save_f
 from ldm.models.prompts import prompt_file
 from ldm.modules.flux import Flux, FluxParams
 
-# Arguments of diffusers' AutoencoderKL: FLUX's, with few channels.
+# Arguments of diffusers' AutoencoderKL: as for FLUX, but with few channels.
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -28,7 +28,7 @@ VAE = {
 def write_tiny_folder(folder: str | Path, run: Path, prompt: str, seed: int = 0, channels: int = 16) -> None:
     """Write a transformer and an autoencoder of random weights and toy sizes.
 
-    The folder `run` of a run gets an embedding of `prompt`: 16 random tokens instead of text encoders.
+    The run folder `run` gets an embedding of `prompt`: 16 random tokens instead of text encoders.
     """
     generator = torch.Generator().manual_seed(seed)
     width = 4 * channels
@@ -40,7 +40,7 @@ def write_tiny_folder(folder: str | Path, run: Path, prompt: str, seed: int = 0,
     for parameter in (*flux.parameters(), *autoencoder.parameters()):
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
-        else:  # biases, and the weights of norms
+        else:  # biases and norm weights
             nn.init.constant_(parameter, float((parameter == 1).all()))
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_flux(Path(folder) / TRANSFORMER, flux)

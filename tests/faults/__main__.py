@@ -1,14 +1,14 @@
-"""What a training run survives: kills at any moment, a disk that fills up, malformed inputs.
+"""Fault tests of training runs and the web page: kills at any moment, a full disk, malformed inputs.
 
     python -m tests.faults kills --seed 0 --count 200     # about 20 minutes on one core
     python -m tests.faults ranks --seed 0 --count 30      # one of two processes killed: 10 minutes
-    python -m tests.faults disk --seed 0                  # 3 minutes; a small tmpfs where one may mount
+    python -m tests.faults disk --seed 0                  # 3 minutes; on a small tmpfs if mounting is allowed
     python -m tests.faults inputs --seed 0 --count 500    # 10 minutes, see tests/faults/bad_inputs.py
     python -m tests.faults page --seed 0                  # the web page under load, see tests/faults/page.py
     python -m tests.faults all
 
-The trainers at tiny size, as a user runs them. Everything follows from the seed but for the machine's
-own timing. Exit code 1 if anything is lost, unreadable or different. Results are in docs/reliability.md.
+The trainers run at tiny size with the commands that users type. Everything but the timing depends only on
+the seed. The exit code is 1 if anything is lost, unreadable or different. Results are in docs/reliability.md.
 """
 
 import csv
@@ -36,7 +36,7 @@ from ldm import checkpoint
 from ldm.data.image import read_image
 from tests.faults import bad_inputs
 from tests.faults.page import run_page
-from tests.faults.tiny_runs import (  # first: it sees to it that there is one thread
+from tests.faults.tiny_runs import (  # imported early: it limits torch to one thread
     PATIENCE,
     RUNS,
     Result,
@@ -52,34 +52,34 @@ from tests.faults.tiny_runs import (  # first: it sees to it that there is one t
 )
 from tests.test_processes import end_both, start_both
 
-TIMES = ("images/s",)  # columns that no two runs share
+TIMES = ("images/s",)  # columns that differ between runs
 TOGETHER = ("srn", "deblur", "kontext")  # run by two processes
-LOST = "error: another process of this run ended"  # what the other says
+LOST = "error: another process of this run ended"  # message of the surviving process
 PARTS = "state_dict discriminators optimizer optimizer_states scheduler ema random processes step global_step"
 
 
 @dataclass
 class Settings:
-    """Kill, starve and feed badly."""
+    """Run fault tests."""
 
     what: tyro.conf.Positional[Literal["kills", "ranks", "disk", "inputs", "page", "all"]] = "all"
     seed: int = 0
-    count: int = 0  # of kills, kills of one of two processes, inputs or uploads; 0 takes 200, 30, 500 and 50
-    trainers: tuple[str, ...] = ()  # for kills, ranks and disk; without: all, and TOGETHER for ranks
-    folder: Path | None = None  # keep everything here; None takes a temporary folder
+    count: int = 0  # number of kills, kills of one rank, inputs or uploads; 0 = 200, 30, 500 or 50
+    trainers: tuple[str, ...] = ()  # for kills, ranks and disk; default: all, for ranks those in TOGETHER
+    folder: Path | None = None  # keep all files in this folder; None = temporary folder
 
 
-# ---- looking at a run's folder ---------------------------------------------------------------------------
+# ---- checking a run's folder -----------------------------------------------------------------------------
 
 
 def saved(folder: Path) -> list[Path]:
-    """Files under their final names, as paths in the folder."""
+    """List the completely written files, as paths relative to the folder."""
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path for path in files if not path.name.startswith("."))
 
 
 def check_files(folder: Path) -> None:
-    """Read everything that is saved. Raises ValueError or OSError for a file that cannot be read."""
+    """Read all saved files. Raises ValueError or OSError for a file that cannot be read."""
     for name in saved(folder):
         path = folder / name
         if path.suffix == ".ckpt":
@@ -91,13 +91,13 @@ def check_files(folder: Path) -> None:
 
 
 def steps_saved(folder: Path) -> dict[str, int]:
-    """The step of each last.ckpt."""
+    """Return the step of each last.ckpt."""
     contents = {str(path): checkpoint.load(path) for path in folder.rglob("last.ckpt")}
     return {path: content.get("step", content.get("global_step")) for path, content in contents.items()}
 
 
 def check_progress(folder: Path, before: Path) -> None:
-    """All files can be read, and no checkpoint is older than `before`, a file of numbers, says."""
+    """Check that all files can be read and no checkpoint is older than its step in the file `before`."""
     check_files(folder)
     now = steps_saved(folder)
     for line in before.read_text().splitlines() if before.exists() else ():
@@ -108,7 +108,7 @@ def check_progress(folder: Path, before: Path) -> None:
 
 
 def same(a: object, b: object) -> bool:
-    """Equal, tensors bit for bit."""
+    """Compare recursively, tensors bit for bit."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -119,7 +119,7 @@ def same(a: object, b: object) -> bool:
 
 
 def check_equal(whole: Path, parts: Path) -> None:
-    """Raise ValueError that names the first thing in which two finished runs differ."""
+    """Raise ValueError with the first difference between two finished runs."""
     names = [[n for n in saved(folder) if "events.out" not in n.name] for folder in (whole, parts)]
     if names[0] != names[1]:
         raise ValueError(f"other files: {', '.join(map(str, set(names[0]) ^ set(names[1])))}")
@@ -153,7 +153,7 @@ def rows(path: Path) -> list[dict]:
 
 @dataclass(frozen=True)
 class Kill:
-    """When: `at` of a whole run's duration, or `late` seconds after the nth file's writing began."""
+    """Time of a kill: fraction `at` of a run's duration, or `late` seconds after the nth write began."""
 
     at: float | None
     nth: int
@@ -162,7 +162,7 @@ class Kill:
 
 
 def plan(seed: int, trainer: str) -> Iterator[Kill]:
-    """Endless; half of the kills are in the middle of a save."""
+    """Generate kills without end, half of them during a save."""
     rng = np.random.default_rng([seed, RUNS.index(trainer)])
     while True:
         at = None if rng.random() < 0.5 else float(rng.uniform(0.02, 1))
@@ -170,19 +170,19 @@ def plan(seed: int, trainer: str) -> Iterator[Kill]:
 
 
 def half_written(folder: Path, known: dict[str, int] | None = None) -> dict[str, int]:
-    """Temporary files, with their times, of writes in progress or killed; without those that are `known`."""
+    """Find temporary files of unfinished writes, with their times, except those in `known`."""
     found = {}
     for root, _, names in os.walk(folder):
         for path in (os.path.join(root, name) for name in names if name.endswith(".tmp")):
             try:
                 found[path] = os.stat(path).st_mtime_ns
             except FileNotFoundError:
-                continue  # written meanwhile
+                continue  # renamed in the meantime
     return {path: changed for path, changed in found.items() if changed != (known or {}).get(path)}
 
 
 def await_moment(pid: int, folder: Path, kill_at: Kill, seconds: float) -> bool:
-    """Wait until it is time to kill; False if the process ends before."""
+    """Wait until the time of the kill; return False if the process ends before it."""
     if kill_at.at is not None:
         return not _ended(pid, time.monotonic() + kill_at.at * seconds)
     left, end = half_written(folder), time.monotonic() + PATIENCE
@@ -209,7 +209,7 @@ def _ended(pid: int, until: float) -> bool:
 
 
 def kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar: tqdm) -> Counter:
-    """Kill a trainer `count` times, run it to its end after every few kills, and compare.
+    """Kill a trainer `count` times, finish a run after every few kills, and compare with a whole run.
 
     Raises RuntimeError with the reason if something is lost, unreadable or different.
     """
@@ -229,7 +229,7 @@ def kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar: tqd
             pid = start(script(command(trainer, place, folder, moment.workers)), log)
             if not await_moment(pid, folder, moment, seconds):
                 must(Result(wait(pid, 1), "", log.with_suffix(".err").read_text()))
-                break  # it was faster: compare
+                break  # it finished first: compare
             if kill(pid) == -9:
                 tally["kills"] += 1
                 tally["while writing a file"] += bool(half_written(folder, before))
@@ -243,7 +243,7 @@ def kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar: tqd
 
 
 def begin_both(trainer: str, place: Path, folder: Path, log: Path, workers: int = 0) -> list[int]:
-    """Start a training of two processes; their ids, once they have met."""
+    """Start training on two processes; return their ids once they are connected."""
     prepare_output(trainer, place, folder)
     said = [log.with_name(f"{log.name}{rank}.err") for rank in range(2)]
     for path in said:
@@ -263,8 +263,8 @@ def finish_both(pids: list[int], log: Path) -> None:
 
 
 def check_survivor(pid: int, said: Path, folder: Path, steps: list[int]) -> None:
-    """Raise RuntimeError unless a process whose partner was killed ends within a minute, with a sentence, or
-    with success if all `steps` were done."""
+    """Raise RuntimeError unless the process ends within a minute, with one error line that another one ended,
+    or successfully after all `steps`."""
     code = wait(pid, 60)
     if code is None:
         kill(pid)
@@ -276,9 +276,9 @@ def check_survivor(pid: int, said: Path, folder: Path, steps: list[int]) -> None
 
 
 def rank_kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar: tqdm) -> Counter:
-    """`kills` of one of two processes: the other must end by itself and say why.
+    """Kill one of two processes, as in `kills`: the other must end by itself with an error that says why.
 
-    None is killed before the two have met: the other would wait for it for half an hour.
+    Kills come after the two are connected; before, the other would wait for half an hour.
     """
     whole, log, tally = work / "whole", work / "log", Counter()
     pids, begin = begin_both(trainer, place, whole, log), time.monotonic()
@@ -292,7 +292,7 @@ def rank_kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar
             pids, before = begin_both(trainer, place, folder, log, moment.workers), half_written(folder)
             if not await_moment(pids[0], folder, moment, seconds):
                 finish_both(pids, log)
-                break  # it was faster: compare
+                break  # it finished first: compare
             if kill(pids[victim]) == -9:
                 tally["kills"] += 1
                 tally["while writing a file"] += bool(half_written(folder, before))
@@ -308,7 +308,7 @@ def rank_kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar
 
 
 def run_kills(settings: Settings, place: Path, work: Path, ranks: bool = False) -> bool:
-    """Prints a line for each trainer; whether all is well."""
+    """Print a line for each trainer; return whether all passed."""
     kind, trainers = (
         (rank_kills, settings.trainers or TOGETHER) if ranks else (kills, settings.trainers or RUNS)
     )
@@ -328,12 +328,12 @@ def run_kills(settings: Settings, place: Path, work: Path, ranks: bool = False) 
     return fine
 
 
-# ---- a full disk -----------------------------------------------------------------------------------------
+# ---- full disk -------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int = 256) -> Iterator[bool]:
-    """`folder` as a file system of its own; False if one may not mount here."""
+    """Mount a file system at `folder`; yield False if mounting is not allowed."""
     folder.mkdir(parents=True)
     options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     try:
@@ -348,14 +348,14 @@ def small_disk(folder: Path, megabytes: int = 256) -> Iterator[bool]:
 
 
 def fill(file: Path, leave: int) -> None:
-    """Write a file until the file system has so many bytes left."""
+    """Write a file that leaves `leave` bytes free on the file system."""
     space = os.statvfs(file.parent)
     with open(file, "wb") as stream:
         stream.write(bytes(max(0, space.f_bavail * space.f_frsize - leave)))
 
 
 def limited(work: Callable[[], None], size: int) -> Callable[[], None]:
-    """`work` in a process that may write no file larger than `size` bytes."""
+    """Wrap `work` so that its process cannot write files larger than `size` bytes."""
 
     def run_limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -365,8 +365,8 @@ def limited(work: Callable[[], None], size: int) -> Callable[[], None]:
 
 
 def fill_disk(trainer: str, place: Path, work: Path, part: float, nth: int) -> str:
-    """Kill a run after its nth save, leave it `part` of a checkpoint's size to write, run it, then run it
-    with space enough; the error message. Raises RuntimeError if something is lost or different."""
+    """Kill a run after its nth save, resume it with `part` of a checkpoint's size free, then with more space;
+    return the error message. Raises RuntimeError if something is lost or different."""
     log, whole = work / "log", work / "whole"
     if not whole.exists():
         prepare_output(trainer, place, whole)
@@ -375,7 +375,7 @@ def fill_disk(trainer: str, place: Path, work: Path, part: float, nth: int) -> s
         folder = work / "disk" / "run"
         go = script(command(trainer, place, folder))
         begun = False
-        while not begun:  # one that has ended before its nth save begins again
+        while not begun:  # a run that ended before its nth save is repeated
             shutil.rmtree(folder, ignore_errors=True)
             prepare_output(trainer, place, folder)
             pid = start(go, log)
@@ -390,7 +390,7 @@ def fill_disk(trainer: str, place: Path, work: Path, part: float, nth: int) -> s
             fill(work / "disk" / "filler", int(part * size))
         result = run(go if mounted else limited(go, int(part * size)), log)
         problem = bad_inputs.complaint(result)
-        finished = result.code == 0 and "finished at step" in result.out  # what it lacked was small
+        finished = result.code == 0 and "finished at step" in result.out  # enough space
         if problem or result.code != 1 and not finished:
             raise RuntimeError(f"on a full disk: exit code {result.code}, {problem}: {result.err[-3000:]}")
         (work / "disk" / "filler").unlink(missing_ok=True)
@@ -403,7 +403,7 @@ def fill_disk(trainer: str, place: Path, work: Path, part: float, nth: int) -> s
 
 
 def run_disk(settings: Settings, place: Path, work: Path, cases: int = 6) -> bool:
-    """Prints a line for each trainer; whether all is well."""
+    """Print a line for each trainer; return whether all passed."""
     fine = True
     for trainer in settings.trainers or RUNS:
         rng = np.random.default_rng([settings.seed, RUNS.index(trainer), 2])
@@ -422,8 +422,8 @@ def run_disk(settings: Settings, place: Path, work: Path, cases: int = 6) -> boo
 
 
 def main(settings: Settings) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit is a promise for CPUs, and processes are forked
-    tqdm.monitor_interval = 0  # no second thread where processes are forked
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # runs are bitwise equal only on CPUs, and processes are forked
+    tqdm.monitor_interval = 0  # no second thread, since processes are forked
     print(f"seed {settings.seed}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         work = settings.folder or Path(temporary)
@@ -439,7 +439,7 @@ def main(settings: Settings) -> None:
             fine &= run_disk(settings, work / "place", work)
         if settings.what in ("inputs", "all"):
             fine &= bad_inputs.campaign(work / "place", work / "inputs", settings.seed, settings.count or 500)
-        if settings.what in ("page", "all"):  # last: it has threads
+        if settings.what in ("page", "all"):  # last, because it starts threads
             fine &= run_page(settings.seed, settings.count or 50, work / "page")
     sys.exit(0 if fine else 1)
 

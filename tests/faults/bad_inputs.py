@@ -1,10 +1,10 @@
-"""Malformed inputs for every script: each case ends in one clear sentence, or is read as it should be.
+"""Malformed inputs for every script: each ends with one clear error line or is read correctly.
 
-input_slots.py lists the places where a script reads a user's file, damage.py what can
-be wrong with one. `campaign` runs damaged file after damaged file through the scripts. Whatever happens,
-there is no traceback, no hang, no output half-written, no temporary file left, and no code from a file is
-run. Besides: bad files end the script with exit code 1 and one line that begins with "error: " and names the
-file, or are skipped and counted where that is the contract; unusual but valid ones are read.
+input_slots.py lists the places where a script reads a user's file, damage.py the kinds of damage. `campaign`
+runs the scripts on one damaged file after another. In no case may there be a traceback, a hang, partial
+output, a leftover temporary file or executed code from a file. Bad files must end the script with exit code 1
+and one line that begins with "error: " and names the file, or, where documented, be skipped and counted.
+Unusual but valid files must be read.
 """
 
 import shutil
@@ -21,14 +21,14 @@ from tests.faults.damage import MARKER
 from tests.faults.input_slots import SLOTS, Case, make_ready
 from tests.faults.tiny_runs import Result, must, run, script
 
-SECONDS = 180  # until a script is said to hang
+SECONDS = 180  # until a script counts as hanging
 
 
-# ---- what a case may not do ------------------------------------------------------------------------------
+# ---- checks of a case's end ------------------------------------------------------------------------------
 
 
 def complaint(result: Result) -> str:
-    """What is wrong with the way a script ended; empty if nothing is."""
+    """Return what is wrong with the way a script ended; "" if nothing is."""
     lines = [line for line in result.err.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     if result.code is None:
@@ -45,7 +45,7 @@ def complaint(result: Result) -> str:
 
 
 def half_done(folder: Path, victim: Path) -> str:
-    """The first output that cannot be read, temporary file or sign of code that was run."""
+    """Return the first unreadable output, temporary file or sign of executed code; "" if there is none."""
     for path in folder.rglob("*"):
         if path.name.endswith(".tmp"):
             return f"left {path.name}"
@@ -70,7 +70,7 @@ def read_any(path: Path) -> None:
 
 
 def judge(case: Case, verdict: str, result: Result) -> str:
-    """What is wrong with the end of a case; empty if nothing is."""
+    """Return what is wrong with the end of a case; "" if nothing is."""
     problem = complaint(result)
     if problem or verdict == "either":
         return problem
@@ -94,7 +94,7 @@ def judge(case: Case, verdict: str, result: Result) -> str:
 
 
 def try_one(number: int, seed: int, place: Path, work: Path) -> tuple[str, str, Result]:
-    """Case `number` of a seed: its name, what is wrong (nothing: empty), how the script ended."""
+    """Run case `number` of a seed; return its name, what is wrong ("" if nothing) and the result."""
     rng = np.random.default_rng([seed, number])
     chosen = SLOTS[number % len(SLOTS)]
     verdicts = [name for name in chosen.kind for _ in range(3 if name == "bad" else 2)]
@@ -116,7 +116,7 @@ def try_one(number: int, seed: int, place: Path, work: Path) -> tuple[str, str, 
 
 
 def campaign(place: Path, work: Path, seed: int, count: int) -> bool:
-    """Run `count` cases; prints those that end wrongly and a summary; whether there is none."""
+    """Run `count` cases, print those that fail and a summary; return whether all passed."""
     make_ready(place, work)
     tally, problems = Counter(), 0
     for number in tqdm(range(count), unit="case", disable=None):

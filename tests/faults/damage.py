@@ -1,7 +1,7 @@
-"""What can be wrong with a file: pictures, lists, json, h5 and weights, damaged by a random generator.
+"""Randomly damaged files: images, lists, json, h5 and weights.
 
-Each function changes a file in place and is listed under what is to become of it: "bad" must be refused,
-"odd" is unusual but valid and must be read, "either" may be noticed or not.
+Each function changes a file in place and is listed under the expected outcome: "bad" must raise an error,
+"odd" is unusual but valid and must be read, "either" may do one or the other.
 """
 
 import json
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from ldm import checkpoint
 
 Damage = Callable[[Path, np.random.Generator], None]
-MARKER = "executed"  # the file that hostile code would leave beside its checkpoint
+MARKER = "executed"  # file that hostile code would write beside its checkpoint
 
 
 # ---- any file --------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ MARKER = "executed"  # the file that hostile code would leave beside its checkpo
 def truncated(path: Path, rng: np.random.Generator) -> None:
     content = path.read_bytes()
     end = max(3, int(len(content) * rng.uniform(0.02, 0.7)))
-    while b"\n" in content[end - 1 : end + 1]:  # a list that ends with a line would be whole
+    while b"\n" in content[end - 1 : end + 1]:  # a list cut at a line break would be valid
         end -= 1
     path.write_bytes(content[:end])
 
@@ -61,7 +61,7 @@ def bytes_changed(path: Path, rng: np.random.Generator) -> None:
 
 
 def head_changed(path: Path, rng: np.random.Generator) -> None:
-    """Where formats have their structure."""
+    """Change bytes in the first 200, where formats store their structure."""
     content = bytearray(path.read_bytes())
     for place in rng.integers(min(200, len(content)), size=int(rng.integers(1, 6))):
         content[place] = int(rng.integers(256))
@@ -71,11 +71,11 @@ def head_changed(path: Path, rng: np.random.Generator) -> None:
 ANY = {"bad": [truncated, empty, noise, text, dangling_link], "either": [bytes_changed, head_changed]}
 
 
-# ---- pictures --------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------
 
 
 def png_of_size(width: int, height: int) -> Damage:
-    """A PNG whose header says this size, with a few bytes of pixels."""
+    """Return a function that writes a PNG with this size in its header and a few bytes of pixels."""
 
     def write(path: Path, rng: np.random.Generator) -> None:
         chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))]
@@ -88,7 +88,7 @@ def png_of_size(width: int, height: int) -> Damage:
 
 
 def converted(name: str, mode: str, form: str, frames: int = 1, **options: object) -> Damage:
-    """The same picture in another mode and format, under its old name."""
+    """Return a function that converts an image to another mode and format under the same name."""
 
     def convert(path: Path, rng: np.random.Generator) -> None:
         with Image.open(path) as image:
@@ -107,7 +107,7 @@ def converted(name: str, mode: str, form: str, frames: int = 1, **options: objec
 
 
 def turned(path: Path, rng: np.random.Generator) -> None:
-    """Lying on its side, with the EXIF tag that turns it upright."""
+    """Rotate the image by 90 degrees and set the EXIF tag that reverts it."""
     with Image.open(path) as image:
         image = image.convert("RGB").transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
@@ -141,7 +141,7 @@ PICTURE = {
 
 
 def line(name: str, content: str) -> Damage:
-    """One line of a list is this instead."""
+    """Return a function that replaces one line of a list by `content`."""
 
     def replace(path: Path, rng: np.random.Generator) -> None:
         lines = path.read_text().splitlines()
@@ -188,7 +188,7 @@ VALUES = [None, -1, 0, 1e30, 10**12, "x", "", [], {}, True, [[1]], [[0, 0, 1]], 
 
 
 def value_changed(path: Path, rng: np.random.Generator) -> None:
-    """One value somewhere in a json file, or in a file of json lines, is another or is gone."""
+    """Replace or delete one value of a json or json-lines file."""
     lines = path.read_text().splitlines() if _is_lines(path) else [path.read_text()]
     number = int(rng.integers(len(lines)))
     content = json.loads(lines[number])
@@ -218,7 +218,7 @@ def _is_lines(path: Path) -> bool:
 
 JSON = {"bad": ANY["bad"], "either": [*[value_changed] * 6, bytes_changed, utf16]}
 JSON_LINES["either"] = [value_changed] * 3 + JSON_LINES["either"]
-TEXT = {"either": [*ANY["bad"][:4], *ANY["either"], utf16]}  # metrics.csv, which may be made anew
+TEXT = {"either": [*ANY["bad"][:4], *ANY["either"], utf16]}  # metrics.csv, which may be written again
 YAML = {"bad": [empty, noise, text], "either": [truncated, bytes_changed, bytes_changed]}
 
 
@@ -229,7 +229,7 @@ CAPTION = {"bad": [utf16], "either": [*ANY["bad"], bytes_changed]}  # any other 
 
 
 def patches(name: str, change: Callable[[dict], None]) -> Damage:
-    """Another content of a file of patches."""
+    """Return a function that changes the content of a file of patches."""
 
     def rewrite(path: Path, rng: np.random.Generator) -> None:
         with h5py.File(path) as file:
@@ -264,7 +264,7 @@ H5 = {
 
 
 class Hostile:
-    """Unpickling it runs a command."""
+    """Object that runs a command when it is unpickled."""
 
     def __init__(self, command: str):
         self.command = command
@@ -282,7 +282,7 @@ def hostile_pickle(path: Path, rng: np.random.Generator) -> None:
 
 
 def rewrite_tensors(path: Path, change: Callable[[dict], None]) -> None:
-    """Change the state dict in a file of weights, whatever its format."""
+    """Change the state dict in a file of weights of any format."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -334,7 +334,7 @@ def no_dictionary(path: Path, rng: np.random.Generator) -> None:
 
 
 def other_file(path: Path, rng: np.random.Generator) -> None:
-    """Weights of something else."""
+    """Write weights of an unknown network."""
     weights = {"lora_te.down": torch.zeros(4, 2), "layer.weight": torch.zeros(2, 2)}
     checkpoint.write_weights(path, weights)
 
@@ -348,7 +348,7 @@ def metadata_broken(path: Path, rng: np.random.Generator) -> None:
 
 
 def part_missing(path: Path, rng: np.random.Generator) -> None:
-    """A part of a checkpoint is gone or is something else."""
+    """Delete or replace one part of a checkpoint."""
     if path.suffix == ".safetensors":
         return tensor_missing(path, rng)
     content = checkpoint.load(path, mmap=False)

@@ -1,4 +1,4 @@
-"""The places where scripts read a file that a user gives, for tests/faults/bad_inputs.py."""
+"""The places where scripts read a user's file, for tests/faults/bad_inputs.py."""
 
 import json
 import shutil
@@ -50,18 +50,18 @@ from tests.tiny_flux import VAE
 
 SMALL_BASE = {"config_path": ROOT / "models" / "small_diffusion.yaml", "max_steps": 1, "val_steps": 1}
 SMALL_KONTEXT = ROOT / "models" / "small_kontext"
-PROMPT_FILE = str(prompt_file(Path(), "restore"))  # in the folder of a run
-IN_EMA = ("shape_changed", "tensor_missing")  # the averaged weights are used, not those that are damaged
+PROMPT_FILE = str(prompt_file(Path(), "restore"))  # relative to the run folder
+IN_EMA = ("shape_changed", "tensor_missing")  # EMA weights are used, not the damaged ones
 Build = Callable[[Path, Path], "Case"]
 
 
 @dataclass
 class Case:
-    """A command, the file in it that is damaged, and what is special about the place.
+    """A command, its damaged file (`victim`), and the expected behaviour.
 
-    `skips` is what the script prints, rather than failing, if the file is bad. `ignores` are kinds of damage
-    that need not be noticed there. A file that is `remade` does no harm. `results` are made all the same.
-    The error names the file, or what is `named`.
+    `skips` is what the script prints, instead of failing, if the file is bad. `ignores` are kinds of damage
+    that need not be detected. A file with `remade` is rebuilt without an error. `results` are outputs that
+    must exist in spite of the error. The error must name the file, or `named`.
     """
 
     arguments: list[object]
@@ -75,7 +75,7 @@ class Case:
 
 @dataclass
 class Slot:
-    """`build` makes a case from its folder, where outputs go to `out`, and the folder of good things."""
+    """A place where a file is read; `build` makes a case from its own folder and that of undamaged files."""
 
     name: str
     kind: dict[str, list[Damage]]
@@ -83,7 +83,7 @@ class Slot:
 
 
 def make_ready(place: Path, work: Path, names: Iterable[str] = (*TRAINERS, "base", "cached")) -> None:
-    """Trained files of these runs, masks and annotations to damage, below `place`."""
+    """Write trained files of these runs, masks and annotations below `place`."""
     work.mkdir(parents=True, exist_ok=True)
     for name in names:
         trainer, options = ("deblur", {"cache_latents": True}) if name == "cached" else (name, {})
@@ -137,7 +137,7 @@ def _make_more(place: Path) -> None:
 
 
 def short(name: str, place: Path, output: Path, **changes: object) -> list[str]:
-    """A run of a trainer that reads everything once."""
+    """Return the command of a run that reads every file once."""
     few = {
         "deblur": {"max_steps": 4, "val_steps": 4, "save_steps": 2},
         "inpaint": {"max_steps": 4, "val_steps": 4, "save_steps": 4},
@@ -151,7 +151,7 @@ def short(name: str, place: Path, output: Path, **changes: object) -> list[str]:
 
 
 def copied(source: Path, target: Path) -> Path:
-    """A copy of a file or a tree that the case may damage."""
+    """Copy a file or folder that the case may damage."""
     target.parent.mkdir(parents=True, exist_ok=True)
     (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
     return target
@@ -169,7 +169,7 @@ def training(
     ignores: tuple[str, ...] = (),
     **changes: object,
 ) -> Build:
-    """A trainer whose `flag` is a copy of `source`, in which the file `victim` is damaged."""
+    """Build a training run whose `flag` is a copy of `source` with the damaged file `victim`."""
 
     def build(folder: Path, place: Path) -> Case:
         copy = copied(place / source, folder / Path(source).name)
@@ -186,7 +186,7 @@ def training(
 def resumed(
     name: str, victim: str, kept: str = "", remade: bool = False, stage: str = "", **changes: object
 ) -> Build:
-    """A trainer that goes on in a folder in which the file `victim` is damaged."""
+    """Build a training run that resumes in a folder with the damaged file `victim`."""
 
     def build(folder: Path, place: Path) -> Case:
         copied(place / "runs" / (kept or name), folder / "out")
@@ -200,7 +200,7 @@ def resumed(
 
 
 def mixed_with_pairs(name: str) -> Build:
-    """SRN or DBGAN's second stage on photos that are blurred on the fly, and one pair, which is damaged."""
+    """Build a run of SRN or DBGAN's second stage on photos blurred on the fly and one damaged pair."""
 
     def build(folder: Path, place: Path) -> Case:
         pairs = folder / "pairs"
@@ -242,7 +242,7 @@ WEIGHTS_OF = {
 
 
 def restoring(name: str, victim: str, weights: str = "", model: str = "flux") -> Build:
-    """infer.py on one picture; `victim` is "picture", "mask", "weights" or a file of the folder `model`."""
+    """Build infer.py on an image; `victim` is "picture", "mask", "weights" or a file of folder `model`."""
 
     def build(folder: Path, place: Path) -> Case:
         source = place / (weights or WEIGHTS_OF[name])
@@ -265,7 +265,7 @@ def restoring(name: str, victim: str, weights: str = "", model: str = "flux") ->
         path = files[victim] if victim in files else folder / victim
         ignores = IN_EMA if averaged else ()
         named = ""
-        if model == "diffusers":  # a network may lie in several files; without config.json it is none
+        if model == "diffusers":  # errors may name the folder of the shards
             ignores, named = ("dangling_link",), path.parent.name
         return Case(arguments, path, ignores=ignores, named=named)
 
@@ -273,7 +273,7 @@ def restoring(name: str, victim: str, weights: str = "", model: str = "flux") ->
 
 
 def filled_classically(victim: str) -> Build:
-    """infer.py inpaint without a model, on a folder of pictures and one of masks."""
+    """Build infer.py inpaint without a model; the damaged file is the photo or the mask."""
 
     def build(folder: Path, place: Path) -> Case:
         photo = copied(place / "photos" / "001.png", folder / "photo.png")
@@ -285,7 +285,7 @@ def filled_classically(victim: str) -> Build:
 
 
 def cleaned_first(folder: Path, place: Path) -> Case:
-    """infer.py deblur whose --cleaner is damaged."""
+    """Build infer.py deblur with a damaged --cleaner."""
     photo = copied(place / "photos" / "001.png", folder / "photo.png")
     cleaner = copied(place / "nafnet.pth", folder / "nafnet.pth")
     arguments = ["infer.py", "deblur", "--input", photo, "--output_dir", folder / "out", "--cleaner", cleaner]
@@ -294,12 +294,12 @@ def cleaned_first(folder: Path, place: Path) -> Case:
 
 
 def pairs_checked(side: str) -> Build:
-    """tool_check_pairs.py: a file that cannot be read is one of its findings."""
+    """Build tool_check_pairs.py, which must report the unreadable file."""
 
     def build(folder: Path, place: Path) -> Case:
         pairs = copied(place / "gopro", folder / "gopro")
         arguments = ["tool_check_pairs.py", "--data", pairs, "--output_dir", folder / "out"]
-        # pixels of one bit are sharper than the sharp side: a swapped pair
+        # a one-bit image is sharper than the sharp side, which is reported as a swapped pair
         ignores = ("one_bit",)
         return Case(arguments, pairs / "GOPR1" / side / "000001.png", "cannot be read", ignores)
 
@@ -307,7 +307,7 @@ def pairs_checked(side: str) -> Build:
 
 
 def folder_restored(folder: Path, place: Path) -> Case:
-    """infer.py on a folder: what cannot be read is named in the end, and stops no other."""
+    """Build infer.py on a folder: the error names the unreadable file, the others are restored."""
     names = ("000", "001", "002")
     for name in names:
         copied(place / "photos" / f"{name}.png", folder / "photos" / f"{name}.png")
@@ -318,7 +318,7 @@ def folder_restored(folder: Path, place: Path) -> Case:
 
 
 def scored(kind: str) -> Build:
-    """evaluate.py: a pair that cannot be read is skipped and counted."""
+    """Build evaluate.py, which must skip and count the unreadable pair."""
 
     def build(folder: Path, place: Path) -> Case:
         arguments = ["evaluate.py"]
@@ -335,7 +335,7 @@ def scored(kind: str) -> Build:
 
 
 def pairs_made(victim: str) -> Build:
-    """tool_make_deblur_dataset.py, with a source or a file of the folder that it goes on in damaged."""
+    """Build tool_make_deblur_dataset.py with a damaged source, or a damaged file in its output folder."""
 
     def build(folder: Path, place: Path) -> Case:
         for number in range(3):
@@ -378,7 +378,7 @@ def control_exported(folder: Path, place: Path) -> Case:
 
 
 def text_encoded(victim: str, source: str = "") -> Build:
-    """infer.py kontext with a prompt that the folder's own text encoders must embed."""
+    """Build infer.py kontext with a prompt that the model folder's text encoders must embed."""
 
     def build(folder: Path, place: Path) -> Case:
         model = copied(place / source if source else SMALL_KONTEXT, folder / "model")
@@ -400,7 +400,7 @@ def onnx_exported(name: str) -> Build:
 
 
 def halved(folder: Path, place: Path) -> Case:
-    """tool_export_control.py on the file that comes along."""
+    """Build tool_export_control.py --half on the included file."""
     (folder / "out").mkdir()
     weights = copied(ROOT / "models" / "small_deblur.safetensors", folder / "small_deblur.safetensors")
     arguments = [
@@ -414,7 +414,7 @@ def halved(folder: Path, place: Path) -> Case:
 
 
 CAPTIONED = {"captions": True, "instance_prompt": "mend", "pretrained_model_name_or_path": SMALL_KONTEXT}
-WEIGHTS_MAY = {"either": [*WEIGHTS["bad"], *WEIGHTS["either"]]}  # without encoders none can be made anew
+WEIGHTS_MAY = {"either": [*WEIGHTS["bad"], *WEIGHTS["either"]]}  # there are no encoders to recompute it
 CONTROL = "runs/inpaint/final_model/controlnet.safetensors"
 CACHE = {"bad": ANY["bad"]}
 TWO_PICTURES = ("photo.png", "mask.png")
@@ -456,7 +456,7 @@ SLOTS = [
     Slot("tool_make_deblur_dataset source", PICTURE, pairs_made("source")),
     Slot("tool_make_dbgan_dataset picture", PICTURE, patches_made),
     Slot("tool_make_mask --image", PICTURE, mask_made),
-    Slot(  # without its list it is a folder of pairs
+    Slot(  # without its list, it is read as folders of pairs
         "deblur --data_root list",
         JSON_LINES,
         training("deblur", "data_root", "pairs", "blur_types.json", ignores=("dangling_link",)),
@@ -497,7 +497,7 @@ SLOTS = [
     Slot("dbgan resumed", WEIGHTS, resumed("dbgan", "blur/checkpoints/last.ckpt")),
     Slot("tool_add_control", WEIGHTS, control_added),
     Slot("tool_export_control", WEIGHTS, control_exported),
-    # what came later
+    # later additions; the order determines the cases of a seed
     Slot("base --photos", PICTURE, training("base", "photos", "photos", "003.png", "unet")),
     Slot("kontext caption", CAPTION, training("kontext", "hr_root", "captioned", "001.txt", **CAPTIONED)),
     Slot("srn --init_weights", WEIGHTS, training("srn", "init_weights", "srn.safetensors")),

@@ -1,8 +1,8 @@
-"""The web page under load: many pages at once that upload, restore, stop, reload and ask for too much.
+"""Load test of the web page: many pages upload, restore, stop, reload and exceed the limits concurrently.
 
-Every page has pictures of its own, and a result must be, within a level of rounding, what the network makes
-of the page's last picture. What is above the limits must be refused, and the server's memory must return to
-where it was.
+Every page has its own images, and a result must equal the network's output for the page's last image, within
+a rounding error of one level. Uploads above the limits must be rejected, and the server's memory must not
+grow.
 """
 
 import http.client
@@ -27,14 +27,14 @@ from ldm import checkpoint
 from ldm.data.image import photographs, read_image
 from train_srn import SRNDeblurNet, restore_image
 
-PATIENCE = 300  # seconds that a busy machine may take for one thing
-MEGAPIXELS, MEGABYTES = 0.25, 1  # the limits
-GROWTH = 0.1  # of the memory, that is still the same: what the C library keeps of freed memory varies
+PATIENCE = 300  # seconds that a busy machine may take for one request
+MEGAPIXELS, MEGABYTES = 0.25, 1  # upload limits
+GROWTH = 0.1  # tolerated growth of memory: the C library keeps a varying part of freed memory
 
 
 @contextmanager
 def serve(folder: Path, network: SRNDeblurNet) -> Iterator[tuple[int, int]]:
-    """The page with `network` as its SRN: its port and its process."""
+    """Serve the page with `network` as its SRN; yield port and process id."""
     weights = folder / "srn.safetensors"
     checkpoint.write_weights(weights, network.state_dict(), {"settings": '{"residual": true}'})
     with socket.socket() as free:
@@ -63,13 +63,13 @@ def tiny_network(width: int = 4) -> SRNDeblurNet:
 
 
 class Visitor:
-    """An open page, as its browser speaks to the server."""
+    """An open page, with the requests that a browser sends."""
 
     def __init__(self, port: int):
         self.port, self.session = port, secrets.token_hex(8)
         config = json.loads(self.ask("GET", "/config")[1])
         self.parts = {part["id"]: part for part in config["components"]}
-        self.calls = {}  # (elem_id, event) -> what the page calls then
+        self.calls = {}  # (elem_id, event) -> API call of the page
         for call in config["dependencies"]:
             for part, event in call["targets"]:
                 name = self.parts[part]["props"].get("elem_id") if part in self.parts else None
@@ -79,7 +79,7 @@ class Visitor:
         self.beating = self.heart.getresponse()
 
     def close(self) -> None:
-        """Leave the page: the server sees that the connection ends."""
+        """Leave the page by closing the connection."""
         self.beating.close()
         self.heart.close()
 
@@ -95,14 +95,14 @@ class Visitor:
             connection.close()
 
     def upload(self, name: str, content: bytes) -> tuple[int, str]:
-        """The status, and the file's path on the server or why it is refused."""
+        """Upload a file; return the status, and its path on the server or the reason for rejection."""
         head = f'--X\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
         form = "multipart/form-data; boundary=X"
         status, text = self.ask("POST", "/gradio_api/upload", head + content + b"\r\n--X--\r\n", form)
         return status, json.loads(text)[0] if status == 200 else text.decode()
 
     def call(self, name: str, event: str, *values: object) -> str:
-        """Join the queue with these inputs, the others being as they were; the event's id."""
+        """Join the queue with these inputs and defaults for the others; return the event's id."""
         call = self.calls[name, event]
         data = [*values, *(self.parts[part]["props"].get("value") for part in call["inputs"][len(values) :])]
         body = {"fn_index": call["id"], "session_hash": self.session, "data": data}
@@ -112,7 +112,7 @@ class Visitor:
         return json.loads(text)["event_id"]
 
     def results(self, *events: str) -> list[dict]:
-        """What these events gave, once all have ended."""
+        """Wait for these events and return their results."""
         found: dict[str, dict] = {}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         try:
@@ -128,7 +128,7 @@ class Visitor:
         raise RuntimeError(f"only {len(found)} of {len(events)} answers came")
 
     def open(self, name: str, content: bytes) -> bool:
-        """Upload a file and open it as the page's image; False if it is refused."""
+        """Upload a file and open it as the page's image; return False if it is rejected."""
         status, path = self.upload(name, content)
         if status == 413:
             return False
@@ -136,7 +136,7 @@ class Visitor:
         return self.results(self.call("upload", "upload", file))[0]["success"]
 
     def read(self, result: dict) -> np.ndarray | None:
-        """The picture on the right of the slider; None if there is none: the work was stopped."""
+        """Return the image on the right of the slider, or None if the computation was stopped."""
         value = result["output"]["data"][0]
         value = value.get("value") if isinstance(value, dict) else value
         if not isinstance(value, list):
@@ -152,7 +152,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 def too_much(rng: np.random.Generator) -> dict[str, bytes]:
-    """Files that no page may open, by what is wrong with them."""
+    """Create files that must be rejected, by the reason."""
     noise = rng.integers(0, 255, (640, 640, 3), np.uint8)
     return {
         "bytes": png(noise),
@@ -163,9 +163,9 @@ def too_much(rng: np.random.Generator) -> dict[str, bytes]:
 
 
 def visit(port: int, network: SRNDeblurNet, uploads: int, seed: tuple[int, ...]) -> Counter:
-    """One person: pictures, each restored, stopped or left by a reload.
+    """Simulate one user: upload images, and for each wait for the result, stop or reload.
 
-    Raises RuntimeError for what is wrong.
+    Raises RuntimeError for wrong results or accepted bad uploads.
     """
     rng, tally = np.random.default_rng(seed), Counter()
     photo = read_image(photographs()[int(rng.integers(6))])
@@ -203,7 +203,7 @@ def visit(port: int, network: SRNDeblurNet, uploads: int, seed: tuple[int, ...])
 
 
 def resident(pid: int) -> float:
-    """MiB that a process holds."""
+    """Return the resident memory of a process in MiB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
@@ -211,10 +211,10 @@ def resident(pid: int) -> float:
 def load(
     folder: Path, seed: int, pages: int = 10, uploads: int = 50, rounds: int = 2
 ) -> tuple[Counter, list[float]]:
-    """`uploads` by `pages` at once, `rounds` times after each other, and the server's MiB after each.
+    """Run rounds of `uploads` by concurrent `pages`; return the counts and the server's MiB after each.
 
-    Raises RuntimeError if a page saw another's picture, too much was accepted, or memory grew from the first
-    round (which loads what there is to load) to the last.
+    Raises RuntimeError if a page got another's image, a bad upload was accepted, or memory grew after the
+    first round, which loads the networks.
     """
     network, tally, memory = tiny_network(), Counter(), []
     with serve(folder, network) as (port, pid):
@@ -233,7 +233,7 @@ def load(
 
 
 def run_page(seed: int, count: int, folder: Path) -> bool:
-    """Prints a line; whether all is well."""
+    """Run the load test, print a line and return whether it passed."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         tally, memory = load(folder, seed, uploads=count, rounds=3)

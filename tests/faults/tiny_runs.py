@@ -1,7 +1,7 @@
-"""The trainers at a size at which a whole run takes seconds, and processes that run a script.
+"""Training runs that take seconds, and processes that run a script.
 
-Used by the fault and the memory benchmarks. A process is forked from one that has imported everything: it
-starts in milliseconds, and is killed, limited and measured as any other.
+Processes are forked from one that has imported everything, so that they start in milliseconds; they can be
+killed, limited and measured like any other process.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # no pool of threads may exist where a process is forked
+os.environ["OMP_NUM_THREADS"] = "1"  # a process that forks must not have a thread pool
 
 import numpy as np
 import torch
@@ -49,17 +49,15 @@ from tutorial_train_inpaint import cut_photographs
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent.parent
 TRAINERS = ("deblur", "inpaint", "srn", "dbgan", "kontext")
-# The same ones with other inputs: the trainer, its flags ("@x" is a path in the place).
+# Variants with other inputs: trainer and flags ("@x" is a path below `place`).
 VARIANTS = {
     "srn_init": ("srn", {"init_weights": "@srn.safetensors"}),
     "dbgan_init": ("dbgan", {"init_weights": "@dbgan.safetensors"}),
     "kontext_captions": ("kontext", {"hr_root": "@captioned", "captions": True, "blocks_to_swap": 3}),
 }
-RUNS = (*TRAINERS, *VARIANTS, "base")  # all that can be killed; base is extras/train_small_base.py
-PATIENCE = (
-    600  # seconds until a run is said to hang: a busy machine takes minutes for one of train_small_base
-)
-CAPTION = "a picture"  # of one of Kontext's images
+RUNS = (*TRAINERS, *VARIANTS, "base")  # base is extras/train_small_base.py
+PATIENCE = 600  # seconds until a run counts as hanging; train_small_base takes minutes on a busy machine
+CAPTION = "a picture"  # caption of one training image of Kontext
 
 
 # ---- processes -------------------------------------------------------------------------------------------
@@ -67,7 +65,7 @@ CAPTION = "a picture"  # of one of Kontext's images
 
 @dataclass
 class Result:
-    """How a process ended: exit code (-9 after kill -9, None if it did not end in time) and its output."""
+    """Exit code (-9 after kill -9, None if it did not end in time) and output of a process."""
 
     code: int | None
     out: str
@@ -75,7 +73,7 @@ class Result:
 
 
 def script(arguments: Iterable[object]) -> Callable[[], None]:
-    """A call of `python SCRIPT ARGUMENTS`, as a function."""
+    """Return a function that does what `python SCRIPT ARGUMENTS` does."""
     name, *rest = map(str, arguments)
 
     def run() -> None:
@@ -87,34 +85,34 @@ def script(arguments: Iterable[object]) -> Callable[[], None]:
 
 
 def start(work: Callable[[], None], log: Path) -> int:
-    """Run `work` in a process group of its own, its output in LOG.out and LOG.err; returns its id."""
+    """Run `work` in a new process group with output in LOG.out and LOG.err; return its process id."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid:
         return pid
     code = 70
-    tqdm.set_lock(threading.RLock())  # the common one would stay locked where it is killed
+    tqdm.set_lock(threading.RLock())  # a shared lock would stay locked if its owner is killed
     try:
         os.setsid()
         for stream, suffix in ((1, ".out"), (2, ".err")):
             file = os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, stream)
         sys.stdout = open(1, "w", buffering=1, closefd=False)
-        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # as Python does
-        for logger in (logging.root, *logging.root.manager.loggerDict.values()):  # those of pytest, else
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # as Python opens it
+        for logger in (logging.root, *logging.root.manager.loggerDict.values()):  # not pytest's
             for handler in getattr(logger, "handlers", ()):
                 if type(handler) is logging.StreamHandler:
                     handler.setStream(sys.stderr)
         code = _call(work)
     finally:
-        os._exit(code)  # never back into the copy of what called fork
+        os._exit(code)  # never return into the forked copy of the caller
 
 
 def _call(work: Callable[[], None]) -> int:
-    """What the interpreter does: run, print what nobody caught, clean up; the exit code."""
+    """Run `work` like the interpreter: print uncaught exceptions, clean up, return the exit code."""
     code = 0
-    atexit._clear()  # what is to be done at this process's own end only
+    atexit._clear()  # these callbacks belong to the parent process
     atexit.register(multiprocessing.util._exit_function)
     try:
         work()
@@ -131,7 +129,7 @@ def _call(work: Callable[[], None]) -> int:
 
 
 def wait(pid: int, seconds: float) -> int | None:
-    """Exit code of a process, minus the signal that ended it, or None if it runs for longer."""
+    """Wait for a process; return its exit code (-N after signal N), or None if it is still running."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -142,7 +140,7 @@ def wait(pid: int, seconds: float) -> int | None:
 
 
 def kill(pid: int) -> int:
-    """kill -9 of a process, then of its workers; its exit code: -9, or its own if it was faster."""
+    """Kill a process and its workers with SIGKILL; return -9, or its exit code if it ended before."""
     try:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -153,7 +151,7 @@ def kill(pid: int) -> int:
 
 
 def run(work: Callable[[], None], log: Path, seconds: float = PATIENCE) -> Result:
-    """Run `work` to its end, or kill it after so many seconds; workers that outlive it are ended."""
+    """Run `work` to its end, or kill it after `seconds`; remaining workers are killed too."""
     pid = start(work, log)
     code = wait(pid, seconds)
     if code is None:
@@ -168,7 +166,7 @@ def run(work: Callable[[], None], log: Path, seconds: float = PATIENCE) -> Resul
 
 
 def must(result: Result) -> Result:
-    """Raises RuntimeError if a process that should succeed did not."""
+    """Return `result`; raise RuntimeError unless the process succeeded."""
     if result.code != 0:
         raise RuntimeError(f"exit code {result.code}: {result.err[-2000:]}")
     return result
@@ -178,7 +176,7 @@ def must(result: Result) -> Result:
 
 
 def make_place(place: Path) -> None:
-    """Everything that the tiny runs start from, below `place`."""
+    """Write all inputs of the tiny runs below `place`."""
     place.mkdir(parents=True, exist_ok=True)
     make_dataset(PairSettings(output_dir=str(place / "pairs"), num_samples=8, image_size=64, workers=1))
     cut_photographs(place / "photos", 8)
@@ -212,7 +210,7 @@ def make_place(place: Path) -> None:
 
 
 def _make_starts(place: Path) -> None:
-    """What the variants start from."""
+    """Write the initial weights and captions of the variants."""
     torch.manual_seed(1)
     checkpoint.write_weights(place / "srn.safetensors", SRNDeblurNet(2).state_dict())
     weights = {f"deblur.{key}": value for key, value in DBGANGenerator(4, 1).state_dict().items()}
@@ -227,12 +225,12 @@ def _make_starts(place: Path) -> None:
 
 
 def in_place(changes: dict, place: Path) -> dict:
-    """Flags whose values that begin with @ are paths in the place."""
+    """Replace values that begin with @ by paths below `place`."""
     return {name: place / value[1:] if str(value)[:1] == "@" else value for name, value in changes.items()}
 
 
 def command(name: str, place: Path, output_dir: Path, workers: int = 0, **changes: object) -> list[str]:
-    """The command of a tiny run; `changes` are flags, True and False for switches."""
+    """Return the command of a tiny run; `changes` are flags, True and False for switches."""
     if name in VARIANTS:
         name, flags = VARIANTS[name]
         return command(name, place, output_dir, workers, **in_place(flags, place), **changes)
@@ -289,7 +287,7 @@ def command(name: str, place: Path, output_dir: Path, workers: int = 0, **change
 
 
 def as_flags(flags: dict[str, object]) -> list[str]:
-    """--name value for each; True and False are --name and --no_name."""
+    """Convert to `--name value`, and True and False to `--name` and `--no_name`."""
     words = []
     for name, value in flags.items():
         words += (
@@ -299,7 +297,7 @@ def as_flags(flags: dict[str, object]) -> list[str]:
 
 
 def prepare_output(name: str, place: Path, output_dir: Path) -> None:
-    """What a tiny run expects in its folder: Kontext's prompts, for want of text encoders."""
+    """Create a run's folder; Kontext gets embedded prompts, since it has no text encoders."""
     output_dir.mkdir(parents=True, exist_ok=True)
     if name.startswith("kontext"):
         shutil.copytree(place / "cache", output_dir / "cache", dirs_exist_ok=True)
