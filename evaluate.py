@@ -3,9 +3,9 @@
     python evaluate.py --restored restored --sharp photos/sharp --blurry photos/blur --prefix deblurred_ \\
         --output report.json --html report.html
 
-PSNR and SSIM are of uint8 RGB images with a data range of 255, per image, then averaged (ldm/metrics.py); the
-flags add the figures of other papers (harness/scores.py). Images are matched by their path in the folder
-without its extension; in a tree (GoPro, RealBlur, HIDE, input/target) by scene and frame, in a folder of
+PSNR and SSIM are computed on uint8 RGB images (data range 255), per image, then averaged (ldm/metrics.py);
+flags add the metrics of other papers (harness/scores.py). Images are matched by their path in the folder
+without extension; in a tree (GoPro, RealBlur, HIDE, input/target) by scene and frame, and in a folder of
 tool_make_deblur_dataset.py by number.
 """
 
@@ -55,11 +55,11 @@ class Settings:
 
 
 def index_folder(folder: Path, kind: str, prefix: str = "", suffix: str = "") -> dict[str, Path]:
-    """Index images by name: path without extension, prefix, suffix and what tells the kind.
+    """Index images by name: path without extension, prefix, suffix and words such as blur or gt.
 
-    Where some are in folders of this `kind` (see ldm.data.scenes.side) only these count, else where some are
-    in folders of no kind only those: HIDE's. Raises ValueError if two have one name, or none has the prefix
-    and suffix.
+    If some images are in folders of this `kind` (see ldm.data.scenes.side), only these count; else if some
+    are in folders of no kind, only those (as in HIDE). Raises ValueError if two images have the same name, or
+    none has the prefix and suffix.
     """
     paths = list_images(folder)
     kinds = {path: {*map(side, path.relative_to(folder).parts[:-1])} - {""} for path in paths}
@@ -83,8 +83,8 @@ def index_folder(folder: Path, kind: str, prefix: str = "", suffix: str = "") ->
 def find_files(settings: Settings) -> tuple[dict[str, dict[str, Path]], dict[str, int]]:
     """Find the files of each image, by name, then kind; and how many of each kind are unmatched.
 
-    If no names agree those of the files alone do, without folders: HIDE has one folder of sharp images.
-    Raises ValueError if there is no image to score.
+    If no names match, file names without folders are compared, if unique (HIDE has one folder of sharp
+    images). Raises ValueError if there is no image to score.
     """
     folders = {
         "restored": index_folder(settings.restored, "blurry", settings.prefix, settings.suffix),
@@ -106,7 +106,7 @@ def find_files(settings: Settings) -> tuple[dict[str, dict[str, Path]], dict[str
 
 
 def score(name: str, paths: dict[str, Path], scores: list[Callable]) -> dict:
-    """Compute the metrics of one image, or the reason why it is skipped."""
+    """Return the metrics of one image, or the reason why it is skipped."""
     try:
         images = {kind: read_image(path) for kind, path in paths.items()}
         restored, sharp = images["restored"], images["sharp"]
@@ -114,7 +114,7 @@ def score(name: str, paths: dict[str, Path], scores: list[Callable]) -> dict:
         row["shift_r"], row["shift_g"], row["shift_b"] = rgb_shift(restored, sharp)
         if "blurry" in images:
             row |= figures(scores, images["blurry"], sharp, "_blurry")
-    except (ValueError, FileNotFoundError) as error:  # the second of a link that leads nowhere
+    except (ValueError, FileNotFoundError) as error:  # the second for a broken link
         return {"name": name, "skipped": str(error)}
     return row
 
@@ -135,7 +135,7 @@ def evaluate(settings: Settings) -> tuple[dict, list[dict], dict[str, dict[str, 
     chosen = [name for name in SCORES if getattr(settings, name)]
     for name in chosen:
         if name in BACKBONES:
-            deep_metric(name)  # a missing network is found before the work
+            deep_metric(name)  # fails before the work if its network is missing
     scores = [plain, *(SCORES[name] for name in chosen)]
     files, unmatched = find_files(settings)
     with ThreadPoolExecutor() as threads:
@@ -151,7 +151,7 @@ def evaluate(settings: Settings) -> tuple[dict, list[dict], dict[str, dict[str, 
 
 
 def means(rows: list[dict]) -> dict:
-    """Average the values of all images; with the gain over the blurry ones, and what the figures are."""
+    """Average the metrics of all images; add the gains over the blurry images, and the definitions."""
     mean = {name: known_mean(row[name] for row in rows) for name in rows[0] if name != "name"}
     names = [name for name in ABOUT if name in mean]
     report = {name: mean[name] for name in names}
@@ -164,7 +164,7 @@ def means(rows: list[dict]) -> dict:
 
 
 def as_text(report: dict) -> str:
-    """Return the report as lines to print."""
+    """Format the report as lines to print."""
     pairs = report["pairs"]
     alone = ", ".join(f"{count} {kind}" for kind, count in pairs["unmatched"].items() if count)
     lines = [f"pairs     {pairs['found']} found, {pairs['used']} used, {len(pairs['skipped'])} skipped"]
@@ -185,7 +185,7 @@ def as_text(report: dict) -> str:
 
 
 def as_html(report: dict, rows: list[dict], files: dict[str, dict[str, Path]]) -> str:
-    """Return a page that needs no other file: the report and the worst images, blurry, restored, sharp."""
+    """Format a self-contained HTML page: the report, and the worst images as blurry, restored, sharp."""
     parts = []
     for row in rows[:WORST]:
         paths = files[row["name"]]
@@ -206,7 +206,7 @@ def as_html(report: dict, rows: list[dict], files: dict[str, dict[str, Path]]) -
 
 
 def as_json(report: dict) -> str:
-    """Return the report as JSON, which cannot hold the infinite PSNR of equal images: that becomes a text."""
+    """Format the report as JSON; the infinite PSNR of equal images, which JSON lacks, becomes a string."""
     finite = {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in report.items()

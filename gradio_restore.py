@@ -47,10 +47,10 @@ class Settings:
     network_path: Path = Path("models/network.safetensors")  # weights of another network (docs/infer.md)
     kontext_path: Path | None = None  # model folder of Kontext; None takes models/FLUX.1-Kontext-dev
     lora_path: Path | None = None  # LoRA of Kontext, file or run's folder; None takes outputs/kontext_lora
-    kontext_prompt: str = ""  # instruction to Kontext; empty takes the LoRA's, with it no LoRA is needed
+    kontext_prompt: str = ""  # instruction to Kontext; empty takes the LoRA's; if given, no LoRA is needed
 
 
-LARGE = 512  # pixels: weights that were trained on smaller images say so
+LARGE = 512  # pixels: for weights that were trained on smaller images the page says so
 SAMPLING = ("num_inference_steps", "guidance_scale", "seed")
 DEBLUR = (*SAMPLING, "scheduler", "strength", "self_ensemble", "prompt")
 INPAINT = (*SAMPLING, "scheduler", "strength", "mask_blur", "only_masked_padding", *SIDES, "prompt")
@@ -58,7 +58,7 @@ INPAINT_RUNS = "controlnet_inpainting_*/final_model/model.ckpt"
 
 
 def list_systems(settings: Settings) -> dict[str, System]:
-    """List the tabs, under the names of infer.py's subcommands, with the options that each shows."""
+    """Return the systems of the tabs by the names of infer.py's subcommands, with the options shown."""
     places = {"input": settings.output_dir, "output_dir": settings.output_dir, "device": settings.device}
     common = {**places, "precision": settings.precision}
     on_base = {**common, "base_path": settings.base_path}
@@ -77,7 +77,7 @@ def list_systems(settings: Settings) -> dict[str, System]:
     }
     for name, system in systems.items():
         options = system.options
-        if "num_inference_steps" in system.shown:  # a number instead of None
+        if "num_inference_steps" in system.shown:  # the slider needs a number, not None
             options.num_inference_steps = options.sampling_steps()
         file = options.transformer() if name == "kontext" else options.weights()
         size = infer.number_in(file, "image_size", LARGE)
@@ -93,7 +93,7 @@ def choose(given: Path | None, runs: str, included: str) -> Path:
 
 
 def kontext_options(settings: Settings, places: dict) -> infer.Kontext:
-    """Return the options of Kontext with the files that it takes: without a prompt it needs a LoRA."""
+    """Return the options of Kontext with its files filled in; without a prompt it needs a LoRA."""
     options = infer.Kontext(
         **places,
         pretrained_model_name_or_path=settings.kontext_path,
@@ -111,7 +111,7 @@ def main(settings: Settings) -> None:
     device = choose_device(settings.device)
     print(describe_start(device, settle_precision(settings.precision, device), settings.device))
 
-    # Folders; gradio reads its own from the environment when it is imported
+    # Folders; gradio reads the name of its folder from the environment when it is imported
     results, uploads = (settings.output_dir.resolve() / name for name in ("results", "uploads"))
     for folder in (results, uploads):
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,13 +121,13 @@ def main(settings: Settings) -> None:
 
     from web.page import Page
 
-    # Limits of what others send: Pillow refuses images of twice as many pixels wherever it opens one
+    # Limits for uploads; Pillow itself refuses images of more than twice as many pixels
     max_bytes = settings.max_upload_mb * 2**20
     Image.MAX_IMAGE_PIXELS = int(settings.max_megapixels * 1e6)
     names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower(), settings.host.lower()}
     request_filter = Middleware(RequestFilter, names=names, max_bytes=max_bytes + 2**16)
 
-    # Page; the service has a queue of its own, which Stop can leave
+    # Page; the service has a queue of its own, from which Stop can remove jobs
     service = RestorationService(list_systems(settings), results, settings.max_megapixels)
     page = Page(service).build(
         f"up to {settings.max_upload_mb} MB and {settings.max_megapixels:g} megapixels"

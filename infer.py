@@ -43,10 +43,10 @@ Sampler = Literal[*METHODS]
 
 
 def facts_of(path: Path) -> dict[str, str]:
-    """Read what the metadata of a .safetensors file say about it: the `sampling_steps` that suit it, whether
-    it `keeps_colors`, the `image_size` it was trained on; {} for other files.
+    """Read the metadata of a .safetensors file, such as the `sampling_steps` that suit it, whether it
+    `keeps_colors`, and the `image_size` it was trained on; {} for other files.
 
-    A file that cannot be read fails when it is loaded.
+    A damaged file also gives {}; it raises an error when it is loaded.
     """
     try:
         return checkpoint.read_metadata(path) if path.suffix == ".safetensors" else {}
@@ -55,7 +55,7 @@ def facts_of(path: Path) -> dict[str, str]:
 
 
 def number_in(path: Path, fact: str, otherwise: int) -> int:
-    """Read a whole number among the facts of a file, `otherwise` if it is not there."""
+    """Read the integer `fact` from the metadata of a file; return `otherwise` if it is not there."""
     text = facts_of(path).get(fact, "")
     return int(text) if text.isdecimal() else otherwise
 
@@ -97,7 +97,7 @@ class OnePass(Command):
 class SRN(OnePass):
     """Deblur with SRN-DeblurNet of train_srn.py (docs/srn.md)."""
 
-    # file of train_srn.py, or a .ckpt or .pth with the same keys
+    # weights file of train_srn.py, or a .ckpt or .pth with the same keys
     checkpoint_path: Path = Path("models/srn_deblur.safetensors")
     output_prefix: str = "deblurred_"  # text before the names of the results
     self_ensemble: bool = False  # mean over 8 flips and rotations: slightly better, 8 times slower
@@ -122,7 +122,7 @@ class SRN(OnePass):
 class DBGAN(OnePass):
     """Deblur with a DBGAN of train_dbgan.py (docs/dbgan.md)."""
 
-    # file of a run's dbgan.safetensors, last.ckpt or best.ckpt
+    # weights file of a run: dbgan.safetensors, last.ckpt or best.ckpt
     checkpoint_path: Path = Path("models/dbgan.safetensors")
     output_prefix: str = "deblurred_"  # text before the names of the results
 
@@ -141,10 +141,10 @@ class DBGAN(OnePass):
 class BGAN(OnePass):
     """Make realistic blur from sharp photos with a BGAN of train_dbgan.py (docs/dbgan.md)."""
 
-    # file of a run's bgan.safetensors, last.ckpt or best.ckpt
+    # weights file of a run: bgan.safetensors, last.ckpt or best.ckpt
     checkpoint_path: Path = Path("models/bgan.safetensors")
     output_prefix: str = "blurred_"  # text before the names of the results
-    seed: int = 0  # random seed, which together with the file's name decides on the blur
+    seed: int = 0  # random seed; the blur depends on it and on the file's name
 
     def restorer(self) -> Restorer:
         from train_dbgan import blur_image, load_generator
@@ -202,7 +202,7 @@ class ControlNet(Command):
     num_inference_steps: int | None = None  # number of sampling steps; None: as the file says, else 50
     control_scale: float = 1.0  # strength of the ControlNet, 1 as trained
     negative_prompt: str = ""  # prompt that guidance leads away from
-    # keep the colours of the input, or in a hole those around it; off for files that say they keep them
+    # keep the colours of the input, or in a hole those around it; off for weights marked keeps_colors
     color_fix: bool = True
     # precision of the computation; auto: bf16 where the device has it, 16 on older GPUs, else 32
     precision: Precision = "auto"
@@ -216,7 +216,7 @@ class ControlNet(Command):
         return self.num_inference_steps or number_in(self.weights(), "sampling_steps", 50)
 
     def options_for(self, kind: type) -> Any:
-        """Return `kind` (Sampling or Inpainting) with these options as they are now."""
+        """Create a `kind` (Sampling or Inpainting) from the current values of these options."""
         names = [field.name for field in fields(kind) if field.name in vars(self)]
         options = {name: getattr(self, name) for name in names}
         options |= {"steps": self.sampling_steps(), "method": self.scheduler}
@@ -233,7 +233,7 @@ class ControlNet(Command):
         return [path, *(file for file in (base, self.config_path) if file)]
 
     def open(self) -> torch.nn.Module:
-        """Load the model onto its device, in the type of the computation."""
+        """Load the model onto its device, in the dtype of the chosen precision."""
         from cldm.restore import open_restorer
 
         path = self.weights()
@@ -254,9 +254,9 @@ class Deblur(ControlNet):
     guidance_scale: float = 1.0  # guidance scale; above 1 follows the prompt more, in twice the time
     strength: Fraction = 1.0  # noise level to start from; below 1 starts from the blurry image
     self_ensemble: bool = False  # mean over 8 flips and rotations: truer, less texture, 8 times slower
-    cleaner: Path | None = None  # weights of SRN, DBGAN or a network, whose result is restored
+    cleaner: Path | None = None  # weights of SRN, DBGAN or a network that restores the image first
     seed: int = 0  # random seed; the same seed gives the same image
-    prompt: str | None = None  # text that describes the image; None takes the one of the training
+    prompt: str | None = None  # text that describes the image; None takes the training prompt
     tile: Whole = 0  # tile side in pixels for large images (768, say); 0 restores in one piece
     overlap: Whole = 128  # pixels over which neighbouring tiles are blended
 
@@ -285,7 +285,7 @@ class Deblur(ControlNet):
         return restore
 
     def open_cleaner(self) -> Restorer:
-        """Load the network of --cleaner. Raises ValueError if it is of another system, or enlarges."""
+        """Load the network of --cleaner. Raises ValueError for other systems and networks that enlarge."""
         kind = system_of(self.cleaner)
         if kind not in ("srn", "dbgan", "network"):
             raise ValueError(
@@ -304,14 +304,14 @@ class Deblur(ControlNet):
 class Inpaint(ControlNet):
     """Fill holes with a ControlNet of tutorial_train_inpaint.py, or without a model (docs/inpaint.md).
 
-    One image becomes inpainted.png, and comparison.png beside it: input, mask, output.
+    For one image the result is inpainted.png, with comparison.png beside it: input, mask, output.
     """
 
     # image to fill, or a folder with all images below it
     input: Annotated[Path, tyro.conf.arg(name="input_image", aliases=["--input"])]
     # mask that is white where to fill: one for all images, or a folder of NAME_mask or NAME
     input_mask: Path | None = None
-    # method that fills: diffusion with the ControlNet; or without a model, for scratches
+    # method of filling: diffusion with the ControlNet, or one without a model, for scratches
     method: Literal["diffusion", "telea", "biharmonic"] = "diffusion"
     outpaint: tuple[int, int, int, int] = (0, 0, 0, 0)  # pixels to add at left, top, right and bottom
     comparison: bool = True  # also show input, mask and output side by side
@@ -336,7 +336,7 @@ class Inpaint(ControlNet):
         "precision scheduler seed prompt guidance_scale strength mask_blur only_masked_padding resolution "
         "device"
     )
-    MARGIN: ClassVar[int] = 16  # pixels around a hole beyond which nothing changes Telea's result
+    MARGIN: ClassVar[int] = 16  # pixels around a hole on which Telea's result depends
 
     def photographs(self, paths: list[Path]) -> list[Path]:
         from ldm.data.masks import without_masks
@@ -359,7 +359,7 @@ class Inpaint(ControlNet):
             self.masks = MaskFolder(self.input_mask, folder)
 
     def refuse_options_of_a_model(self) -> None:
-        """Raise ValueError that names the options with another value than their default's."""
+        """Raise ValueError that names the model's options that differ from their defaults."""
         defaults = {field.name: field.default for field in fields(self)}
         values = {name: getattr(self, name) for name in self.OF_A_MODEL.split()}
         unread = [as_flag(name, value) for name, value in values.items() if value != defaults[name]]
@@ -402,7 +402,7 @@ class Inpaint(ControlNet):
         return side_by_side([image, np.repeat(255 * mask[..., None], 3, axis=2), restored])
 
     def task(self, image: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Return the image, larger by what outpainting adds, and its mask: uint8 (h, w), 1 in the hole."""
+        """Return the image, padded for outpainting, and its mask: uint8 (h, w), 1 in the hole."""
         from cldm.inpaint import expand
         from ldm.data.masks import read_mask, resize_mask
 
@@ -429,7 +429,7 @@ class Inpaint(ControlNet):
     def fill_without_model(
         self, image: np.ndarray, path: Path, progress: Callable = show_steps
     ) -> np.ndarray:
-        """Fill an image by `method`, hole by hole. Raises ValueError if all of it is hole."""
+        """Fill an image by `method`, hole by hole. Raises ValueError if the whole image is hole."""
         from cldm.inpaint import Inpainting, fill_holes
         from ldm.holes import fill_classically
 
@@ -452,14 +452,14 @@ KONTEXT, SMALL_KONTEXT = "models/FLUX.1-Kontext-dev", "models/small_kontext"
 class Kontext(Command):
     """Restore with FLUX.1 Kontext and a LoRA of train_kontext_lora.py (docs/kontext.md)."""
 
-    # model folder; None takes models/FLUX.1-Kontext-dev, or the small model where that is not
+    # model folder; None takes models/FLUX.1-Kontext-dev, or the small model if that is missing
     pretrained_model_name_or_path: Path | None = None
     lora_path: Path | None = None  # LoRA file, or the folder of a run; None uses the model as it is
     lora_scale: float = 1.0  # strength of the LoRA, 1 as trained
     prompt: str = ""  # instruction to the model; empty takes the one that the LoRA was trained with
     num_inference_steps: int | None = None  # number of sampling steps; None: as the file says, else 30
     guidance_scale: float = 2.5  # guidance scale: how much the prompt counts
-    # pixels squared at which larger images are restored, then scaled back; None: as the file says, else 1024
+    # larger images are restored at this size squared, then scaled back; None: as the file says, else 1024
     resolution: int | None = None
     seed: int = 0  # random seed; the same seed gives the same image
     # tile side in pixels for larger images (1024, say); 0 shrinks them; None: as the file says, else 0
@@ -478,7 +478,7 @@ class Kontext(Command):
         return lora_file(lora) if lora else self.transformer()
 
     def files(self) -> tuple[Path, Path | None]:
-        """Return the model folder, and the LoRA's file if there is one: the small model has its own."""
+        """Return the model folder, and the LoRA or None; the small model has its own LoRA."""
         folder, lora = self.pretrained_model_name_or_path, self.lora_path
         if folder is None:
             folder, small = repository_path(KONTEXT), repository_path(SMALL_KONTEXT)
@@ -528,7 +528,7 @@ class Kontext(Command):
         return run
 
     def work(self) -> dict[str, Any]:
-        """Return these options, as they are now, for ldm.models.diffusion.flow.restore_image."""
+        """Return the current options as arguments of ldm.models.diffusion.flow.restore_image."""
         file = self.transformer()
         tile = number_in(file, "image_size", 0) if self.tile is None else self.tile
         return {
@@ -557,10 +557,10 @@ BEST = "dbgan"  # its included weights remove the most real motion blur: docs/we
 
 
 def system_of(path: Path) -> str:
-    """Return the subcommand that a file or folder of weights is for, by its keys and its notes.
+    """Return the subcommand for a file or folder of weights, recognised by its keys and metadata.
 
-    It is `network` for all that is of no system here. Raises FileNotFoundError, or ValueError for a folder
-    that is of none.
+    A file of no known system is for `network`. Raises FileNotFoundError, or ValueError for a folder of no
+    known system.
     """
     from ldm.models.kontext import TRANSFORMER, find_network
     from ldm.modules.generators import authors_form
@@ -586,10 +586,10 @@ def system_of(path: Path) -> str:
 
 
 def with_subcommand(words: list[str]) -> list[str]:
-    """Return a command line with its subcommand: if there is none --checkpoint_path or --input_mask decides.
+    """Add a missing subcommand to a command line, by options such as --checkpoint_path and --input_mask.
 
-    With --input alone it is the one whose included weights restore real photos best.
-    Raises ValueError without any of these.
+    With --input alone it is BEST, whose included weights restore real photos best. Raises ValueError if no
+    option decides.
     """
     if not words or words[0] in COMMANDS or {"-h", "--help"} & {*words}:
         return words

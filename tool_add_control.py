@@ -4,7 +4,7 @@
 
 Each ControlNet tensor begins as a copy of the UNet's tensor of the same name; those that the UNet lacks (the
 hint block, the zero convolutions) are initialised. Works for Stable Diffusion 1.5 and 2.1, told apart by the
-weights; reads and writes .ckpt, .pth and .safetensors. About 4.3 GB (SD 1.5) are read and 5.7 written.
+weights; reads and writes .ckpt, .pth and .safetensors. Reads about 4.3 GB (SD 1.5) and writes 5.7 GB.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ class Settings:
 
 
 def group_names(names: list[str]) -> list[str]:
-    """Names up to their second dot, with counts: few enough to read."""
+    """Group names by their part before the second dot, with counts, for a short list."""
     groups = Counter(".".join(name.split(".")[:2]) for name in names)
     return [f"{group} ({count})" for group, count in groups.items()]
 

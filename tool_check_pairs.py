@@ -33,8 +33,8 @@ from ldm.metrics import known_mean, rgb_shift
 
 CERTAIN = ("unreadable", "sizes differ", "swapped", "in two splits")
 KINDS = (*CERTAIN, "equal sides", "duplicate", "scene in two splits", "shifted", "scaled", "colour shifted")
-SHARPER = 1.2  # ratio of sharpness above which the sides are swapped; noise and little texture give less
-SHIFT = 2.0  # pixels by which a middle, or a corner by its scale, may move: real blur moves it by 1 or so
+SHARPER = 1.2  # ratio of sharpness above which the sides count as swapped; noise or low texture give less
+SHIFT = 2.0  # pixels by which the middle, or a corner by scaling, may move: real blur moves it by about 1
 SCALE = 0.2  # percent above which a pair counts as scaled, if its corners move enough
 COLOUR = 2.0  # levels of 255 above which the mean of a channel counts as shifted
 SIDE = 1024  # longest side in pixels at which sharpness is measured
@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass
 class Checked:
-    """A pair with its measures (columns of pairs.csv), and what is wrong: kind -> (how much, text)."""
+    """Pair with its measures (columns of pairs.csv) and findings: kind -> (amount, text)."""
 
     pair: Pair
     values: dict = field(default_factory=dict)
@@ -64,14 +64,14 @@ class Checked:
     thumbs: np.ndarray | None = None  # (2, THUMB * THUMB), grey levels
 
     def rank(self) -> tuple:
-        """Sort key: the worst kind first, then by how much, then by the shift."""
+        """Return a sort key: the worst kind first, then the largest amount, then the largest shift."""
         worst = [(KINDS.index(kind), -amount) for kind, (amount, _) in self.findings.items()]
         shift = math.hypot(self.values.get("shift_x", 0), self.values.get("shift_y", 0))
         return min(worst, default=(len(KINDS), 0)), -shift if math.isfinite(shift) else 0
 
 
 def check_pair(pair: Pair, root: Path) -> Checked:
-    """Read and measure one pair. `root` is the folder that names and splits are told from."""
+    """Read and measure one pair. Its name and split are taken from its path relative to `root`."""
     name = PurePath(os.path.relpath(pair.blurry, root))
     about = {"blurry": pair.blurry, "sharp": pair.sharp, "split": split_of(name)}
     checked = Checked(pair, {"name": name.as_posix(), "scene": PurePath(pair.group).name, **about})
@@ -93,7 +93,7 @@ def check_pair(pair: Pair, root: Path) -> Checked:
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
-    """Grey levels of uint8 (h, w, 3) at THUMB x THUMB pixels, in one row."""
+    """Return the grey levels of uint8 (h, w, 3) at THUMB x THUMB pixels, flattened."""
     small = cv2.resize(image, (THUMB, THUMB), interpolation=cv2.INTER_AREA)
     return small.mean(axis=2).ravel()
 
@@ -105,7 +105,7 @@ def reduced(image: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 
 def measure(checked: Checked, blurry: np.ndarray, sharp: np.ndarray) -> None:
-    """Compare the two sides of a pair, uint8 (h, w, 3) of one size."""
+    """Compare the two images of a pair, uint8 (h, w, 3) of one size, and note the result in `checked`."""
     ratio = sharpness(reduced(blurry)) / max(sharpness(reduced(sharp)), 1e-6)
     moved = measure_movement(blurry, sharp)
     red, green, blue = rgb_shift(blurry, sharp)
@@ -126,14 +126,14 @@ def measure(checked: Checked, blurry: np.ndarray, sharp: np.ndarray) -> None:
         found["colour shifted"] = (largest, f"by {red:+.1f} {green:+.1f} {blue:+.1f} levels")
 
 
-# ---- what is there twice -----------------------------------------------------------------------------------
+# ---- duplicates --------------------------------------------------------------------------------------------
 
 
 def find_copies(rows: Sequence[Checked]) -> None:
-    """Note images that are in two pairs: certainly wrong if these are of two splits.
+    """Note images that are in two pairs, which is certainly wrong if the pairs are in different splits.
 
-    Copies are equal pixels, or thumbnails that differ by less than COPY (another format or size). Frames of
-    one scene may look alike, so there only equal pixels count, as in images without texture.
+    Copies have equal pixels, or thumbnails that differ by less than COPY (another format or size). Only equal
+    pixels count for images without texture, and within a scene, whose frames may look alike.
     """
     rows = [row for row in rows if row.thumbs is not None]
     if len(rows) < 2:
@@ -156,7 +156,7 @@ def find_copies(rows: Sequence[Checked]) -> None:
 
 
 def find_shared_scenes(rows: Sequence[Checked]) -> None:
-    """Note scenes of one name in several splits; names of numbers alone, or IMG_1, tell nothing."""
+    """Note scenes whose name is in several splits, except names like IMG_1 or of numbers only."""
     splits = defaultdict(set)
     for row in rows:
         splits[row.values["scene"]].add(row.values["split"])
@@ -171,7 +171,7 @@ def find_shared_scenes(rows: Sequence[Checked]) -> None:
 
 
 def as_text(rows: Sequence[Checked]) -> str:
-    """Return the worst pairs, one a line, then how many pairs have what, and the means of all."""
+    """Format the worst pairs, one a line, then the number of pairs with each finding, and the means."""
     wrong = [row for row in rows if row.findings]
     lines = []
     for number, row in enumerate(wrong[:LINES], start=1):
@@ -194,7 +194,7 @@ def as_text(rows: Sequence[Checked]) -> str:
 
 
 def make_sheet(rows: Sequence[Checked]) -> np.ndarray | None:
-    """Rows of blurry, sharp and difference (times 4, if of one size) with their numbers; None without any."""
+    """Make numbered rows of blurry, sharp and difference (times 4, if of one size); None without any."""
     strips = []
     readable = [(n, row) for n, row in enumerate(rows, start=1) if "unreadable" not in row.findings]
     for number, row in readable[:SHOWN]:
@@ -208,7 +208,7 @@ def make_sheet(rows: Sequence[Checked]) -> np.ndarray | None:
 
 
 def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Stack uint8 images (h, w, 3) below each other, those that are narrower than others on white."""
+    """Stack uint8 images (h, w, 3) below each other; narrower ones are padded with white."""
     width = max(row.shape[1] for row in rows)
     white = {"borderType": cv2.BORDER_CONSTANT, "value": (255, 255, 255)}
     return np.vstack([cv2.copyMakeBorder(row, 0, 0, 0, width - row.shape[1], **white) for row in rows])
@@ -216,12 +216,12 @@ def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 def main(settings: Settings) -> None:
     """Check all pairs and write the report. Raises ValueError if a pair is certainly wrong."""
-    # Pairs; names are told from the folder that holds all of them
+    # Pairs; their names are relative to the folder that holds all of them
     pairs = find_pairs(settings.data, settings.sharp_dir, blurred=False)
     root = Path(os.path.commonpath([os.path.abspath(pair.blurry.parent) for pair in pairs]))
     settings.output_dir.mkdir(parents=True, exist_ok=True)
 
-    # Each pair alone, then what they have in common
+    # Check each pair alone, then compare the pairs
     with ThreadPoolExecutor() as threads:
         found = threads.map(check_pair, pairs, [root] * len(pairs))
         rows = list(tqdm(found, "checking", len(pairs), unit="pair"))

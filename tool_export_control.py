@@ -35,7 +35,7 @@ class Settings:
 
 
 def control_alone(weights: Mapping[str, Tensor], config: Mapping | None) -> tuple[dict[str, Tensor], str]:
-    """ControlNet of a state dict, by bare names, and why other tools use it differently ("" if not)."""
+    """Extract the ControlNet, its names without prefix, and why it differs in other tools ("" if not)."""
     control = {k.removeprefix(CONTROL): value for k, value in weights.items() if k.startswith(CONTROL)}
     if extra := [name for name in control if name.startswith("hint_attention.")]:
         return control, (

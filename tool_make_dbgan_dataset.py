@@ -56,7 +56,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Write both files, or say that they are there."""
+    """Write both files; files that are finished already are kept."""
     check_ranges(settings)
     if settings.blur_train_path.resolve() == settings.blur_valid_path.resolve():
         raise ValueError(f"--blur_train_path and --blur_valid_path are one file: {settings.blur_train_path}")
@@ -75,7 +75,7 @@ def main(settings: Settings) -> None:
 
 
 def find_sources(blurred: Path | None, sharp: Path, by_focus: bool) -> tuple[Sources, bool]:
-    """The images of each key, and whether they are pairs."""
+    """Return the images for each key, and whether they are pairs."""
     if not blurred and not by_focus:
         pairs = find_pairs(sharp)
         return {"sharp": [pair.sharp for pair in pairs], "blur": [pair.blurry for pair in pairs]}, True
@@ -86,10 +86,10 @@ def find_sources(blurred: Path | None, sharp: Path, by_focus: bool) -> tuple[Sou
 
 
 def make_file(path: Path, sources: Sources, about: dict) -> None:
-    """Write one file, or say that it is there already; `about` are its attributes, without the sources.
+    """Write one file unless it exists; `about` are its attributes, without the sources.
 
-    Raises ValueError if the file there was made otherwise, if images of a pair differ in size, if an image is
-    smaller than a patch, or if nothing is out of focus (or in it).
+    Raises ValueError if an existing file was made with other options, if images of a pair differ in size, if
+    an image is smaller than a patch, or if no patch is in focus (or out of focus).
     """
     wanted = about | {"sources": digest(f"{key} {source}" for key in KEYS for source in sources[key])}
     if path.exists():
@@ -108,7 +108,7 @@ def report(path: Path, state: str) -> None:
 
 
 def write(path: Path, sources: Sources, about: dict) -> None:
-    """Fill a new file image by image: no more than one image is in memory."""
+    """Fill a new file image by image, with only one image in memory."""
     size = about["patch_size"]
     shapes = {}
     with h5py.File(path, "w", libver="latest") as file:
@@ -133,7 +133,7 @@ def write(path: Path, sources: Sources, about: dict) -> None:
 
 
 def append(data: h5py.Dataset, path: Path, about: dict, choose: Callable | None) -> tuple[int, ...]:
-    """Add the patches of an image, row by row, those that `choose` takes; returns the image's shape."""
+    """Append the patches of an image, row by row, or those that `choose` selects; return its shape."""
     image, size = read_image(path), about["patch_size"]
     if min(image.shape[:2]) < size:
         raise ValueError(f"{path} is {image.shape[1]}x{image.shape[0]}: no patch of {size} pixels fits")
@@ -146,7 +146,7 @@ def append(data: h5py.Dataset, path: Path, about: dict, choose: Callable | None)
 
 
 def cut(image: np.ndarray, size: int, stride: int) -> np.ndarray:
-    """All patches (n, size, size, 3) of (h, w, 3) that lie on the grid of `stride` pixels."""
+    """Cut all patches (n, size, size, 3) of (h, w, 3) that lie on a grid of `stride` pixels."""
     views = np.lib.stride_tricks.sliding_window_view(image, (size, size), axis=(0, 1))
     patches = views[::stride, ::stride].transpose(0, 1, 3, 4, 2)  # (rows, columns, size, size, 3)
     return patches.reshape(-1, size, size, 3)
@@ -156,14 +156,14 @@ def cut(image: np.ndarray, size: int, stride: int) -> np.ndarray:
 
 
 def in_focus(patches: np.ndarray) -> np.ndarray:
-    """Choose the sharp ones of the patches (n, size, size, 3) of a photo: bool (n,)."""
+    """Select the sharp ones among the patches (n, size, size, 3) of a photo: bool (n,)."""
     sharpness, contrast = focus(patches)
     return (contrast > CONTRAST) & (sharpness > SHARP)
 
 
 def out_of_focus(patches: np.ndarray) -> np.ndarray:
-    """Choose the blurred ones of the patches of a photo: they have edges, but wide ones, and a tenth of the
-    photo's parts with edges is sharp. A photo that is blurred all over may be soft by nature, like clouds."""
+    """Select the blurred ones among the patches of a photo: those with wide edges, but none if fewer than a
+    tenth of the patches with edges are sharp: such a photo may show something soft, like clouds."""
     sharpness, contrast = focus(patches)
     edges = contrast > CONTRAST
     if not edges.any() or np.quantile(sharpness[edges], 0.9) <= SHARP:
@@ -172,10 +172,10 @@ def out_of_focus(patches: np.ndarray) -> np.ndarray:
 
 
 def focus(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sharpness and contrast (n,) of patches (n, size, size, 3).
+    """Compute sharpness and contrast (n,) of patches (n, size, size, 3).
 
-    Contrast is the mean step between neighbours at a quarter of the size, in grey levels; sharpness the mean
-    step at full size by it: about 1/4 where edges are wider than a few pixels, 1/2 to 1 where they are sharp.
+    Contrast is the mean step between neighbouring pixels at a quarter of the size, in grey levels. Sharpness
+    is the mean step at full size / contrast: about 1/4 for edges wider than a few pixels, 1/2 to 1 if sharp.
     """
     fine, coarse = [], []
     for patch in patches:

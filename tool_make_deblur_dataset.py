@@ -7,9 +7,9 @@ writes, in the output folder,
     clear_images/clear_000000.png, blur_images/blur_000000.png, ...
     blur_types.json    one JSON object a line: clear_image, blur_image, blur_type, source, parameters
 
-Without --source_dir the photos inside scikit-image serve. Sample number i is the same, byte for byte, for the
-same seed and sources, whatever the number of workers or samples: the same command continues where it stopped,
-and a larger --num_samples adds to what is there.
+Without --source_dir the photos inside scikit-image are used. Sample i depends only on the seed and the
+sources, byte for byte, not on the number of workers or samples: the same command continues where it stopped,
+and a larger --num_samples adds samples.
 """
 
 import json
@@ -41,8 +41,8 @@ from ldm.data.stream import SampleStream
 from ldm.modules.image_degradation.blur import BLUR_TYPES, check_blur_types
 
 PNG_LEVEL = 2  # a third of the time of level 6, files 8% larger
-SAVE_EVERY = 20  # seconds between two savings of the list: a killed run loses no more
-REPORTED = 20  # unusable sources that are named at the end
+SAVE_EVERY = 20  # seconds between writes of the list: a killed run loses no more than that
+REPORTED = 20  # highest number of unusable sources that are listed at the end
 IN_IMAGES = ("image_size", "sharpest_of", "blur_types", "blur_scale", "jpeg_probability", "seed")
 
 
@@ -71,7 +71,7 @@ class Settings:
 
 @dataclass
 class Summary:
-    """Counts of samples made now and there before; unused sources with the reason."""
+    """Numbers of samples made now and kept from before; unused sources with the reason."""
 
     made: int = 0
     kept: int = 0
@@ -81,10 +81,10 @@ class Summary:
 def make_dataset(settings: Settings) -> Summary:
     """Write the data set, or the missing part of it.
 
-    Raises ValueError for settings out of range or other than those the folder was begun with, and
-    FileNotFoundError if there are no sources.
+    Raises ValueError for settings that are out of range or differ from those that the folder was begun with,
+    and FileNotFoundError if there are no sources.
     """
-    # Settings, sources and samples that are there
+    # Settings, sources and existing samples
     check_ranges(settings)
     check_blur_types(settings.blur_types)
     paths = list_images(settings.source_dir) if settings.source_dir else photographs()
@@ -98,7 +98,7 @@ def make_dataset(settings: Settings) -> Summary:
 
     # Samples, in the order of their numbers; the list is saved now and then
     saved = time.monotonic()
-    read_source.cache_clear()  # the files may be others than those of an earlier call
+    read_source.cache_clear()  # the files may have changed since an earlier call
     try:
         samples = load(todo, settings, paths)
         for index, record, not_used in tqdm(samples, "pairs", settings.num_samples, initial=summary.kept):
@@ -114,7 +114,7 @@ def make_dataset(settings: Settings) -> Summary:
 
 
 def claim(folder: Path, settings: Settings, paths: list[Path]) -> None:
-    """Note in the folder what its images depend on; ValueError if it was begun with something else."""
+    """Record in the folder what its images depend on; ValueError if it was begun with other values."""
     wanted = {name: asdict(settings)[name] for name in IN_IMAGES} | {"blur_types": list(settings.blur_types)}
     wanted["sources"] = digest(source_name(path, settings) for path in paths)
     file = folder / "settings.json"
@@ -135,7 +135,7 @@ def source_name(path: Path, settings: Settings) -> str:
 
 
 def load(todo: list[int], settings: Settings, paths: list[Path]) -> DataLoader:
-    """The samples of `todo`, in this order, from as many processes as the settings say."""
+    """Return a loader of the samples `todo`, in this order, with the number of workers in the settings."""
     workers = min(settings.workers or os.cpu_count() or 1, max(1, len(todo)))
     return DataLoader(
         Maker(settings, paths),
@@ -153,7 +153,7 @@ def unchanged(sample: tuple) -> tuple:
 
 
 class Maker(Dataset):
-    """Makes sample `index`, in whatever process, from nothing but the settings and the list of sources."""
+    """Dataset that makes sample `index` in any process, from the settings and the list of sources alone."""
 
     def __init__(self, settings: Settings, paths: list[Path]):
         self.settings, self.paths = settings, paths
@@ -162,7 +162,7 @@ class Maker(Dataset):
         return self.settings.num_samples
 
     def __getitem__(self, index: int) -> tuple[int, dict, dict[str, str]]:
-        """Write both images: index, line of the list, sources that were passed over with the reason."""
+        """Write both images; return index, record of the list, and skipped sources with the reason."""
         folder = Path(self.settings.output_dir)
         image, path, not_used = self.source(index)
         rng = np.random.default_rng([self.settings.seed, index])
@@ -179,9 +179,10 @@ class Maker(Dataset):
         return index, record, not_used
 
     def source(self, index: int) -> tuple[np.ndarray, Path, dict[str, str]]:
-        """The photo of sample `index`: every one once, in random order, then again in another order.
+        """Return the photo of sample `index`, its path, and skipped sources with the reason.
 
-        Where one cannot be read the next in that order stands in.
+        All photos are used once, in random order, then again in another order. If one cannot be read, the
+        next in that order is used instead. Raises ValueError if no photo can be read.
         """
         not_used = {}
         end = index + 2 * len(self.paths)  # every source comes at least once
@@ -202,10 +203,10 @@ def read_source(path: Path) -> np.ndarray:
 def make_pair(
     image: np.ndarray, rng: np.random.Generator, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray, str, dict[str, Any]]:
-    """A random square of uint8 (h, w, 3), scaled to image_size: sharp, blurry, blur type, blur parameters."""
+    """Cut a random square from uint8 (h, w, 3) and blur it; return sharp, blurry, blur type, parameters."""
     image = at_least(image, settings.image_size)
     squares = [random_square(image, rng, settings.image_size) for _ in range(settings.sharpest_of)]
-    if len(squares) > 1:  # in photos of a shallow focus most are blurred already
+    if len(squares) > 1:  # at a shallow depth of field most are out of focus
         squares.sort(key=lambda square: sharpness(square[1].cut(square[0])))
     image, crop = squares[-1]
     blurry, blur_type, parameters = blur_crop(
@@ -220,7 +221,7 @@ def make_pair(
 
 
 def random_square(image: np.ndarray, rng: np.random.Generator, size: int) -> tuple[np.ndarray, Crop]:
-    """The image scaled down at random, and a square of `size` pixels in it."""
+    """Scale the image down by a random factor; return it and a random square of `size` pixels in it."""
     height, width = image.shape[:2]
     side = math.exp(rng.uniform(math.log(size), math.log(min(height, width))))
     target = (max(size, round(width * size / side)), max(size, round(height * size / side)))
@@ -233,7 +234,7 @@ def random_square(image: np.ndarray, rng: np.random.Generator, size: int) -> tup
 
 
 def finished(folder: Path) -> dict[int, dict]:
-    """Records of the samples that are on disk, by index."""
+    """Return the records of the samples that are on disk, by index."""
     records = {}
     if not (folder / JSONL).exists():
         return records

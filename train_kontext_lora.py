@@ -42,7 +42,7 @@ from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import learning_rate_factor, make_adamw
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric  # seconds to import, which restoring an image does not need
+    from lightning_fabric import Fabric  # slow to import, and not needed to restore an image
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -73,14 +73,14 @@ class Settings:
 
     # ---- model
     pretrained_model_name_or_path: Path = Path("models/FLUX.1-Kontext-dev")  # folder of the FLUX weights
-    rank: flags.Count = 16  # rank of the LoRA (also its alpha): more learns more and takes more memory
+    rank: flags.Count = 16  # rank of the LoRA, and its alpha; higher learns more and takes more memory
     lora_targets: Literal["attn", "attn_mlp", "all"] = "attn_mlp"  # linear layers that get a LoRA
     resume_lora: Path | None = None  # LoRA file to start from, of the same rank and targets
     base_precision: Literal["bf16", "fp8"] = "bf16"  # storage of the frozen network; fp8 halves its memory
     blocks_to_swap: flags.Whole = 0  # number of blocks offloaded to CPU memory: less GPU memory, slower
 
     # ---- training
-    batch_size: flags.BatchSize = 4  # batch size of each device, which memory must hold
+    batch_size: flags.BatchSize = 4  # batch size of each device, limited by its memory
     accumulate_grad_batches: flags.Accumulate = 4  # number of batches per optimizer step
     max_steps: Annotated[flags.MaxSteps, flags.Range(1)] = 3000  # number of optimizer steps to train
     learning_rate: flags.Weight = 1e-4  # peak learning rate, reached after warmup
@@ -126,7 +126,7 @@ DEMO = {
 }
 HELD_OUT = ("chelsea", "coffee")  # photographs that the demo does not train on
 INCLUDED_LORA = MODELS / "small_kontext_lora.safetensors"
-# What may differ when a run is resumed: it changes speed or reports, not the weights (beyond rounding).
+# Settings that may differ when a run is resumed: they change speed or reports, not weights (up to rounding).
 MAY_CHANGE = """num_workers compile gradient_checkpointing blocks_to_swap save_steps examples_only
 validation_root preview_steps""".split()
 GUIDANCE = 1.0  # guidance scale that the network gets in training
@@ -141,7 +141,7 @@ SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of the validation loss
 
 
 def check(settings: Settings) -> None:
-    """Raise ValueError or FileNotFoundError for a value that would fail only later."""
+    """Raise ValueError or FileNotFoundError for invalid settings that would fail only later."""
     check_ranges(settings)
     if not settings.hr_root.exists():
         raise FileNotFoundError(f"no clean photographs at {settings.hr_root}: give --hr_root (or try --demo)")
@@ -156,7 +156,7 @@ def check(settings: Settings) -> None:
 
 
 def draw_noise(seeds: Iterable[int], shape: tuple) -> tuple[Tensor, Tensor]:
-    """Draw sigma (b,) in [0.001, 1] and noise (b, *shape) from the samples' own seeds, on the CPU.
+    """Sample sigma (b,) in [0.001, 1] and noise (b, *shape) from the samples' own seeds, on the CPU.
 
     Sigma is logit-normal: most training goes to the middle noise levels (Esser et al. 2024, section 3.1).
     """
@@ -171,7 +171,7 @@ def draw_noise(seeds: Iterable[int], shape: tuple) -> tuple[Tensor, Tensor]:
 def flow_loss(
     model: Callable, target: Tensor, control: Tensor, prompt: dict, sigma: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Flow-matching loss, and the estimate of the clean latents (b, 16, h, w).
+    """Compute the flow-matching loss, and the estimate of the clean latents (b, 16, h, w).
 
     On the straight line x = (1 - sigma) target + sigma noise the velocity is noise - target.
     """
@@ -185,9 +185,9 @@ def flow_loss(
 def perceptual_term(
     autoencoder: nn.Module, distance: nn.Module, estimate: Tensor, batch: dict, sigma: Tensor
 ) -> Tensor:
-    """VGG-19 distance of a crop of the decoded estimate, weighted by 1 - sigma.
+    """Compute the VGG-19 distance of a crop of the decoded estimate, weighted by 1 - sigma.
 
-    Only samples with sigma < 0.5 count: at more noise the estimate is a blur that has no detail to compare.
+    Only samples with sigma < 0.5 count: at more noise the estimate is too blurred to compare details.
     """
     keep = sigma < 0.5
     if not keep.any():
@@ -223,7 +223,7 @@ def load_models(settings: Settings, device: torch.device) -> tuple[kontext.FluxA
 
 
 def add_trained_lora(model: Flux, settings: Settings, device: torch.device) -> nn.ModuleDict:
-    """Add a new LoRA (or that of --resume_lora) to the model, and compile the model on request."""
+    """Add a LoRA to the model, new or from --resume_lora, and compile the model's blocks on request."""
     adapter = make_lora(model, settings.lora_targets, settings.rank, alpha=settings.rank).to(device)
     if settings.resume_lora and not last_checkpoint(settings.output_dir).is_file():
         start_from(adapter, settings.resume_lora)
@@ -252,7 +252,7 @@ def train_step(
         part = {"seed": seeds[rows], "target": batch["target"][rows], "control": batch["control"][rows]}
         words = {name: value[rows] if len(value) > 1 else value for name, value in prompt.items()}
 
-        # Latents of both images, noise of each sample's own seed
+        # Latents of both images, noise from each sample's own seed
         with torch.no_grad():
             target = autoencoder.encode(part["target"])  # (b, 16, h / 8, w / 8)
             control = autoencoder.encode(part["control"])
@@ -272,7 +272,7 @@ def train_step(
 
 
 def update(fabric: "Fabric", adapter: nn.ModuleDict, optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Take one optimizer step. The base is frozen: processes exchange the LoRA's gradients alone."""
+    """Take one optimizer step. The base is frozen: processes exchange only the LoRA's gradients."""
     average_gradients(fabric, optimizer)
     nn.utils.clip_grad_norm_(adapter.parameters(), MAX_GRAD_NORM)
     for group in optimizer.param_groups:
@@ -292,7 +292,7 @@ def validate(
     previews: DegDataset,
     settings: Settings,
 ) -> dict[str, float]:
-    """Restore the first images of `previews`, log them, return the scores (in the first process)."""
+    """Restore and log the first images of `previews` on rank 0; return their scores ({} on other ranks)."""
     if not run.fabric.is_global_zero:
         return {}
     image, scores = preview(model, autoencoder, prompts, previews, settings)
@@ -308,7 +308,7 @@ def preview(
     dataset: DegDataset,
     settings: Settings,
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Rows of degraded, restored and clean images, and the mean scores of the restored ones."""
+    """Return rows of degraded, restored and clean images, and the mean scores of the restored ones."""
     rows, scores = [], []
     for item in first_samples(dataset, PREVIEW_IMAGES):
         control, target = to_uint8(item["control"]), to_uint8(item["target"])
@@ -339,9 +339,9 @@ def preview(
 def validation_loss(
     model: Callable, autoencoder: kontext.FluxAutoencoder, prompts: Prompts, dataset: DegDataset
 ) -> dict[str, float]:
-    """Loss of the preview's images at fixed noise and noise levels, and its mean over the levels.
+    """Return the loss of the preview's images at fixed noise and noise levels, and its mean over the levels.
 
-    Unlike the training loss, which draws new noise at every step, it can be compared from save to save.
+    Unlike the training loss, which has new noise at every step, it can be compared between saves.
     """
     losses = {f"loss_{sigma}": [] for sigma in SIGMAS}
     for item in first_samples(dataset, PREVIEW_IMAGES):
@@ -359,9 +359,9 @@ def validation_loss(
 
 
 def save_outputs(adapter: nn.ModuleDict, settings: Settings, step: int, is_best: bool) -> None:
-    """Write the LoRA (its EMA weights): the latest, a snapshot, and best/ if no preview had a higher PSNR.
+    """Write the LoRA (its EMA weights): the latest, a snapshot, and best/ if its preview PSNR `is_best`.
 
-    The latest is the only LoRA at the top of the folder, where diffusers looks.
+    Only the latest LoRA lies at the top of the folder, where diffusers looks for it.
     """
     metadata = {
         "base": "FLUX.1-Kontext-dev",
@@ -451,7 +451,7 @@ def main(settings: Settings) -> None:
 
 
 def load_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
-    """Training set, and the set for previews: the same crops at every preview, no flips."""
+    """Return the training set, and the preview set, whose crops are fixed and not flipped."""
     names = "instance_prompt lr_scale noise_level blur_radius jpeg_quality degradation_strength".split()
     names += "resolution native_crop captions seed".split()
     options = {name: getattr(settings, name) for name in names}
@@ -467,7 +467,7 @@ def load_data(settings: Settings) -> tuple[DegDataset, DegDataset]:
 
 
 def write_examples(dataset: DegDataset, settings: Settings) -> None:
-    """Write degraded and clean samples."""
+    """Write degraded and clean samples of the data to images/examples.png."""
     path = settings.output_dir / "images" / "examples.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_image(path, example_sheet(dataset))
@@ -479,9 +479,9 @@ def write_examples(dataset: DegDataset, settings: Settings) -> None:
 
 
 def make_demo(settings: Settings) -> None:
-    """Write scikit-image's photographs at half size: four to train on, three squares of each of two others.
+    """Write scikit-image's photographs at half size: four to train on, and three squares each of two others.
 
-    Folders that the user gave instead are left alone.
+    Folders that the user gave instead are not touched.
     """
     side = settings.resolution
     for path in photographs():
@@ -502,7 +502,7 @@ def make_demo(settings: Settings) -> None:
 def show_demo(settings: Settings, dataset: DegDataset, run: Run) -> None:
     """Restore the held-out images with the run's LoRA and with the included one.
 
-    Prints their scores and writes images/demo.png: degraded, restored by the first and the second, clean.
+    Prints their scores and writes images/demo.png: degraded, restored by either LoRA, clean.
     """
     folder, device = settings.pretrained_model_name_or_path, run.fabric.device
     prompts = Prompts(settings.output_dir, folder, [settings.instance_prompt], device)

@@ -35,7 +35,7 @@ from ldm.tiling import pad_to_multiple, restore_photo
 from ldm.tiling import self_ensemble as average_rotations
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric  # seconds to import, which restoring an image does not need
+    from lightning_fabric import Fabric  # slow to import, and not needed to restore an image
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -52,7 +52,7 @@ class Settings:
     dead_leaves: flags.Whole = 0  # number of generated images in an epoch, to be blurred
     val_data: Path | None = None  # pairs to validate on, in any form of --data
     crop_size: int = 256  # side of the training crops in pixels, a multiple of 16
-    realistic_blur: bool = True  # blur two thirds as cameras do (shake, noise, JPEG); off: simple blur only
+    realistic_blur: bool = True  # blur 2 of 3 crops as cameras do (shake, noise, JPEG); off: simple blur only
     pairs: Path | None = None  # real pairs mixed among crops blurred on the fly, in any form of --data
     pairs_fraction: flags.Fraction = 0.1  # fraction of the crops that come from --pairs
     photo_crops: flags.Count = 1  # number of crops of each photo of --sharp_dir in an epoch
@@ -65,24 +65,24 @@ class Settings:
     # ---- model
     width: flags.Count = 32  # number of channels at full resolution
     residual: bool = False  # predict the difference to the blurry image
-    sampling: bool = False  # work at half resolution, on 2 x 2 pixels as channels: 4 times less to compute
+    sampling: bool = False  # work at half resolution, 2 x 2 pixels as channels: 4 times less computation
     init: Literal["default", "xavier"] = "default"  # distribution of the initial weights: torch's or Xavier's
     init_weights: Path | None = None  # file of weights to start from; a run that exists is resumed instead
 
     # ---- training
-    epochs: flags.Count = 2000  # number of passes over the data
+    epochs: flags.Count = 2000  # number of epochs, if max_steps is not above 0
     max_steps: flags.MaxSteps = -1  # number of optimizer steps; above 0 it replaces epochs
     batch_size: flags.BatchSize = 16  # number of crops per step and device
     learning_rate: flags.Weight = 1e-4  # learning rate of the first step
     schedule: Literal["step", "power", "cosine"] = "step"  # 0.3^(epoch // 500), (1 - t/T)^0.3, cosine
     loss: PixelLoss = "mse"  # distance of pixels at each scale
     fft_loss_weight: flags.Weight = 0.0  # weight of the distance of Fourier transforms; MIMO-UNet has 0.1
-    optimizer: Literal["adam", "sgd"] = "adam"  # kind of optimizer that takes the steps
+    optimizer: Literal["adam", "sgd"] = "adam"  # optimizer of the training: Adam, or SGD with momentum
     momentum: flags.Fraction = 0.9  # momentum of the optimizer sgd
     nesterov: bool = True  # use Nesterov's momentum in the optimizer sgd
     weight_decay: flags.WeightDecay = 0.0  # weight of the L2 regularisation
-    max_grad_norm: flags.Weight = 0.0  # highest norm of all gradients together; 0 = not clipped
-    precision: flags.Precision = "32"  # numbers to compute in; bf16 and 16 are mixed and faster on GPUs
+    max_grad_norm: flags.Weight = 0.0  # largest global norm of the gradients, 0 for no clipping
+    precision: flags.Precision = "32"  # computing precision; bf16 and 16 are mixed, and faster on GPUs
     compile: bool = False  # use torch.compile: minutes at the start, then faster steps
     devices: flags.Devices = 1  # number of GPUs of each machine (processes on a CPU)
     num_workers: flags.Whole = 8  # number of processes that prepare images
@@ -112,7 +112,7 @@ DEMO = {
 MAY_CHANGE = "devices batch_size num_workers log_epoch cache compile".split()
 LSTM_CLIP = 3.0  # highest norm of the ConvLSTM's gradients
 EMA_DECAY = 0.999  # EMA weights are validated and exported
-DEMO_BLUR_SCALE = 0.4  # the demonstration's blur is mild: it has minutes to learn it
+DEMO_BLUR_SCALE = 0.4  # the demonstration's blur is mild, as it trains only for minutes
 
 
 # ---- network -----------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class OutBlock(nn.Module):
 
 
 class ConvLSTMCell(nn.Module):
-    """LSTM whose products are 5x5 convolutions (Shi et al. 2015), without peepholes and forget bias."""
+    """LSTM cell with 5x5 convolutions as products (Shi et al. 2015), without peepholes or forget bias."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -188,15 +188,15 @@ class ConvLSTMCell(nn.Module):
 class SRNDeblurNet(nn.Module):
     """One encoder-decoder applied at quarter, half and full size, each time starting from the last estimate.
 
-    `forward(b1, b2, b3) -> i1, i2, i3`: blurry (b, 3, h, w) at full, half and quarter size, in [-1, 1],
-    h and w multiples of `multiple`, to restored images of the same sizes, not clamped. `restore` takes any
-    size. With `sampling` 2 x 2 pixels enter and leave as channels of one (ours, not the paper's).
+    `forward(b1, b2, b3) -> i1, i2, i3` maps blurry images (b, 3, h, w) in [-1, 1] at full, half and quarter
+    size to restored ones of the same sizes, not clamped; h and w are multiples of `multiple`. The function
+    `restore` takes any size. `sampling` folds 2 x 2 pixels into channels (our addition, not in the paper).
     """
 
     def __init__(self, width: int = 32, residual: bool = False, sampling: bool = False):
         super().__init__()
         self.width, self.residual, self.sampling = width, residual, sampling
-        self.side = 2 if sampling else 1  # side of the squares of pixels that are one to the convolutions
+        self.side = 2 if sampling else 1  # side of the squares of pixels that become channels
         self.multiple = 16 * self.side
         pixels = self.side**2
         self.inblock = EBlock(6 * pixels, width, stride=1)
@@ -223,7 +223,7 @@ class SRNDeblurNet(nn.Module):
         return i1, i2, i3
 
     def step(self, blurry: Tensor, estimate: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
-        """Restore one scale: (b, 3, h, w) from itself and the estimate of the scale before; hidden, cell."""
+        """Restore one scale (b, 3, h, w) from itself and the previous estimate; also return hidden, cell."""
         both = F.pixel_unshuffle(torch.cat([blurry, estimate], dim=1), self.side)  # h, w now count squares
         e1 = self.inblock(both)  # (b, 6, h, w) -> (b, width, h, w)
         e2 = self.eblock1(e1)  # (b, 2 width, h/2, w/2)
@@ -242,14 +242,14 @@ def double(x: Tensor) -> Tensor:
 
 
 def xavier(network: nn.Module) -> None:
-    """Draw weights from Xavier's normal distribution (Glorot and Bengio 2010), unless they are zero."""
+    """Initialise weights from Xavier's normal distribution (Glorot and Bengio 2010), except zero weights."""
     for value in network.parameters():
         if value.ndim > 1 and value.any():
             nn.init.xavier_normal_(value)
 
 
 def pyramid(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(b, 3, h, w) at full, half and quarter size: the one rule by which all scales are made, everywhere."""
+    """Return (b, 3, h, w) at full, half and quarter size; all scales, also in training, are made here."""
     h, w = image.shape[-2:]
     half = F.interpolate(image, (h // 2, w // 2), mode="bilinear", antialias=True)
     quarter = F.interpolate(image, (h // 4, w // 4), mode="bilinear", antialias=True)
@@ -279,11 +279,11 @@ def restore_image(
 
 # ---- files of weights --------------------------------------------------------------------------------------
 
-FORM = ("width", "residual", "sampling")  # what a network is made of
+FORM = ("width", "residual", "sampling")  # settings that define the network
 
 
 def load_network(path: str | Path) -> SRNDeblurNet:
-    """Load the network of this script's files, or of the reproduction's (keys with `module.` or not).
+    """Load the network of this script's files, or of the reproduction's (keys with or without `module.`).
 
     Raises FileNotFoundError, or ValueError if the file holds another network.
     """
@@ -298,7 +298,7 @@ def load_network(path: str | Path) -> SRNDeblurNet:
 
 
 def start_from(network: SRNDeblurNet, path: Path) -> None:
-    """Give the network the weights of a file. Raises ValueError if the file holds one of another form."""
+    """Load a file's weights into the network. Raises ValueError if the file's network differs in FORM."""
     other = load_network(path)
     for name in FORM:
         wanted, value = getattr(network, name), getattr(other, name)
@@ -319,14 +319,14 @@ def export(checkpoint: Path, path: Path) -> None:
 def scale_losses(
     restored: Sequence[Tensor], sharp: Sequence[Tensor], loss: PixelLoss = "mse", fft_weight: float = 0.0
 ) -> list[Tensor]:
-    """Mean squared error at each scale (paper, equation 5, with kappa = 1), or another distance."""
+    """Compute the mean squared error at each scale (paper, equation 5, kappa = 1), or another distance."""
     return [restoration_loss(i, s, loss, fft_weight) for i, s in zip(restored, sharp, strict=True)]
 
 
 def train_step(
     fabric: "Fabric", network: nn.Module, optimizer: torch.optim.Optimizer, batch: dict, settings: Settings
 ) -> dict[str, Tensor]:
-    """Take one step on `blurry` and `sharp` (b, 3, h, w) in [-1, 1]; loss, and mse and PSNR at full size."""
+    """Train on `blurry`, `sharp` (b, 3, h, w) in [-1, 1]; return loss, and mse and PSNR at full size."""
     restored = network(*pyramid(batch["blurry"]))
     loss = sum(scale_losses(restored, pyramid(batch["sharp"]), settings.loss, settings.fft_loss_weight))
     optimizer.zero_grad()
@@ -351,7 +351,7 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.Optimi
 
 
 def learning_rate_factor(step: int, steps_per_epoch: int, steps: int, schedule: str) -> float:
-    """Learning-rate multiplier after `step` of `steps` steps."""
+    """Return the learning-rate multiplier after `step` of `steps` steps."""
     left = max(0.0, 1 - step / steps)
     if schedule == "power":
         return left**0.3
@@ -364,7 +364,7 @@ def learning_rate_factor(step: int, steps_per_epoch: int, steps: int, schedule: 
 
 
 def check(settings: Settings) -> None:
-    """Raise ValueError for settings that would fail only later."""
+    """Raise ValueError for invalid settings that would fail only later."""
     check_ranges(settings)
     multiple = 32 if settings.sampling else 16
     if settings.crop_size < multiple or settings.crop_size % multiple:
@@ -376,7 +376,7 @@ def check(settings: Settings) -> None:
 
 
 def make_data(settings: Settings) -> tuple[CropDataset, HeldOut]:
-    """Training set, and validation set."""
+    """Return the training set and the validation set."""
     size, seed, cache = settings.crop_size, settings.seed, settings.cache
     blur_scale = DEMO_BLUR_SCALE if settings.demo else 1.0
     if settings.data:

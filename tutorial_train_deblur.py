@@ -76,7 +76,7 @@ class Settings:
 
     # ---- model
 
-    # checkpoint to start from, by tool_add_control.py; a run in output_dir resumes by itself
+    # checkpoint to start from, made by tool_add_control.py; an existing run in output_dir is resumed instead
     resume_path: flags.StartPath = "./models/control_sd15_ini.ckpt"
     config_path: str = "./models/cldm_v15.yaml"  # yaml of the model, of the same family as resume_path
     sd_locked: bool = True  # freeze the UNet's decoder; off: train it too, with learning_rate 2e-6
@@ -90,14 +90,14 @@ class Settings:
     max_epochs: flags.MaxEpochs = 10  # number of epochs, if max_steps is not above 0
     max_steps: flags.MaxSteps = -1  # number of optimizer steps; above 0 it replaces max_epochs
     accumulate_grad_batches: flags.Accumulate = 1  # number of batches in one optimizer step
-    precision: flags.AnyPrecision = "auto"  # auto: bf16 or 16 on a GPU, 32 on a CPU; frozen weights too
+    precision: flags.AnyPrecision = "auto"  # auto: bf16 or 16 on GPUs, 32 on CPUs; frozen weights use it too
     cache_latents: bool = False  # compute latents and text embeddings once; crops must not change
     deblur_loss_weight: Weight = 1.0  # weight of the losses on the decoded image, 0 to switch them off
     perceptual_loss_weight: Weight = 0.1  # weight of the VGG-19 distance among the losses on the image
     deblur_every: Count = 1  # apply the losses of the decoded image every N-th step, N times as strong
     lr_scheduler: flags.LRScheduler = "constant"  # schedule; linear and cosine warm up and fall to zero
     max_grad_norm: Weight = 0.0  # largest global norm of the gradients, 0 for no clipping
-    optimizer: flags.AdamW = "adamw"  # optimizer; adamw8bit has a quarter of the state (bitsandbytes, CUDA)
+    optimizer: flags.AdamW = "adamw"  # adamw8bit takes a quarter of the state's memory (bitsandbytes, CUDA)
     ema_decay: Decay = 0.0  # EMA decay; EMA weights are used for validation and export, 0 for none
     seed: int = 0  # random seed of data order, fresh weights and noise
     devices: flags.Devices = 1  # number of GPUs in each machine (processes on a CPU)
@@ -141,11 +141,11 @@ DEMO = {
 DEMO_DATA = MakeSettings(
     output_dir=DEMO["data_root"], num_samples=720, image_size=128, sharpest_of=2, blur_scale=0.6
 )
-INCLUDED_CONTROLNET = MODELS / "small_deblur.safetensors"  # pretrained, to compare the demo's with
+INCLUDED_CONTROLNET = MODELS / "small_deblur.safetensors"  # pretrained, for comparison in the demo
 
 
 def check(settings: Settings) -> None:
-    """Raise ValueError or FileNotFoundError for a mistake that shows before anything is loaded."""
+    """Raise ValueError or FileNotFoundError for invalid settings, before anything is loaded."""
     check_ranges(settings)
     check_image_size(settings.image_size)
     check_optimizer(settings.optimizer)
@@ -162,7 +162,7 @@ class DeblurDataset(Dataset):
     """Crops of a PairedDataset or BlurDataset under the names that ControlLDM reads.
 
     Items: jpg, the sharp crop (h, w, 3) in [-1, 1]; hint, the blurry one (h, w, 3) in [0, 1]; txt, the
-    prompt; path and seed. `captions` are prompts of single images by their path, the others have `prompt`.
+    prompt; path and seed. `captions` maps paths to prompts of their own; all other images have `prompt`.
     A fraction `prompt_dropout` of the prompts is empty, chosen by the item's seed.
     """
 
@@ -189,20 +189,20 @@ class DeblurDataset(Dataset):
         }
 
     def prompt_of(self, path: str | Path, blur_type: str) -> str:
-        """Prompt of a pair: {blur_type} in it becomes "motion blur" and the like."""
+        """Return the prompt of a pair; {blur_type} in it becomes "motion blur" etc."""
         prompt = self.captions.get(str(path), self.prompt)
         return prompt.replace("{blur_type}", blur_type.replace("_", " ") or "blur")
 
 
 def find_captions(pairs: list[Pair]) -> dict[str, str]:
-    """Captions of pairs that have one, by the path of the blurry image."""
+    """Return the captions of pairs that have one, by the path of the blurry image."""
     check_captions([path for pair in pairs for path in (pair.sharp, pair.blurry)])
     captions = {str(pair.blurry): pair.caption or read_caption(pair.sharp, pair.blurry) for pair in pairs}
     return {path: caption for path, caption in captions.items() if caption}
 
 
 def find_all_pairs(settings: Settings) -> list[Pair]:
-    """Pairs on disk, or sharp images paired with themselves, to be blurred on the fly."""
+    """Find pairs on disk, or sharp images paired with themselves, to be blurred on the fly."""
     root = Path(settings.data_root)
     if not root.exists():
         raise FileNotFoundError(
@@ -217,7 +217,7 @@ def find_all_pairs(settings: Settings) -> list[Pair]:
 
 
 def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]:
-    """Training crops, held-out crops (None without any), and the pairs of both.
+    """Return training crops, held-out crops (None if there are none), and the pairs of both.
 
     Raises ValueError or FileNotFoundError that names the file, the line or the pair that is wrong.
     """
@@ -247,7 +247,7 @@ def find_crops(settings: Settings) -> tuple[Dataset, Dataset | None, list[Pair]]
 
 
 def make_crops(pairs: list[Pair], settings: Settings, blur_sharp: bool, **options) -> Dataset:
-    """Crops of pairs, or with `blur_sharp` of their sharp images, which are blurred on the fly."""
+    """Return crops of pairs, or with `blur_sharp` of their sharp images, which are blurred on the fly."""
     if not blur_sharp:
         return PairedDataset(pairs, settings.image_size, settings.seed, **options)
     sharp = sorted({pair.sharp for pair in pairs})
@@ -258,7 +258,7 @@ def make_crops(pairs: list[Pair], settings: Settings, blur_sharp: bool, **option
 
 
 def score_item(item: dict, restored: np.ndarray) -> dict[str, float]:
-    """PSNR and SSIM of a restored image and of its input."""
+    """Compute PSNR and SSIM of a restored image and of its input."""
     blurry, sharp = pixels(item["hint"], "hint"), pixels(item["jpg"])
     return {
         "PSNR": psnr(restored, sharp),
@@ -284,7 +284,7 @@ def compare_with_included(settings: Settings, validation: Dataset) -> None:
 
 
 def main(settings: Settings) -> None:
-    """Train, then print where everything is."""
+    """Train, then print where the results are."""
     # Settings and seed: wrong settings are reported before weights or images are loaded
     if settings.demo:
         announce_demo()

@@ -7,8 +7,8 @@
     python tutorial_train_inpaint.py --image_dir ./training/coco/train2017 \\
         --ann_file ./training/coco/annotations/instances_train2017.json --batch_size 4
 
-Method: ControlNet (Zhang et al. 2023); its hint is the image with -1 in the hole, as
-control_v11p_sd15_inpaint has it (--init_control starts from that file). Any folder of photographs will do:
+Method: ControlNet (Zhang et al. 2023); its hint is the image with -1 in the hole, as for
+control_v11p_sd15_inpaint (--init_control starts from that file). Any folder of photographs will do:
 rectangles and strokes need no annotations. Expect 50 to 100 thousand steps, which are 1.7 to 3.4 epochs of
 COCO at batch 4. Judge by images/val_*.png and val/psnr, not by the training loss. A run has its own folder;
 after a stop the same command with --output_dir THAT_FOLDER resumes exactly.
@@ -81,10 +81,10 @@ class Settings:
     mask_dir: str = ""  # folder of masks of your own, white where the hole is
     # kind of holes; None: object with ann_file, folder with mask_dir, else mixed
     mask_type: MaskType | None = None
-    mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest part of the crop that is a hole
+    mask_ratio: tuple[float, float] = (0.1, 0.3)  # smallest and largest fraction of the crop in the hole
     captions_file: str = ""  # COCO's captions_*.json, for prompts
     prompt: str = ""  # prompt of images without a caption in captions_file or in NAME.txt beside them
-    prompt_dropout: Fraction = 0.5  # part of the training prompts that is left empty
+    prompt_dropout: Fraction = 0.5  # fraction of the training prompts that is left empty
     image_size: flags.ImageSize = 512  # side of the square crops in pixels, a multiple of 64
     use_augmentation: bool = True  # crop anywhere and flip half the crops; else crop the middle
     val_samples: Whole = 16  # number of images held out for validation, 0 for none
@@ -107,11 +107,11 @@ class Settings:
     max_epochs: flags.MaxEpochs = 100  # number of epochs, if max_steps is not above 0
     max_steps: flags.MaxSteps = -1  # number of optimizer steps; above 0 it replaces max_epochs
     accumulate_grad_batches: flags.Accumulate = 1  # number of batches in one optimizer step
-    precision: flags.AnyPrecision = "auto"  # bf16 where CUDA has it, else 16; 32 on a CPU; frozen parts too
-    cache_latents: bool = False  # compute latents and text embeddings once; needs crops that stay
+    precision: flags.AnyPrecision = "auto"  # auto: bf16 or 16 on GPUs, 32 on CPUs; frozen weights use it too
+    cache_latents: bool = False  # compute latents and text embeddings once; crops must not change
     lr_scheduler: flags.LRScheduler = "constant"  # learning-rate schedule; all but constant warm up
     max_grad_norm: Weight = 0.0  # largest global norm of the gradients, 0 for no clipping
-    optimizer: flags.AdamW = "adamw"  # adamw8bit takes a quarter of its memory (bitsandbytes, CUDA)
+    optimizer: flags.AdamW = "adamw"  # adamw8bit takes a quarter of the state's memory (bitsandbytes, CUDA)
     ema_decay: Decay = 0.0  # EMA decay; EMA weights are used for validation and export, 0 for none
     seed: int = 0  # random seed of data order, fresh weights and noise
     devices: flags.Devices = 1  # number of GPUs in each machine (processes on a CPU)
@@ -155,7 +155,7 @@ RUN_VARIABLE = "CONTROLNET_INPAINTING_RUN"  # tells the other processes of a run
 
 
 def check(settings: Settings) -> None:
-    """Raise ValueError or FileNotFoundError for a mistake that shows before anything is loaded."""
+    """Raise ValueError or FileNotFoundError for invalid settings, before anything is loaded."""
     check_ranges(settings)
     check_image_size(settings.image_size)
     check_optimizer(settings.optimizer)
@@ -169,7 +169,7 @@ def check(settings: Settings) -> None:
 
 
 def find_images(settings: Settings) -> tuple[CocoInpaintingDataset, CocoInpaintingDataset | None]:
-    """Training data, and held-out data (None without any).
+    """Return training data, and held-out data (None if there are none).
 
     Raises FileNotFoundError or ValueError that names what is missing or wrong.
     """
@@ -233,7 +233,7 @@ def show_data(settings: Settings, output: Path = Path("data_sample.png")) -> Non
 
 
 def starting_weights(settings: Settings, resumes: bool) -> dict[str, torch.Tensor]:
-    """Stable Diffusion with a ControlNet: the file's own, or for a new run the one of `init_control`."""
+    """Read Stable Diffusion with a ControlNet: the file's own, or for a new run that of `init_control`."""
     weights = load_state_dict(settings.resume_path)
     if settings.init_control and not resumes:
         control, _ = read_control(settings.init_control)
@@ -249,14 +249,14 @@ def starting_weights(settings: Settings, resumes: bool) -> dict[str, torch.Tenso
 
 
 def hint_channels(settings: Settings) -> int:
-    """Number of the hint's channels: RGB, and the mask if it is asked for or holes are filled coarsely."""
+    """Return the number of hint channels: RGB, and the mask if requested or if holes are filled coarsely."""
     return settings.hint_channels if settings.coarse_fill == "none" else 4
 
 
 def run_folder(settings: Settings) -> str:
-    """Folder of the run: the one that is given, or a new one named after the time.
+    """Return the folder of the run: the one that is given, or a new one named after the time.
 
-    Raises ValueError where processes started apart would each name their own.
+    Raises ValueError if none is given and processes are started separately: each would name its own.
     """
     if settings.output_dir:
         return settings.output_dir
@@ -271,7 +271,7 @@ def run_folder(settings: Settings) -> str:
 def save_final_model(run: Path) -> None:
     """Save the last model, without the optimizer, in `run`/final_model.
 
-    Its ControlNet alone is written beside it if other tools can use it.
+    The ControlNet alone is written beside it if other tools can use it.
     """
     content = checkpoint.load(last_checkpoint(run))
     wanted = ("state_dict", "ema", "config", "base", "settings", "global_step")
@@ -291,7 +291,7 @@ def save_final_model(run: Path) -> None:
 
 
 def cut_photographs(folder: Path, count: int, size: int = 128) -> None:
-    """Write random squares of the photographs inside scikit-image, scaled to `size`, or what is missing."""
+    """Write `count` random squares of scikit-image's photographs, scaled to `size`; existing files stay."""
     folder.mkdir(parents=True, exist_ok=True)
     images = [read_image(path) for path in photographs()]
     for n in range(count):
@@ -304,7 +304,7 @@ def cut_photographs(folder: Path, count: int, size: int = 128) -> None:
 
 
 def score_item(item: dict, filled: np.ndarray) -> dict[str, float]:
-    """Scores of the hole, and those distances of the image whose networks are on this machine."""
+    """Compute the scores of the hole, and LPIPS and DISTS if their networks are on this machine."""
     truth = pixels(item["jpg"])
     return hole_scores(filled, truth, item["mask"][..., 0].numpy() > 0.5) | local_distances(filled, truth)
 
@@ -328,7 +328,7 @@ def compare_with_included(settings: Settings, validation: CocoInpaintingDataset)
 
 
 def main(settings: Settings) -> None:
-    """Train, then print where everything is."""
+    """Train, then print where the results are."""
     if settings.show_data:
         return show_data(settings)
 
@@ -343,7 +343,7 @@ def main(settings: Settings) -> None:
     config["target"] = "cldm.inpaint.InpaintControlNet"  # any configuration of the family will do
     config = with_hint(config, hint_channels=hint_channels(settings))
 
-    # Data: crops with a hole each, the same images held out in every run of a seed
+    # Data: crops with a hole each; the same seed holds out the same images
     if settings.demo and settings.image_dir == DEMO["image_dir"]:
         cut_photographs(Path(DEMO["image_dir"]), 240)
     train, validation = find_images(settings)
@@ -387,7 +387,7 @@ def main(settings: Settings) -> None:
     )
 
     # Training: for each batch Lightning calls model.training_step, whose loss is LatentDiffusion.p_losses,
-    # and backward; every accumulate_grad_batches of them optimizer.step
+    # and backward; after accumulate_grad_batches batches it calls optimizer.step
     data = StreamData(
         model, train, validation, settings.batch_size, settings.num_workers, settings.seed, images_per_step
     )

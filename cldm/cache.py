@@ -1,4 +1,4 @@
-"""Latents and text embeddings, computed once: training then needs neither the encoder nor the text tower."""
+"""Cache of latents and text embeddings, so that training needs neither the encoder nor the text tower."""
 
 import hashlib
 import json
@@ -23,14 +23,15 @@ from ldm.models.diffusion.ddpm import image_of
 
 
 class CachedLatents(Dataset):
-    """`dataset` whose items also have `moments` (8, h, w), from an h5 file that `cache_latents` made.
+    """Dataset that adds latents from the HDF5 file of `cache_latents` to the items of `dataset`.
 
-    They have `hint_mean` (4, h, w) too, the mean of the hint's latent, if the model sees that.
+    Each item gets `moments` (2c, h, w), mean and log variance, and if they were cached `hint_mean` (c, h, w),
+    the mean of the hint's latent; c is the number of latent channels, 4 for Stable Diffusion.
     """
 
     def __init__(self, dataset: Dataset, path: Path):
         self.dataset, self.path = dataset, path
-        self.file = None  # opened in the worker that reads
+        self.file = None  # opened at the first read, in each worker process
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -55,11 +56,11 @@ def cache_latents(
     num_workers: int,
     hints_stay: bool = True,
 ) -> CachedLatents:
-    """Encode every item's image (`jpg`) into `path`, or take that file if it was made for the same `about`.
+    """Encode every item's image (`jpg`) into the file `path`, or reuse it if made with the same `about`.
 
-    `about` lists all that the latents depend on: files with their sizes and times, crop, model. Images must
-    not change from epoch to epoch. If `hints_stay` too and the model sees their latents, those are also
-    computed. Of several processes the first writes the file, the others wait for it.
+    `about` lists everything that the latents depend on: files with their sizes and modification times, crop
+    size, model. Images must not change between epochs. If hints do not change either (`hints_stay`) and the
+    ControlNet takes their latents, these are cached too. Rank 0 writes the file, other ranks wait for it.
     """
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     while rank_zero_only.rank and not _is_fresh(path, key):
@@ -100,10 +101,10 @@ def _fill(model: ControlLDM, batches: DataLoader, path: Path, key: str, hints_st
 
 
 def drop_encoders(model: ControlLDM, prompts: set[str] | None, hints_stay: bool = True) -> None:
-    """Free the autoencoder's encoder, and the text tower once it has embedded `prompts`.
+    """Free the autoencoder's encoder, and the text tower after it has embedded `prompts`.
 
-    The text tower stays if `prompts` is None: there are more than can be remembered. The encoder stays if the
-    model sees the latents of hints that change.
+    The text tower is kept if `prompts` is None (there are too many to keep their embeddings). The encoder is
+    kept if hints change between epochs and the ControlNet takes their latents.
     """
     if hints_stay or not model.sees_hint_latent:
         model.first_stage_model.encoder, model.first_stage_model.quant_conv = None, None
@@ -124,10 +125,11 @@ def with_cached_latents(
     num_workers: int,
     hints_stay: bool = True,
 ) -> list[CachedLatents | None]:
-    """Datasets by name (or None), made from `files`, with their latents from caches in `folder`.
+    """Return the `datasets` (or None), in order, with latents cached in `folder`/NAME_latents.h5.
 
-    `base` is the file of the model's weights. Its encoders are freed afterwards (see `drop_encoders`).
-    `hints_stay` is False if an item's hint is another in each epoch.
+    A cache is made again if `files` (the images), `base` (the file of the model's weights) or `image_size`
+    change. The model's encoders are freed afterwards (see `drop_encoders`). `hints_stay` is False if an
+    item's hint changes between epochs.
     """
     about = {"files": [stamp(path) for path in files], "size": image_size, "model": stamp(base)[1:]}
     if model.sees_hint_latent and hints_stay:
@@ -144,6 +146,6 @@ def with_cached_latents(
 
 
 def stamp(path: str | bytes | Path) -> tuple[str, int, int]:
-    """Name, size and time of a file."""
+    """Return the name, size in bytes and modification time in nanoseconds of a file."""
     status = os.stat(path)
     return os.fsdecode(path), status.st_size, status.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Callbacks that save a ControlNet's training: checkpoints, EMA weights, the check for NaN."""
+"""Callbacks for ControlNet training: checkpoints, EMA weights, and stopping at a loss that is not finite."""
 
 import math
 from collections.abc import Mapping
@@ -19,11 +19,10 @@ from ldm.modules.ema import EMA
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes through ldm.checkpoint (a file is whole or not there), and reads without running pickled code.
+    """Checkpoint IO that writes files atomically (ldm.checkpoint) and reads them without running any code.
 
-    A thread writes a copy in CPU memory while training goes on, one file at a time: `wait` returns when it
-    is written, and raises the error if it could not be. Saving waits for the file before, the end of a run
-    for the last one.
+    A checkpoint is copied to CPU memory, and a thread writes the copy while training goes on. Only one file
+    is written at a time: saving, loading and the end of a run wait for the previous one.
     """
 
     def __init__(self):
@@ -42,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint.load(path, mmap=False)
 
     def wait(self) -> None:
-        """Return when the last file is written; raises OSError that names it if it could not be."""
+        """Wait until the last file is written. Raises OSError that names the file if writing failed."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
@@ -52,22 +51,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LossCheck(StepCallback):
-    """Stops training at a loss that is not finite.
+    """Callback that stops training if a loss is not finite.
 
-    It checks the losses before anything is made of the weights: every `log_steps`, `save_steps` and
-    `val_steps` steps, and at the end. `last` is the last checkpoint, for the message.
+    The losses are checked before the weights are saved or used for sampling: every `log_steps`, `save_steps`
+    and `val_steps` steps, and at the end. `last` is the path of the last checkpoint, for the message.
     """
 
     def __init__(self, last: Path, log_steps: int, save_steps: int, val_steps: int):
         self.last, self.intervals = last, (log_steps, save_steps, val_steps)
-        self.losses: list[tuple[Tensor, int, list[str]]] = []  # not yet checked; with step and files
+        self.losses: list[tuple[Tensor, int, list[str]]] = []  # unchecked losses with step and files
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.losses.append((outputs["loss"], trainer.global_step, batch.get("path", ["unknown files"])))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step(self, trainer, model, batch) -> None:
-        """Raise ValueError that names the first batch whose loss is not finite; this waits for the device."""
+        """Raise ValueError that names the first batch whose loss is not finite. Synchronises with the GPU."""
         step = trainer.global_step
         if step != trainer.max_steps and all(step % interval for interval in self.intervals):
             return
@@ -82,10 +81,10 @@ class LossCheck(StepCallback):
 
 
 class Checkpoints(StepCallback):
-    """Keeps last.ckpt and, by the best `val/psnr`, best.ckpt in `folder`.
+    """Callback that writes last.ckpt, and best.ckpt at the highest `val/psnr` so far, to `folder`.
 
-    A checkpoint holds the trained parameters (the model leaves out the frozen ones), optimizer, step, random
-    states, and `about`: settings, and the configuration and base file from which the model is built again.
+    A checkpoint holds the trained parameters (not the frozen ones), optimizer, step, random states, and
+    `about`: the settings, and the configuration and base file needed to build the model again.
     `val_steps` is 0 for a run without validation.
     """
 
@@ -101,7 +100,7 @@ class Checkpoints(StepCallback):
             self.save(trainer, "last.ckpt")
 
     def on_validation_start(self, trainer, pl_module) -> None:
-        trainer.strategy.checkpoint_io.wait()  # worker processes start now: no second thread may run
+        trainer.strategy.checkpoint_io.wait()  # workers are forked next: no thread may be writing
 
     def on_validation_end(self, trainer, pl_module) -> None:
         score = trainer.callback_metrics.get("val/psnr")
@@ -112,12 +111,12 @@ class Checkpoints(StepCallback):
             self.save(trainer, "last.ckpt")
 
     def due(self, trainer: pl.Trainer) -> bool:
-        """Return whether last.ckpt must be of this step: every `save_steps`, and the last of the run."""
+        """Return True if last.ckpt must be written: every `save_steps` steps and at the end of the run."""
         step = trainer.global_step
         return step > 0 and (step % self.save_steps == 0 or step == trainer.max_steps)
 
     def save(self, trainer: pl.Trainer, name: str) -> None:
-        """Write a checkpoint; raises ValueError, and leaves the old one, if a parameter is not finite."""
+        """Write a checkpoint. Raises ValueError and keeps the old file if a parameter is not finite."""
         trained = {k: p for k, p in trainer.lightning_module.named_parameters() if p.requires_grad}
         check_finite(trained, trainer.global_step)
         trainer.save_checkpoint(self.folder / name)
@@ -137,13 +136,13 @@ class Checkpoints(StepCallback):
 
 
 class EMACallback(StepCallback):
-    """Keeps EMA weights of the trained parameters, and validates with them."""
+    """Callback that maintains EMA weights of the trained parameters and validates with them."""
 
     def __init__(self, decay: float):
         self.decay = decay
         self.ema: EMA | None = None
-        self.state: dict | None = None  # of a checkpoint, until training starts
-        self.context = None  # within which the model has the EMA weights
+        self.state: dict | None = None  # from a checkpoint, loaded when training starts
+        self.context = None  # active while the model has the EMA weights
 
     def on_train_start(self, trainer, pl_module) -> None:
         super().on_train_start(trainer, pl_module)

@@ -22,10 +22,10 @@ WEIGHT_DECAY = 0.01  # of AdamW
 
 
 class ControlNet(UNetEncoder):
-    """UNet encoder that also sees a hint; it returns a feature map for each skip and one for the middle.
+    """UNet encoder that also takes a hint; it returns a feature map for each skip and one for the middle.
 
-    Arguments as UNetEncoder, plus the number of the hint's channels. The hint is 8 times the latents' size.
-    With `hint_latent_channels` its latent also enters, beside x (as in DiffBIR, Lin et al. 2024, sec. 3.2).
+    Takes UNetEncoder's arguments and the number of hint channels. The hint is 8 times as high and wide as the
+    latents. With `hint_latent_channels` its latent is concatenated to x (DiffBIR, Lin et al. 2024, sec. 3.2).
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ControlNet(UNetEncoder):
     ):
         super().__init__(in_channels=in_channels + hint_latent_channels, **encoder_arguments)
         self.hint_latent_channels = hint_latent_channels
-        if hint_latent_channels:  # training begins from the network without them
+        if hint_latent_channels:  # these channels have no effect at the start
             nn.init.zeros_(self.input_blocks[0][0].weight[:, in_channels:])
         widths = [hint_channels, 16, 16, 32, 32, 96, 96, 256]
         strides = [1, 1, 2, 1, 2, 1, 2]
@@ -50,15 +50,16 @@ class ControlNet(UNetEncoder):
         self.middle_block_out = zero_conv(self.skips[-1][0])
 
     def hint_features(self, hint: Tensor) -> Tensor:
-        """Hint (b, hint_channels, 8h, 8w) -> features (b, model_channels, h, w)."""
+        """Compute the features (b, model_channels, h, w) of a hint (b, hint_channels, 8h, 8w)."""
         return self.run(self.input_hint_block, hint.to(self.time_embed[0].weight.dtype))
 
     def forward(
         self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, hint_latent: Tensor | None = None
     ) -> list[Tensor]:
-        """x (b, 4, h, w), hint (b, hint_channels, 8h, 8w) in [0, 1], timesteps (b,), context (b, m, d), and
-        hint_latent (b, hint_latent_channels, h, w), scaled as x is, if there are such channels.
+        """Return one tensor for each input block, then one for the middle.
 
+        x (b, 4, h, w), hint (b, hint_channels, 8h, 8w) in [0, 1], timesteps (b,), context (b, m, d);
+        hint_latent (b, hint_latent_channels, h, w), scaled like x, if the network has such channels.
         Raises ValueError if the hint does not fit x.
         """
         if hint.shape[-2:] != (8 * x.shape[-2], 8 * x.shape[-1]):
@@ -71,12 +72,12 @@ class ControlNet(UNetEncoder):
 
 
 def zero_conv(channels: int) -> nn.Sequential:
-    """1x1 convolution that starts as zero: training begins from the unchanged model."""
+    """Return a 1x1 convolution initialised to zero, so that training starts from the unchanged model."""
     return nn.Sequential(zero_module(nn.Conv2d(channels, channels, 1)))
 
 
 class ControlledUnetModel(UNetModel):
-    """UNet to whose middle and skips a ControlNet adds; ControlLDM keeps its encoder frozen."""
+    """UNet that adds a ControlNet's outputs to its middle and skips; ControlLDM keeps its encoder frozen."""
 
     def forward(
         self,
@@ -86,8 +87,8 @@ class ControlledUnetModel(UNetModel):
         control: Sequence[Tensor] | None = None,
         only_mid_control: bool = False,
     ) -> Tensor:
-        """As UNetModel's, plus `control`: one tensor for each input block, then one for the middle."""
-        skips, h, emb = self.encode(x, timesteps, context)  # without a graph: nothing in it is trained
+        """Run UNetModel.forward with `control` added: one tensor for each input block, then the middle's."""
+        skips, h, emb = self.encode(x, timesteps, context)  # builds no graph: it is all frozen
         if control is not None:
             control = [added.to(h.dtype) for added in control]
             h = h + control[-1]
@@ -100,7 +101,7 @@ class ControlLDM(LatentDiffusion):
     """Latent diffusion with a ControlNet: batches also hold `hint` (b, 8h, 8w, hint_channels), in [0, 1].
 
     Only the ControlNet is trained, and the UNet's decoder too if `sd_locked` is set to False.
-    `control_scales` weighs the ControlNet's outputs, the middle's last; None leaves them as they are.
+    `control_scales` are factors of the ControlNet's outputs, the middle's last; None means 1 for all.
     """
 
     preview_guidance = 9.0  # guidance scale of log_images
@@ -113,13 +114,13 @@ class ControlLDM(LatentDiffusion):
         self.control_key = control_key
         self.only_mid_control = only_mid_control
         self.control_scales: Sequence[float] | None = None
-        # of a model that open_control_model opened: the training prompt, and how holes of hints were filled
+        # set by open_control_model: the training prompt, and the method that filled the holes of hints
         self.prompt, self.coarse_fill = "", "none"
         self.strict_loading = False  # our checkpoints leave out the frozen weights
 
         # training; the script sets these
         self.learning_rate, self.optimizer = 1e-5, "adamw"
-        self.learning_rate_factor: Callable[[int], float] | None = None  # of step 0, 1, ...; None: always 1
+        self.learning_rate_factor: Callable[[int], float] | None = None  # by step; None: always 1
         self.fused_optimizer: bool | None = True
         self.cast_together = False
         self.sd_locked = True
@@ -128,12 +129,12 @@ class ControlLDM(LatentDiffusion):
 
     @property
     def sees_hint_latent(self) -> bool:
-        """True if the ControlNet takes the hint's latent too."""
+        """Whether the ControlNet also takes the hint's latent."""
         return self.control_model.hint_latent_channels > 0
 
     @property
     def sd_locked(self) -> bool:
-        """True if the UNet's decoder keeps its weights."""
+        """Whether the UNet's decoder is frozen."""
         return self._sd_locked
 
     @sd_locked.setter
@@ -148,18 +149,18 @@ class ControlLDM(LatentDiffusion):
     # ---- conditioning and networks
 
     def hint_of(self, batch: Mapping) -> Tensor:
-        """Hint (b, c, 8h, 8w) of a batch."""
+        """Return the hint (b, c, 8h, 8w) of a batch."""
         return image_of(batch, self.control_key)
 
     def hint_latent(self, cond: Mapping) -> Tensor:
-        """cond["c_latent"], or else the scaled latent (b, c, h, w) of the RGB hint in cond["c_concat"]."""
+        """Return cond["c_latent"], or the scaled latent (b, c, h, w) of the RGB hint in cond["c_concat"]."""
         if cond.get("c_latent") is not None:
             return cond["c_latent"]
         hint = torch.cat(list(cond["c_concat"]), dim=1).to(self.device)
         return self.scale_factor * self.encode_first_stage(hint[:, :3] * 2 - 1).mode().float()
 
     def hint_cond(self, batch: Mapping) -> dict:
-        """The hint's part of a batch's conditioning; its unscaled latent may be in the batch: `hint_mean`."""
+        """Return the hint's part of the conditioning; the batch may hold its unscaled latent, `hint_mean`."""
         cond = {"c_concat": [self.hint_of(batch)]}
         if "hint_mean" in batch:
             return {**cond, "c_latent": self.scale_factor * batch["hint_mean"]}
@@ -170,7 +171,7 @@ class ControlLDM(LatentDiffusion):
         return latents, {**cond, **self.hint_cond(batch)}
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Mapping) -> Tensor:
-        """The UNet's output; cond["c_concat"] holds hints (b, c, 8h, 8w) and may be None: no control then."""
+        """Return the UNet's output. cond["c_concat"] holds hints (b, c, 8h, 8w); None turns control off."""
         context = torch.cat(cond["c_crossattn"], dim=1)
         control = None
         if cond.get("c_concat") is not None:
@@ -182,7 +183,7 @@ class ControlLDM(LatentDiffusion):
         return self.model.diffusion_model(x_noisy, t, context, control, self.only_mid_control)
 
     def run_control(self, *inputs: Tensor | None) -> list[Tensor]:
-        """The ControlNet's outputs; with `cast_together` its weights are cast at once in training."""
+        """Return the ControlNet's outputs; with `cast_together` training casts all its weights at once."""
         kind = self.device.type
         if not (self.cast_together and torch.is_grad_enabled() and torch.is_autocast_enabled(kind)):
             return self.control_model(*inputs)
@@ -193,12 +194,12 @@ class ControlLDM(LatentDiffusion):
     # ---- training
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over the trained parameters (ldm.util.make_adamw)."""
+        """Return AdamW over the trained parameters (ldm.util.make_adamw)."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return make_adamw(trained, self.optimizer, self.learning_rate, WEIGHT_DECAY, self.fused_optimizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set the learning rate, which follows from the step alone: nothing has to be resumed."""
+        """Set the learning rate. It depends only on the step, so no scheduler has to be resumed."""
         if self.learning_rate_factor is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * self.learning_rate_factor(self.global_step)
@@ -215,7 +216,7 @@ class ControlLDM(LatentDiffusion):
         map_location: str | torch.device = "cpu",
         base_path: str | Path | None = None,
     ) -> "ControlLDM":
-        """Open the trained model of our checkpoint, a full file, or a ControlNet with `base_path`.
+        """Load a trained model from our checkpoint, a full file, or a ControlNet file with `base_path`.
 
         See cldm.model.open_control_model. Raises ValueError if the file holds a model of another class.
         """
@@ -237,11 +238,11 @@ class ControlLDM(LatentDiffusion):
         sampler: DDIMSampler | None = None,
         **sampling,
     ) -> Tensor:
-        """Sample latents (batch_size, 4, h, w); decode_first_stage makes images of them.
+        """Sample latents (batch_size, 4, h, w), to be decoded by decode_first_stage.
 
-        cond["c_concat"] holds hints (b, c, 8h, 8w) in [0, 1], cond["c_crossattn"] prompts or embeddings; one
-        for all items will do. With a guidance scale other than 1 the unconditional call sees
-        `negative_prompt` and the same hint. `sampling` goes to the sampler's `sample` (eta, method,
+        cond["c_concat"] holds hints (b, c, 8h, 8w) in [0, 1], cond["c_crossattn"] prompts or embeddings: one
+        for each item or one for all. With a guidance scale other than 1 the unconditional call gets
+        `negative_prompt` and the same hint. `sampling` is passed to the sampler's `sample` (eta, method,
         strength, x0, mask, x_T, generator).
         """
         hint = torch.cat([h.to(self.device) for h in cond["c_concat"]], dim=1)
@@ -270,12 +271,12 @@ class ControlLDM(LatentDiffusion):
         return latents
 
     def latent_shape(self, hint: Tensor) -> tuple[int, int, int]:
-        """Shape (c, h, w) of one item's latents for hints (b, c, 8h, 8w)."""
+        """Return the shape (c, h, w) of one item's latents for hints (b, c, 8h, 8w)."""
         return self.model.diffusion_model.out[-1].out_channels, hint.shape[-2] // 8, hint.shape[-1] // 8
 
     @torch.no_grad()
     def restore(self, batch: Mapping, ddim_steps: int, guidance_scale: float = 1.0) -> Tensor:
-        """Images (b, 3, 8h, 8w) in [-1, 1], sampled for a batch's hints and prompts from each item's noise.
+        """Sample images (b, 3, 8h, 8w) in [-1, 1] for a batch's hints and prompts, seeded by each item.
 
         Raises ValueError if a value is not finite.
         """
@@ -283,7 +284,7 @@ class ControlLDM(LatentDiffusion):
         noise = self.noise_of(batch, hint.new_empty(len(hint), *self.latent_shape(hint)), salt=4)
         cond = {**self.hint_cond(batch), "c_crossattn": [batch[self.cond_stage_key]]}
         images = self.decode_first_stage(self.sample(cond, len(hint), ddim_steps, guidance_scale, x_T=noise))
-        if not is_finite(images):  # clamped, a lone infinity would look like a white pixel
+        if not is_finite(images):  # after clamping, an infinity would be a white pixel
             raise ValueError(
                 "a sampled image is not finite (NaN or infinity): it overflows in 16 bits (use precision 32 "
                 "or bf16), or the weights are damaged"
@@ -292,7 +293,7 @@ class ControlLDM(LatentDiffusion):
 
     @torch.no_grad()
     def log_images(self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20) -> dict[str, Tensor]:
-        """Columns of the training grid, each (b, 3, 8h, 8w) in [-1, 1]: hint, sample, truth and prompt."""
+        """Return the training grid's columns (b, 3, 8h, 8w) in [-1, 1]: hint, sample, truth, prompt."""
         batch = {name: value[:max_images] for name, value in batch.items()}
         image = image_of(batch, self.first_stage_key)
         prompts = batch[self.cond_stage_key]
@@ -308,8 +309,8 @@ class ControlLDM(LatentDiffusion):
     ) -> tuple[dict[str, Tensor], list[tuple[np.ndarray, np.ndarray]]]:
         """Sample a validation batch and log `val/psnr` and `val/ssim`, means over its images.
 
-        Returns the columns of `log_images`, and two of them, `restored` and `truth`, as pairs of uint8. The
-        first batch's columns are kept for the validation grid.
+        Returns the columns of `log_images`, and pairs of uint8 images from the columns that `restored` and
+        `truth` name. Four rows of the first batch's columns are kept for the validation grid.
         """
         images = self.log_images(batch, len(batch[self.first_stage_key]), self.validation_ddim_steps)
         if batch_idx == 0:

@@ -1,4 +1,4 @@
-"""ControlNet that deblurs: the diffusion loss plus losses on the image that each prediction stands for."""
+"""Deblurring ControlNet: the diffusion loss plus losses on the image decoded from each prediction."""
 
 from collections.abc import Mapping
 
@@ -22,14 +22,14 @@ class DeblurControlNet(ControlLDM):
 
     diffusion_loss + deblur_loss_weight * (l1 + mse + perceptual_loss_weight * perceptual + 0.1 * gradient).
 
-    The four pixel losses compare the sharp image with x0, which follows from the noise prediction, decoded by
-    the frozen autoencoder with gradients. Decoding is expensive: only a crop of `deblur_crop` latents
-    a side is decoded (0 = all), its activations recomputed in the backward pass. At high noise x0 means
-    little: each item's losses are weighted by its alpha_bar unless `weight_by_alpha_bar` is off.
-    A term of weight 0 is not computed. With `deblur_every` N they belong to every Nth optimizer step, N times
-    as heavy: the gradient's mean stays, and most of the cost goes. Perceptual is the distance in VGG-19
-    features, whose weights are no part of the state dict; gradient is the L1 distance of horizontal and
-    vertical differences.
+    The four pixel losses compare the sharp image with x0, which follows from the noise prediction and is
+    decoded by the frozen autoencoder with gradients. Decoding is expensive: only a crop of `deblur_crop`
+    latents a side is decoded (0 = all), and its activations are recomputed in the backward pass. At high
+    noise x0 is unreliable, so each item's losses are weighted by its alpha_bar, unless `weight_by_alpha_bar`
+    is False. A term of weight 0 is not computed. With `deblur_every` = N the pixel losses are computed at
+    every Nth optimizer step only, multiplied by N: the same mean gradient at a lower cost. Perceptual is the
+    distance in VGG-19 features (its weights are not in the state dict); gradient is the L1 distance of
+    horizontal and vertical differences.
     """
 
     preview_guidance = 1.0
@@ -57,7 +57,7 @@ class DeblurControlNet(ControlLDM):
         self._perceptual = [PerceptualLoss()]
 
     def perceptual(self, restored: Tensor, sharp: Tensor) -> Tensor:
-        """Perceptual distance of each item (b,)."""
+        """Compute the perceptual distance of each item (b,)."""
         if not self._perceptual:
             self.load_perceptual()
         return self._perceptual[0].to(restored.device)(restored, sharp)
@@ -65,21 +65,21 @@ class DeblurControlNet(ControlLDM):
     def extra_losses(
         self, batch: Mapping, x_noisy: Tensor, t: Tensor, output: Tensor
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """The weighted pixel losses of a training step, and their terms; none where they are not due."""
+        """Return the weighted pixel losses of a training step and their terms; (0, {}) if not computed."""
         due = (self.global_step + 1) % self.deblur_every == 0
         if self.deblur_loss_weight == 0 or not due or not self.training:
             return 0.0, {}
-        # the clean latents that this noise prediction stands for, and a crop of them as an image
+        # estimate the clean latents from the noise prediction, and decode a crop of them
         x0 = self.predict_start(x_noisy, t, output.float())
         x0, sharp = self._aligned_crop(batch, x0, image_of(batch, self.first_stage_key))
         restored = self.decode_first_stage(x0).float()
-        # the less of the image is left in the noisy latents, the less this prediction counts
+        # the noisier the latents, the smaller the weight of this prediction
         weights = self.alphas_cumprod[t] if self.weight_by_alpha_bar else torch.ones_like(t, dtype=x0.dtype)
         total, terms = self.deblur_losses(restored, sharp, weights)
         return self.deblur_every * self.deblur_loss_weight * total, terms
 
     def deblur_losses(self, restored: Tensor, sharp: Tensor, weights: Tensor) -> Loss:
-        """Sum of the pixel losses of images (b, 3, h, w) in [-1, 1], items weighted by (b,), and terms."""
+        """Return sum and terms of the pixel losses of images (b, 3, h, w) in [-1, 1]; item weights (b,)."""
         difference = restored - sharp
         l1 = (weights * difference.abs().mean(dim=(1, 2, 3))).mean()
         mse = (weights * difference.square().mean(dim=(1, 2, 3))).mean()
@@ -94,14 +94,14 @@ class DeblurControlNet(ControlLDM):
 
     @torch.no_grad()
     def log_images(self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20) -> dict[str, Tensor]:
-        """Columns of the training grid: blurry, restored, sharp, prompt; each (b, 3, 8h, 8w) in [-1, 1]."""
+        """Return the training grid's columns (b, 3, 8h, 8w) in [-1, 1]: blurry, restored, sharp, prompt."""
         images = super().log_images(batch, max_images, ddim_steps)
         return dict(zip(("blurry", "restored", "sharp", "prompt"), images.values(), strict=True))
 
     def validation_step(self, batch: Mapping, batch_idx: int) -> None:
-        """Log `val/loss`, and `val/psnr` and `val/ssim` of sampled images as uint8, means over the images.
+        """Log `val/loss`, and the mean `val/psnr` and `val/ssim` of the sampled images as uint8.
 
-        `val/psnr_blurry` is the PSNR of the input.
+        Also logs `val/psnr_blurry`, the mean PSNR of the inputs.
         """
         super().validation_step(batch, batch_idx)
         images, pairs = self.compare(batch, batch_idx, "restored", "sharp")
@@ -111,7 +111,7 @@ class DeblurControlNet(ControlLDM):
         self.log("val/psnr_blurry", float(np.mean(blurry)), batch_size=len(pairs), sync_dist=True)
 
     def _aligned_crop(self, batch: Mapping, x0: Tensor, sharp: Tensor) -> tuple[Tensor, Tensor]:
-        """The same random crop of each item's latents and pixels, from its `seed` where there is one."""
+        """Cut the same random crop from each item's latents and pixels, using the item's `seed` if given."""
         height, width = x0.shape[-2:]
         h = min(self.deblur_crop or height, height)
         w = min(self.deblur_crop or width, width)
@@ -127,15 +127,15 @@ class DeblurControlNet(ControlLDM):
 
 
 def gradient_l1(difference: Tensor) -> Tensor:
-    """Mean absolute horizontal plus vertical difference of neighbouring pixels, for each item (b,)."""
+    """Return the mean absolute horizontal plus vertical difference of neighbouring pixels, per item (b,)."""
     horizontal = difference.diff(dim=-1).abs().mean(dim=(1, 2, 3))
     return horizontal + difference.diff(dim=-2).abs().mean(dim=(1, 2, 3))
 
 
 class ChannelSpatialAttention(nn.Module):
-    """A gate over channels, then one over positions (CBAM, Woo et al. 2018, eq. 1-3).
+    """Attention over channels, then over positions (CBAM, Woo et al. 2018, eq. 1-3).
 
-    x (b, c, h, w) -> x + gate * attended, with `gate` zero at the start: it begins as the identity.
+    Maps x (b, c, h, w) to x + gate * attended. `gate` is zero at the start, so it begins as the identity.
     """
 
     def __init__(self, channels: int, reduction: int = 16):
@@ -156,7 +156,7 @@ class ChannelSpatialAttention(nn.Module):
 
 
 class AttentionControlNet(ControlNet):
-    """ControlNet with channel and spatial attention on its hint features, under `hint_attention`."""
+    """ControlNet with channel and spatial attention (`hint_attention`) on its hint features."""
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -175,9 +175,9 @@ class DeblurControlNetWithAttention(DeblurControlNet):
 
 
 def add_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of a plain ControlLDM with fresh attention: it is still the same function.
+    """Add new hint attention to the state dict of a plain ControlLDM; the model's output does not change.
 
-    Raises ValueError if there is no ControlNet in it.
+    Raises ValueError if the state dict holds no ControlNet.
     """
     if CONTROL + "zero_convs.0.0.weight" not in weights:
         raise ValueError("these weights have no ControlNet yet: add one with tool_add_control.py")

@@ -1,4 +1,4 @@
-"""Shared by the demonstrations of both ControlNets: the small base model, and a comparison at the end."""
+"""Code shared by the demonstrations of both ControlNets: the small base model, and a final comparison."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,18 +15,18 @@ from cldm.model import add_control, load_state_dict, open_control_model
 from ldm.checkpoint import MODELS, write_weights
 from ldm.data.image import side_by_side, to_uint8, write_image
 
-Restore = Callable[[nn.Module, dict], np.ndarray]  # of a model and an item: the image, uint8 (h, w, 3)
+Restore = Callable[[nn.Module, dict], np.ndarray]  # model, item -> image, uint8 (h, w, 3)
 Score = Callable[[dict, np.ndarray], dict[str, float]]
 BASE = MODELS / "small_diffusion.safetensors"
 
 
 def announce_demo() -> None:
-    """Print a description of the demonstration; limit the threads of its small networks."""
+    """Print a description of the demonstration, and limit the CPU threads for its small networks."""
     rank_zero_only(print)(
         "This demonstration adds a ControlNet to a small latent diffusion model included in the repository, "
         "trains it for minutes and restores held-out images. With Stable Diffusion the steps are the same."
     )
-    torch.set_num_threads(min(4, torch.get_num_threads()))  # more would wait for each other
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # more threads would wait for each other
 
 
 def make_demo_start(path: str | Path, config: Mapping) -> None:
@@ -49,11 +49,10 @@ def show_demo(
     score: Score,
     others: Mapping[str, Callable[[dict], np.ndarray]] | None = None,
 ) -> None:
-    """Restore `held_out` images as infer.py does, with the run's ControlNet and the `included` one, and by
-    `others`, methods without a model.
+    """Restore `held_out` images as infer.py does: with the run's ControlNet, and with the `included` one.
 
-    Prints the means of their scores, and writes images/demo.png of the run's `folder`: a row for each image,
-    of the input, restored in each way, and the ground truth.
+    `others` are further methods, which need no model. Prints the mean scores of each method, and writes
+    images/demo.png in the run's `folder`: a row per image with input, all results and ground truth.
     """
     trained = folder / "checkpoints" / "best.ckpt"
     if not trained.is_file():  # a short run was never validated

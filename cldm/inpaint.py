@@ -1,4 +1,4 @@
-"""ControlNet that fills holes: its grids and scores in training, and filling holes of whole photographs."""
+"""Inpainting ControlNet: image grids and scores in training, and filling holes in whole photographs."""
 
 import math
 import warnings
@@ -34,9 +34,9 @@ class InpaintControlNet(ControlLDM):
 
     @torch.no_grad()
     def log_images(self, batch: Mapping, max_images: int = 4, ddim_steps: int = 20) -> dict[str, Tensor]:
-        """Columns of the training grid, each (b, 3, 8h, 8w) in [-1, 1].
+        """Return the columns of the training grid, each (b, 3, 8h, 8w) in [-1, 1].
 
-        `result` is sampled for the hint alone, `composite` is the ground truth with the result in its hole.
+        `result` is the whole sampled image, `composite` the ground truth with the result in its hole.
         """
         images = super().log_images(batch, max_images, ddim_steps)
         mask = image_of(batch, "mask")[:max_images]
@@ -51,9 +51,9 @@ class InpaintControlNet(ControlLDM):
         }
 
     def validation_step(self, batch: Mapping, batch_idx: int) -> None:
-        """Log `val/loss`; `val/psnr` and `val/ssim` of the composites as uint8; the L1 distance of result and
-        truth in the hole, outside and on the hole's boundary; and the scores of the holes, ours and those of
-        OpenCV's Telea (see `hole_scores`): means over the images."""
+        """Log `val/loss` and means over the images: `val/psnr` and `val/ssim` of the composites as uint8; the
+        L1 distance of result and ground truth in the hole, outside and around its boundary (`val/l1_*`); and
+        the `hole_scores` of the composites and of OpenCV's Telea method (`val/*_telea`)."""
         super().validation_step(batch, batch_idx)
         images, pairs = self.compare(batch, batch_idx, "composite", "truth")
         masks = image_of(batch, "mask")
@@ -71,9 +71,9 @@ class InpaintControlNet(ControlLDM):
 def hole_scores(composite: np.ndarray, truth: np.ndarray, hole: np.ndarray) -> dict[str, float]:
     """Score an inpainted image in its hole.
 
-    `psnr_hole` in dB and `gradients_hole`, the energy of the gradients relative to the ground truth, both of
-    uint8 images (h, w, 3) in the hole, bool (h, w). Blurred guesses score high in the first and low in the
-    second.
+    Images are uint8 (h, w, 3), the hole is bool (h, w). Returns `psnr_hole` in dB and `gradients_hole`, the
+    energy of the gradients relative to the ground truth, both over the pixels of the hole. A blurred fill
+    scores high in the first and low in the second.
     """
     energy = max(gradient_energy(truth)[hole].mean(), 1e-10)
     difference = (composite[hole].astype(float) - truth[hole]) / 255
@@ -84,16 +84,16 @@ def hole_scores(composite: np.ndarray, truth: np.ndarray, hole: np.ndarray) -> d
 
 
 def gradient_energy(image: np.ndarray) -> np.ndarray:
-    """Squared size of the gradient of the grey of uint8 (h, w, 3), at each pixel."""
+    """Compute the squared gradient magnitude (h, w) of the grey values of uint8 (h, w, 3)."""
     dy, dx = np.gradient(image.mean(axis=2))
     return dy**2 + dx**2
 
 
 def region_errors(result: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Mean absolute difference of images (b, 3, h, w) in [-1, 1], as part of their range, in three regions.
+    """Compute the mean absolute difference of images (b, 3, h, w) in [-1, 1] in three regions.
 
-    mask (b, 1, h, w) is 1 in the hole. `hole`, `outside` and `ring` (up to 8 pixels on either side of the
-    hole's boundary): (b,) each in [0, 1], 0 where there is no such region.
+    mask (b, 1, h, w) is 1 in the hole. Returns `hole`, `outside` and `ring` (up to 8 pixels on either side of
+    the hole's boundary), each (b,), scaled to [0, 1], and 0 if an image has no such region.
     """
     hole = (mask > 0.5).float()
     near = [F.max_pool2d(region, 2 * RING + 1, 1, RING) for region in (hole, 1 - hole)]
@@ -110,7 +110,7 @@ def region_errors(result: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Tens
 
 @dataclass
 class Inpainting(SamplingOptions):
-    """How to fill a hole: see `python infer.py inpaint --help`."""
+    """Options for filling a hole: see `python infer.py inpaint --help`."""
 
     method: str = "ddpm"
     guidance_scale: float = 7.5
@@ -124,10 +124,10 @@ class Inpainting(SamplingOptions):
 def inpaint_image(
     model: ControlLDM, image: np.ndarray, mask: np.ndarray, options: Inpainting, progress: Callable = iter
 ) -> np.ndarray:
-    """Fill the hole of uint8 (h, w, 3 or 4) with a model, as `fill_holes` says.
+    """Fill the hole of uint8 (h, w, 3 or 4) with a model; see `fill_holes`.
 
-    A hole that is the whole image gives a warning. Raises what `fill_holes` does, and ValueError for an
-    option out of range.
+    Warns if the hole is the whole image. Raises what `fill_holes` raises, and ValueError for an option out
+    of range.
     """
     return fill_holes(image, mask, options, partial(fill, model, options=options, progress=progress))
 
@@ -135,10 +135,10 @@ def inpaint_image(
 def fill_holes(image: np.ndarray, mask: np.ndarray, options: Inpainting, filler: Filler) -> np.ndarray:
     """Fill the hole of uint8 (h, w, 3), or (h, w, 4) with alpha; mask (h, w) is not 0 in the hole.
 
-    Pixels farther than `mask_blur` from the hole (grown by `grow_mask`) come back as they are, bit for bit;
-    where it is filled the result is opaque. An empty mask returns the image unchanged, with a warning.
-    `filler` makes a whole image (h, w, 3) of each part with a hole, and of that hole (h, w), 1 inside.
-    Raises ValueError if mask and image differ in size, or for an option out of range.
+    Pixels farther than `mask_blur` from the hole (grown by `grow_mask`) are unchanged, bit for bit; filled
+    pixels are opaque. With an empty mask the image is returned unchanged, with a warning.
+    filler(part, hole) takes a part (h, w, 3) of the image and its hole (h, w), 1 inside, and returns the part
+    filled. Raises ValueError if mask and image differ in size, or for an option out of range.
     """
     if mask.shape != image.shape[:2]:
         raise ValueError(f"the mask is {mask.shape}, the image {image.shape[:2]} (height, width)")
@@ -159,9 +159,9 @@ def fill_holes(image: np.ndarray, mask: np.ndarray, options: Inpainting, filler:
 
 
 def expand(image: np.ndarray, mask: np.ndarray, sides: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Image and mask larger by pixels at left, top, right and bottom, all of them hole (outpainting).
+    """Pad image and mask by `sides` pixels (left, top, right, bottom), all marked as hole (outpainting).
 
-    Raises ValueError for fewer than 0 pixels.
+    Raises ValueError for a negative number of pixels.
     """
     if min(sides) < 0:
         raise ValueError(f"outpainting adds 0 or more pixels to each side, not {sides}")
@@ -171,9 +171,9 @@ def expand(image: np.ndarray, mask: np.ndarray, sides: Sequence[int]) -> tuple[n
 
 
 def regions_of(hole: np.ndarray, padding: int, blur: int) -> list[tuple[slice, slice]]:
-    """The parts of the image to work on: all of it for padding -1, else each hole and so much around it.
+    """Return the parts of the image to work on: all of it for padding -1, else one part for each hole.
 
-    Holes whose parts overlap share one.
+    A part reaches `padding` + `blur` pixels beyond its hole; parts that overlap or touch are merged.
     """
     height, width = hole.shape
     if padding < 0:
@@ -184,20 +184,20 @@ def regions_of(hole: np.ndarray, padding: int, blur: int) -> list[tuple[slice, s
         grown = np.zeros_like(hole)
         for x, y, w, h in boxes:
             grown[max(0, y - grow) : y + h + grow, max(0, x - grow) : x + w + grow] = 1
-        if np.array_equal(grown, parts):  # all are rectangles that touch no other
+        if np.array_equal(grown, parts):  # all parts are rectangles that do not touch
             return [(slice(y, y + h), slice(x, x + w)) for x, y, w, h in boxes]
         parts, grow = grown, 0
 
 
 def distance_to(hole: np.ndarray) -> np.ndarray:
-    """Pixels from each pixel to the hole, 0 inside: float32 (h, w)."""
+    """Compute the distance in pixels from each pixel to the hole, 0 inside: float32 (h, w)."""
     return cv2.distanceTransform((hole == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
 
 def paste(image: np.ndarray, filled: np.ndarray, hole: np.ndarray, blur: int) -> np.ndarray:
-    """`filled` (h, w, 3) in the hole, fading over `blur` pixels into `image` (h, w, 3 or 4) outside.
+    """Paste `filled` (h, w, 3) into the hole of `image` (h, w, 3 or 4), blended over `blur` pixels outside.
 
-    Pixels as far as `blur` or farther from the hole are those of `image`, bit for bit.
+    Pixels at a distance of `blur` or more from the hole are those of `image`, bit for bit.
     """
     weight = np.clip(1 - distance_to(hole) / max(blur, 1), 0, 1)[..., None]
     if image.shape[2] == 4:
@@ -210,16 +210,16 @@ def paste(image: np.ndarray, filled: np.ndarray, hole: np.ndarray, blur: int) ->
 def fill(
     model: ControlLDM, image: np.ndarray, hole: np.ndarray, options: Inpainting, progress: Callable
 ) -> np.ndarray:
-    """What the model makes of uint8 (h, w, 3) with a hole (h, w): a whole image of the same size.
+    """Fill the hole (h, w) of uint8 (h, w, 3) with the model; return a whole image of the same size.
 
-    A model trained with a coarse fill sees the hole filled so, and starts there with strength below 1.
-    The latents of what is known are put back at every step; a cell is known if no pixel of it is in the hole.
+    For a model trained with a coarse fill the hole is filled by that method first; sampling with strength
+    below 1 starts from this. Known latents, which have no pixel in the hole, are put back at every step.
     """
     if hole.all():
         warnings.warn("the mask is white everywhere: the whole image is replaced", stacklevel=2)
     size = image.shape[:2]
     factor = 1.0
-    if options.only_masked_padding >= 0:  # by its area: the shorter side would make long regions huge
+    if options.only_masked_padding >= 0:  # scaled by area: by its shorter side a long region would be huge
         factor = max(1.0, options.resolution / math.sqrt(size[0] * size[1]))
     height, width = (int(side * factor + 1e-6) for side in size)
     scaled = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -234,7 +234,7 @@ def fill(
     def on_device(image: np.ndarray) -> Tensor:
         return pad_to_multiple(to_tensor(image)[None], MULTIPLE).to(model.device)
 
-    # as the image, whose padding repeats its edge: what is in the hole must not be seen there
+    # padded by repeating the edge, like the image: otherwise the hole's content would be seen in the padding
     mask = pad_to_multiple(torch.from_numpy(scaled_hole)[None, None].float(), MULTIPLE).to(model.device)
     keep = 1 - F.max_pool2d(mask, 8)
     start = model.encode_first_stage(on_device(known)).mode().float() * model.scale_factor
@@ -250,12 +250,12 @@ def fill(
 
 
 def match_border(result: np.ndarray, image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """`result` with its colours moved so that they meet those of `image` around the hole; all uint8.
+    """Shift the colours of `result` so that they match those of `image` around the hole; all uint8.
 
-    The difference outside goes on smoothly into the hole (as in Perez et al. 2003, with a cheaper membrane).
+    The difference outside is continued smoothly into the hole (Perez et al. 2003, with a cheaper membrane).
     """
     if hole.all():
         return result
     difference = fill_smoothly(image.astype(np.float32) - result, hole)
-    difference = cv2.GaussianBlur(difference, None, RING)  # colours move, texture stays
+    difference = cv2.GaussianBlur(difference, None, RING)  # shifts colours, not texture
     return np.rint((result + difference).clip(0, 255)).astype(np.uint8)

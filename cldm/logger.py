@@ -1,4 +1,4 @@
-"""Callbacks that show a ControlNet's training: image grids, metrics, the progress bar."""
+"""Callbacks that report on ControlNet training: image grids, metrics, the progress bar."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ldm.data.image import to_uint8, write_image
 
 
 class StepCallback(Callback):
-    """Callback whose `on_step` follows each optimizer step, not each batch of an accumulation."""
+    """Callback whose `on_step` is called after each optimizer step, not after each accumulated batch."""
 
     last_step = 0
 
@@ -31,10 +31,10 @@ class StepCallback(Callback):
 
 
 class ImageLogger(StepCallback):
-    """Every `batch_frequency` optimizer steps writes a grid of images that the model makes of the batch.
+    """Callback that writes a grid of images every `batch_frequency` optimizer steps and after validation.
 
-    Grids go to `folder`/NAME_STEP.png and to TensorBoard, from the first process only. The model's
-    `log_images(batch, max_images)` gives the columns.
+    Rank 0 writes grids to `folder`/NAME_STEP.png and to TensorBoard. The columns are those of the model's
+    `log_images(batch, max_images)`, or its `validation_images`.
     """
 
     def __init__(self, folder: str | Path, batch_frequency: int = 2000, max_images: int = 4):
@@ -55,7 +55,7 @@ class ImageLogger(StepCallback):
             self.write(trainer, "val", pl_module.validation_images)
 
     def write(self, trainer: pl.Trainer, name: str, images: dict[str, Tensor]) -> None:
-        """Write a row for each item, a column for each of `images` (b, 3, h, w) in [-1, 1], under `name`."""
+        """Write grid `name`: a row for each item, a column for each of `images` (b, 3, h, w) in [-1, 1]."""
         columns = [value.detach().float().cpu() for value in images.values()]
         rows, step = torch.stack(columns, dim=1).flatten(0, 1), trainer.global_step
         grid = to_uint8(make_grid(rows, nrow=len(columns), padding=4, pad_value=1.0))  # (H, W, 3)
@@ -67,17 +67,17 @@ class ImageLogger(StepCallback):
 
 
 class MetricsLogger(StepCallback):
-    """Every `log_steps` optimizer steps appends the model's losses, and each validation, to `path`.
+    """Callback that appends the model's losses every `log_steps` optimizer steps, and validations, to `path`.
 
-    Losses go to Lightning's loggers too. A row is on disk before the checkpoint of its step (this callback
-    comes before the one that saves), and a resumed run drops the rows after its step: none is lost or comes
-    twice.
+    Losses also go to Lightning's loggers. A row is on disk before the checkpoint of its step (this callback
+    must come before the one that saves), and a resumed run drops the rows after its step, so that no row is
+    lost or repeated.
     """
 
     def __init__(self, path: Path, log_steps: int):
         self.path = path
         self.log_steps = log_steps
-        self.table: MetricsCsv | None = None  # of the first process
+        self.table: MetricsCsv | None = None  # only on rank 0
 
     def on_train_start(self, trainer, pl_module) -> None:
         super().on_train_start(trainer, pl_module)
@@ -101,7 +101,7 @@ class MetricsLogger(StepCallback):
 
 
 class ProgressBar(StepCallback):
-    """Bar over the optimizer steps; every `log_steps` it shows the loss and images/s."""
+    """Progress bar over the optimizer steps; updates loss and images/s every `log_steps` steps."""
 
     def __init__(self, images_per_step: int, log_steps: int):
         self.images_per_step = images_per_step

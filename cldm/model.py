@@ -20,7 +20,7 @@ SD1, SD2, SMALL = "Stable Diffusion 1", "Stable Diffusion 2", "the included smal
 FAMILIES = {768: SD1, 1024: SD2, 2048: "Stable Diffusion XL", 16: SMALL}  # by context_dim
 CONFIGS = {SD1: "cldm_v15.yaml", SD2: "cldm_v21.yaml", SMALL: "small_diffusion.yaml"}
 BASES = {SD1: "v1-5-pruned-emaonly.safetensors", SD2: "v2-1_512-ema-pruned.safetensors"}  # for example
-ON, WITH = "a ControlNet for ", " with a ControlNet"  # around the name of a family
+ON, WITH = "a ControlNet for ", " with a ControlNet"  # before and after the name of a family
 OTHER_FILES = {  # by a part of their tensors' names
     "double_blocks.": "FLUX",
     "down_blocks.": "a diffusers file",
@@ -35,7 +35,7 @@ OTHER_FILES = {  # by a part of their tensors' names
 def read_config(path: str | Path) -> dict:
     """Read the `model` part of a yaml file as plain dictionaries.
 
-    Raises FileNotFoundError, or ValueError if the file is no yaml or has no `model`.
+    Raises FileNotFoundError, or ValueError if the file is not yaml or has no `model`.
     """
     path = repository_path(path)
     if not path.is_file():
@@ -47,7 +47,7 @@ def read_config(path: str | Path) -> dict:
 
 
 class SkipInit(TorchFunctionMode):
-    """Context that leaves new parameters as they were allocated: their values come from a file."""
+    """Context that skips the random initialisation of new parameters: their values come from a file."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (Tensor.uniform_, Tensor.normal_):
@@ -62,7 +62,7 @@ def create_model(config_path: str | Path) -> nn.Module:
 
 def create_filled_model(config: Mapping, weights: Mapping[str, Tensor], source: str | Path) -> nn.Module:
     """Build the model of `config` with `weights`, which must fit it (see `check_weights`)."""
-    with torch.device("meta"):  # a file that does not fit is found before memory is taken
+    with torch.device("meta"):  # weights that do not fit raise before memory is allocated
         check_weights(instantiate_from_config(config).state_dict(), weights, source)
     with SkipInit():
         model = instantiate_from_config(config)
@@ -75,15 +75,15 @@ def create_filled_model(config: Mapping, weights: Mapping[str, Tensor], source: 
 
 
 def load_state_dict(path: str | Path, location: str = "cpu") -> dict[str, Tensor]:
-    """State dict of a .safetensors, .ckpt or .pth file (see ldm.checkpoint.read_weights)."""
+    """Read the state dict of a .safetensors, .ckpt or .pth file (see ldm.checkpoint.read_weights)."""
     return read_weights(path, location)
 
 
 def check_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise ValueError that names `source` and the tensors that do not fit the state dict `own` of a model.
 
-    `position_ids` and the schedule's tables may be missing: they follow from the configuration. Tensors of
-    other names are ignored, unless they are a ControlNet's.
+    `position_ids` and the schedule's tables may be missing: they follow from the configuration. Tensors with
+    unknown names are ignored, unless they belong to a ControlNet.
     """
     needed = {name for name in own if "." in name and not name.endswith("position_ids")}
     wanted = {name: value for name, value in own.items() if name in needed or name in weights}
@@ -95,7 +95,7 @@ def check_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sour
 
 
 def family(weights: Mapping[str, Tensor]) -> str:
-    """Name of the kind of model that a state dict is of, judged by its keys and shapes."""
+    """Return the name of a state dict's model family, recognised from its keys and shapes."""
     for part, name in OTHER_FILES.items():
         if any(part in key for key in weights):
             return name
@@ -112,7 +112,7 @@ def family(weights: Mapping[str, Tensor]) -> str:
 def config_for(weights: Mapping[str, Tensor], path: str | Path) -> Path:
     """Find the yaml in models/ that fits a state dict; raises ValueError if none does.
 
-    Stable Diffusion 2.1's two variants look alike: the 512-px one is taken.
+    The two variants of Stable Diffusion 2.1 cannot be told apart: the 512-pixel one is assumed.
     """
     kind = family(weights).removesuffix(WITH)
     if kind not in CONFIGS:
@@ -121,7 +121,7 @@ def config_for(weights: Mapping[str, Tensor], path: str | Path) -> Path:
 
 
 def widen_input(weights: Mapping[str, Tensor], name: str, channels: int) -> dict[str, Tensor]:
-    """State dict whose convolution `name` takes at least `channels`: the new ones have weight zero."""
+    """Extend convolution `name` of a state dict to at least `channels` inputs; new ones have zero weight."""
     if name not in weights or weights[name].ndim != 4 or weights[name].shape[1] >= channels:
         return dict(weights)
     missing = channels - weights[name].shape[1]
@@ -134,11 +134,11 @@ def widen_input(weights: Mapping[str, Tensor], name: str, channels: int) -> dict
 def add_control(
     weights: Mapping[str, Tensor], config: Mapping, source: str | Path
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """State dict of the ControlLDM of `config`, started from Stable Diffusion's `weights`.
+    """Make the state dict of the ControlLDM of `config` from Stable Diffusion's `weights`.
 
-    Each ControlNet tensor is a copy of the UNet's of the same name, or fresh if the UNet has none. Also
-    returns the names of the tensors that were kept, copied, added and ignored.
-    Raises ValueError if `weights` (from `source`) do not fit.
+    Each ControlNet tensor is a copy of the UNet's tensor of the same name, or newly initialised if the UNet
+    has none. Also returns the names of the tensors that were kept, copied, added and ignored.
+    Raises ValueError if `weights` (from the file `source`) do not fit or already hold a ControlNet.
     """
     kind = family(weights)
     if any(name.startswith(CONTROL) for name in weights):
@@ -171,9 +171,9 @@ def add_control(
 
 
 def fresh_weights(config: Mapping) -> dict[str, Tensor]:
-    """Tensors of a new ControlLDM: its ControlNet initialised, its schedule and position_ids computed.
+    """Return the state dict of a new ControlLDM: ControlNet initialised, schedule and position_ids computed.
 
-    The rest is left unset: it comes from a file.
+    All other tensors are uninitialised: their values come from a file.
     """
     with SkipInit():
         fresh = instantiate_from_config(config).state_dict()
@@ -185,9 +185,9 @@ def fresh_weights(config: Mapping) -> dict[str, Tensor]:
 
 
 def hint_latent_channels(weights: Mapping[str, Tensor], config: Mapping | None = None) -> int:
-    """Number of channels of the hint's latent that a ControlNet takes beside x.
+    """Return the number of channels of the hint's latent that a ControlNet takes in addition to x.
 
-    Its configuration tells, or else the width of the UNet's input in the same state dict; 0 without both.
+    Read from its configuration, else from the input widths of ControlNet and UNet in the state dict; else 0.
     """
     if config:
         return config["params"]["control_stage_config"]["params"].get("hint_latent_channels", 0)
@@ -197,7 +197,7 @@ def hint_latent_channels(weights: Mapping[str, Tensor], config: Mapping | None =
 
 
 def with_hint(config: Mapping, **channels: int) -> dict:
-    """Configuration with other `hint_channels` or `hint_latent_channels` of the ControlNet."""
+    """Return a copy of `config` with the ControlNet's `hint_channels` or `hint_latent_channels` replaced."""
     params = config["params"]
     stage = params["control_stage_config"]
     stage = {**stage, "params": {**stage["params"], **channels}}
@@ -205,9 +205,9 @@ def with_hint(config: Mapping, **channels: int) -> dict:
 
 
 def add_hint_latent(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """Configuration and state dict of a ControlLDM whose ControlNet also takes the hint's latent, beside x.
+    """Extend a ControlLDM's configuration and state dict: its ControlNet then also takes the hint's latent.
 
-    The new channels start at weight zero: it is still the same function.
+    The new input channels have zero weight: the model's output does not change.
     """
     params = config["params"]
     channels = params["first_stage_config"]["params"]["embed_dim"]
@@ -220,10 +220,10 @@ def add_hint_latent(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dic
 
 
 def read_control(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Read a trained ControlNet as `ldm.checkpoint.read_trained` does, every name with its prefix.
+    """Read a trained ControlNet like `ldm.checkpoint.read_trained`, with its prefix on every name.
 
-    The `base` that the metadata of a .safetensors file name is among the rest. Raises ValueError also if the
-    file holds no ControlNet.
+    The second result also holds the `base` that the metadata of a .safetensors file name. Raises ValueError
+    also if the file holds no ControlNet.
     """
     weights, content = read_trained(path)
     if Path(path).suffix == ".safetensors":
@@ -241,7 +241,7 @@ def wanted_base(
     """Find the Stable Diffusion file that a ControlNet read by `read_control` from `path` needs.
 
     It is `base_path`, else the one that the file names; None if the file holds a UNet itself.
-    Raises ValueError if neither is there.
+    Raises ValueError if neither is given.
     """
     if any(name.startswith(UNET + "input_blocks.") for name in weights):
         return None
@@ -262,7 +262,7 @@ def open_control_model(
 
     - a checkpoint of our training scripts, which names its own base file and configuration;
     - a full file in lllyasviel's layout (UNet, ControlNet, autoencoder, text tower);
-    - a ControlNet alone (`control_model.*`, or these keys bare), with `base_path`, a Stable Diffusion file.
+    - a ControlNet alone (keys with or without `control_model.`), with a Stable Diffusion file `base_path`.
 
     `base_path` and `config_path` take precedence over those of a checkpoint.
     Raises FileNotFoundError or ValueError that says what is missing, or that the base is of another family.

@@ -21,7 +21,7 @@ MULTIPLE = 64  # pixels: the UNet halves the latents three times
 
 @dataclass
 class SamplingOptions:
-    """How to sample the latents of one image: the options of `python infer.py deblur` and `inpaint`."""
+    """Options for sampling the latents of one image, common to `python infer.py deblur` and `inpaint`."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -37,9 +37,9 @@ class SamplingOptions:
         return torch.Generator().manual_seed(self.seed)
 
     def sample(self, model: ControlLDM, cond: Mapping, progress: Callable, **more: Any) -> Tensor:
-        """Sample latents (1, 4, h, w) for a conditioning without text; `more` goes to ControlLDM.sample."""
+        """Sample latents (1, 4, h, w) for the hint in `cond` and the prompts; see ControlLDM.sample."""
         model.control_scales = [self.control_scale] * (len(model.control_model.zero_convs) + 1)
-        same = self.prompt == self.negative_prompt  # guidance from a prompt to itself changes nothing
+        same = self.prompt == self.negative_prompt  # guidance between equal prompts changes nothing
         return model.sample(
             {**cond, "c_crossattn": [self.prompt]},
             1,
@@ -55,7 +55,7 @@ class SamplingOptions:
 
 @dataclass
 class Sampling(SamplingOptions):
-    """How to deblur: see `python infer.py deblur --help`."""
+    """Options for deblurring: see `python infer.py deblur --help`."""
 
     tile: int = 0
     overlap: int = 128
@@ -65,9 +65,9 @@ class Sampling(SamplingOptions):
 def open_restorer(
     path: Path, base: Path | None, config: Path | None, device: torch.device, dtype: torch.dtype | None
 ) -> ControlLDM:
-    """Open a control model on a device; UNet and ControlNet, most of the work, in `dtype` if there is one."""
+    """Load a ControlLDM onto a device; with a `dtype`, UNet and ControlNet (most of the work) use it."""
     model = open_control_model(path, base, config)
-    if dtype is not None:  # before the device has to hold them in float32
+    if dtype is not None:  # on the CPU: the device never holds them in float32
         model.model.diffusion_model.to(dtype)
         model.control_model.to(dtype)
     return model.to(device, memory_format=torch.channels_last)
@@ -77,12 +77,12 @@ def open_restorer(
 def deblur_image(
     model: ControlLDM, image: np.ndarray, sampling: Sampling, progress: Callable = iter
 ) -> np.ndarray:
-    """Restore uint8 (h, w, 3), whose size is kept. The same seed gives the same image.
+    """Restore uint8 (h, w, 3) at the same size. The same seed gives the same image.
 
     With `tile` (pixels, a multiple of 64) the network and the autoencoder see the image in overlapping tiles
     whose predictions are blended at every step, so that memory does not grow with the image.
-    With `self_ensemble` it is the mean over 8 flips and rotations, each sampled from noise of its own.
-    Raises ValueError for a tile or overlap that is no multiple of 64, or an overlap not below the tile.
+    With `self_ensemble` the result is the mean over 8 flips and rotations, each sampled from its own noise.
+    Raises ValueError if tile or overlap is not a multiple of 64, or the overlap is not below the tile.
     """
     tile, overlap = sampling.tile, sampling.overlap
     if tile < 0 or tile % MULTIPLE or (tile and (overlap % MULTIPLE or not 0 <= overlap < tile)):
@@ -101,7 +101,7 @@ def deblur_image(
             start = start.float() * model.scale_factor
         sampler = TiledSampler(model, tiles)
         cond = {"c_concat": [(pixels + 1) / 2], "c_latent": start}
-        more = {"x0": start, "sampler": sampler, "generator": generator}  # x0: where strength is below 1
+        more = {"x0": start, "sampler": sampler, "generator": generator}  # x0: used if strength is below 1
         latents = sampling.sample(model, cond, progress, **more)
         return tiles.blend(lambda y, x: model.decode_first_stage(latents[..., y, x]), scale=8)
 
@@ -120,7 +120,7 @@ class Tiles:
     overlap: int
 
     def blend(self, compute: Callable[[slice, slice], Tensor], scale: int = 1) -> Tensor:
-        """compute(y, x) of every tile, `scale` times as large, blended."""
+        """Blend compute(y, x) of all tiles; it returns them `scale` times as large."""
         return blend_tiles(compute, *(tile_spans(n, self.side, self.overlap, 8) for n in self.size), scale)
 
 
@@ -148,14 +148,14 @@ def cut(cond: Mapping, ys: slice, xs: slice) -> dict:
 
 
 def times8(span: slice) -> slice:
-    """A span of latents in pixels."""
+    """Convert a span of latents to pixels."""
     return slice(8 * span.start, 8 * span.stop)
 
 
 def fix_color(restored: np.ndarray, source: np.ndarray, levels: int = 5) -> np.ndarray:
-    """Put the fine detail of `restored` on the low band of `source`, both uint8 (h, w, 3).
+    """Add the fine detail of `restored` to the low band of `source`, which has the colours; uint8 (h, w, 3).
 
-    The low band is what `levels` steps of an a-trous wavelet leave (Mallat 1999, sec. 5.5).
+    The low band is the residual of `levels` levels of an a-trous wavelet transform (Mallat 1999, sec. 5.5).
     """
     restored = restored.astype(np.float32)
     fixed = restored - coarse(restored, levels) + coarse(source.astype(np.float32), levels)
@@ -163,7 +163,7 @@ def fix_color(restored: np.ndarray, source: np.ndarray, levels: int = 5) -> np.n
 
 
 def coarse(image: np.ndarray, levels: int) -> np.ndarray:
-    """Low band of float32 (h, w, 3): blurred by (1, 2, 1) / 4 with gaps of 1, 2, 4, ... pixels."""
+    """Compute the low band of float32 (h, w, 3): blur by (1, 2, 1) / 4 with gaps of 1, 2, 4, ... pixels."""
     for level in range(levels):
         kernel = np.zeros(2 ** (level + 1) + 1, np.float32)
         kernel[[0, 2**level, -1]] = 0.25, 0.5, 0.25

@@ -1,4 +1,4 @@
-"""Shared by the ControlNet scripts: start of a run, resumable data, Lightning's Trainer, resuming."""
+"""Code shared by the ControlNet scripts: start of a run, resumable data, Lightning's Trainer, resuming."""
 
 import logging
 import math
@@ -27,14 +27,14 @@ from ldm.data.stream import DATA, PLACE, SampleStream, check_same, item_generato
 from ldm.device import choose_device, describe_start
 from ldm.util import flush_denormals, half_dtype, learning_rate_factor, settle_precision
 
-# Parts of a checkpoint that `fit` resumes, with their types.
+# Entries that a checkpoint needs so that `fit` can resume it, with their types.
 PARTS = dict.fromkeys("loops settings config state_dict callbacks random StreamData".split(), dict)
 PARTS |= {"optimizer_states": list, "lr_schedulers": list}
 PARTS |= {"epoch": int, "global_step": int, "pytorch-lightning_version": str}
-# Settings that a resumed run may change; another value of any other would make it another run.
+# Settings that may change when a run is resumed; a change of any other raises an error.
 MAY_CHANGE = {*"output_dir max_steps max_epochs devices compile num_workers".split()}
 MAY_CHANGE |= {*"gradient_checkpointing log_steps save_steps val_steps val_ddim_steps".split()}
-# Warnings of Lightning about what is meant here.
+# Warnings of Lightning about things that are intended here.
 MEANT = (".*in eval mode at the start", ".*LeafSpec.*", ".*many workers.*", ".*transfer_batch_to_device.*")
 
 
@@ -42,7 +42,7 @@ MEANT = (".*in eval mode at the start", ".*LeafSpec.*", ".*many workers.*", ".*t
 
 
 def begin(precision: str, seed: int, last: Path) -> str:
-    """Settle the precision (see `choose_precision`), print which device computes, seed all that is random.
+    """Choose the precision (see `choose_precision`), print it and the device, seed all random generators.
 
     Returns the precision: 32, 16 or bf16. Raises ValueError for 16 on a CPU.
     """
@@ -55,10 +55,10 @@ def begin(precision: str, seed: int, last: Path) -> str:
 
 
 def choose_precision(precision: str, last: Path) -> str:
-    """One of 32, 16 and bf16 for any name of a precision; raises ValueError for others.
+    """Convert any name of a precision to 32, 16 or bf16. Raises ValueError for an unknown name.
 
-    `auto` is the precision of the run that is resumed from the checkpoint `last`; for a new run it is bf16
-    where CUDA has it, else 16, and 32 on a CPU.
+    `auto` is the precision of the checkpoint `last` if a run is resumed. For a new run it is bf16 on GPUs
+    that support it, 16 on other GPUs, and 32 on a CPU.
     """
     precision = {"fp16": "16", "no": "32"}.get(precision, precision)  # accelerate's names
     if precision == "auto":
@@ -71,7 +71,7 @@ def choose_precision(precision: str, last: Path) -> str:
 
 
 def check_image_size(size: int) -> None:
-    """Raise ValueError unless the UNet can halve the latents of such images three times."""
+    """Raise ValueError unless `size` is a multiple of 64: the UNet halves the latents three times."""
     if size % 64 or size <= 0:
         raise ValueError(f"image_size must be a multiple of 64, not {size}")
 
@@ -88,7 +88,7 @@ def check_start_file(path: str | Path) -> None:
 
 
 def count_steps(max_steps: int, max_epochs: int, samples: int, samples_per_step: int) -> int:
-    """Optimizer steps of a run: `max_steps`, or if that is not above 0 those of `max_epochs` epochs."""
+    """Return the number of optimizer steps: `max_steps` if above 0, else that of `max_epochs` epochs."""
     if max_steps > 0:
         return max_steps
     if max_epochs < 1:
@@ -100,10 +100,10 @@ def count_steps(max_steps: int, max_epochs: int, samples: int, samples_per_step:
 
 
 class WithNoise(Dataset):
-    """`dataset` whose items also have the random values of their training step, made in the worker.
+    """Dataset that adds the random values of a training step to the items of `dataset`, in the workers.
 
-    They are `timestep`, `noise_0` of the latent and `noise_1` of the step, both (channels, h / 8, w / 8): see
-    LatentDiffusion.noise_of.
+    Each item gets `timestep`, `noise_0` to sample the latent and `noise_1` of the diffusion step, both
+    (channels, h / 8, w / 8): see LatentDiffusion.noise_of.
     """
 
     def __init__(self, dataset: Dataset, model: ControlLDM):
@@ -123,7 +123,7 @@ class WithNoise(Dataset):
 
 
 class StreamData(pl.LightningDataModule):
-    """Training data as one endless stream, which a resumed run continues, and held-out data in order."""
+    """Training data as one endless stream that resumes where it stopped, and held-out data in order."""
 
     def __init__(
         self,
@@ -174,13 +174,13 @@ def prepare_model(
     gradient_checkpointing: bool,
     compiled: bool = False,
 ) -> None:
-    """Make a model ready to train: its layout is channels_last, frozen parts are stored in the precision.
+    """Prepare a model for training: channels_last layout, frozen parts stored in the training precision.
 
-    `clips` says that gradients are clipped, `processes` is how many train together, `compiled` that
-    torch.compile compiles ControlNet and UNet at their first call.
+    `clips` is True if gradients are clipped, `processes` is the number of processes that train together;
+    with `compiled` torch.compile compiles ControlNet and UNet at their first call.
     """
     half = half_dtype(precision)
-    # the fused kernel unscales gradients itself, too late for clipping: Lightning refuses that for bf16 too
+    # the fused kernel unscales gradients itself, too late for clipping: Lightning refuses both, in bf16 too
     model.fused_optimizer = True if half is None or not clips else None
     unet = model.model.diffusion_model
     model.control_model.use_checkpoint = unet.use_checkpoint = gradient_checkpointing
@@ -189,8 +189,8 @@ def prepare_model(
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.to(half)
         if half == torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False):
-            model.first_stage_model.to(torch.bfloat16)  # in which it computes then: float16 overflows in it
-    # not for several processes, which exchange gradients during the backward pass, nor if it computes twice
+            model.first_stage_model.to(torch.bfloat16)  # its activations overflow in float16
+    # not with DDP, which exchanges gradients during the backward pass, nor if activations are recomputed
     alone = processes == 1 and not gradient_checkpointing
     model.cast_together = half is not None and alone and not compiled  # a compiler fuses the casts itself
     model.to(memory_format=torch.channels_last)
@@ -200,7 +200,7 @@ def prepare_model(
 
 
 def rate_schedule(name: str, steps: int) -> Callable[[int], float]:
-    """Learning-rate multiplier of step 0, 1, ...; "linear" and "cosine" warm up for 4 % of the steps."""
+    """Return learning-rate multiplier by step; "linear" and "cosine" warm up for 4 % of the steps."""
     warmup = 0 if name == "constant" else steps // 25
     return partial(learning_rate_factor, steps=steps, schedule=name, warmup=warmup)
 
@@ -221,10 +221,10 @@ def make_trainer(
     validates: bool,
     devices: int,
 ) -> pl.Trainer:
-    """Lightning's Trainer of a run in `folder`, whose checkpoints hold `about` too.
+    """Create Lightning's Trainer for a run in `folder`; checkpoints also hold `about`.
 
-    Our callbacks take the place of its own checkpoints and progress bar, and our stream of its samplers.
-    `ema_decay` and `max_grad_norm` are 0 for none.
+    Our callbacks replace Lightning's checkpoints and progress bar, and our stream replaces its samplers.
+    An `ema_decay` or `max_grad_norm` of 0 turns EMA or clipping off.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # without its advertisements
     for text in MEANT:
@@ -272,9 +272,9 @@ def make_trainer(
 
 
 def fit(trainer: pl.Trainer, model: ControlLDM, data: StreamData, last: Path, about: Mapping) -> None:
-    """Train to the run's last step, from the checkpoint `last` if it is there.
+    """Train to the run's last step, starting from the checkpoint `last` if it exists.
 
-    Raises ValueError if that is not whole, or of a run with other settings or another yaml than `about`.
+    Raises ValueError if the checkpoint is damaged or from a run with other settings or yaml than `about`.
     """
     resumes = last.is_file()
     if resumes:
@@ -288,7 +288,7 @@ def fit(trainer: pl.Trainer, model: ControlLDM, data: StreamData, last: Path, ab
 def check_resumed(model: ControlLDM, path: Path, about: Mapping) -> None:
     """Raise ValueError if the checkpoint `path` does not fit this run.
 
-    Its tensors are mapped from the file, which the run is about to replace: none of them is kept.
+    Its tensors are memory-mapped from a file that the run will replace, so none of them is kept.
     """
     content = checkpoint.load(path)
     lacks = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]

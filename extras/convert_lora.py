@@ -1,11 +1,11 @@
-"""Convert a FLUX LoRA of another trainer for this project: kohya's names on the original's fused linears.
+"""Convert a FLUX LoRA of another trainer to this project's form: kohya's names on the original fused linears.
 
     python -m extras.convert_lora other.safetensors ours.safetensors
     python infer.py kontext --lora_path ours.safetensors --prompt "what it was trained with" --input PHOTOS
 
-Read are peft's names below `transformer.` (diffusers, ai-toolkit, SimpleTuner: q, k and v apart) and below
-`diffusion_model.` (the original's own fused linears), with lora_A / lora_B or lora_down / lora_up. What comes
-out also opens in ComfyUI, Forge and diffusers.
+Reads peft's names below `transformer.` (diffusers, ai-toolkit, SimpleTuner: separate q, k and v) and below
+`diffusion_model.` (the original fused linears), with lora_A / lora_B or lora_down / lora_up. The converted
+file also opens in ComfyUI, Forge and diffusers.
 """
 
 import json
@@ -22,7 +22,7 @@ from ldm.checkpoint import read_metadata, read_weights, write_weights
 from ldm.models.diffusers_folder import BLOCKS
 from ldm.modules.lora import kohya_name
 
-WIDTHS = {"qkv": 3, "linear1": 7}  # outputs of a fused linear, in inputs: q, k, v, and FLUX's MLP of 4
+WIDTHS = {"qkv": 3, "linear1": 7}  # outputs / inputs of a fused linear: q, k, v, and FLUX's MLP of 4
 KEY = re.compile(
     r"(?:transformer|diffusion_model)\.(\w+_blocks|transformer_blocks)\.(\d+)\.(.+?)\."
     r"(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))"
@@ -42,16 +42,16 @@ class Settings:
 def convert(weights: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
     """Rename a foreign LoRA to kohya's names and fuse its linears.
 
-    LoRAs of q, k, v become one whose up matrix is block-diagonal: the same change of the weight, of rank up
-    to the sum of theirs. Where a file has no alpha, peft's own in diffusers' `metadata` counts, else it is
-    the rank. Raises ValueError for other names, for DoRA (the direction and length of weights apart), which
-    is no sum, and for a LoRA that is not complete.
+    Separate LoRAs of q, k, v become one with a block-diagonal up matrix: the same change of the weight, with
+    the sum of their ranks. A missing alpha is taken from peft's settings in diffusers' `metadata`, else it is
+    the rank. Raises ValueError for unknown names, for DoRA (separate direction and length of weights), which
+    is not additive, and for an incomplete LoRA.
     """
     peft = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     scale = peft.get("transformer.lora_alpha", 1) / peft.get("transformer.r", 1) if peft else 1.0
     if any("dora_scale" in name or "lora_magnitude" in name for name in weights):
         raise ValueError("it is a DoRA, which scales the base's weights as well: only plain LoRAs are read")
-    parts: dict[str, dict[int, dict[str, Tensor]]] = {}  # by fused linear, by its part: down, up, alpha
+    parts: dict[str, dict[int, dict[str, Tensor]]] = {}  # fused linear -> part -> down, up, alpha
     for key, value in weights.items():
         match = KEY.fullmatch(key)
         place = find_place(match[1], match[2], match[3]) if match else None
@@ -70,7 +70,7 @@ def convert(weights: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, T
 
 
 def find_place(block: str, number: str, name: str) -> tuple[str, int] | None:
-    """The fused linear that a foreign name means, and which part of it; part -1 is the whole."""
+    """Find the fused linear, and its part (-1: the whole), for a foreign name; None if it is unknown."""
     if block in BLOCKS:
         return f"{block}.{number}.{name}", -1
     for ours, (theirs, modules) in BLOCKS.items():
@@ -81,7 +81,7 @@ def find_place(block: str, number: str, name: str) -> tuple[str, int] | None:
 
 
 def fuse(linear: str, found: dict[int, dict[str, Tensor]], scale: float) -> tuple[Tensor, Tensor]:
-    """Down (rank, in) and up (out, rank) of a fused linear, whose change of the weight is up @ down."""
+    """Return down (rank, in) and up (out, rank) of a fused linear; they change its weight by up @ down."""
     downs, ups = [], []
     for part, lora in sorted(found.items()):
         if "down" not in lora or "up" not in lora:

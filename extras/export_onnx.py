@@ -2,8 +2,8 @@
 
     python -m extras.export_onnx models/srn_deblur.safetensors srn.onnx
 
-One input `blurry`, one output `restored`, both float32 (1, 3, h, w) in [0, 1], RGB. The file is compared
-with PyTorch in onnxruntime on three sizes before it gets its name. Needs three packages:
+One input `blurry`, one output `restored`, both float32 (1, 3, h, w) in [0, 1], RGB. The file is written only
+if onnxruntime and PyTorch agree on images of three sizes. Needs three packages:
 `pip install onnx onnxscript onnxruntime`.
 """
 
@@ -22,7 +22,7 @@ from ldm.checkpoint import read_weights
 from train_dbgan import load_generator
 from train_srn import SRNDeblurNet, load_network, pyramid
 
-SIZES = (70, 90), (33, 101), (64, 128)  # compared
+SIZES = (70, 90), (33, 101), (64, 128)  # (h, w) of the images compared
 TOLERANCE = 1e-4  # of values in [0, 1]
 
 
@@ -36,7 +36,7 @@ class Settings:
 
 
 class AnySize(nn.Module):
-    """Restores (1, 3, h, w) in [0, 1], any h and w from 16 on; the same size comes back, clamped.
+    """Wrapper that restores (1, 3, h, w) in [0, 1], h and w at least 16, to the same size, clamped.
 
     The edge is repeated until the network's `multiple` divides both sides, as in ldm.tiling.pad_to_multiple.
     """
@@ -55,13 +55,13 @@ class AnySize(nn.Module):
         return restored[:, :, :h, :w].clamp(0, 1)
 
     def padded(self, length: int) -> Tensor:
-        """Indices along one side, the last of which is repeated."""
+        """Return the indices along one side, the last one repeated as padding."""
         multiple = self.network.multiple
         return torch.arange((length + multiple - 1) // multiple * multiple).clamp(max=length - 1)
 
 
 def open_network(path: Path) -> nn.Module:
-    """Load SRN's network or DBGAN's deblurring generator. Raises ValueError for a file of something else."""
+    """Load SRN's network or DBGAN's deblurring generator. Raises ValueError for any other file."""
     weights = read_weights(path)
     if any(name.startswith(("control_model.", "zero_convs.")) for name in weights):
         raise ValueError(f"{path} is a ControlNet, which has no ONNX export: use tool_export_control.py")

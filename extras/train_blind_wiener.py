@@ -3,8 +3,8 @@
     python -m extras.train_blind_wiener --photos PHOTOS      # the same command resumes
 
 Crops of photos and of dead leaves are degraded once (ldm/data/realistic_blur.py). The loss is the logarithm
-of each crop's error, relative to its error before: with an absolute loss the network filters too weakly,
-and with nearly sharp crops, whose relative error is huge, it falls back to filtering nothing.
+of each crop's error relative to its error before filtering: with an absolute loss the network filters too
+weakly. Nearly sharp crops are left out: their relative error is huge, and the network would filter nothing.
 """
 
 import json
@@ -52,22 +52,22 @@ class Settings:
     save_steps: flags.Count = 500  # number of steps between checkpoints and scores
 
 
-HOLD_OUT = 12  # every so many photos one is held out
-WEAKEST = 2e-5  # mean squared error, in [0, 1], of the weakest degradation that is used
+HOLD_OUT = 12  # one of this many photos is held out
+WEAKEST = 2e-5  # mean squared error, for values in [0, 1], that a degraded crop must exceed
 MIDDLE = slice(FFT // 4, -FFT // 4)  # pixels of a crop that are compared: away from the borders
-IDENTITY = 4.8  # first score of the identity: three of ten parts of the first filter
+IDENTITY = 4.8  # initial score of the identity, which gives it about a third of the weight
 
 
 def degrade_crops(photos: list[Path], count: int, seed: int, file: Path) -> Tensor:
-    """Luma of degraded crops and of their sharp ones, (n, 2, 256, 256) in [0, 1], each degraded.
+    """Return the luma of degraded and sharp crops, (n, 2, 256, 256) in [0, 1], made once and kept in `file`.
 
-    They are made once and kept in `file`.
+    Crops that are hardly degraded are left out of the `count`. Raises ValueError if none is left.
     """
     about = {"photos": [str(path) for path in photos], "count": count, "seed": seed}
     note = file.with_suffix(".json")
     if note.is_file() and json.loads(note.read_text()) == about:
         return torch.from_numpy(np.load(file))
-    note.unlink(missing_ok=True)  # until the crops are whole
+    note.unlink(missing_ok=True)  # until the crops are complete
     dataset = blurred_photos(photos, 2 * len(photos), FFT, seed, repeats=8, candidates=3)
     rng = np.random.default_rng(seed)
     weights = BlindWiener().luma
@@ -86,7 +86,7 @@ def degrade_crops(photos: list[Path], count: int, seed: int, file: Path) -> Tens
 
 
 class Crops(Dataset):
-    """Crops with the spectra of their middle, at random flipped and transposed if `augment`."""
+    """Crops with the spectra of their middle, randomly flipped and transposed if `augment`."""
 
     def __init__(self, crops: Tensor, network: BlindWiener, seed: int, augment: bool):
         self.crops, self.seed, self.augment = crops, seed, augment
@@ -105,14 +105,14 @@ class Crops(Dataset):
             angles = torch.arange(ANGLES)
             if flips:
                 pair, angles = pair.flip(2), (ANGLES - angles) % ANGLES
-            if transposes:  # of the flipped crop: the angle of its spectrum is looked up there
+            if transposes:  # after the flip, whose angles are looked up
                 pair, angles = pair.transpose(1, 2), angles[(ANGLES // 2 - torch.arange(ANGLES)) % ANGLES]
             spectra = spectra[:, angles]
         return {"spectra": spectra, "blurry": pair[0], "sharp": pair[1]}
 
 
 def errors(network: BlindWiener, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean squared errors (b,) of the crops' middles: before, and filtered by what the spectra say."""
+    """Return the mean squared errors (b,) of the crops' middles before and after filtering."""
     blurry, sharp = batch["blurry"], batch["sharp"]
     weights = network.estimator(batch["spectra"]).softmax(-1)
     filters = (weights @ network.bank).view(-1, FFT, FFT // 2 + 1)
@@ -128,7 +128,7 @@ def loss_of(before: Tensor, after: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_gain(network: BlindWiener, dataset: Crops) -> float:
-    """Gain in PSNR (dB) on the middles of all crops."""
+    """Return the mean gain in PSNR (dB) on the middles of all crops."""
     device = network.bank.device
     gains = []
     for index in range(len(dataset)):

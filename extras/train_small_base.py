@@ -1,12 +1,12 @@
-"""Train the small base models: Stable Diffusion's and FLUX's layouts at a size that two CPU cores can learn.
+"""Train the small base models: Stable Diffusion's and FLUX's layouts at a size that two CPU cores can train.
 
     python -m extras.train_small_base all --photos MY_PHOTOS   # hours; or by stage: autoencoder, unet, flux
     python -m extras.train_small_base export                   # small_diffusion.safetensors, small_kontext/
 
 Latent diffusion (Rombach et al. 2022) and rectified flow (Esser et al. 2024) on images of 128 pixels. The
 encoder is not learned but computed: the 32 strongest principal components of 8 x 8 blocks, each divided by
-the root of its deviation, written exactly into the layers of an AutoencoderKL. A decoder is trained
-to undo it; meanwhile the UNet and the transformer can be trained on its latents. The same command resumes.
+the root of its deviation, written exactly into the layers of an AutoencoderKL. A decoder is trained to invert
+it; the UNet and the transformer can be trained on its latents at the same time. The same command resumes.
 """
 
 import hashlib
@@ -91,13 +91,13 @@ class Settings:
     save_steps: flags.Count = 500  # number of steps between checkpoints and scores
 
 
-# A run may be continued with more steps: its learning rate is then that of the longer cosine.
+# A run may be continued with more steps: the learning rate then follows the longer cosine.
 MAY_CHANGE = """stage photos models devices save_steps precision autoencoder_steps unet_steps
 flux_steps""".split()
 SIZE = 128  # side of an image in pixels
 CHANNELS = 32  # components of an 8 x 8 block
 CONFIG = MODELS / "small_diffusion.yaml"
-# What infer.py reads in the metadata of the files (infer.facts_of).
+# Metadata of the files that infer.py reads (infer.facts_of).
 FACTS = {
     "deblur": {"sampling_steps": "2", "keeps_colors": "true"},
     "inpaint": {"sampling_steps": "10"},
@@ -115,11 +115,11 @@ FLUX = FluxParams(4 * CHANNELS, 4 * CHANNELS, 16, 16, 160, 4.0, 4, 1, 4, axes_di
 
 
 def make_pieces(settings: Settings, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (n, 128, 128, 3) and the index of each one's caption, made once and kept in `folder`."""
+    """Return images uint8 (n, 128, 128, 3) and their caption indices, made once and kept in `folder`."""
     images_file, captions_file, note = folder / "pieces.npy", folder / "captions.npy", folder / "pieces.json"
     about = {name: plain(settings)[name] for name in ("photos", "pieces", "leaves", "blurred", "seed")}
     if not are_pieces_whole(images_file, captions_file, note, about):
-        note.unlink(missing_ok=True)  # until the others are whole
+        note.unlink(missing_ok=True)  # until the others are complete
         paths = list_images(settings.photos)
         photos = [at_least(read_image(path), SIZE) for path in tqdm(paths, "reading photographs")]
         made = [piece(photos, settings, index) for index in tqdm(range(settings.pieces), "cutting pieces")]
@@ -141,7 +141,7 @@ def are_pieces_whole(images_file: Path, captions_file: Path, note: Path, about: 
 
 
 def piece(photos: list[np.ndarray], settings: Settings, index: int) -> tuple[np.ndarray, int]:
-    """Image `index` and its caption: leaves, or the sharper of two random squares of one photograph."""
+    """Make image `index` and its caption index: dead leaves, or the sharper of two squares of a photo."""
     rng = np.random.default_rng([settings.seed, index])
     if rng.random() < settings.leaves:
         return dead_leaves(SIZE, rng), CAPTIONS.index(LEAVES)
@@ -156,14 +156,14 @@ def piece(photos: list[np.ndarray], settings: Settings, index: int) -> tuple[np.
 
 
 def square(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random square of a photograph, scaled down to 128 pixels."""
+    """Cut a random square from a photograph and scale it down to 128 pixels."""
     side = int(np.exp(rng.uniform(np.log(SIZE), np.log(min(photo.shape[:2])))))
     y, x = (int(rng.integers(length - side + 1)) for length in photo.shape[:2])
     return cv2.resize(photo[y : y + side, x : x + side], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
 
 
 class Squares(Dataset):
-    """Random squares of 64 pixels, (3, 64, 64) in [-1, 1], of the images: a decoder sees no more at once."""
+    """Random squares of 64 pixels, (3, 64, 64) in [-1, 1], of the images, for the decoder's training."""
 
     def __init__(self, pieces: np.ndarray, seed: int):
         self.pieces, self.seed = pieces, seed
@@ -177,7 +177,7 @@ class Squares(Dataset):
 
 
 class Latents(Dataset):
-    """The latents (32, 16, 16) of all images, held in memory, with the index of their captions."""
+    """Latents (32, 16, 16) of all images, held in memory, with their caption indices."""
 
     def __init__(self, latents: Tensor, captions: np.ndarray):
         self.latents, self.captions = latents, torch.from_numpy(captions)
@@ -194,9 +194,9 @@ class Latents(Dataset):
 
 @torch.no_grad()
 def start_linear(decoder: nn.Module) -> None:
-    """Initialise as a linear map that keeps its input: residual branches at zero, convolutions orthogonal.
+    """Initialise a decoder as a linear map that preserves its input: zero residuals, orthogonal convolutions.
 
-    The usual initialisation shrinks the image below the biases on its way: a few steps change nothing then.
+    The usual initialisation shrinks the image, layer by layer, below the biases: it learns nothing at first.
     """
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d):
@@ -208,7 +208,7 @@ def start_linear(decoder: nn.Module) -> None:
 
 
 def components(blocks: Tensor, count: int) -> Tensor:
-    """The `count` strongest principal directions (count, d) of `blocks` (n, d) about zero."""
+    """Return the `count` strongest principal directions (count, d) of `blocks` (n, d), not centred."""
     _, directions = torch.linalg.eigh(blocks.T @ blocks)
     return directions.flip(1)[:, :count].T
 
@@ -217,9 +217,9 @@ def components(blocks: Tensor, count: int) -> Tensor:
 def compute_encoder(autoencoder: AutoencoderKL, images: Tensor) -> None:
     """Make the encoder the linear map to the principal components of `images` (n, 3, h, w) in [-1, 1].
 
-    Each level folds 2 x 2 pixels into channels by its strided convolution: 3 -> 12 -> 32 of 48 -> 32 of 128
-    components. Residual branches add nothing. The last norm would divide by the image's own deviation: each
-    of its groups is (x, -x, 30), whose deviation is that of the constant, and silu(x) - silu(-x) = x.
+    The strided convolution of each level folds 2 x 2 pixels into channels: 3 -> 12 -> 32 of 48 -> 32 of 128
+    components. Residual branches add nothing. So that the last norm does not divide by the image's deviation,
+    each of its groups is (x, -x, 30), where the constant dominates; silu(x) - silu(-x) = x restores x.
     """
     encoder = autoencoder.encoder
     for module in encoder.modules():
@@ -247,11 +247,11 @@ def compute_encoder(autoencoder: AutoencoderKL, images: Tensor) -> None:
     norm.weight.fill_(constant * 2**0.5 / 3)  # the deviation of (0, 0, 30)
     norm.bias.fill_(constant / 3)
     norm.weight[2::3], norm.bias[2::3] = 0.0, 0.0
-    # what FLUX subtracts and multiplies when it encodes; the log variance is next to nothing
+    # undo the shift and scale that FLUX applies when it encodes; log variance -8 makes the noise tiny
     out.weight[:CHANNELS] /= FluxAutoencoder.scale_factor
     out.bias[:CHANNELS] = FluxAutoencoder.shift_factor
     out.bias[CHANNELS:] = -8.0
-    # the 1x1 convolutions around the latent do what FLUX's shift does: the files fit both layouts
+    # the 1x1 convolutions around the latent apply FLUX's shift, so that the weights fit both layouts
     for convolution, sign in ((autoencoder.quant_conv, -1.0), (autoencoder.post_quant_conv, 1.0)):
         zero_module(convolution)
         identity(convolution, convolution.in_channels)
@@ -259,13 +259,13 @@ def compute_encoder(autoencoder: AutoencoderKL, images: Tensor) -> None:
 
 
 def identity(convolution: nn.Conv2d, count: int) -> None:
-    """The first `count` channels pass through as they are."""
+    """Make a convolution pass its first `count` channels through unchanged."""
     middle = convolution.kernel_size[0] // 2
     convolution.weight[range(count), range(count), middle, middle] = 1.0
 
 
 def held_out_squares() -> Tensor:
-    """Squares of photographs that nothing here is trained on: (n, 3, 128, 128) in [-1, 1]."""
+    """Return squares of photographs that are not used for training: (n, 3, 128, 128) in [-1, 1]."""
     rng = np.random.default_rng(0)
     images = [read_image(path) for path in photographs()]
     return torch.stack([to_tensor(square(image, rng)) for image in images for _ in range(8)])
@@ -273,7 +273,7 @@ def held_out_squares() -> Tensor:
 
 @torch.no_grad()
 def mean_psnr(autoencoder: AutoencoderKL, images: Tensor) -> float:
-    """PSNR of images that were encoded and decoded, in dB."""
+    """Return the mean PSNR, in dB, of images after encoding and decoding."""
     device = next(autoencoder.parameters()).device
     restored = [autoencoder.decode(autoencoder.encode(part.to(device)).mode()) for part in images.split(16)]
     pairs = zip(torch.cat(restored).cpu(), images, strict=True)
@@ -284,7 +284,7 @@ def mean_psnr(autoencoder: AutoencoderKL, images: Tensor) -> float:
 
 
 class Stage:
-    """One network in training: its optimizer, schedule, EMA weights and run."""
+    """Training of one network: its optimizer, schedule, EMA weights and run."""
 
     def __init__(self, fabric: Fabric, settings: Settings, name: str, network: nn.Module, steps: int):
         self.fabric, self.settings, self.network, self.steps = fabric, settings, network, steps
@@ -329,15 +329,15 @@ class Stage:
 
 
 def base_model() -> LatentDiffusion:
-    """The whole small model without a ControlNet; everything in it is still random."""
+    """Build the whole small model, without a ControlNet, with random weights."""
     params = read_config(CONFIG)["params"]
     names = "unet_config first_stage_config cond_stage_config parameterization timestep_spacing scale_factor"
-    torch.manual_seed(0)  # the text tower is never trained: its random directions tell prompts apart
+    torch.manual_seed(0)  # the text tower is never trained: random embeddings tell prompts apart
     return LatentDiffusion(**{name: params[name] for name in names.split()})
 
 
 def start_model(settings: Settings, pieces: np.ndarray) -> LatentDiffusion:
-    """The model of `init_weights`, or a new one whose encoder is computed from the images.
+    """Return the model of `init_weights`, or a new one whose encoder is computed from the images.
 
     Raises ValueError if the weights do not fit models/small_diffusion.yaml.
     """
@@ -358,7 +358,7 @@ def load_base(model: LatentDiffusion, path: Path) -> None:
 
 @torch.no_grad()
 def encode_all(model: LatentDiffusion, pieces: np.ndarray) -> Tensor:
-    """Scaled latents (n, 32, 16, 16) of all images in half precision."""
+    """Encode all images to scaled latents (n, 32, 16, 16) in half precision."""
     parts = []
     for start in tqdm(range(0, len(pieces), 64), "encoding"):
         images = torch.stack([to_tensor(image) for image in pieces[start : start + 64]])
@@ -368,7 +368,7 @@ def encode_all(model: LatentDiffusion, pieces: np.ndarray) -> Tensor:
 
 
 def cached_latents(model: LatentDiffusion, pieces: np.ndarray, folder: Path) -> Tensor:
-    """Latents of all images by `encode_all`, computed once for an encoder and kept in `folder`.
+    """Return the latents of all images (`encode_all`), computed once for an encoder and kept in `folder`.
 
     A damaged file is computed again.
     """
@@ -417,8 +417,8 @@ def train_unet(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions:
 
 
 def train_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions: np.ndarray) -> None:
-    """Flow matching with a control image: half of the time the target itself, with the prompt to keep it,
-    else another image, with the prompt to make a new one."""
+    """Train by flow matching with a control image: half of the time the target itself, with the prompt KEEP,
+    else another image, with the prompt OTHER."""
     model = start_model(settings, pieces)
     sharp = captions < 3  # no blurred ones
     with fabric.rank_zero_first():
@@ -441,7 +441,7 @@ def train_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions:
         control = torch.where(is_other[:, None, None, None] == 1, target.roll(1, dims=0), target)
         sigma = torch.sigmoid(0.5 + torch.randn(b, device=fabric.device)).clamp(min=1e-3)
         level, noise = sigma[:, None, None, None], torch.randn_like(target)
-        guidance = 1 + 3 * torch.rand(b, device=fabric.device)  # learned to mean nothing
+        guidance = 1 + 3 * torch.rand(b, device=fabric.device)  # the network learns to ignore it
         x = (1 - level) * target + level * noise
         with fabric.autocast():
             velocity = predict_velocity(flux, x, control, t5[is_other], pooled[is_other], sigma, guidance)
@@ -453,8 +453,8 @@ def train_flux(fabric: Fabric, settings: Settings, pieces: np.ndarray, captions:
 
 
 def write_text_encoders(folder: Path, clip: FrozenCLIPEmbedder) -> None:
-    """The two text encoders of a FLUX folder, with random weights: CLIP is the Stable Diffusion model's own,
-    T5 has one layer and reads characters. All that they do is to tell prompts apart."""
+    """Write the two text encoders of a FLUX folder, with random weights: the small Stable Diffusion's CLIP,
+    and a T5 with one layer that reads characters. They only have to tell prompts apart."""
     tower = clip.transformer
     width = tower.text_model.final_layer_norm.normalized_shape[0]
     (folder / "text_encoder").mkdir(parents=True, exist_ok=True)
@@ -474,8 +474,8 @@ def write_text_encoders(folder: Path, clip: FrozenCLIPEmbedder) -> None:
 
 
 def export(settings: Settings) -> None:
-    """Write the trained models in half precision: models/small_diffusion.safetensors, models/small_kontext/,
-    and images of what the autoencoder keeps and of what the UNet samples from noise alone."""
+    """Write the trained models in half precision: models/small_diffusion.safetensors, models/small_kontext/;
+    and two images: held-out photographs after the autoencoder, and samples of the UNet without a hint."""
     settings.models.mkdir(parents=True, exist_ok=True)
     trained = {}
     for name in ("autoencoder", "unet", "flux"):
@@ -520,8 +520,8 @@ def export(settings: Settings) -> None:
 
 
 def export_runs(settings: Settings) -> None:
-    """Write what the other scripts trained on the base, in the folders deblur, inpaint and kontext_lora of
-    `output_dir`: ControlNets in half precision with their settings, the LoRA as it is."""
+    """Export the other scripts' runs on the base, in the folders deblur, inpaint and kontext_lora of
+    `output_dir`: ControlNets in half precision with their settings, the LoRA unchanged."""
     for kind in ("deblur", "inpaint"):
         checkpoint = settings.output_dir / kind / "checkpoints" / "best.ckpt"
         if checkpoint.is_file():
@@ -535,7 +535,7 @@ def export_runs(settings: Settings) -> None:
 
 @torch.no_grad()
 def unconditional(model: LatentDiffusion, caption: str, count: int = 12) -> Tensor:
-    """Images sampled from noise and a caption alone, (count, 3, 128, 128)."""
+    """Sample images (count, 3, 128, 128) from noise and a caption alone."""
     text = model.get_learned_conditioning([caption]).expand(count, -1, -1)
     noise = torch.randn(count, CHANNELS, SIZE // 8, SIZE // 8, generator=item_generator(0))
     latents = DDIMSampler(model).sample(50, count, noise.shape[1:], {"c_crossattn": [text]}, x_T=noise)[0]
@@ -543,7 +543,7 @@ def unconditional(model: LatentDiffusion, caption: str, count: int = 12) -> Tens
 
 
 def rows(batches: list[Tensor]) -> np.ndarray:
-    """One image with a row for each batch (n, 3, h, w) in [-1, 1], uint8."""
+    """Join batches (n, 3, h, w) in [-1, 1] into one uint8 image with a row for each batch."""
     return np.vstack([np.hstack([to_uint8(image) for image in batch]) for batch in batches])
 
 
@@ -552,7 +552,7 @@ TRAINERS = {"autoencoder": train_autoencoder, "unet": train_unet, "flux": train_
 
 def main(settings: Settings) -> None:
     check_ranges(settings)
-    if settings.init_weights:  # a mistake shows before images are cut
+    if settings.init_weights:  # raises before images are cut
         load_base(base_model(), settings.init_weights)
     if settings.stage != "export":
         fabric = start_fabric(settings.devices, settings.precision, settings.seed)

@@ -1,9 +1,9 @@
-"""What this machine has for these scripts, what is missing, and what to do next: on one screen.
+"""Report what this machine has for these scripts, what is missing, and what to do next, on one screen.
 
     python -m harness.doctor
 
-Exit code 1 if the main job fails, python infer.py --input photo.jpg with the included DBGAN: a tiny image is
-restored to see. Other weights are checked by their names and shapes; their tensors are not read.
+Exit code 1 if the main job fails: python infer.py --input photo.jpg with the included DBGAN, which is tried
+on a tiny image. Other weights are checked by tensor names and shapes, without reading the tensors.
 Packages that may be missing are imported only where they are used.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 BEST, FLUX = "dbgan.safetensors", "FLUX.1-Kontext-dev"
-INCLUDED = {  # what is in models/, and of which kind each file must be
+INCLUDED = {  # files included in models/, and the kind that each must be
     "srn_deblur.safetensors": "SRN",
     BEST: "DBGAN",
     "bgan.safetensors": "BGAN",
@@ -29,7 +29,7 @@ INCLUDED = {  # what is in models/, and of which kind each file must be
     "small_kontext_lora.safetensors": "LoRA of FLUX",
     "small_kontext": "FLUX",
 }
-KINDS = {  # by how names of tensors begin; a ControlNet's file may hold its Stable Diffusion too
+KINDS = {  # by the prefix of tensor names; a ControlNet's file may also hold its Stable Diffusion
     "inblock.": "SRN",
     "deblur.": "DBGAN",
     "blur.": "BGAN",
@@ -48,7 +48,7 @@ OPTIONAL = {
 
 
 def check_system() -> list[str]:
-    """Python, operating system, free disk space, and the NVIDIA driver with its GPUs."""
+    """Describe Python, operating system, free disk space, and the NVIDIA driver with its GPUs."""
     free = shutil.disk_usage(ROOT).free / 1e9
     lines = [f"Python {platform.python_version()}, {platform.platform()}, {free:.0f} GB free on the disk"]
     if shutil.which("nvidia-smi") is None:
@@ -59,7 +59,7 @@ def check_system() -> list[str]:
 
 
 def check_torch() -> list[str]:
-    """The device that torch computes on, its memory and precision, and why that is not CUDA."""
+    """Describe the device that torch computes on, its memory and precision, and why it is not CUDA."""
     try:
         import torch
 
@@ -78,7 +78,7 @@ def check_torch() -> list[str]:
 
 
 def check_packages() -> list[str]:
-    """Packages that are missing or of another version than the pinned one, each with what needs it."""
+    """Count the packages, and list those missing or not of the pinned version, each with what needs it."""
     wrong, count = [], 0
     for part in (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n\n"):
         heading, *lines = part.strip().splitlines()
@@ -93,7 +93,7 @@ def check_packages() -> list[str]:
 
 
 def find_version(package: str) -> str:
-    """Version of an installed package; empty if it is not installed."""
+    """Return the version of an installed package; empty if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -101,7 +101,7 @@ def find_version(package: str) -> str:
 
 
 def check_weights() -> list[str]:
-    """A line for each included file and folder, and for the user's in models/."""
+    """Describe each included file and folder, and the user's own in models/, in one line each."""
     own = sorted(path.name for path in MODELS.glob("*") if path.suffix in (".safetensors", ".ckpt", ".pth"))
     folders = [FLUX] if (MODELS / FLUX).is_dir() else []
     names = dict.fromkeys([*INCLUDED, *own, *folders])
@@ -109,7 +109,7 @@ def check_weights() -> list[str]:
 
 
 def describe(path: Path, wanted: str | None) -> str:
-    """What is in a file or model folder, or what is wrong; it should be `wanted` if that is given."""
+    """Describe a file or model folder, or what is wrong with it; its kind must be `wanted` if given."""
     try:
         from ldm.checkpoint import read_shapes
 
@@ -130,7 +130,7 @@ def describe(path: Path, wanted: str | None) -> str:
 
 
 def try_main_job() -> str:
-    """Restore a tiny image with the included DBGAN; returns what went wrong, empty if nothing did."""
+    """Restore a tiny image with the included DBGAN; return the error message, empty if it worked."""
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "gray.ppm"
         image.write_bytes(b"P6 64 64 255\n" + bytes([128]) * 3 * 64**2)
@@ -141,7 +141,7 @@ def try_main_job() -> str:
 
 
 def next_steps(packages: list[str], weights: list[str], problem: str) -> list[str]:
-    """What to install, fetch or run next, the most urgent first."""
+    """List what to install, download or run next, the most urgent first."""
     steps = ["uv pip install -r requirements.txt"] if packages[1:] else []
     broken = [line.partition(":")[0] for line in weights if ": PROBLEM: " in line]
     if {*broken} & {*INCLUDED}:

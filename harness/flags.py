@@ -1,4 +1,4 @@
-"""Settings that go by more than one name, or are read in a way of their own: types, and what they mean."""
+"""Types of settings that have aliases, a range of valid values, or their own command-line syntax."""
 
 import math
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import tyro
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a setting may have, as part of its type: harness.settings.check_ranges checks it."""
+    """Range of valid values of a setting, as part of its type; see harness.settings.check_ranges."""
 
     least: float
     most: float = math.inf
     include_most: bool = True
 
     def check(self, name: str, value: float) -> None:
-        """Raise ValueError that names the setting and the value; NaN and infinity lie in no range."""
+        """Raise ValueError that names the setting if its value is out of range, NaN or infinite."""
         below = value <= self.most if self.include_most else value < self.most
         if math.isfinite(value) and value >= self.least and below:
             return
@@ -43,7 +43,7 @@ Accumulate = Annotated[
 ]
 WeightDecay = Annotated[float, Range(0), tyro.conf.arg(aliases=["--weight_l2_reg"])]
 Precision = Literal["32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed"]
-# Of ControlNets, with accelerate's names; auto is what the GPU does best, 32 on a CPU; 16 needs a GPU.
+# For ControlNets, with accelerate's names; auto is bf16 or 16 on a GPU, 32 on a CPU; 16 needs a GPU.
 AnyPrecision = Annotated[
     Literal["auto", "32", "16", "bf16", "32-true", "16-mixed", "bf16-mixed", "fp16", "no"],
     tyro.conf.arg(aliases=["--mixed_precision"], metavar="{auto,bf16,16,32}"),
@@ -78,9 +78,9 @@ PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 def lightning_precision(precision: str) -> str:
-    """Lightning's name for a precision: 32, 16 and bf16 stand for 32-true, 16-mixed and bf16-mixed.
+    """Return Lightning's name for a precision: 32-true, 16-mixed or bf16-mixed for 32, 16 or bf16.
 
-    Raises ValueError for others.
+    Lightning's names are returned unchanged. Raises ValueError for other names.
     """
     precision = PRECISIONS.get(precision, precision)
     if precision not in PRECISIONS.values():

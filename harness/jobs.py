@@ -1,4 +1,4 @@
-"""Restore one image, or those of a folder: common options, which file becomes which, and the work."""
+"""Restore one image or the images of a folder: common options, paths of the results, and the loop."""
 
 import errno
 import os
@@ -29,18 +29,18 @@ from ldm.util import listing, settle_precision
 
 Job = tuple[Path, Path]  # a source and its target
 # A loaded network: restore(image, path, progress) takes an image (h, w, 3) and the path it was read from, and
-# returns the restored image. It is uint16 if the file is and the subcommand is DEEP, else uint8. `progress`
-# wraps the list of steps or tiles, as show_steps does.
+# returns the restored image. Both are uint16 if the file is, the subcommand is DEEP and the result is a PNG,
+# else uint8. `progress` wraps the list of steps or tiles, as show_steps does.
 Restorer = Callable[..., np.ndarray]
-# What may be wrong with one image of many; the errors of torch and OpenCV have no classes of their own.
+# Errors after which the next image is tried; torch raises its own errors as RuntimeError.
 PROBLEMS = (ValueError, OSError, RuntimeError, MemoryError, cv2.error)
 
 
 @dataclass(kw_only=True)
 class Command:
-    """A subcommand of infer.py: the options that all have, and what a system may say differently.
+    """Base class of infer.py's subcommands: the common options, and methods that a system may override.
 
-    A system gives `restorer`, and `inputs` if its results depend on more files than `weights`.
+    A system must define `restorer`, and `inputs` if its results depend on more files than `weights`.
     """
 
     # image to restore, or a folder with all images below it
@@ -52,12 +52,12 @@ class Command:
     format: Literal["png", "jpg", "webp"] = "png"  # file format of the results
     quality: Annotated[int, Range(1, 100)] = 95  # quality of jpg and webp results, 1 to 100
     comparison: bool = False  # also write input and result side by side, to OUTPUT_DIR_comparison
-    overwrite: bool = False  # make results of a folder again though nothing has changed
+    overwrite: bool = False  # restore all images of a folder again, even unchanged ones
     device: Literal["auto", "cuda", "cpu"] = "auto"  # device that computes; auto: cuda if there is one
 
     LESS_MEMORY: ClassVar[str] = "make the tiles smaller"  # what helps if an image is too large
-    DEEP: ClassVar[bool] = False  # True where 16-bit images stay so
-    SEES_ALPHA: ClassVar[bool] = False  # True where the network gets transparency as a fourth channel
+    DEEP: ClassVar[bool] = False  # True if 16-bit images stay 16-bit
+    SEES_ALPHA: ClassVar[bool] = False  # True if the network takes transparency as a fourth channel
     PANELS: ClassVar[int] = 2  # number of images in a comparison
     # Options that change no pixel of a result.
     ELSEWHERE: ClassVar[str] = "output_prefix pattern shard comparison overwrite device"
@@ -70,16 +70,16 @@ class Command:
                 setattr(self, field.name, checkpoint.repository_path(path))
 
     def restorer(self) -> Restorer:
-        """Load the network. What it returns reads the options anew for every image, so that a page can change
-        them; those about loading are read here alone."""
+        """Load the network and return it as a Restorer. The Restorer reads the options again for every image,
+        so that the web page can change them; options about loading are read only here."""
         raise NotImplementedError
 
     def weights(self) -> Path | None:
-        """Return the file of the trained weights; None where a result needs none."""
+        """Return the file of the trained weights; None if no weights are needed."""
         return self.checkpoint_path
 
     def inputs(self) -> list[Path]:
-        """Return the files beside the images that all results depend on."""
+        """Return the files, apart from images, that all results depend on."""
         return [self.weights()]
 
     def inputs_of(self, source: Path) -> list[Path]:
@@ -87,27 +87,27 @@ class Command:
         return [source]
 
     def check(self) -> None:
-        """Raise ValueError or FileNotFoundError for what is wrong before anything is loaded."""
+        """Raise ValueError or FileNotFoundError for invalid options before anything is loaded."""
 
     def photographs(self, paths: list[Path]) -> list[Path]:
-        """Return those of the images below the input folder that are no masks."""
+        """Return the images to restore, without masks; `paths` are all images below the input folder."""
         return paths
 
     def result_name(self, name: Path) -> Path:
-        """Return where the result of an image goes, below the output folder."""
+        """Return the path of an image's result, relative to the output folder."""
         return name.with_name(f"{self.output_prefix}{name.stem}.{self.format}")
 
     def result_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width of the result of an image."""
+        """Return height and width of the result of an image of this size."""
         return height, width
 
     def comparison_path(self, target: Path) -> Path:
-        """Return where the comparison that belongs to a result goes."""
+        """Return the path of a result's comparison image."""
         folder = self.output_dir.with_name(f"{self.output_dir.name}_comparison")
         return folder / target.relative_to(self.output_dir)
 
     def compare(self, image: np.ndarray, restored: np.ndarray, path: Path) -> np.ndarray:
-        """Return PANELS images of the result's size in a row; all uint8 (h, w, 3)."""
+        """Return PANELS images of the result's size side by side; all uint8 (h, w, 3)."""
         return side_by_side([resize_to(image, restored), restored])
 
     def torch_device(self) -> torch.device:
@@ -118,7 +118,7 @@ class Command:
         return settle_precision(self.precision, self.torch_device())
 
 
-# ---- which file becomes which ------------------------------------------------------------------------------
+# ---- sources and targets -----------------------------------------------------------------------------------
 
 
 def list_jobs(command: Command) -> tuple[list[Job], dict[Path, str]]:
@@ -142,7 +142,7 @@ def list_jobs(command: Command) -> tuple[list[Job], dict[Path, str]]:
 
 
 def find_sources(command: Command) -> tuple[list[Path], dict[Path, str]]:
-    """Find the images of a folder to restore; and those that are left out, each with the reason."""
+    """Find the images of a folder to restore, and those that are left out, each with the reason."""
     paths = list_images(command.input)
     photographs = set(command.photographs(paths))
     wanted = set(paths)
@@ -165,7 +165,7 @@ def find_sources(command: Command) -> tuple[list[Path], dict[Path, str]]:
 
 
 def is_result(path: Path, command: Command) -> bool:
-    """True if an image below the input folder was written by an earlier run."""
+    """Return True if an image below the input folder was written by an earlier run."""
     folder = command.output_dir.resolve()
     if folder == command.input.resolve():
         return bool(read_note(path))
@@ -192,24 +192,24 @@ def check_targets(jobs: Sequence[Job]) -> None:
 
 
 def on_disk(path: Path) -> str:
-    """The name by which a disk knows a path: on Windows and macOS the case of letters makes no difference."""
+    """Return the text by which the file system compares a path: lower case on Windows and macOS."""
     return str(path).casefold() if sys.platform in ("win32", "darwin") else str(path)
 
 
-# ---- the work ----------------------------------------------------------------------------------------------
+# ---- restoring ---------------------------------------------------------------------------------------------
 
 
 def restore_files(command: Command) -> None:
-    """Restore one image, or those of a folder that have no result yet or one of other inputs.
+    """Restore one image, or the images of a folder whose result is missing or was made from other inputs.
 
-    An image that fails stops no other; at the end it says what was made, kept, left out and failed, and
-    raises ValueError if something failed.
+    If an image fails, the others go on. At the end prints how many images were made, kept, left out and
+    failed, and raises ValueError if any failed.
     """
     check_ranges(command)
     every, left_out = list_jobs(command)
     jobs = share_of(every, command.shard)
     command.check()
-    command.output_dir.mkdir(parents=True, exist_ok=True)  # what cannot be written to is found before loading
+    command.output_dir.mkdir(parents=True, exist_ok=True)  # a folder that is read-only fails before loading
     is_folder = command.input.is_dir()
     provenance = Provenance(command, hashed=is_folder)
     todo = jobs
@@ -237,7 +237,7 @@ def restore_files(command: Command) -> None:
 
 
 def is_made(command: Command, provenance: Provenance, source: Path, target: Path) -> bool:
-    """True if a result, and the comparison if it is wanted, is what would be made now."""
+    """Return True if the result, and the comparison if wanted, exist and are up to date."""
     made = [target, command.comparison_path(target)] if command.comparison else [target]
     return provenance.is_unchanged(source, made)
 
@@ -253,14 +253,14 @@ def summarise(left_out: dict[Path, str]) -> list[str]:
 def restore_all(
     command: Command, restore: Restorer | None, jobs: Sequence[Job], provenance: Provenance
 ) -> dict[Path, str]:
-    """Restore images one after the other; returns what is wrong with those that fail, in a line each."""
+    """Restore images one after the other; return the error message, one line, of each that fails."""
     failed: dict[Path, str] = {}
     for source, target in (progress := tqdm(jobs, "restoring", unit="image")):
         progress.set_postfix_str(source.name)
         try:
             restore_one(command, restore, source, target, provenance.of(source))
         except PROBLEMS as error:
-            disk_is_full = getattr(error, "errno", None) == errno.ENOSPC  # no other image would find space
+            disk_is_full = getattr(error, "errno", None) == errno.ENOSPC  # all other images would fail too
             if disk_is_full or os.environ.get("TRACEBACK"):
                 raise
             reason = " ".join(str(error).split())
@@ -290,16 +290,16 @@ def restore_one(command: Command, restore: Restorer, source: Path, target: Path,
 
 
 def show_steps(steps: list) -> Iterable:
-    """Return the steps of one image, under a progress bar."""
+    """Wrap the steps of one image in a progress bar."""
     return tqdm(steps, desc="steps", leave=False)
 
 
 def run_restorer(
     restore: Restorer, photo: Photo, path: Path, sees_alpha: bool, progress: Callable = show_steps
 ) -> np.ndarray:
-    """Restore an image with its transparency. The network sees no hidden colours.
+    """Restore an image and keep its transparency. A network without alpha gets hidden colours filled in.
 
-    Raises torch.OutOfMemoryError wherever memory is short: CPU memory has errors of other kinds.
+    Raises torch.OutOfMemoryError if GPU or CPU memory is short; the latter has other errors by default.
     """
     image = photo.with_alpha(photo.pixels) if sees_alpha else fill_hidden(photo.pixels, photo.alpha)
     try:

@@ -1,4 +1,4 @@
-"""A DataLoader as all training runs here want it."""
+"""DataLoader with the options that all training runs here use."""
 
 import cv2
 import torch
@@ -9,16 +9,16 @@ from ldm.device import choose_device
 
 
 def start_worker(number: int) -> None:
-    """A DataLoader's process: OpenCV must not start a thread for every core in each of them."""
+    """Initialise a DataLoader worker: OpenCV must not start a thread for every core in each of them."""
     cv2.setNumThreads(0)  # 1 would wait for threads of the parent
 
 
 def make_loader(
     dataset: Dataset, batch_size: int, num_workers: int, sampler: Sampler | None = None
 ) -> DataLoader:
-    """Batches in the order of the sampler, or of the data, read by `num_workers` processes that stay.
+    """Return batches in the order of the sampler, or of the data, read by `num_workers` persistent workers.
 
-    Other samples take the place of those whose images are damaged or missing (ldm.data.stream.Readable).
+    Samples whose images are damaged or missing are replaced by others (ldm.data.stream.Readable).
     """
     return DataLoader(
         Readable(dataset),
@@ -28,5 +28,5 @@ def make_loader(
         pin_memory=choose_device().type == "cuda",
         persistent_workers=num_workers > 0,
         worker_init_fn=start_worker,
-        generator=torch.Generator(),  # its own: starting to iterate must not move the global random state
+        generator=torch.Generator(),  # its own: an iterator must not advance the global one
     )

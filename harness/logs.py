@@ -12,19 +12,19 @@ from ldm.checkpoint import write_atomically
 
 
 def progress_bar(total: int, start: int, first: bool) -> tqdm:
-    """Bar over a run's optimizer steps, which stands at step `start`; only the `first` process shows it."""
+    """Create a progress bar over a run's optimizer steps, at step `start`; hidden unless `first` (rank 0)."""
     return tqdm(total=total, initial=start, disable=not first, unit="step", dynamic_ncols=True)
 
 
 def stop_message(problem: str, last_checkpoint: Path) -> str:
-    """Message of a run that stops at a loss which is not finite."""
+    """Format the message of a run that stops because a loss is not finite."""
     if last_checkpoint.is_file():
         return f"training stopped: {problem}; the last good checkpoint is {last_checkpoint}"
     return f"training stopped: {problem}; no checkpoint was saved yet"
 
 
 def as_csv(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
-    """Text of a table with a line of names on top."""
+    """Format a table as CSV text with a header row."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -33,10 +33,10 @@ def as_csv(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
 
 
 class MetricsCsv:
-    """Table with one column per metric; every row is on disk as soon as it is appended.
+    """CSV table with one column per metric; every row is on disk as soon as it is appended.
 
-    Opening it keeps the whole rows up to `step` and drops the rest: a run resumed there writes those again.
-    Raises ValueError that names the file if it is no such table.
+    An existing file keeps its complete rows up to `step`; the others are dropped, because the run that
+    resumes at `step` writes them again. Raises ValueError that names the file if it is not such a table.
     """
 
     def __init__(self, path: str | Path, step: int):
@@ -52,7 +52,7 @@ class MetricsCsv:
         if not self.path.is_file():
             return []
         text = self.path.read_text(encoding="utf-8")
-        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # without a line cut by a kill
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # without a line cut off by a kill
         self.columns = list(reader.fieldnames or [])
         return list(reader)
 
@@ -61,7 +61,7 @@ class MetricsCsv:
         write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add a row, which holds a step; a metric that is new becomes a new column.
+        """Append a row, which must hold `step`; a new metric becomes a new column.
 
         Raises OSError that names the file.
         """
@@ -78,7 +78,7 @@ class MetricsCsv:
 
 
 def summary(folder: Path, step: int, what_next: str, score: str = "") -> str:
-    """Last message of a run: its files, and the command to run next; `score` is that of best.ckpt."""
+    """Format the last message of a run: its files and the next command; `score` follows best.ckpt's name."""
     last = folder / "checkpoints" / "last.ckpt"
     best = folder / "checkpoints" / "best.ckpt"
     logs = folder / "logs"
@@ -93,7 +93,7 @@ def summary(folder: Path, step: int, what_next: str, score: str = "") -> str:
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], step: int) -> None:
-    """Raise ValueError that names the first weight which is not finite: it must not replace a good file."""
+    """Raise ValueError that names the first weight that is not finite: it must not replace a good file."""
     for name, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"weight {name} is not finite at step {step}: not saved, the old files stay")

@@ -1,4 +1,4 @@
-"""What a result was made from: a note in its EXIF, so that the results of a folder are not made again."""
+"""Provenance of results: a note in their EXIF, so that unchanged results of a folder are not made again."""
 
 import hashlib
 import json
@@ -9,15 +9,15 @@ from typing import Any
 
 from ldm.data.photo import read_note
 
-VERSION = 3  # of the pixels that this code makes of the same files and options
-LARGE = 2**30  # bytes: larger files are known by size and date instead of by their content
+VERSION = 3  # to be raised when the same files and options give other pixels
+LARGE = 2**30  # bytes: larger files are identified by size and date instead of their content
 
 
 class Provenance:
-    """The inputs of a job's results as JSON in ASCII: equal texts mean equal results.
+    """Inputs of a command's results as ASCII JSON: equal texts mean equal results.
 
-    With `hashed` files are known by their content, else (a single image, which is always made) by name alone.
-    `command` is a harness.jobs.Command.
+    With `hashed` files are identified by name and content, else by name alone (for a single image, which is
+    always restored). `command` is a harness.jobs.Command.
     """
 
     def __init__(self, command: Any, hashed: bool):
@@ -36,7 +36,7 @@ class Provenance:
         }
 
     def of(self, source: Path) -> str:
-        """Return the note of one result. Raises what `command.inputs_of` does."""
+        """Return the note of one result. Raises what `command.inputs_of` raises."""
         images = self._known(self.command.inputs_of(source))
         return json.dumps({**self.shared, "images": images}, sort_keys=True)
 
@@ -44,17 +44,17 @@ class Provenance:
         return [[path.name, content_hash(path) if self.hashed else ""] for path in paths]
 
     def is_unchanged(self, source: Path, made: list[Path]) -> bool:
-        """True if the files `made` of an image are what would be made of it now."""
+        """Return True if the result files `made` exist and were made from the current inputs."""
         try:
             return os.path.exists(made[0]) and {read_note(path) for path in made} == {self.of(source)}
-        except (FileNotFoundError, ValueError):  # its mask is missing, say: named when it is restored
+        except (FileNotFoundError, ValueError):  # a missing mask, say: reported when it is restored
             return False
 
 
 def content_hash(path: Path) -> str:
-    """Return what a file's content is known by; "missing" if there is none, which fails when it is used.
+    """Return a hash of a file's content, or "missing" for no file, which fails when it is used.
 
-    Of a folder of weights in several files it is a hash of theirs.
+    A file above LARGE gets its size and time instead, a folder of weights the hash of its files' hashes.
     """
     if path.is_dir():
         parts = sorted(part for part in path.iterdir() if part.suffix in (".safetensors", ".json"))

@@ -40,11 +40,11 @@ CHECK_EVERY = 10  # steps between two checks of the losses: each check waits for
 
 
 def start_fabric(devices: int = 1, precision: str = "32", seed: int = 0, on_cuda: str = "") -> "Fabric":
-    """A launched, seeded Fabric: CUDA if there is any, else the CPU; DDP if there are several processes.
+    """Launch and seed a Fabric: on CUDA if available, else on the CPU; with DDP for several processes.
 
-    `devices` are those of each machine. The line that tells device and precision has `on_cuda` as the
-    precision on CUDA, if the script sees to that itself. Raises ValueError for a precision other than 32, 16
-    and bf16, or Lightning's names of these, and for 16 on a CPU.
+    `devices` is the number per machine. A script that sets its precision on CUDA itself gives it as
+    `on_cuda`, for the printed line only. Raises ValueError for a precision other than 32, 16 and bf16 (or
+    Lightning's names of these), and for 16 on a CPU.
     """
     from lightning_fabric import Fabric
 
@@ -61,7 +61,7 @@ def start_fabric(devices: int = 1, precision: str = "32", seed: int = 0, on_cuda
 
 
 def launched_nodes() -> int:
-    """Number of machines that torchrun or srun started this run on; 1 without either."""
+    """Return the number of machines that torchrun or srun started this run on; 1 without either."""
     from lightning_fabric.plugins.environments import SLURMEnvironment
 
     if SLURMEnvironment.detect():
@@ -72,7 +72,7 @@ def launched_nodes() -> int:
 def average_gradients(fabric: "Fabric", optimizer: torch.optim.Optimizer) -> None:
     """Replace every gradient that `optimizer` is about to use by its mean over the processes, as DDP does.
 
-    They are exchanged as one tensor for each type: one exchange for each would wait hundreds of times.
+    Gradients of one dtype are exchanged as one tensor: hundreds of small exchanges would be slower.
     """
     if fabric.world_size == 1:
         return
@@ -86,9 +86,9 @@ def average_gradients(fabric: "Fabric", optimizer: torch.optim.Optimizer) -> Non
 
 
 def rank_zero_first(fabric: "Fabric", work: Callable[[], Any]) -> Any:
-    """Call `work` in the first process before the others: it writes what they read. Returns its result.
+    """Call `work` on rank 0, then on the others, which may read what it wrote. Returns the result of `work`.
 
-    Fabric's own rank_zero_first waits for a process that has ended as for one that works: for ever.
+    Fabric's own rank_zero_first waits forever for a process that has ended.
     """
     for first in (True, False):
         if fabric.is_global_zero == first:
@@ -98,26 +98,26 @@ def rank_zero_first(fabric: "Fabric", work: Callable[[], Any]) -> Any:
 
 
 def unscale_gradients(fabric: "Fabric", optimizer: torch.optim.Optimizer) -> None:
-    """Undo the scaling of a float16 loss's gradients, to clip them. Fabric's own refuses fused optimizers."""
+    """Undo float16 loss scaling of the gradients, to clip them. Fabric's own refuses fused optimizers."""
     scaler = getattr(fabric.strategy.precision, "scaler", None)
     if scaler is not None:
         scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
 
 
 def last_checkpoint(output_dir: str | Path) -> Path:
-    """Path of the last checkpoint of a run in this folder. If it exists the run is resumed, and the weights
-    that it started from are not read again."""
+    """Return the path of the last checkpoint of a run in this folder. If it exists, the run is resumed, and
+    the weights that it started from are not read again."""
     return Path(output_dir) / "checkpoints" / "last.ckpt"
 
 
 class Run:
-    """A training run in `output_dir`, resumed at its last checkpoint if there is one.
+    """Training run in `output_dir`, resumed at its last checkpoint if there is one.
 
-    `recorded`, a dataclass or a dict, are the run's settings and facts of its data; one that differs from the
-    checkpoint's raises ValueError, unless it is named in `may_change`. `parts` are what has state
-    (`state_dict`, `load_state_dict`), the network under "state_dict": unwrapped, so that the files carry its
-    own names. Log before saving: a resumed run forgets the rows of steps after its checkpoint and writes them
-    again.
+    `recorded`, a dataclass or a dict, holds the run's settings and facts about its data; a value that differs
+    from the checkpoint's raises ValueError, unless its name is in `may_change`. `parts` are the objects with
+    state (`state_dict`, `load_state_dict`); "state_dict" is the network, not wrapped by Fabric, so that the
+    files have its own names. Log before saving: a resumed run drops the rows of steps after its checkpoint
+    and writes them again.
     """
 
     def __init__(
@@ -158,12 +158,12 @@ class Run:
     def loader(
         self, dataset: Dataset, batch_size: int, steps: int, seed: int, num_workers: int = 0
     ) -> DataLoader:
-        """Batches from where the run stands up to `steps` steps, in the order of SampleStream.
+        """Return the batches from the current step to step `steps`, in the order of SampleStream.
 
-        `batch_size` is what each process sees in a step. Runs of n processes with batches of b and of one
-        process with batches of n * b are the same.
+        `batch_size` is that of each process. A run of n processes with batches of b sees the same samples in
+        each step as one process with batches of n * b.
 
-        Raises ValueError if the processes see other data, or the resumed run saw other numbers of samples.
+        Raises ValueError if the processes see different data, or the resumed run had other samples per step.
         """
         world_size = self.fabric.world_size
         if batch_size < 1:
@@ -187,7 +187,7 @@ class Run:
         return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
     def batches(self, loader: Iterable, steps: int) -> Iterator:
-        """The loader's batches under a progress bar that `advance` moves."""
+        """Yield the loader's batches, with a progress bar that `advance` updates."""
         with progress_bar(steps, self.step, self.fabric.is_global_zero) as self._bar:
             self._mark = time.perf_counter()
             for batch in loader:
@@ -198,9 +198,9 @@ class Run:
             self._check_losses()
 
     def advance(self, metrics: Mapping[str, torch.Tensor], files: Iterable[str] = ()) -> None:
-        """Count an optimizer step; `metrics` are its losses and other scalars, `files` its batch is made of.
+        """Count an optimizer step; `metrics` are its losses and other scalars, `files` those of its batch.
 
-        Raises ValueError (within CHECK_EVERY steps) if one of them is NaN or infinite.
+        Raises ValueError (within CHECK_EVERY steps) if a metric is NaN or infinite.
         """
         self.step += 1
         self._steps += 1
@@ -230,7 +230,7 @@ class Run:
         if values and self._bar is not None:
             shown = {**values, "images/s": self._rate()}
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
-        # Every process stops if one of them has a problem: the others would wait for it for ever.
+        # Every process stops if one of them has a problem: the others would wait for it forever.
         problems = torch.tensor(float(bool(problem)), device=self.fabric.device)
         if self.fabric.all_reduce(problems, reduce_op="sum").item() > 0:
             raise ValueError(stop_message(problem or "NaN in another process", self.last_checkpoint))
@@ -239,7 +239,7 @@ class Run:
         return self._steps * self.samples_per_step / max(self._seconds, 1e-9)
 
     def means(self) -> dict[str, float]:
-        """Means of the metrics over steps and processes since the last call, and images/s."""
+        """Return the means of the metrics over processes and the steps since the last call, and images/s."""
         self._check_losses()
         means = {name: value / self._count for name, value in self._sums.items()}
         if self.fabric.world_size > 1:
@@ -269,10 +269,10 @@ class Run:
             tqdm.write(text)
 
     def save(self, score: float | None = None) -> None:
-        """Write last.ckpt, and best.ckpt if `score` is higher than every one before.
+        """Write last.ckpt, and best.ckpt if `score` is higher than all scores before.
 
-        Raises ValueError if a weight is not finite (nothing is written) and OSError if the disk is full;
-        either way the files that were there stay whole.
+        Raises ValueError if a weight is not finite (nothing is written) and OSError if the disk is full; in
+        both cases the existing files stay intact.
         """
         self._check_losses()
         state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -280,7 +280,7 @@ class Run:
         paths = [self.last_checkpoint]
         if score is not None and score > self.best:
             self.best = score
-            # The best first: a run that is killed between the two files comes to this step again.
+            # best.ckpt first: a run that is killed between the two files repeats this step.
             paths.insert(0, self.best_checkpoint)
         own = {"random": checkpoint.random_states(), "sums": self._sums, "count": self._count}
         state |= {
@@ -305,7 +305,7 @@ class Run:
 
     def _resume(self, may_change: set[str]) -> None:
         path = self.last_checkpoint
-        state = checkpoint.load(path, mmap=False)  # saving replaces the file, and Windows keeps a mapped one
+        state = checkpoint.load(path, mmap=False)  # Windows cannot replace a mapped file when saving
         needed = (*self.parts, "step", "settings", "processes", "samples_per_step")
         missing = [name for name in needed if name not in state]
         if "settings" in state and not isinstance(state["settings"], dict):
@@ -321,7 +321,7 @@ class Run:
         self.say(f"resuming {path} at step {self.step}")
 
     def _restore(self, state: dict) -> None:
-        """Give all parts, and this process if it is one of as many as then, their saved states."""
+        """Restore the state of all parts, and of this process if the number of processes is the same."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""The figures that papers print beside PSNR and SSIM, each with its definition."""
+"""Metrics that papers report beside PSNR and SSIM, each with its definition."""
 
 import threading
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ldm.data.image import to_tensor
 from ldm.metrics import DATA_RANGE, psnr, ssim
 
 Values = dict[str, float]
-# What the names of figures mean, and who prints them.
+# Definitions of the metrics, and the papers that report them.
 ABOUT = {
     "psnr": "mean of each image's PSNR of uint8 RGB: all deblurring papers",
     "ssim": "11 x 11 gaussian of sigma 1.5 in each channel, uint8 RGB (Wang et al. 2004, scikit-image)",
@@ -35,7 +35,7 @@ BACKBONES = {  # networks of torchvision that LPIPS and DISTS are computed with
     "lpips": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     "dists": "https://download.pytorch.org/models/vgg16-397923af.pth",
 }
-_ONE_AT_A_TIME = threading.Lock()  # torchmetrics' objects have a state
+_ONE_AT_A_TIME = threading.Lock()  # torchmetrics' objects are stateful
 
 
 def plain(restored: np.ndarray, sharp: np.ndarray) -> Values:
@@ -43,9 +43,9 @@ def plain(restored: np.ndarray, sharp: np.ndarray) -> Values:
 
 
 def ssim3d(restored: np.ndarray, sharp: np.ndarray) -> Values:
-    """Return SSIM with a window of 11 x 11 x 11 over height, width and channel, the border repeated.
+    """Return SSIM of uint8 (h, w, 3) with an 11 x 11 x 11 window over height, width and channels.
 
-    uint8 (h, w, 3). Near 1 sooner than `ssim`: the three channels are nearly the same image.
+    Borders are repeated. It is closer to 1 than `ssim`, because the three channels are nearly the same image.
     """
     line = cv2.getGaussianKernel(11, 1.5)
     mix = np.zeros((3, 3))  # the window over the channels: [to, from], red and blue repeated outwards
@@ -78,8 +78,8 @@ def aligned(restored: np.ndarray, sharp: np.ndarray) -> Values:
     """Return PSNR and SSIM after RealBlur's alignment, over the pixels that both images have.
 
     The brightness is scaled by least squares, then a homography is found that maximises the enhanced
-    correlation (Evangelidis and Psarakis 2008) with the sharp image. What one has alone is black in both,
-    and SSIM leaves out a margin of 5 pixels. Raises ValueError if no homography is found.
+    correlation (Evangelidis and Psarakis 2008) with the sharp image. Pixels that only one image has are black
+    in both, and SSIM leaves out a margin of 5 pixels. Raises ValueError if no homography is found.
     """
     x, y = restored.astype(np.float64) / DATA_RANGE, sharp.astype(np.float64) / DATA_RANGE
     x = x * (x * y).sum() / max((x * x).sum(), 1e-12)
@@ -91,7 +91,7 @@ def aligned(restored: np.ndarray, sharp: np.ndarray) -> Values:
     except cv2.error as error:
         raise ValueError(f"cannot be aligned: {error.err}") from error
     size, back = (y.shape[1], y.shape[0]), cv2.WARP_INVERSE_MAP
-    x = x.astype(np.float32)  # OpenCV 5.0 warps float64 wrongly by cubics
+    x = x.astype(np.float32)  # OpenCV 5.0 warps float64 wrongly with cubics
     x = cv2.warpPerspective(x, warp, size, flags=cv2.INTER_CUBIC | back, borderMode=cv2.BORDER_REFLECT)
     both = cv2.warpPerspective(np.ones(y.shape[:2]), warp, size, flags=cv2.INTER_NEAREST | back) > 0
     error = np.square(x - y)[both].mean() * DATA_RANGE**2
@@ -129,12 +129,12 @@ def deep_distance(name: str, restored: np.ndarray, sharp: np.ndarray) -> Values:
 
 
 def backbone_file(name: str) -> Path:
-    """Return where torchvision keeps the network of LPIPS or DISTS."""
+    """Return the path at which torchvision stores the network of LPIPS or DISTS."""
     return Path(torch.hub.get_dir(), "checkpoints", Path(BACKBONES[name]).name)
 
 
 def local_distances(restored: np.ndarray, sharp: np.ndarray) -> Values:
-    """Return LPIPS and DISTS, each if its backbone is on this machine: nothing is downloaded."""
+    """Return LPIPS and DISTS, each only if its backbone is on this machine: nothing is downloaded."""
     values = {}
     for name in BACKBONES:
         if backbone_file(name).is_file():
@@ -143,7 +143,7 @@ def local_distances(restored: np.ndarray, sharp: np.ndarray) -> Values:
 
 
 def describe_distances() -> str:
-    """Return which distances `local_distances` computes, and which files the others need."""
+    """Describe which distances `local_distances` computes, and which files the others need."""
     files = {name: backbone_file(name) for name in BACKBONES}
     return "; ".join(
         f"{name}: {'lower is better' if file.is_file() else f'left out, {file} is missing'}"
@@ -153,9 +153,9 @@ def describe_distances() -> str:
 
 @cache
 def deep_metric(name: str) -> nn.Module:
-    """Build LPIPS or DISTS. The backbone is torchvision's file, downloaded once, which is announced.
+    """Build LPIPS or DISTS. torchvision downloads the backbone once; a message announces it.
 
-    Raises FileNotFoundError that says what is missing where.
+    Raises FileNotFoundError that names the missing file and its URL.
     """
     from torchmetrics.functional.image.dists import DISTSNetwork  # its Metric loads VGG anew for every image
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity

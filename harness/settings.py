@@ -1,4 +1,4 @@
-"""The settings block of a script: read from the command line, checked, recorded in checkpoints."""
+"""Settings of a script: reading them from the command line, checking them, recording them in checkpoints."""
 
 import errno
 import os
@@ -24,11 +24,11 @@ def run_main(
     demo: Mapping[str, Any] | None = None,
     complete: Callable[[list[str]], list[str]] | None = None,
 ) -> None:
-    """Read the settings from the command line and call `main`; a user's mistake is one line and exit code 1.
+    """Read the settings from the command line and call `main`; a user error prints one line, exit code 1.
 
-    A dictionary of types makes its names subcommands; `demo` is what --demo stands for (read_settings),
-    `complete` adds to the words of the command line what they leave out. With TRACEBACK=1 in the environment
-    the whole traceback is shown instead of the line.
+    The names in a dictionary of types become subcommands. `demo` holds the values that --demo sets (see
+    read_settings); `complete` adds missing words, such as a subcommand, to the command line. With TRACEBACK=1
+    in the environment the whole traceback is shown instead of one line.
     """
     if not os.environ.get("TRACEBACK"):
         threading.excepthook = _report_once
@@ -45,7 +45,7 @@ def run_main(
         for bar in [*getattr(tqdm, "_instances", ())]:
             bar.close()  # the error gets a line of its own
         lines = [line for line in str(error).splitlines() if line.strip()]
-        # a DataLoader hands on what its worker raised as a whole traceback
+        # a DataLoader passes on its worker's error as a whole traceback
         in_worker = any("Original Traceback" in line for line in lines)
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         hint = ": make space for the output, then run the same command again" if full else ""
@@ -63,17 +63,17 @@ def run_main(
 
 
 def _show_warning(message: Warning, *_: Any) -> None:
-    """Print a warning in one line, without the place in the code that gave it."""
+    """Print a warning in one line, without its place in the code."""
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Return whether the peer process has ended (gloo's errors have no class of their own)."""
+    """Return True if the error means that another process was lost (gloo's errors have no own class)."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _report_once(problem: threading.ExceptHookArgs) -> None:
-    """Report the error that ends a thread, but for OSError: TensorBoard raises its own in the main thread."""
+    """Report an error that ends a thread, except OSError: TensorBoard raises it again in the main thread."""
     if not isinstance(problem.exc_value, OSError):
         threading.__excepthook__(problem)
 
@@ -83,9 +83,9 @@ def read_settings(
     demo: Mapping[str, Any] | None = None,
     words: Sequence[str] | None = None,
 ) -> Any:
-    """Read the settings from the command line, or from `words`; SystemExit with a message if that fails.
+    """Read the settings from the command line, or from `words`. Raises SystemExit with a message on errors.
 
-    Where --demo is given, the values of `demo` are the defaults: every flag beside it counts.
+    With --demo the values of `demo` are the defaults, and other flags override them.
     """
     if isinstance(settings_type, dict):
         return tyro.extras.subcommand_cli_from_dict(settings_type, args=words, use_underscores=True)
@@ -106,8 +106,8 @@ def check_ranges(values: Any) -> None:
 
 
 def check_new(output: Path, overwrite: bool, suffix: str = "") -> Path:
-    """The file that a tool is to write. Raises ValueError if it is there or has another suffix than the one
-    that must be, and FileNotFoundError if its folder is missing."""
+    """Return the path of the file to write. Raises ValueError if it exists (unless `overwrite`) or does not
+    have the suffix, and FileNotFoundError if its folder is missing."""
     if suffix and output.suffix != suffix:
         raise ValueError(f"the output must be a {suffix} file, not {output}")
     if output.exists() and not overwrite:
@@ -118,13 +118,13 @@ def check_new(output: Path, overwrite: bool, suffix: str = "") -> Path:
 
 
 def check_optimizer(name: str) -> None:
-    """Raise ValueError for adamw8bit where the package that it comes from is not installed."""
+    """Raise ValueError for adamw8bit if its package, bitsandbytes, is not installed."""
     if name == "adamw8bit":
         check_package("bitsandbytes", "--optimizer adamw8bit")
 
 
 def plain(values: Any) -> dict:
-    """A dataclass or dict of settings as a dict that a checkpoint can hold (paths become strings)."""
+    """Convert a dataclass or dict of settings to a dict that a checkpoint can hold (paths become strings)."""
     values = values if isinstance(values, Mapping) else asdict(values)
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
@@ -133,7 +133,7 @@ DATA_FACTS = ("samples", "blurrer")  # facts that a checkpoint records beside th
 
 
 def check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> None:
-    """Raise ValueError if settings `saved` in the checkpoint `path` differ from those of the run now."""
+    """Raise ValueError if settings other than `may_change` differ from those `saved` in checkpoint `path`."""
     changes, ways = [], []
     for name in sorted({*saved, *now} - may_change):
         before, after = saved.get(name), now.get(name)
@@ -155,7 +155,7 @@ def check_settings(saved: dict, now: dict, may_change: set[str], path: Path) -> 
 
 
 def as_flag(name: str, value: Any) -> str:
-    """The option that gives a setting this value on the command line."""
+    """Return the command-line option that gives a setting this value."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no_{name}"
     words = map(str, value) if isinstance(value, list | tuple) else [str(value)]

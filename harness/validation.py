@@ -18,14 +18,14 @@ from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
 
 SPECTRUM = 128  # side of the squares whose spectra are compared, in pixels
 SMALLEST = 11  # side of the smallest image that SSIM can score
-SHOWN = 320  # side of what a grid shows of each image, at most
+SHOWN = 320  # largest side of an image in a grid, in pixels
 
 
 class HeldOut:
-    """At most `limit` of the pairs, the same in every run of this seed, whole or `crop` pixels in the middle.
+    """Held-out pairs: at most `limit`, chosen by `seed`; whole images, or their middle `crop` pixels.
 
     An image paired with itself is blurred with each of the blur types, `blur_scale` times as much as usual.
-    Raises ValueError if nothing is left.
+    Raises ValueError if no pair is left.
     """
 
     def __init__(self, pairs: Sequence[Pair], limit: int, seed: int, crop: int = 0, blur_scale: float = 1.0):
@@ -44,12 +44,12 @@ class HeldOut:
         return len(self.pairs)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Blurry and sharp, uint8 (h, w, 3). Raises ValueError if their sizes differ."""
+        """Return a blurry and a sharp image, uint8 (h, w, 3). Raises ValueError if their sizes differ."""
         blurry, sharp = self.read(number)
         return middle(blurry, self.crop), middle(sharp, self.crop)
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read, and blur if need be, a whole pair."""
+        """Read a whole pair; an image paired with itself is blurred."""
         pair = self.pairs[number]
         sharp = read_image(pair.sharp)
         if pair.blurry == pair.sharp:
@@ -63,10 +63,11 @@ class HeldOut:
     def evaluate(
         self, restore: Callable[[np.ndarray], np.ndarray], run: Run
     ) -> tuple[dict[str, float], np.ndarray]:
-        """`psnr`, `ssim`, `psnr_BLUR_TYPE`, `mse` of values in [-1, 1] (means of per-image values),
-        `rgb_shift` (the largest mean shift of a channel, in 1/255); an image grid: blurry, restored, sharp.
+        """Return the scores of restored images, and an image grid of blurry, restored and sharp.
 
-        `restore` maps a uint8 image to one of the same size. The processes of `run` share the work.
+        Scores are means over the images of `psnr`, `ssim`, `psnr_BLUR_TYPE` and `mse` (of values in [-1, 1]),
+        and `rgb_shift`, the largest mean shift of a channel in units of 1/255. `restore` maps a uint8 image
+        to one of the same size. The processes of `run` share the work.
         """
         shown = {k * (len(self) // 4) + k for k in range(4)}  # the shift by k varies the blur type
         mine = range(run.fabric.global_rank, len(self), run.fabric.world_size)
@@ -123,8 +124,8 @@ def open_held_out(
 ) -> tuple[list[Pair], HeldOut]:
     """Split `pairs` into those to train on and those to validate on.
 
-    These are the pairs of `val_data` if it is given (a file of patches, or what find_pairs takes), else
-    `fraction` of the pairs, or without any pairs scikit-image's photos, to be blurred.
+    Validation uses the pairs of `val_data` if given (a file of patches, or anything that find_pairs takes),
+    else a `fraction` of `pairs`; if there are no pairs, scikit-image's photos, which are blurred.
     """
     if is_patches(val_data):
         return pairs, HeldOutPatches(val_data, limit, seed, crop)
@@ -138,9 +139,9 @@ def open_held_out(
 
 
 class Spectra:
-    """Comparison of the spectra of generated and real blurred images, in the middle of held-out images.
+    """Comparison of the power spectra of generated and real blurred images, each in the image's middle.
 
-    `real` are images by number; without them the blurry ones of the pairs serve.
+    `real` is a sequence of real blurred images; None uses the blurry images of the held-out pairs.
     """
 
     def __init__(self, held_out: HeldOut, real: Sequence[np.ndarray] | None = None):
@@ -155,8 +156,8 @@ class Spectra:
         self.sharp_powers = _powers(self.sharp)
 
     def __call__(self, blur: Callable[[np.ndarray, int], np.ndarray]) -> tuple[dict[str, float], np.ndarray]:
-        """Distances to the real blurred images in decades of power: `spectrum/sharp` of the sharp ones,
-        `spectrum/generated` of what `blur` makes of them (uint8 image, its number); a grid of both."""
+        """Return distances to the real blurred images, in decades of power: `spectrum/sharp` for the sharp
+        images, `spectrum/generated` for blur(uint8 image, number) of each; and a grid of both."""
         made = [blur(image, number) for number, image in enumerate(self.sharp)]
         distances = {
             "spectrum/sharp": spectrum_distance(self.sharp_powers, self.real_powers),
@@ -186,7 +187,7 @@ def _stack(images: list[np.ndarray]) -> np.ndarray:
 
 
 def middle(image: np.ndarray, size: int) -> np.ndarray:
-    """The middle `size` x `size` pixels, or all if the image is smaller or `size` is 0."""
+    """Return the middle `size` x `size` pixels, or all if the image is smaller or `size` is 0."""
     h, w = image.shape[:2]
     size = size or max(h, w)
     y, x = max(0, h - size) // 2, max(0, w - size) // 2
@@ -194,7 +195,7 @@ def middle(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def report(scores: dict[str, float], blurry: dict[str, float]) -> dict[str, float]:
-    """The scores, those of the blurry images, and the gains in PSNR, by their names in the log."""
+    """Return the scores, those of the blurry images, and the gains in PSNR, by their names in the log."""
     values = {f"val/{name}": value for name, value in scores.items()}
     values |= {f"val/{name}_blurry": value for name, value in blurry.items()}
     return values | {
@@ -203,7 +204,7 @@ def report(scores: dict[str, float], blurry: dict[str, float]) -> dict[str, floa
 
 
 def line(values: dict[str, float], scores: dict[str, float], blurry: dict[str, float]) -> str:
-    """One validation in one line: the rate, scores beside those of the blurry images, spectra."""
+    """Format a validation as one line: images/s, scores beside those of the blurry images, spectra."""
     parts = [f"{values['train/images/s']:.1f} images/s"] if values else []
     for name, form in (("psnr", ".2f"), ("ssim", ".4f"), ("rgb_shift", ".2f")):
         title = name.replace("_", " ")

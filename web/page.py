@@ -15,7 +15,7 @@ from ldm.models.diffusion.samplers import METHODS
 from web.service import SIDES, RestorationService, Stopped, System, is_painted
 
 TITLE = "Image restoration"
-SHOWN = {"interactive": False, "buttons": ["download", "fullscreen"]}  # of images that are only looked at
+SHOWN = {"interactive": False, "buttons": ["download", "fullscreen"]}  # for images that are not edited
 NO_IMAGE = "there is no image yet: upload one"
 MISTAKES = (ValueError, OSError, torch.OutOfMemoryError, Image.DecompressionBombError)
 CONTROLS = {  # the component of each option of infer.py
@@ -36,7 +36,7 @@ for side in SIDES:
 
 
 class Page:
-    """The components of the page and what they do. `build` makes it."""
+    """Components of the page and their callbacks. `build` creates the page."""
 
     def __init__(self, service: RestorationService):
         self.service = service
@@ -72,7 +72,7 @@ class Page:
         return page
 
     def build_tab(self, name: str, system: System) -> None:
-        gr.Markdown(system.about)  # at every visit anew
+        gr.Markdown(system.about)  # a function: called at every visit
         inputs = {self.image}
         if name == "inpaint":
             tools = {"sources": [], "transforms": [], "layers": False, "buttons": ["fullscreen"]}
@@ -110,7 +110,7 @@ class Page:
         gr.on([left.change, right.change], choose, [results, left, right], slider)
 
     def build_result(self, name: str) -> tuple[gr.Button, gr.ImageSlider]:
-        """Build buttons that start and that stop all jobs of the page, and a slider between two images."""
+        """Build a Start button, a Stop button for all jobs of the page, and a slider between two images."""
         with gr.Row():
             start = gr.Button("Start", variant="primary", min_width=100, elem_id=f"start-{name}")
             stop = gr.Button("Stop", variant="stop", min_width=100, elem_id=f"stop-{name}")
@@ -122,14 +122,14 @@ class Page:
         self.service.stop(request.session_hash)
 
     def restore(self, name: str, data: dict, request: gr.Request, progress: Callable) -> Path | None:
-        """Restore the page's image by the system `name` with the values of its tab; None if it is stopped."""
+        """Restore the page's image with system `name` and the values of its tab; return None if stopped."""
         image = data[self.image]
         values = {option: data[control] for option, control in self.controls[name].items()}
         try:
             if image is None:
                 raise ValueError(NO_IMAGE)
             if name == "deblur":
-                values["prompt"] = values["prompt"] or None  # None: that of the training
+                values["prompt"] = values["prompt"] or None  # None: the training prompt
             if name == "inpaint":
                 sides = tuple(int(values.pop(side) or 0) for side in SIDES)
                 hole = self.service.open_mask(image, data[self.editor], data[self.mask], sides)
@@ -142,7 +142,7 @@ class Page:
             raise self.told(error) from error
 
     def compare(self, data: dict, request: gr.Request, progress=gr.Progress()) -> Iterator[tuple]:  # noqa: B008
-        """Show every result once it is there. What fails is named and stops no other system."""
+        """Yield each system's result when it is ready. A system that fails is reported; the others go on."""
         if data[self.image] is None:
             raise gr.Error(NO_IMAGE, print_exception=False)
         has_mask = data[self.mask] is not None or is_painted(data[self.editor])
@@ -163,7 +163,7 @@ class Page:
             yield found, [(file, title) for title, file in found.items()], *sides
 
     def told(self, error: Exception) -> gr.Error:
-        """Return a mistake as a sentence of HTML for the user, without the folders of the page's files."""
+        """Convert an error to an HTML message for the user, without the folders of the page's files."""
         text = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError):
             text = "The GPU has too little memory for an image of this size."

@@ -1,4 +1,4 @@
-"""Which requests the web page's server answers."""
+"""Filter of the requests that the web page's server answers."""
 
 import ipaddress
 import json
@@ -11,7 +11,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
-# The addresses of gradio's server that the page itself asks for
+# Paths of gradio's server that the page itself requests
 OPEN = re.compile(
     r"/(config|theme\.css|favicon\.ico|manifest\.json|assets/.*|static/.*)?$"
     r"|/gradio_api/(startup-events|queue/.*|upload|upload_progress|heartbeat/.*|component_server)$"
@@ -22,10 +22,10 @@ JOIN, PAINT = "/gradio_api/queue/join", "/gradio_api/component_server"
 
 
 class RequestFilter(BaseHTTPMiddleware):
-    """Middleware that passes on what the page itself asks for and refuses all else that gradio offers.
+    """Middleware that passes on the page's own requests and refuses everything else that gradio offers.
 
-    Refused are requests for another site's name or from another site's page (DNS rebinding, forged posts),
-    those by which the server would fetch an address of the internet, and bodies of more than `max_bytes`.
+    It refuses requests with another site's host name or from another site's page (DNS rebinding, forged
+    posts), requests that would make the server fetch a URL, and bodies of more than `max_bytes`.
     """
 
     def __init__(self, app: Callable, names: set[str], max_bytes: int):
@@ -39,7 +39,7 @@ class RequestFilter(BaseHTTPMiddleware):
             return refused
         try:
             if "transfer-encoding" in headers or int(headers.get("content-length", 0)) > self.max_bytes:
-                async for _ in request.stream():  # read to its end, not kept: else the answer may not arrive
+                async for _ in request.stream():  # read and discarded, or the answer may not arrive
                     pass
                 return PlainTextResponse("the request exceeds the maximum allowed size", 413)
             if path == JOIN and names_address(await request.body()):
@@ -52,9 +52,9 @@ class RequestFilter(BaseHTTPMiddleware):
 
 
 def is_own(headers: Headers, names: set[str]) -> bool:
-    """True if a request is for this page and, where it says which page it comes from, from this page.
+    """Return True if a request is for this server and, if it names an origin, comes from its own page.
 
-    Addresses may pass as hosts: nobody can make them another's, as one can a name.
+    IP addresses are accepted as hosts: unlike names, nobody can point them to another machine.
     """
     host = headers.get("host", "").lower()
     name = re.sub(r":\d+$", "", host)
@@ -68,16 +68,19 @@ def is_own(headers: Headers, names: set[str]) -> bool:
 
 
 def names_address(body: bytes) -> bool:
-    """True if a `path` anywhere in JSON is an address of the internet; also for what is no JSON."""
+    """Return True if a `path` anywhere in the JSON body is a URL, or if the body is not JSON."""
     try:
-        text = json.dumps(json.loads(body))  # in one spelling
+        text = json.dumps(json.loads(body))  # normalises escapes and spaces
     except (ValueError, RecursionError):
         return True
     return re.search(r'"path": "[^"]*://', text) is not None
 
 
 async def is_painting(request: Request) -> bool:
-    """True for a form with one layer of an image editor: gradio would make as many as its index says."""
+    """Return True for a form with one layer of an image editor and indices of 7 or less.
+
+    gradio would create as many layers as an index says.
+    """
     await request.body()  # kept for gradio
     try:
         async with request.form(max_files=1) as form:

@@ -28,7 +28,7 @@ FILES = ("checkpoint_path", "base_path", "pretrained_model_name_or_path", "lora_
 
 @dataclass
 class System:
-    """One way to restore images."""
+    """Restoration system behind one tab of the page."""
 
     title: str
     options: Command
@@ -36,12 +36,12 @@ class System:
     note: str = ""  # about its weights
 
     def missing(self) -> list[str]:
-        """List the files of weights that are not there."""
+        """List the weight files that are missing."""
         paths = [getattr(self.options, name, None) for name in FILES]
         return [str(path) for path in paths if path and not path.exists()]
 
     def about(self) -> str:
-        """Say what it does, and which weights are missing; the command names the script and the page."""
+        """Describe the system, with its missing weights; the text names its script and page of the docs."""
         does = type(self.options).__doc__.splitlines()[0] + self.note
         if files := self.missing():
             return f"{self.title} has no weights yet: it needs {' and '.join(files)}. {does}"
@@ -49,11 +49,11 @@ class System:
 
 
 class Stopped(Exception):
-    """The user has stopped this job."""
+    """Raised when the user has stopped a job."""
 
 
 class RestorationService:
-    """Restores images for all open pages, one after the other, with one system in memory."""
+    """Service that restores images for all open pages, one at a time, with one system in memory."""
 
     def __init__(self, systems: dict[str, System], results: Path, max_megapixels: float):
         self.systems, self.results, self.max_megapixels = systems, results, max_megapixels
@@ -62,14 +62,14 @@ class RestorationService:
         self.stops = Counter()  # how often each page has asked to stop
 
     def stop(self, page: str) -> None:
-        """Stop all jobs of a page: before their next step or tile, or at once where they wait."""
+        """Stop all jobs of a page: before their next step or tile, or at once if they are waiting."""
         self.stops[page] += 1
 
     def restore(self, name: str, image: Path, values: dict[str, Any], page: str, report: Callable) -> Path:
-        """Restore a file by system `name` with `values` for its options; returns the file of the result.
+        """Restore a file with system `name` and `values` for its options; return the file of the result.
 
-        `report(0, desc=...)` and `report((done, all), desc=...)` are called as it goes on. Raises Stopped
-        after `stop(page)`, FileNotFoundError without weights, and what the system raises.
+        `report(0, desc=...)` and `report((done, all), desc=...)` are called to report progress. Raises
+        Stopped after `stop(page)`, FileNotFoundError without weights, and what the system raises.
         """
         system, stops = self.systems[name], self.stops[page]
         if system.missing():
@@ -100,7 +100,7 @@ class RestorationService:
         return self.save(f"{image.stem}_{name}", restored)
 
     def run(self, name: str, image: Path, values: dict[str, Any], progress: Callable) -> np.ndarray:
-        """Restore a file by system `name`, which is loaded if it is not."""
+        """Restore a file with system `name`, loading the system if it is not in memory."""
         options = self.systems[name].options
         for option, value in {**values, "input": image}.items():
             setattr(options, option, value)
@@ -111,21 +111,21 @@ class RestorationService:
         return run_restorer(self.restorer, read_photo(image), image, options.SEES_ALPHA, progress)
 
     def free(self) -> None:
-        """Forget the loaded system and give its memory back."""
+        """Unload the current system and free its memory."""
         self.name, self.restorer = "", None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def save(self, stem: str, image: np.ndarray) -> Path:
-        """Write an image as PNG under a name that starts like `stem`, made harmless, and that is new."""
+        """Write an image as PNG under a new name that starts with `stem`, without special characters."""
         stem = re.sub(r"[^\w-]+", "_", stem)[:50]
         path = self.results / f"{stem}_{secrets.token_hex(8)}.png"
         write_image(path, image, compress_level=3)
         return path
 
     def open_image(self, path: Path) -> tuple[Path, Image.Image]:
-        """Write an uploaded image as an upright PNG; return it also small enough to show.
+        """Write an uploaded image as an upright PNG; return its path, and a small copy to show.
 
         Raises ValueError if it is too large, by its header, or cannot be read.
         """
@@ -138,10 +138,10 @@ class RestorationService:
     def open_mask(
         self, image: Path, drawing: dict | None, file: str | Path | None, sides: tuple[int, ...]
     ) -> Path | None:
-        """Join the strokes of gradio's image editor and a mask file in one mask of the image's size.
+        """Join the strokes of gradio's image editor and a mask file in one mask file of the image's size.
 
-        It is None if only pixels at the sides are filled. Raises ValueError if nothing is, if the mask or
-        the result is too large, or if the file has another shape.
+        Returns None if only pixels at the sides are filled. Raises ValueError if there is nothing to fill, if
+        the mask or the result is too large, or if the mask file has another shape than the image.
         """
         width, height = image_size(image)
         pixels = (width + sides[0] + sides[2]) * (height + sides[1] + sides[3])
@@ -159,5 +159,5 @@ class RestorationService:
 
 
 def is_painted(drawing: dict | None) -> bool:
-    """True if there is a stroke in what gradio's image editor gives."""
+    """Return True if the value of gradio's image editor holds a stroke."""
     return any(layer[..., 3].any() for layer in (drawing or {}).get("layers", []))
