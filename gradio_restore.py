@@ -88,8 +88,8 @@ def list_systems(settings: Settings) -> dict[str, System]:
 
 def choose(given: Path | None, runs: str, included: str) -> Path:
     """Return the weights that are given, else those of the newest run in outputs/, else the included ones."""
-    newest = max(Path("outputs").glob(runs), default=Path(f"models/{included}.safetensors"))
-    return given or newest
+    found = sorted(Path("outputs").glob(runs), key=lambda path: path.stat().st_mtime)
+    return given or (found[-1] if found else Path(f"models/{included}.safetensors"))
 
 
 def kontext_options(settings: Settings, places: dict) -> infer.Kontext:

@@ -1,4 +1,4 @@
-"""How far a restored image is shifted and zoomed against its input, and how to undo that."""
+"""Measure how far a restored image is shifted and zoomed relative to its input, and undo it."""
 
 import math
 from typing import NamedTuple
@@ -10,14 +10,14 @@ SIDES = (256, 1024)  # longest side in pixels of the two scales at which images 
 SMALLEST = 32  # side of the smallest image that can be measured, in pixels
 FINE, COARSE = 1.5, 20.0  # standard deviations of the band-pass, in pixels
 BLURS = (0.4, 0.6, 0.9, 1.2, 1.6, 2.0, 2.5, 3.0, 3.6, 4.3, 5.2, 6.2, 7.5, 9.0)  # pixels
-LEAST_CORRELATION = 0.5  # below this, the images are taken to show different things
-LEAST_TEXTURE = 0.05  # levels: standard deviation of the band-passed grey of an image with any detail
-LEAST_SPREAD = 1e-3  # of edges' energy across the main direction: bare stripes have no second direction
-LARGEST_ZOOM = 1.25  # factor, and its inverse
+LEAST_CORRELATION = 0.5  # below this, the images are assumed to show different content
+LEAST_TEXTURE = 0.05  # grey levels: smallest standard deviation of a band-passed image with any detail
+LEAST_SPREAD = 1e-3  # smallest ratio of edge energy across and along the main direction: plain stripes have 0
+LARGEST_ZOOM = 1.25  # largest factor that is measured; the smallest is its inverse
 
 
 class Movement(NamedTuple):
-    """Shift of an image's middle in pixels (to the right, down) and its scale in percent; NaN if unknown."""
+    """Shift of an image's centre in pixels (right, down) and its scale in percent; NaN if unknown."""
 
     x: float
     y: float
@@ -43,25 +43,25 @@ UNKNOWN = Movement(math.nan, math.nan, math.nan)
 
 
 def measure_movement(restored: np.ndarray, image: np.ndarray) -> Movement:
-    """Measure how far the content of `restored` is moved against `image`, both uint8 (h, w, 3).
+    """Measure the shift and zoom of `restored` relative to `image`, both uint8 (h, w, 3).
 
-    An affine map of the band-passed grey is found that maximises the enhanced correlation coefficient
-    (Evangelidis and Psarakis 2008, by OpenCV), on two scales, from a start by phase correlation. Unknown for
-    images without texture in two directions, below 32 pixels, or of different things.
-    Raises ValueError if shapes differ.
+    Fits an affine map of the band-passed grey images that maximises the enhanced correlation coefficient
+    (Evangelidis and Psarakis 2008, by OpenCV) at two scales, starting from a phase correlation. Returns
+    UNKNOWN for images without texture in two directions, below 32 pixels, of different content, or zoomed by
+    more than LARGEST_ZOOM. Raises ValueError if shapes differ.
     """
     if restored.shape != image.shape:
         raise ValueError(f"images of different shapes: {restored.shape} and {image.shape}")
     height, width = image.shape[:2]
     if min(height, width) < SMALLEST:
         return UNKNOWN
-    scales = {min(1, side / max(height, width)) for side in SIDES}  # one for small images
-    matrix = None  # linear part, and shift of the middle in parts of the image's sides
+    scales = {min(1, side / max(height, width)) for side in SIDES}  # small images have only one
+    matrix = None  # linear part, and shift of the centre as fractions of the image's sides
     try:
         for scale in sorted(scales):
             size = (max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale)))
             matrix = _refine(matrix, _band(image, size), _band(restored, size))
-    except cv2.error:  # no correlation from which to go on
+    except cv2.error:  # the optimisation did not converge
         return UNKNOWN
     if matrix is None:
         return UNKNOWN
@@ -72,17 +72,18 @@ def measure_movement(restored: np.ndarray, image: np.ndarray) -> Movement:
 
 
 def _band(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the grey of an image, band-passed, at this width and height: float32 (h, w)."""
+    """Return an image's band-passed grey values at `size` (width, height): float32 (h, w)."""
     grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA)
     grey = grey.astype(np.float32)
-    coarse = min(COARSE, max(4 * FINE, min(size) / 20))  # borders count for less in small images
+    coarse = min(COARSE, max(4 * FINE, min(size) / 20))  # smaller images: less influence of borders
     return cv2.GaussianBlur(grey, (0, 0), FINE) - cv2.GaussianBlur(grey, (0, 0), coarse)
 
 
 def _refine(start: np.ndarray | None, image: np.ndarray, restored: np.ndarray) -> np.ndarray | None:
-    """Find the affine map (2, 3) between two band-passed images (h, w), from that of a smaller scale.
+    """Find the affine map (2, 3) between two band-passed images (h, w), starting from a smaller scale's.
 
-    Its shift is that of the middle, in parts of the width and height. None if it cannot be told.
+    Its last column is the shift of the centre as fractions of width and height. Returns None if there is too
+    little texture or correlation.
     """
     if not (_has_texture(image) and _has_texture(restored)):
         return None
@@ -95,7 +96,7 @@ def _refine(start: np.ndarray | None, image: np.ndarray, restored: np.ndarray) -
     middle = np.array([width - 1, height - 1]) / 2
     warp = start.astype(np.float32)
     warp[:, 2] = start[:, 2] * (width, height) + middle - start[:, :2] @ middle
-    margin = max(2, min(height, width) // 20)  # what came in at the borders has no counterpart
+    margin = max(2, min(height, width) // 20)  # pixels that moved in at the borders have no counterpart
     mask = np.zeros((height, width), np.uint8)
     mask[margin:-margin, margin:-margin] = 255
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 40, 1e-5)
@@ -108,7 +109,7 @@ def _refine(start: np.ndarray | None, image: np.ndarray, restored: np.ndarray) -
 
 
 def _equal_detail(image: np.ndarray, restored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Blur the image of more detail until both have as much: an image that is blurred looks zoomed else."""
+    """Blur the more detailed image until both match: otherwise a difference in blur is measured as zoom."""
     if _detail(image) < _detail(restored):
         return _equal_detail(restored, image)[::-1]
     wanted, blurred = _detail(restored), image
@@ -120,13 +121,13 @@ def _equal_detail(image: np.ndarray, restored: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _detail(band: np.ndarray) -> float:
-    """Energy of the edges of a band-passed image, relative to its own."""
+    """Return the mean squared gradient of a band-passed image, relative to its mean square."""
     down, right = np.gradient(band)
     return float((down * down + right * right).mean() / (band * band).mean())
 
 
 def _has_texture(band: np.ndarray) -> bool:
-    """True if a band-passed image has edges in more than one direction."""
+    """Return True if a band-passed image has edges in more than one direction."""
     if band.std() < LEAST_TEXTURE:
         return False
     down, right = np.gradient(band)
@@ -136,9 +137,9 @@ def _has_texture(band: np.ndarray) -> bool:
 
 
 def undo_movement(restored: np.ndarray, image: np.ndarray, movement: Movement) -> np.ndarray:
-    """Move `restored` back, uint8 (h, w, 3); what is missing at the borders is taken from `image`.
+    """Move `restored`, uint8 (h, w, 3), back; pixels missing at the borders are taken from `image`.
 
-    Resampled by Lanczos' kernel. `movement` must be known.
+    Uses Lanczos resampling. `movement` must be known.
     """
     height, width = image.shape[:2]
     zoom = movement.scale / 100

@@ -1,4 +1,4 @@
-"""Weights and training states on disk: safetensors first, pickles only without code, nothing half-written."""
+"""Read and write weights and training states: safetensors or pickles without code, written atomically."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 MODELS = Path(__file__).resolve().parent.parent / "models"  # of the repository
 SUFFIXES = (".safetensors", ".ckpt", ".pth")
-# Where files hold the state dict beside other content: Lightning's, BasicSR's (EMA weights first), others'.
+# Keys under which files store their state dict: Lightning's, BasicSR's (EMA weights first), others'.
 WRAPPERS = ("state_dict", "params_ema", "params-ema", "params", "model_state_dict", "model", "net")
-FULL = 2**20  # bytes: a disk with less space is called full
-# Classes of Lightning that Stable Diffusion's own .ckpt files mention.
+FULL = 2**20  # bytes: a disk with less free space is reported as full
+# Lightning classes that Stable Diffusion's original .ckpt files reference.
 LIGHTNING = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
@@ -30,33 +30,33 @@ LIGHTNING = (
 
 
 def repository_path(path: str | Path) -> Path:
-    """Find a file: `path` itself, or if nothing is there the file of that name in the repository.
+    """Return `path`, or the same path below the repository's root if only that exists.
 
-    With it models/srn_deblur.safetensors is found from any folder.
+    So models/srn_deblur.safetensors is found from any working directory.
     """
     shipped = MODELS.parent / path
     return shipped if shipped.exists() and not Path(path).exists() else Path(path)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+    """Call `write` on a temporary file beside `path`, then move that file to `path` in one step.
 
-    Whatever goes wrong (full disk, kill), `path` holds its old content or the new one, whole.
-    Raises OSError that names the file.
+    After any failure (full disk, kill) `path` holds either its complete old or its complete new content.
+    Raises an OSError that names the file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # always this name: a killed run's file is overwritten
+    temporary = path.with_name(f".{path.name}.tmp")  # fixed name: a killed run's leftover is overwritten
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.umask(mask := os.umask(0))  # the only way to ask for it
-        os.chmod(temporary, 0o666 & ~mask)  # safetensors' own would keep others from reading it
+        os.umask(mask := os.umask(0))  # the only way to read the umask
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors creates files that only the owner can read
         os.replace(temporary, path)
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
-        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < FULL  # torch does not say so
+        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < FULL  # torch does not report it
         reason = "the disk is full" if full else error
         raise OSError(f"cannot save {path} (what was there before is intact): {reason}") from error
     finally:
@@ -69,21 +69,21 @@ def save(path: str | Path, content: dict) -> None:
 
 
 def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
-    """Load a file of `save`, Lightning or CompVis; pickled code is refused.
+    """Load a checkpoint written by `save`, Lightning or CompVis; pickled code is refused.
 
     With `mmap` tensors are read from the file when they are used: it must not be replaced meanwhile.
-    Raises FileNotFoundError, or ValueError for a damaged file, no checkpoint, or one that holds code.
+    Raises FileNotFoundError, or ValueError if the file is damaged, not a checkpoint, or holds code.
     """
     path = Path(path)
     if not path.is_file():
         beside = sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES)[:6]
         there = f"; beside it are {', '.join(beside)}" if beside else ""
         raise FileNotFoundError(f"checkpoint not found: {path}{there}")
-    known = [(type("Shell", (), {}), name) for name in LIGHTNING]  # as empty classes: no code runs
+    known = [(type("Shell", (), {}), name) for name in LIGHTNING]  # replaced by empty classes: no code runs
     known += [np.dtype, np.ndarray, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
     try:
         with open(path, "rb") as file:
-            mmap = mmap and file.read(2) == b"PK"  # a zip archive: torch maps no file of before 2020
+            mmap = mmap and file.read(2) == b"PK"  # zip archive; torch cannot map the format before 2020
         with torch.serialization.safe_globals(known):
             content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -92,7 +92,7 @@ def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
             raise ValueError(f"{path} holds code, not only weights, and is not loaded: {code[1]}") from error
         raise ValueError(f"{path} is damaged or not a checkpoint") from error
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, AttributeError, TypeError) as error:
-        reason = "" if isinstance(error, LookupError) else f": {error}"  # which would be a number
+        reason = "" if isinstance(error, LookupError) else f": {error}"  # its message is only a key
         raise ValueError(f"{path} is damaged or not a checkpoint{reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary")
@@ -100,7 +100,7 @@ def load(path: str | Path, device: str = "cpu", mmap: bool = True) -> dict:
 
 
 def read_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
-    """State dict of a .safetensors, .ckpt or .pth file, without its wrapper (WRAPPERS).
+    """Read the state dict of a .safetensors, .ckpt or .pth file, without its wrapper (WRAPPERS).
 
     Raises FileNotFoundError, or ValueError if the file is damaged or holds no tensors.
     """
@@ -108,10 +108,10 @@ def read_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Weights to use from a file (EMA weights where it holds them), and what else is in it.
+    """Read the weights to use from a file (EMA weights where present), and the file's content.
 
-    The rest always has `settings`, those of the training, {} where the file has none; a .safetensors file
-    holds them as json in its metadata. Raises as `read_weights` does.
+    The content always has the training's `settings`, {} if the file has none; a .safetensors file holds them
+    as json in its metadata. Raises the same errors as `read_weights`.
     """
     weights, content = _read(Path(path))
     if Path(path).suffix == ".safetensors":
@@ -125,7 +125,7 @@ def read_trained(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def _read(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a file, and all of its content ({} for a .safetensors file)."""
+    """Read the tensors of a file, and all of its content ({} for a .safetensors file)."""
     if path.suffix == ".safetensors" and path.is_file():
         try:
             return load_file(path, device=device), {}
@@ -141,7 +141,7 @@ def _read(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Texts by name in a .safetensors file; {} if there are none. Raises ValueError for a damaged file."""
+    """Read the metadata of a .safetensors file, {} if it has none. Raises ValueError for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -150,9 +150,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_shapes(path: str | Path) -> dict[str, Tensor]:
-    """Tensors without values, by name, as a file of weights has them; of a .safetensors file by its header.
+    """Read the names and shapes of a file's weights as meta tensors; of a .safetensors file only the header.
 
-    Raises what `read_weights` does.
+    Raises the same errors as `read_weights`.
     """
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
@@ -166,9 +166,9 @@ def read_shapes(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_settings(path: str | Path, name: str = "settings") -> dict:
-    """Dictionary stored as json under `name` in the metadata of a .safetensors file, {} if there is none.
+    """Read the dictionary stored as json under `name` in a .safetensors file's metadata, {} if there is none.
 
-    Raises ValueError that names the file if it is no dictionary.
+    Raises ValueError that names the file if it is not a dictionary.
     """
     try:
         settings = json.loads(read_metadata(path).get(name, "{}"))
@@ -182,7 +182,7 @@ def read_settings(path: str | Path, name: str = "settings") -> dict:
 def write_weights(path: str | Path, weights: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
     """Write a state dict as .safetensors, or with torch.save under `state_dict` for any other suffix.
 
-    Raises ValueError if a weight is not finite: nothing is written.
+    Raises ValueError if a weight is not finite; then nothing is written.
     """
     for name, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -194,10 +194,10 @@ def write_weights(path: str | Path, weights: dict[str, Tensor], about: dict[str,
 
 
 def write_half(path: str | Path, weights: dict[str, Tensor], training: dict, **facts: str) -> None:
-    """Write a .safetensors file to use and share, in half precision.
+    """Write weights in half precision as a .safetensors file to use and share.
 
-    Its metadata hold the settings of the `training` as json, and `facts` about the file, such as
-    infer.facts_of reads them.
+    Its metadata holds the settings of the `training` as json, and `facts` about the file, which
+    infer.facts_of reads.
     """
     half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     write_weights(path, half, {"settings": json.dumps(training), **facts})
@@ -220,14 +220,14 @@ def check_fit(
 
 
 def fill(network: nn.Module, weights: dict[str, Tensor], path: str | Path) -> nn.Module:
-    """Load weights, which come from `path`, into `network`. Raises ValueError if they do not fit."""
+    """Load weights read from `path` into `network` and return it. Raises ValueError if they do not fit."""
     check_fit(network.state_dict(), weights, path, type(network).__name__)
     network.load_state_dict(weights)
     return network
 
 
 def fingerprint(network: nn.Module | None) -> str:
-    """Short hash of a network's weights: a resumed run must go on with the same BGAN."""
+    """Return a short hash of a network's weights, "" without one: a resumed run must use the same BGAN."""
     if network is None:
         return ""
     arrays = (value.cpu().numpy().tobytes() for value in network.state_dict().values())
@@ -235,7 +235,7 @@ def fingerprint(network: nn.Module | None) -> str:
 
 
 def random_states() -> dict:
-    """States of Python's, numpy's and torch's random generators, in a form `save` can write."""
+    """Return the states of Python's, numpy's and torch's random generators, in a form `save` can write."""
     version, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -246,7 +246,7 @@ def random_states() -> dict:
 
 
 def restore_random_states(states: dict) -> None:
-    """Set the random generators to what `random_states` returned."""
+    """Restore the random generators to the states that `random_states` returned."""
     random.setstate(states["python"])
     version, keys, *rest = states["numpy"]
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))

@@ -29,7 +29,7 @@ from PIL import Image
 
 from cldm.inpaint import distance_to
 from cldm.model import create_model, read_config
-from gradio_restore import Settings, list_systems, main
+from gradio_restore import Settings, choose, list_systems, main
 from ldm import checkpoint
 from ldm.data.image import photographs, read_image, write_image
 from ldm.data.masks import read_mask
@@ -339,6 +339,18 @@ def test_included_weights_are_found_from_any_working_directory(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     settings = Settings(network_path=tmp_path / "none.pth")
     assert [name for name, system in list_systems(settings).items() if system.missing()] == ["network"]
+
+
+def test_weights_of_the_newest_run_are_chosen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert choose(None, "*/srn_deblur.safetensors", "srn_deblur") == Path("models/srn_deblur.safetensors")
+    for seconds, name in enumerate("ba"):  # alphabetically, b is last
+        path = Path("outputs", name, "srn_deblur.safetensors")
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    assert choose(None, "*/srn_deblur.safetensors", "srn_deblur") == path
+    assert choose(Path("given"), "*/srn_deblur.safetensors", "srn_deblur") == Path("given")
 
 
 def test_upscaling_network_also_enlarges_transparency(weights, tmp_path):

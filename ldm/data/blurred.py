@@ -1,4 +1,4 @@
-"""Training data from sharp photos and dead leaves that are blurred on the fly, with real pairs among them."""
+"""Training data from sharp photos and dead leaves, blurred on the fly and mixed with real pairs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +25,12 @@ def blurred_photos(
     blur_scale: float = 1.0,
     **options: float,
 ) -> CropDataset:
-    """Crops of sharp photos, each `repeats` times in an epoch, and of `dead_leaves` new images an epoch.
+    """Make a data set of crops of photos, each `repeats` times an epoch, and of `dead_leaves` new images.
 
-    The blur is that of real cameras, or with `realistic` off one of four simple kinds, `blur_scale` times as
-    large as usual. Of `candidates` random crops the sharpest is taken. `pairs_fraction` of the crops are of
-    real pairs, if `pairs` names some. `options` are those of CropDataset. Raises FileNotFoundError or
-    ValueError if there are no such pairs, or the sizes of one differ.
+    The blur is that of RealisticBlurDataset, or with `realistic` off one of BlurDataset's four simple kinds,
+    `blur_scale` times as large as usual. The sharpest of `candidates` random crops is used. If `pairs` is
+    given, the fraction `pairs_fraction` of the crops comes from these real pairs. `options` are passed to
+    CropDataset. Raises FileNotFoundError or ValueError if `pairs` holds none, or the sizes of a pair differ.
     """
     leaves = DeadLeaves(size + LEAVES_MARGIN, dead_leaves, seed)
     sources = ConcatSource((ImageFiles(photos, cache), repeats), (leaves, 1))

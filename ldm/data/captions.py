@@ -1,4 +1,4 @@
-"""Captions beside images: NAME.txt next to NAME.jpg, as most trainers have them."""
+"""Captions beside images: NAME.txt next to NAME.jpg, the convention of most trainers."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 def read_caption(*images: str | Path) -> str:
-    """The text of the first NAME.txt (or NAME.TXT) beside one of the images, in one line; else "".
+    """Read the first NAME.txt (or NAME.TXT) beside one of the images as one line, "" if there is none.
 
     Raises ValueError that names the file if it is not text in UTF-8.
     """
@@ -21,7 +21,7 @@ def read_caption(*images: str | Path) -> str:
 
 
 def check_captions(images: Iterable[str | Path]) -> bool:
-    """Return whether any image has a caption file. All are read: a bad one raises now, not in training."""
+    """Return whether any image has a caption. Reads all, so that a bad file raises before training."""
     paths = [Path(image) for image in images]
     folders = {folder for folder in {path.parent for path in paths} if any(folder.glob("*.[tT][xX][tT]"))}
     beside = [path for path in paths if path.parent in folders]

@@ -1,7 +1,7 @@
 """COCO annotations as flat arrays: read once, kept on disk beside the json file, shared by all workers.
 
-A json of COCO's size (118,287 images, 860,000 objects) is gigabytes of Python objects, of which every worker
-would end up with a copy. Here each object is the text of its run-length code, each caption its own text.
+A json of COCO's size (118,287 images, 860,000 objects) takes gigabytes as Python objects, and every worker
+would end up with a copy. Here each object is stored as its run-length code and each caption as its text.
 """
 
 import json
@@ -16,18 +16,18 @@ from tqdm import tqdm
 
 from ldm.checkpoint import read_metadata, read_weights, write_weights
 
-FORMAT = "3"  # of the flat file; another number makes old files anew
-LARGEST = 2**16  # pixels: pycocotools would take memory without end for shapes beyond
+FORMAT = "3"  # version of the flat file; changing it rebuilds old files
+LARGEST = 2**16  # pixels a side: for larger shapes pycocotools would use unlimited memory
 
 
 class CocoRecords:
-    """The records of a COCO json by image: captions, or the compressed run lengths of objects."""
+    """Records of a COCO json by image: captions, or the compressed run lengths of objects."""
 
     def __init__(self, path: str | Path, kind: str):
-        """Read `path`, a json of `kind` "objects" or "captions", or its flat twin beside it if that is fresh.
+        """Read `path`, a json of `kind` "objects" or "captions", or its up-to-date flat copy beside it.
 
-        The twin is NAME.KIND.safetensors, whose arrays are memory-mapped, so that workers share them.
-        Raises FileNotFoundError, or ValueError that names the file and what is wrong with it.
+        The copy, NAME.KIND.safetensors, is written if needed; its memory-mapped arrays are shared by workers.
+        Raises FileNotFoundError, or ValueError that names the file and the problem.
         """
         path = Path(path)
         if not path.is_file():
@@ -45,35 +45,35 @@ class CocoRecords:
         self.arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
 
     def rows(self, names: Iterable[str]) -> np.ndarray:
-        """The image's row for each file name, -1 for those that the json does not name: int32."""
+        """Return the image's row for each file name, -1 if the json does not list it: int32."""
         known = self.arrays["names"].tobytes().decode().split("/")
         numbers = {name: row for row, name in enumerate(known)}
         return np.array([numbers.get(name, -1) for name in names], np.int32)
 
     def of(self, row: int) -> list[str]:
-        """The records of one image; none for row -1."""
+        """Return the records of one image; none for row -1."""
         if row < 0:
             return []
         start, end = self.arrays["starts"][row : row + 2]
         return json.loads(self.arrays["records"][start:end].tobytes())
 
     def mask(self, row: int, record: str) -> np.ndarray:
-        """An object's mask, uint8 (height, width) of 0 and 1."""
+        """Return an object's mask, uint8 (height, width) of 0 and 1."""
         return coco_mask.decode({"size": self.arrays["sizes"][row].tolist(), "counts": record})
 
 
 def _is_fresh(twin: Path, made_from: str) -> bool:
     try:
         return twin.is_file() and read_metadata(twin).get("made_from") == made_from
-    except ValueError:  # damaged: it is made anew
+    except ValueError:  # damaged: it is rebuilt
         return False
 
 
 def flatten(path: Path, kind: str) -> dict[str, np.ndarray]:
-    """The arrays of CocoRecords from a json; annotations of images that are not listed are left out.
+    """Read the arrays of CocoRecords from a json file, skipping annotations of unlisted images.
 
-    `names` are the images' file names and `sizes` their heights and widths; `records` are joined json lists,
-    one of each image, and `starts` where each one starts and the last one ends.
+    `names` are the images' file names and `sizes` their heights and widths; `records` are concatenated json
+    lists, one per image, and `starts` the offsets at which each list starts and the last one ends.
     Raises ValueError that names the file and the entry.
     """
     content = _read_json(path)
@@ -112,7 +112,7 @@ def flatten(path: Path, kind: str) -> dict[str, np.ndarray]:
 
 
 def _read_json(path: Path) -> dict[str, list[dict]]:
-    """The json with COCO's two lists; ValueError that names the file and the place otherwise."""
+    """Read a json with COCO's two lists. Raises ValueError that names the file and the problem."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
@@ -125,9 +125,9 @@ def _read_json(path: Path) -> dict[str, list[dict]]:
 
 
 def run_lengths(annotation: dict, height: int, width: int) -> str:
-    """Compressed run lengths of a polygon or RLE; empty for crowds and for objects without a shape.
+    """Return the compressed run lengths of a polygon or RLE, "" for crowds and objects without a shape.
 
-    Raises ValueError for what pycocotools does not check.
+    Raises ValueError for mistakes that pycocotools does not check for.
     """
     shape = annotation.get("segmentation")
     if annotation.get("iscrowd") or not shape:
@@ -135,7 +135,7 @@ def run_lengths(annotation: dict, height: int, width: int) -> str:
     if min(height, width) < 1:
         raise ValueError(f"its image is said to have {width} x {height} pixels")
     if isinstance(shape, list):
-        # with fewer than three corners there is no area; pycocotools takes four numbers for a box
+        # fewer than three corners have no area; pycocotools would read four numbers as a box
         polygons = [polygon for polygon in shape if len(polygon) >= 6]
         if not polygons:
             return ""

@@ -1,4 +1,4 @@
-"""Crops of images: where they lie, and the same crop of several images."""
+"""Crops of images: choosing their place, and cutting the same crop from several images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,23 +22,23 @@ class Crop:
 
     @classmethod
     def middle(cls, shape: Sequence[int], size: int) -> Self:
-        """The square of `size` pixels in the middle of an image of shape (h, w, ...)."""
+        """Return the centred square of side `size` in an image of shape (h, w, ...)."""
         return cls((shape[0] - size) // 2, (shape[1] - size) // 2, size, size)
 
     @classmethod
     def random(cls, shape: Sequence[int], size: int, rng: np.random.Generator) -> Self:
-        """A square of `size` pixels anywhere in an image of shape (h, w, ...)."""
+        """Return a random square of side `size` in an image of shape (h, w, ...)."""
         top = int(rng.integers(shape[0] - size + 1))
         left = int(rng.integers(shape[1] - size + 1))
         return cls(top, left, size, size)
 
     def cut(self, image: np.ndarray) -> np.ndarray:
-        """The crop of an image (h, w, ...), a view of it."""
+        """Return the crop of an image (h, w, ...) as a view."""
         part = image[self.top : self.top + self.height, self.left : self.left + self.width]
         return part[:, ::-1] if self.flip else part
 
     def grown(self, margin: int, shape: Sequence[int]) -> Self:
-        """The crop with `margin` more pixels on each side, where an image of shape (h, w, ...) has them."""
+        """Return the crop with `margin` more pixels on each side, limited to an image (h, w, ...)."""
         top = max(0, self.top - margin)
         left = max(0, self.left - margin)
         height = min(shape[0], self.top + self.height + margin) - top
@@ -46,12 +46,12 @@ class Crop:
         return replace(self, top=top, left=left, height=height, width=width)
 
     def inside(self, outer: "Crop") -> Self:
-        """The same pixels, counted from the corner of a larger crop."""
+        """Return this crop in the coordinates of a larger crop around it."""
         return replace(self, top=self.top - outer.top, left=self.left - outer.left)
 
 
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator | None, candidates: int = 1) -> Crop:
-    """The sharpest of `candidates` random squares of `size` pixels; without `rng` the one in the middle."""
+    """Return the sharpest of `candidates` random squares of side `size`; without `rng` the centred one."""
     if rng is None:
         return Crop.middle(image.shape, size)
     crops = [Crop.random(image.shape, size, rng) for _ in range(candidates)]
@@ -61,7 +61,7 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator | None, c
 
 
 def sharpness(image: np.ndarray) -> float:
-    """Variance of the Laplacian of uint8 RGB (h, w, 3): near 0 where nothing is in focus."""
+    """Return the variance of the Laplacian of uint8 RGB (h, w, 3): near 0 if nothing is in focus."""
     return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var())
 
 
@@ -77,7 +77,7 @@ def at_least(image: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ScaledCrop:
-    """A crop of an image of `source` (h, w) after it is scaled to `scaled` (h, w)."""
+    """Crop of an image that is first resized from `source` (h, w) to `scaled` (h, w)."""
 
     source: Size
     scaled: Size
@@ -85,9 +85,9 @@ class ScaledCrop:
 
     @classmethod
     def fit(cls, source: Sequence[int], size: int, rng: np.random.Generator | None = None) -> Self:
-        """A square of `size` pixels of an image of shape (h, w, ...) whose shorter side is scaled to `size`.
+        """Return a square of side `size` of an image (h, w, ...) whose shorter side is scaled to `size`.
 
-        It lies in the middle, or with `rng` anywhere, flipped half the time.
+        It is centred, or with `rng` at a random position and flipped half the time.
         """
         source = (source[0], source[1])
         factor = size / min(source)
@@ -98,7 +98,7 @@ class ScaledCrop:
         return cls(source, scaled, replace(crop, flip=bool(rng.integers(2))))
 
     def cut(self, image: np.ndarray) -> np.ndarray:
-        """The crop of an image (h, w, 3) or (h, w)."""
+        """Return the crop of an image (h, w, 3) or (h, w)."""
         if self.scaled != self.source:
             shrinks = self.scaled[0] < self.source[0]
             method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
@@ -106,13 +106,13 @@ class ScaledCrop:
         return np.ascontiguousarray(self.crop.cut(image))
 
     def cut_mask(self, mask: np.ndarray) -> np.ndarray:
-        """The crop of a mask of 0 and 1, of the same kind; a hole too thin for this scale is kept."""
+        """Return the crop of a mask of 0 and 1 as uint8 0 and 1; a hole too thin for this scale is kept."""
         part = self.cut(mask.astype(np.float32))
         hole = part > 0.5
         return (hole if hole.any() else part > 0).astype(np.uint8)
 
     def over_hole(self, mask: np.ndarray) -> Self:
-        """This crop moved over a pixel of a mask's hole, the middle one in reading order."""
+        """Return this crop moved over the hole of a mask: over its middle pixel in reading order."""
         pixels = np.argwhere(mask)
         middle = pixels[len(pixels) // 2] * self.scaled // mask.shape
         size = self.crop.height

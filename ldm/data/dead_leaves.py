@@ -1,4 +1,4 @@
-"""Dead leaves: images of overlapping textured shapes, sharp sources without a single photo.
+"""Dead leaves: synthetic sharp images of overlapping textured shapes, made without photos.
 
 Lee, Mumford and Huang (Occlusion Models for Natural Images, IJCV 2001) showed that shapes with power-law
 sizes that occlude one another have the edges and scales of photos; Achddou, Gousseau and Ladjal
@@ -13,16 +13,16 @@ import numpy as np
 
 from ldm.data.stream import Key, item_seed
 
-FINE = 2  # drawn at this scale, then reduced, which antialiases the rims
+FINE = 2  # images are drawn at this scale and then reduced, which antialiases the edges
 SHIFT = 4  # cv2 takes coordinates in 1/16 pixel
-COVER = 4  # mean number of leaves over a point: the ground shows at about e^-4 of them
+COVER = 4  # mean number of leaves over a point: about e^-4 of all points show the background
 SMALLEST, LARGEST = 1 / 64, 1 / 3  # radii as fractions of the size
-CORNERS = np.array([3, 4, 4, 5, 6, 24, 24, 24])  # of the leaves; 24 is as good as a disk
+CORNERS = np.array([3, 4, 4, 5, 6, 24, 24, 24])  # numbers of corners to choose from; 24 is almost a disk
 
 
 def dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
     """Draw an image, uint8 RGB (size, size, 3): every leaf has its own colour, shade, stripes and grain."""
-    labels = _labels(size, rng).astype(np.intp)  # (fine, fine), 0 is the ground
+    labels = _labels(size, rng).astype(np.intp)  # (fine, fine), 0 is the background
     count = labels.max() + 1
     y, x = np.indices(labels.shape, np.float32) / FINE
     grey = rng.uniform(20, 235, (count, 1))
@@ -42,15 +42,15 @@ def dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def leaf_radii(count: int, smallest: float, largest: float, rng: np.random.Generator) -> np.ndarray:
-    """Radii (count,) with density ~ r^-3 between two limits, the only law under which scales look alike."""
+    """Sample radii (count,) with density ~ r^-3 between two limits, the only scale-invariant distribution."""
     low, high = smallest**-2, largest**-2
     return (low - rng.random(count) * (low - high)) ** -0.5
 
 
 def _labels(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Number of the leaf in front at each point: int32 (FINE * size, FINE * size), 0 where there is none."""
+    """Draw the number of the front leaf at each point: int32 (FINE * size, FINE * size), 0 for none."""
     mean_square = 2 * math.log(LARGEST / SMALLEST) / (SMALLEST**-2 - LARGEST**-2)  # of the radius
-    count = math.ceil(COVER / (0.65 * math.pi * mean_square))  # with corners: 0.65 of a disk's area
+    count = math.ceil(COVER / (0.65 * math.pi * mean_square))  # a leaf has about 0.65 of its disk's area
     radius = size * leaf_radii(count, SMALLEST, LARGEST, rng)
     corners = rng.choice(CORNERS, count)
     turn = rng.uniform(0, 2 * math.pi, count)
@@ -71,7 +71,7 @@ def _labels(size: int, rng: np.random.Generator) -> np.ndarray:
 def _waves(
     rng: np.random.Generator, count: int, wavelength: tuple[float, float], amplitude: float | np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """A wave for each leaf: angular frequency across and down, phase, amplitude; float32 (count,)."""
+    """Sample a wave per leaf: angular frequency across and down, phase, amplitude; each float32 (count,)."""
     frequency = 2 * math.pi / np.exp(rng.uniform(*np.log(wavelength), count))
     turn, phase = rng.uniform(0, 2 * math.pi, (2, count))
     wave = frequency * np.cos(turn), frequency * np.sin(turn), phase, rng.random(count) * amplitude
@@ -79,7 +79,7 @@ def _waves(
 
 
 def _grain(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random field of four octaves, standard deviation about 1."""
+    """Sample noise of four octaves with standard deviation about 1."""
     total = np.zeros(shape, np.float32)
     for octave in range(1, 5):
         coarse = (shape[0] // 2**octave + 1, shape[1] // 2**octave + 1)
@@ -89,7 +89,7 @@ def _grain(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
 
 
 class DeadLeaves:
-    """Dead leaves as a sharp source of ldm.data.paired.BlurDataset: `length` new images in every epoch."""
+    """Source of dead leaves for ldm.data.paired.BlurDataset: `length` new images in every epoch."""
 
     def __init__(self, size: int, length: int, seed: int):
         if size < 8:
@@ -103,5 +103,5 @@ class DeadLeaves:
         return dead_leaves(self.size, np.random.default_rng([item_seed(self.seed, key), self.size]))
 
     def name(self, key: Key) -> str:
-        """A name in the place of a path."""
+        """Return a display name, where other sources return a path."""
         return f"dead leaves {key}"

@@ -1,4 +1,4 @@
-"""Image files of any kind as pixels: formats, frames, colours, orientation."""
+"""Decode image files of any kind to pixels: formats, frames, colours, orientation."""
 
 import io
 import re
@@ -21,29 +21,29 @@ LEFT_OUT = {
     *(".heic .heif .hif .jxl .jxr .wdp .exr .hdr .svg .psd .psb .xcf .kra .eps .ai".split()),
     *(".dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .raf .rw2 .orf .pef .srw .x3f .3fr .iiq .rwl".split()),
 }
-SAME = 3  # of 255: an RGB profile that moves no colour farther is an sRGB
+SAME = 3  # of 255: an RGB profile that changes no colour by more counts as sRGB
 # The errors that Pillow raises for damaged files.
 DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError, OSError)
 DAMAGED = (*DAMAGED, EOFError, MemoryError, struct.error)
-# Users' own files may have any size; the web page, which takes those of others, sets `max_megapixels`.
+# Users' own files may have any size; the web page, which accepts other people's, sets `max_megapixels`.
 Image.MAX_IMAGE_PIXELS = None
 
 
 class DamagedImage(ValueError):
-    """An image file that cannot be decoded: training and scores pass it over."""
+    """Error for an image file that cannot be decoded; training and evaluation skip the file."""
 
 
 @dataclass
 class Decoded:
-    """The first image of a file as it is stored; `orientation` is EXIF's, 1 to 8."""
+    """First image of a file as stored; `orientation` is EXIF's, 1 to 8."""
 
-    image: Image.Image  # of 8 bits a channel
+    image: Image.Image  # 8 bits per channel
     orientation: int
     frames: int = 1
-    deep: np.ndarray | None = None  # uint16 (h, w, 1 to 4): a TIFF of more bits
+    deep: np.ndarray | None = None  # uint16 (h, w, 1 to 4) of a TIFF with more bits
 
     def rgb(self) -> np.ndarray:
-        """uint8 sRGB (h, w, 3), upright, transparency over white."""
+        """Return uint8 sRGB (h, w, 3), upright, with transparency over white."""
         image = _to_srgb(self.image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -51,7 +51,7 @@ class Decoded:
         return turn(np.array(image.convert("RGB")), self.orientation)
 
     def rgba(self) -> np.ndarray | None:
-        """uint8 sRGB (h, w, 4), upright; None if it has no transparency."""
+        """Return uint8 sRGB (h, w, 4), upright; None if the image has no transparency."""
         if not self.image.has_transparency_data:
             return None
         return turn(np.array(_to_srgb(self.image).convert("RGBA")), self.orientation)
@@ -65,7 +65,7 @@ def tell_frames(path: str | Path, decoded: Decoded) -> None:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[BinaryIO]:
-    """Open the file of an image; errors become a ValueError that names it."""
+    """Open an image file. Raises FileNotFoundError, or DamagedImage that names the file for other errors."""
     path = Path(path)
     if path.suffix.lower() in LEFT_OUT:
         raise DamagedImage(
@@ -79,7 +79,7 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise
     except DAMAGED as error:
-        reason = re.sub(r" <_io\.\S+ .*>$", "", str(error))  # Pillow's name of a file that is open
+        reason = re.sub(r" <_io\.\S+ .*>$", "", str(error))  # Pillow appends the repr of an open file
         raise DamagedImage(f"cannot read image {path}: {reason}") from error
 
 
@@ -115,7 +115,7 @@ def _check_size(width: int, height: int, most: float | None) -> None:
 
 
 def read_size(file: BinaryIO) -> tuple[int, int]:
-    """Width and height of an open file, upright by its EXIF tag, from its header. Raises one of DAMAGED."""
+    """Read the upright (width, height) of an open file from header and EXIF tag. Raises one of DAMAGED."""
     if is_tiff(file):
         with open_tiff(file) as tiff:
             page = tiff.pages[0]
@@ -129,7 +129,7 @@ def read_size(file: BinaryIO) -> tuple[int, int]:
 
 
 def read_exif(file: BinaryIO) -> Image.Exif:
-    """EXIF of an open file, without decoding its pixels. Raises one of DAMAGED."""
+    """Read the EXIF of an open file without decoding its pixels. Raises one of DAMAGED."""
     if not is_tiff(file):
         return Image.Image.getexif(Image.open(file))  # PNG's own method decodes the pixels
     exif = Image.Exif()
@@ -140,7 +140,7 @@ def read_exif(file: BinaryIO) -> Image.Exif:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation 1 to 8; 1 if its EXIF is damaged."""
+    """Return the EXIF orientation, 1 to 8; 1 if the EXIF is missing or damaged."""
     try:
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except DAMAGED:
@@ -148,7 +148,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def turn(values: np.ndarray, orientation: int) -> np.ndarray:
-    """(h, w, ...) as EXIF's orientation wants it to be shown."""
+    """Rotate and flip (h, w, ...) upright according to its EXIF orientation."""
     if orientation in (5, 6, 7, 8):
         values = values.swapaxes(0, 1)
     rows = -1 if orientation in (3, 4, 7, 8) else 1
@@ -157,7 +157,7 @@ def turn(values: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """RGB or RGBA by the image's ICC profile; unchanged, to the bit, without one or with an sRGB profile."""
+    """Convert to sRGB by the ICC profile, as RGB or RGBA; without one or with sRGB the image is unchanged."""
     mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     transform = _transform_to_srgb(image.info.get("icc_profile") or b"", mode)
     if transform is None:
@@ -170,7 +170,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _transform_to_srgb(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """None for an sRGB, and for a profile that is damaged or not of this mode."""
+    """Build the transform to sRGB; None for an sRGB profile, a damaged one, or one of another mode."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
@@ -184,7 +184,7 @@ def _transform_to_srgb(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransf
 
 
 def to_8_bit(image: np.ndarray) -> np.ndarray:
-    """uint8 unchanged; uint16 rounded to uint8."""
+    """Return uint8 unchanged, uint16 rounded to uint8."""
     if image.dtype == np.uint8:
         return image
     return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)

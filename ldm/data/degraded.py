@@ -15,28 +15,28 @@ from ldm.data.stream import Key, first_samples, item_seed, split_key
 from ldm.modules.image_degradation.degrade import DEGRADATIONS, Value, check_degradation, degrade
 from ldm.util import listing
 
-TOKEN = 16  # pixels along a side
+TOKEN = 16  # side in pixels
 
 
 class DegDataset(Dataset):
-    """Photographs and their degraded versions, cropped alike.
+    """Photographs and their degraded versions with identical crops.
 
     `dataset[(epoch, index)]`, or `dataset[index]` for epoch 0, holds `control` (degraded) and `target`
     (clean), each float32 (3, resolution, resolution) in [-1, 1], `prompts`, `name` (the clean file) and
-    `seed`, on which everything random about the sample depends. Each image comes `repeats` times an epoch.
+    `seed`, which determines all random choices. Each image appears `repeats` times an epoch.
     The shorter side is scaled to `resolution` unless `native_crop` crops at full scale; without `random_crop`
-    the crop is the middle. With `lr_data_root` the controls are real degraded images, those that
+    the crop is centred. With `lr_data_root` the controls are the real degraded images that
     `find_pairs(lr_data_root, hr_data_root)` finds, instead of synthetic ones.
 
     The prompt is `instance_prompt`, or with `captions` the text of NAME.txt beside the clean or the degraded
-    image, where there is one.
+    image, if there is one.
 
-    `lr_scale` is the factor lost to downsampling, `noise_level` the standard deviation in [0, 1] units,
+    `lr_scale` is the downsampling factor, `noise_level` the standard deviation in [0, 1] units,
     `blur_radius` the standard deviation of the Gaussian in pixels, `jpeg_quality` 1 to 100,
-    `degradation_strength` that of the other kinds (KINDS), 0 to 1: each a number, or a pair from which it is
-    drawn for every image.
-    Raises ValueError for an unknown degradation or value, images smaller than their crops, pairs of unequal
-    size, captions that are no text.
+    `degradation_strength` the strength of the other kinds (KINDS), 0 to 1: each a number, or a range to
+    sample from for every image.
+    Raises ValueError for an unknown degradation, a value out of range, images smaller than their crops, pairs
+    of unequal size, or captions that are not text.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class DegDataset(Dataset):
         return len(self.targets) * self.repeats
 
     def describe(self) -> str:
-        """Say in a line what the dataset holds."""
+        """Return a one-line summary of the dataset."""
         text = f"{len(self.targets)} images"
         lacking = len(self.targets) - self.captioned
         if self.captioned and lacking:
@@ -130,14 +130,14 @@ class DegDataset(Dataset):
     def apply_degradation(
         self, img: np.ndarray | Image.Image, rng: np.random.Generator | None = None
     ) -> np.ndarray | Image.Image:
-        """Return a degraded copy of an image, uint8 (h, w, 3) or Pillow's, of the same type and size."""
+        """Return a degraded copy of an image, uint8 (h, w, 3) or Pillow image, of the same type and size."""
         rng = np.random.default_rng() if rng is None else rng
         pixels = np.asarray(img.convert("RGB") if isinstance(img, Image.Image) else img)
         degraded = degrade(pixels, rng, self.types, **self.values)
         return Image.fromarray(degraded) if isinstance(img, Image.Image) else degraded
 
     def _draw_crop(self, height: int, width: int, rng: np.random.Generator) -> Callable:
-        """Draw one scale, crop and flip, as a function to apply to both images."""
+        """Choose a scale, crop and flip, and return a function that applies them to an image."""
         side = self.resolution
         scale = 1.0 if self.native_crop else side / min(height, width)
         height, width = max(side, round(height * scale)), max(side, round(width * scale))
@@ -155,18 +155,18 @@ class DegDataset(Dataset):
 
 
 def example_sheet(dataset: Dataset, count: int = 6) -> np.ndarray:
-    """Rows of control and target, uint8 (rows * h, 2 * w, 3), to compare with one's own degraded images."""
+    """Return rows of control and target, uint8 (rows * h, 2 * w, 3), to compare with one's own images."""
     items = first_samples(dataset, count)
     return np.vstack([np.hstack([to_uint8(item["control"]), to_uint8(item["target"])]) for item in items])
 
 
 def check_large(paths: Sequence[Path], resolution: int) -> None:
-    """Read all headers; raises ValueError if a side of an image is shorter than `resolution` pixels."""
+    """Read all headers. Raises ValueError if a side of an image is shorter than `resolution` pixels."""
     small = []
     for path in paths:
         try:
             width, height = image_size(path)
-        except UNREADABLE:  # training says so when it comes to the image
+        except UNREADABLE:  # training reports it
             continue
         if min(width, height) < resolution:
             small.append(f"{path} ({width}x{height})")

@@ -1,4 +1,4 @@
-"""Data for demonstrations: photographs inside scikit-image and dead leaves, blurred by a known camera."""
+"""Data for demonstrations: photographs from scikit-image and dead leaves, with blur of fixed settings."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,13 +11,13 @@ from ldm.data.image import photographs, read_image, write_image
 from ldm.modules.image_degradation.blur import random_blur
 
 TRAIN, HELD_OUT = ("astronaut.png", "motorcycle_left.png"), ("chelsea.png", "coffee.png", "rocket.jpg")
-SIZE, LEAVES = 128, 500  # pixels of the training images; of them, that many are dead leaves
-BLUR_TYPES = ("motion_blur", "gaussian_blur", "defocus_blur")  # lens blur darkens the corners
-CAMERA = {"scale": 0.4, "noise": 0.0}  # of the blurs
+SIZE, LEAVES = 128, 500  # side of the training images in pixels; number of dead leaves among them
+BLUR_TYPES = ("motion_blur", "gaussian_blur", "defocus_blur")  # not lens blur, which darkens the corners
+CAMERA = {"scale": 0.4, "noise": 0.0}  # options of the blurs
 
 
 def write_demo(folder: Path, wanted: Sequence[Path | None]) -> None:
-    """Write train/{blur,sharp}, real (blurred, other scenes) and valid/{blur,sharp}, once, if `wanted`."""
+    """Write train/{blur,sharp}, real (blurred, other scenes) and valid/{blur,sharp} once, if in `wanted`."""
     if folder not in [path.parent for path in wanted if path] or (folder / "finished").is_file():
         return
     for name in ("train/blur", "train/sharp", "real", "valid/blur", "valid/sharp"):
@@ -39,7 +39,7 @@ def write_demo(folder: Path, wanted: Sequence[Path | None]) -> None:
 
 
 def _crops() -> Iterator[np.ndarray]:
-    """Sharp squares: dead leaves, then pieces of photographs."""
+    """Yield sharp squares: dead leaves, then crops of photographs."""
     for number in range(LEAVES):
         yield dead_leaves(SIZE, np.random.default_rng([SIZE, number]))
     for path in photographs(TRAIN):

@@ -1,4 +1,4 @@
-"""Reading and writing images: the one place where files become arrays and arrays become files."""
+"""Read, write and list image files, and convert images between arrays and tensors."""
 
 import os
 import re
@@ -15,26 +15,26 @@ from torch import Tensor
 
 from ldm.data.decode import LEFT_OUT, DamagedImage, decode, opened, read_size, tell_frames
 
-# Formats of photos that Pillow reads.
+# Photo formats that Pillow reads.
 EXTENSIONS = {
     *(".png .apng .jpg .jpeg .jpe .jfif .mpo .tif .tiff .webp .avif .gif .bmp .dib".split()),
     *(".jp2 .j2k .j2c .jpc .jpf .jpx .ppm .pgm .pbm .pnm .pfm .tga .qoi .pcx .sgi".split()),
 }
-# Folders that programs leave beside images; hidden ones are left out as well.
+# Folders that programs leave beside images; hidden folders are skipped as well.
 OF_PROGRAMS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "@Recycle", "#snapshot", "lost+found"}
 OF_PROGRAMS |= {"$RECYCLE.BIN", "System Volume Information"}
-# The errors of an image that training passes over.
+# Errors of images that training skips.
 UNREADABLE = (DamagedImage, FileNotFoundError)
 # Photos inside the scikit-image package, for demonstrations and tests.
 PHOTOGRAPHS = tuple("astronaut.png camera.png chelsea.png coffee.png motorcycle_left.png rocket.jpg".split())
 
 
 def read_image(path: str | Path, max_megapixels: float | None = None) -> np.ndarray:
-    """Read any image as uint8 sRGB (h, w, 3), turned upright by its EXIF tag, transparency over white.
+    """Read any image as uint8 sRGB (h, w, 3), upright by its EXIF tag, with transparency over white.
 
-    Colours are converted by an embedded ICC profile; a damaged one, or one of another mode, is passed over.
-    Raises FileNotFoundError if there is no such file and ValueError if it cannot be decoded, or without
-    trying if it has more than `max_megapixels`. Warns if only the first of several frames is read.
+    Colours are converted by an embedded ICC profile; a damaged one, or one of another mode, is ignored.
+    Raises FileNotFoundError if the file does not exist, and ValueError if it cannot be decoded or has more
+    than `max_megapixels` (checked before decoding). Warns if only the first of several frames is read.
     """
     with opened(path) as file:
         decoded = decode(file, max_megapixels)
@@ -43,40 +43,40 @@ def read_image(path: str | Path, max_megapixels: float | None = None) -> np.ndar
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of an image, upright by its EXIF tag, from its header.
+    """Read the upright (width, height) of an image from its header and EXIF tag.
 
-    Raises FileNotFoundError or ValueError as `read_image` does.
+    Raises FileNotFoundError or ValueError like `read_image`.
     """
     with opened(path) as file:
         return read_size(file)
 
 
 def write_image(path: str | Path, image: np.ndarray, compress_level: int = 6) -> None:
-    """Write uint8 (h, w), (h, w, 3) or (h, w, 4) as PNG; the file appears under its name once it is whole.
+    """Write uint8 (h, w), (h, w, 3) or (h, w, 4) as PNG, atomically.
 
-    Raises OSError that names the file.
+    Raises an OSError that names the file.
     """
     pixels = Image.fromarray(image)
     write_whole(path, lambda temporary: pixels.save(temporary, format="PNG", compress_level=compress_level))
 
 
 def write_whole(path: str | Path, save: Callable[[Path], object]) -> None:
-    """Let `save` fill a temporary file, which then gets its name. Raises OSError that names the file."""
+    """Call `save` on a temporary file and rename it to `path`. Raises an OSError that names the file."""
     path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short: the name itself may be at its limit
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short: the name itself may be very long
     try:
         save(temporary)
         os.replace(temporary, path)
     except OSError as error:
         problem = OSError(f"cannot write {path}: {error}")
-        problem.errno = error.errno  # a full disk gets a hint of its own
+        problem.errno = error.errno  # callers check it for a full disk
         raise problem from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def over_white(image: np.ndarray) -> np.ndarray:
-    """uint8 (h, w, 3) unchanged; (h, w, 4) laid over white."""
+    """Return uint8 (h, w, 3) unchanged, (h, w, 4) composited over white."""
     if image.shape[2] == 3:
         return image
     alpha = image[..., 3:].astype(np.float32) / 255
@@ -84,24 +84,24 @@ def over_white(image: np.ndarray) -> np.ndarray:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """uint8 (or numbers of its range) or uint16 (h, w, c) -> float32 (c, h, w) in [-1, 1]."""
+    """Convert uint8 (or values in its range) or uint16 (h, w, c) to float32 (c, h, w) in [-1, 1]."""
     half = 65535 / 2 if image.dtype == np.uint16 else 255 / 2
     image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     return image.float().div(half).sub(1)
 
 
 def to_uint8(image: Tensor) -> np.ndarray:
-    """Float (c, h, w) in [-1, 1] -> uint8 (h, w, c): clamped, then rounded."""
+    """Convert float (c, h, w) in [-1, 1] to uint8 (h, w, c): clamped, then rounded."""
     return to_pixels(image, np.uint8)
 
 
 def is_finite(image: Tensor) -> bool:
-    """True if no value is NaN or infinite."""
+    """Return True if no value is NaN or infinite."""
     return bool(torch.isfinite(image).all())
 
 
 def to_pixels(image: Tensor, dtype: np.dtype | type) -> np.ndarray:
-    """Float (c, h, w) in [-1, 1] -> uint8 or uint16 (h, w, c), converted on the tensor's device.
+    """Convert float (c, h, w) in [-1, 1] to uint8 or uint16 (h, w, c), on the tensor's device.
 
     Raises ValueError if a value is not finite: it would silently become a black pixel.
     """
@@ -121,16 +121,16 @@ def to_pixels(image: Tensor, dtype: np.dtype | type) -> np.ndarray:
 
 
 def natural_key(path: str | Path) -> tuple[list, str]:
-    """Sort key that puts frame_2 before frame_10; names that differ in case alone have an order too."""
+    """Return a sort key that puts frame_2 before frame_10; names that differ only in case are ordered too."""
     parts = re.split(r"(\d+)", str(path))
     return [int(part) if part.isdecimal() else part.lower() for part in parts], str(path)
 
 
 def walk(folder: str | Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Each real folder at or below `folder` once: its path, the names of folders and of files in it.
+    """Yield each real folder at or below `folder` once: its path, its subfolders' names and its files' names.
 
-    Links are followed, but not back to a folder that they lie in. Hidden names are left out, and folders that
-    programs leave. The caller may remove names of folders, which are then not entered.
+    Links are followed, except to a folder that contains them. Hidden names and the folders in OF_PROGRAMS are
+    skipped. The caller may remove names of subfolders, which are then not entered.
     """
     seen = set()
     for here, folders, files in os.walk(folder, onerror=_warn_of_folder, followlinks=True):
@@ -148,7 +148,7 @@ def walk(folder: str | Path) -> Iterator[tuple[Path, list[str], list[str]]]:
                 plain.append(name)
             elif not Path(real).is_relative_to(os.path.realpath(path)):
                 links.append(name)
-        folders[:] = plain + links  # a folder that is linked too is listed under its own name
+        folders[:] = plain + links  # links last: a folder is listed under its own name first
         yield Path(here), folders, [name for name in files if not name.startswith(".")]
 
 
@@ -157,10 +157,10 @@ def _warn_of_folder(error: OSError) -> None:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Images below `folder` (by extension, see `walk`) in natural order.
+    """List the images below `folder` (by extension, see `walk`) in natural order.
 
-    Warns of files that are left out, since their formats are not read. Raises FileNotFoundError if the folder
-    does not exist or holds no image.
+    Warns about files in formats that are not read (LEFT_OUT). Raises FileNotFoundError if the folder does not
+    exist or holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -184,14 +184,14 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def photographs(names: tuple[str, ...] = PHOTOGRAPHS) -> list[Path]:
-    """Paths of the photos inside scikit-image: nothing to download."""
+    """Return the paths of photos in the scikit-image package; nothing is downloaded."""
     from skimage import data
 
     return [Path(data.__file__).parent / name for name in names]
 
 
 def side_by_side(images: list[np.ndarray], gap: int = 4) -> np.ndarray:
-    """uint8 images (h, w, 3) in one row, top-aligned on white, `gap` pixels apart."""
+    """Join uint8 images (h, w, 3) in one row, top-aligned on white, `gap` pixels apart."""
     height = max(image.shape[0] for image in images)
     row = np.full((height, sum(image.shape[1] + gap for image in images) - gap, 3), 255, np.uint8)
     x = 0

@@ -22,15 +22,15 @@ from ldm.holes import CoarseFill, fill_classically
 from ldm.modules.image_degradation.masks import fit_area, pixel_limits, random_mask
 
 MaskType = Literal["rectangle", "irregular", "mixed", "object", "folder"]
-USABLE = 0.25  # an object this much smaller than the smallest hole is not grown into one
+USABLE = 0.25  # objects below this fraction of the smallest hole's area are not grown into one
 
 
 def make_hint(image: Tensor, mask: Tensor, channels: int = 3, is_filled: bool = False) -> Tensor:
-    """Make the input of an inpainting ControlNet: RGB in [0, 1] with -1 in the hole; with 4 `channels` the
-    mask is the fourth. It is the convention of control_v11p_sd15_inpaint.
+    """Make the input of an inpainting ControlNet like control_v11p_sd15_inpaint: RGB in [0, 1], hole -1.
 
-    image (..., 3, h, w) in [-1, 1] and mask (..., 1, h, w), a hole where above 0.5 -> (..., channels, h, w).
-    The hole of an image that `is_filled`, coarsely and by another method, is kept.
+    image (..., 3, h, w) in [-1, 1] and mask (..., 1, h, w), hole where above 0.5 -> (..., channels, h, w).
+    With 4 `channels` the mask is the fourth. If the hole already `is_filled`, coarsely by another method, it
+    is kept instead of set to -1.
     """
     hole = mask > 0.5
     hint = (image + 1) / 2
@@ -40,22 +40,22 @@ def make_hint(image: Tensor, mask: Tensor, channels: int = 3, is_filled: bool = 
 
 
 class CocoInpaintingDataset(Dataset):
-    """Square crops with a hole each, under the names that a ControlNet's training expects.
+    """Square crops with one hole each, in the dictionary format of ControlNet training.
 
     `dataset[(epoch, index)]` (or `dataset[index]`, which is epoch 0) is a dictionary of jpg (h, w, 3) in
-    [-1, 1], mask (h, w, 1) with 1 in the hole, hint (h, w, hint_channels) as `make_hint` says (the masked
-    image), txt the prompt, path and the item's `seed`, on which all that is random depends.
+    [-1, 1], mask (h, w, 1) with 1 in the hole, hint (h, w, hint_channels) from `make_hint` (the masked
+    image), txt (the prompt), path, and `seed`, which determines all random choices.
 
-    The shorter side is scaled to `size`; the crop is in the middle, or with `augment` anywhere and flipped
-    half the time. `mask_type` is "rectangle", "irregular" or "mixed" (see masks.py in image_degradation);
-    "object", shapes from `ann_file`, and mixed holes for images without a usable shape; or "folder", masks
-    from `mask_dir` (white is the hole): the image's own (see MaskFolder), else any. All holes cover
-    `mask_ratio` of the crop: shapes of other sizes are grown or shrunk. A prompt is one of the image's
-    captions in `captions_file`, or NAME.txt beside it, or `prompt`; the fraction `prompt_dropout` is empty.
-    `coarse_fill` is a method of ldm.holes that fills the hole of the hint, instead of -1.
-    `paths` are images in `image_dir` to use instead of all.
+    The shorter side is scaled to `size`; the crop is centred, or with `augment` at a random position and
+    flipped half the time. `mask_type` is "rectangle", "irregular" or "mixed" (see masks.py in
+    image_degradation); "object" (shapes from `ann_file`; mixed holes for images without a usable shape); or
+    "folder" (masks from `mask_dir`, white is the hole: the image's own, see MaskFolder, else any). Holes
+    whose fraction of the crop lies outside `mask_ratio` are grown or shrunk. The prompt is one of the image's
+    captions in `captions_file`, else NAME.txt beside it, else `prompt`; with probability `prompt_dropout` it
+    is empty. `coarse_fill` is a method of ldm.holes that fills the hole of the hint, instead of -1.
+    `paths` are the images in `image_dir` to use, by default all.
 
-    Raises FileNotFoundError or ValueError that names what is missing or wrong.
+    Raises FileNotFoundError or ValueError that names the missing or wrong item.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class CocoInpaintingDataset(Dataset):
             self._find_masks(MaskFolder(mask_dir, image_dir), [path.relative_to(image_dir) for path in paths])
 
     def _find_masks(self, folder: MaskFolder, names: list[Path]) -> None:
-        """Keep all masks, and the rows of each image's own ones: those of its path, or of its name alone."""
+        """Store all masks and the rows of each image's own, matched by its path or else its name alone."""
         rows = {path: row for row, path in enumerate(folder.paths)}
         own, starts = [], [0]
         for name in names:
@@ -114,7 +114,7 @@ class CocoInpaintingDataset(Dataset):
 
     @staticmethod
     def _records(path: str | Path, kind: str, names: list[str]) -> tuple[CocoRecords, np.ndarray]:
-        """Records of a COCO json, and the row of each image in them (-1: none)."""
+        """Read the records of a COCO json, and the row of each image in them (-1: none)."""
         records = CocoRecords(path, kind)
         rows = records.rows(names)
         if (rows < 0).all():
@@ -157,7 +157,7 @@ class CocoInpaintingDataset(Dataset):
         return "" if torch.rand((), generator=generator) < self.prompt_dropout else prompt
 
     def _mask(self, index: int, crop: ScaledCrop, rng: np.random.Generator) -> np.ndarray:
-        """The hole of a crop, uint8 (size, size): 1 in the hole."""
+        """Return the mask of a crop, uint8 (size, size): 1 in the hole."""
         if self.mask_type == "folder":
             return fit_area(self._own_mask(index, crop, rng), self.mask_ratio)
         if self.mask_type != "object":
@@ -168,9 +168,9 @@ class CocoInpaintingDataset(Dataset):
         return mask
 
     def _own_mask(self, index: int, crop: ScaledCrop, rng: np.random.Generator) -> np.ndarray:
-        """The crop of a mask: of one of the image's own, or of any if it has none.
+        """Return the crop of one of the image's own masks, or of any mask if it has none.
 
-        If the hole lies outside the crop, the mask is cropped where its hole is.
+        If the hole lies outside the crop, the mask is cropped at its hole instead.
         """
         start, end = self.own_starts[index : index + 2]
         row = self.own_masks[rng.integers(start, end)] if end > start else rng.integers(len(self.masks))
@@ -183,13 +183,13 @@ class CocoInpaintingDataset(Dataset):
         return hole if hole.any() else crop.over_hole(mask).cut_mask(mask)
 
     def _object_mask(self, index: int, crop: ScaledCrop, rng: np.random.Generator) -> np.ndarray | None:
-        """The crop of the first object, in random order, that is large enough in it; None without one."""
+        """Return the mask of the first object, in random order, that is large enough in the crop, or None."""
         row = self.object_rows[index]
         records = self.objects.of(row)
         least, _ = pixel_limits(self.size, self.size, self.mask_ratio)
         for n in rng.permutation(len(records)):
             mask = self.objects.mask(row, records[n])
-            if mask.shape != crop.source:  # rotated by its EXIF tag, say
+            if mask.shape != crop.source:  # for example if rotated by its EXIF tag
                 return None
             mask = crop.cut_mask(mask)
             if cv2.countNonZero(mask) >= max(1, USABLE * least):

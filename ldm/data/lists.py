@@ -1,4 +1,4 @@
-"""Files that name pairs: json lines and lists of two columns."""
+"""Read files that list pairs: json lines and two-column lists."""
 
 import csv
 import json
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ldm.data.scenes import path_side
 
-CAPTIONS = ("caption", "text", "prompt")  # names of a line's caption, the first that is there counts
+CAPTIONS = ("caption", "text", "prompt")  # keys of a line's caption; the first present one is used
 Paths = tuple[Path, Path]  # blurry, sharp
 
 
 def read_json_list(file: Path, data_root: str | Path | None = None) -> list[tuple[Path, Path, dict]]:
-    """Pairs of a blur_types.json with their records; bare names may lie in blur_images and clear_images."""
+    """Read pairs and records of a blur_types.json; bare names may lie in blur_images and clear_images."""
     pairs = []
     for where, record in json_lines(file):
         blurry = _find(where, file, data_root, record["blur_image"], "blur_images")
@@ -24,7 +24,7 @@ def read_json_list(file: Path, data_root: str | Path | None = None) -> list[tupl
 
 
 def json_lines(file: Path) -> Iterator[tuple[str, dict]]:
-    """Records of a data set, each with "file:number" for messages; ValueError for any other line."""
+    """Yield each record with its "file:number" for messages. Raises ValueError for an invalid line."""
     for where, line in _lines(file):
         try:
             record = json.loads(line)
@@ -43,9 +43,9 @@ def _are_texts(record: dict, *keys: str) -> bool:
 
 
 def read_list(file: Path, data_root: str | Path | None = None) -> tuple[list[Paths], bool]:
-    """Pairs of a list of columns, and whether the names tell which column is the blurry one.
+    """Read the pairs of a two-column list, and whether the file names tell which column is blurry.
 
-    Raises ValueError where they contradict each other.
+    Raises ValueError if the names contradict each other.
     """
     pairs, orders = [], {}  # orders: side of the first column -> the first line that tells it
     for where, line in _lines(file):
@@ -66,7 +66,7 @@ def read_list(file: Path, data_root: str | Path | None = None) -> tuple[list[Pat
 
 
 def _first_side(where: str, first: str, second: str) -> str:
-    """The side of the first of two paths, "" if no name tells it."""
+    """Return the side ("sharp" or "blurry") of the first of two paths, "" if the names do not tell."""
     sides = (path_side(first, second), path_side(second, first))
     if sides[0] and sides[0] == sides[1]:
         raise ValueError(f"{where}: both columns are {sides[0]} images by their names")
@@ -75,7 +75,7 @@ def _first_side(where: str, first: str, second: str) -> str:
 
 
 def _columns(where: str, line: str) -> list[str]:
-    """The two paths of a line, with a tab between them, or a space; double quotes may hold a path."""
+    """Split a line into its two paths, separated by a tab or a space; double quotes may enclose a path."""
     separator = "\t" if "\t" in line else " "
     try:
         names = next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True))
@@ -88,7 +88,7 @@ def _columns(where: str, line: str) -> list[str]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file that are neither empty nor a comment, each with "file:number"."""
+    """Yield the lines of a text file, except empty lines and comments, each with its "file:number"."""
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {file}")
     try:
@@ -101,15 +101,15 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _find(where: str, file: Path, data_root: str | Path | None, name: str, inside: str = "") -> Path:
-    """The file of a name: below `data_root`, or the list's folder, or the current one; the first counts.
+    """Find the first existing file `name` below `data_root`, the list's folder or the current folder.
 
-    A bare name may also lie in the folder `inside` of these.
+    A bare name may also lie in the subfolder `inside` of these.
     """
     roots = [*([Path(data_root)] if data_root else []), file.parent, Path()]
     folders = ["", inside] if inside and Path(name).name == name else [""]
     paths = [root / folder / name for root in roots for folder in folders]
     for path in paths:
-        if os.path.isfile(path):  # False as well for names that no file can have
+        if os.path.isfile(path):  # also False for invalid names
             return path
     raise FileNotFoundError(f"{where}: image not found: {', nor '.join(dict.fromkeys(map(str, paths)))}")
 

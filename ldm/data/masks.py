@@ -15,20 +15,20 @@ from ldm.data.image import list_images
 
 MARK = re.compile(r"_mask\d*$")  # a_mask.png, and a_mask001.png as LaMa's data sets have it
 HOW = "paint the hole white (255) on black, without transparency"
-SAMPLED = 100_000  # pixels are enough to tell paint from a photo
-CHECKED = 500  # masks that are read before training, to see what a folder holds
+SAMPLED = 100_000  # pixels: enough to tell paint from a photo
+CHECKED = 500  # number of masks that are read before training to check a folder
 
 
 def read_mask(path: str | Path, max_megapixels: float | None = None) -> np.ndarray:
-    """The hole that a mask file describes: uint8 (h, w), 1 in the hole and 0 elsewhere.
+    """Read a mask file as uint8 (h, w): 1 in the hole and 0 elsewhere.
 
-    An opaque mask: the hole is brighter than 127, so soft brushes and JPEG noise become a hard edge. White
-    paint on a transparent layer: the paint is the hole. A photo with a transparent part: that part is the
-    hole. Pixels count as transparent up to an alpha of 127. A black mask has no hole.
+    In an opaque mask the hole is brighter than 127, so soft brushes and JPEG noise become a hard edge. White
+    paint on a transparent layer is the hole. In a photo with a transparent part that part is the hole.
+    Pixels count as transparent up to an alpha of 127. A black mask has no hole.
 
-    Raises FileNotFoundError and ValueError as `read_image` does, and ValueError for a mask that is neither
-    black nor has white (values 0 and 1), for transparency that can be read in two ways, and for an opaque
-    image in colour.
+    Raises FileNotFoundError and ValueError like `read_image`, and ValueError for a mask that is not black but
+    nowhere brighter than 127 (such as values 0 and 1), for ambiguous or complete transparency, and for an
+    opaque image in colour.
     """
     with opened(path) as file:
         decoded = decode(file, max_megapixels)
@@ -45,7 +45,7 @@ def read_mask(path: str | Path, max_megapixels: float | None = None) -> np.ndarr
 
 
 def _read_layer(rgba: np.ndarray, path: str | Path) -> np.ndarray:
-    """The hole (h, w) of an image (h, w, 4) that is transparent in parts; ValueError if unclear."""
+    """Return the hole (h, w) of a partly transparent image (h, w, 4). Raises ValueError if ambiguous."""
     visible = rgba[..., 3] > 127
     if not visible.any():
         raise ValueError(f"{path} is transparent everywhere, so that it shows no hole: {HOW}")
@@ -55,7 +55,7 @@ def _read_layer(rgba: np.ndarray, path: str | Path) -> np.ndarray:
         return visible
     coarse = (pixels >> 4).astype(np.int64) @ (256, 16, 1)  # one of 16 ** 3 colours
     counts = np.sort(np.bincount(coarse))
-    if counts[-2:].sum() < 0.8 * len(pixels):  # the many colours of a photo: its two most common hold 35%
+    if counts[-2:].sum() < 0.8 * len(pixels):  # photos have many: their two most common cover 35%
         return ~visible
     colour = tuple(np.median(pixels, axis=0).astype(int).tolist())
     raise ValueError(
@@ -65,7 +65,7 @@ def _read_layer(rgba: np.ndarray, path: str | Path) -> np.ndarray:
 
 
 def read_hole(path: str | Path) -> np.ndarray:
-    """`read_mask` of a mask to train on. Raises ValueError also for a black one."""
+    """Read a mask to train on like `read_mask`, but raise ValueError for a black one as well."""
     mask = read_mask(path)
     if not mask.any():
         raise ValueError(f"{path} has no hole to train on, its brightest value is 0 of 255: {HOW}")
@@ -73,9 +73,9 @@ def read_hole(path: str | Path) -> np.ndarray:
 
 
 def check_masks(paths: Sequence[str | Path]) -> None:
-    """Read up to CHECKED masks, evenly spread. Raises ValueError for a mask without a hole.
+    """Read up to CHECKED evenly spaced masks. Raises ValueError like `read_hole`.
 
-    Damaged files are passed over: training reports them when it meets them.
+    Damaged files are skipped; training reports them.
     """
     chosen = paths[:: max(1, -(-len(paths) // CHECKED))]
     for path in tqdm(chosen, "checking masks", unit="mask", leave=False, delay=2):
@@ -84,10 +84,10 @@ def check_masks(paths: Sequence[str | Path]) -> None:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], path: str | Path) -> np.ndarray:
-    """A mask (h, w) from `path` at another size of the same shape (h, w), with a warning.
+    """Resize a mask (h, w) read from `path` to `size` (h, w), with a warning.
 
-    A pixel is in the hole if any part of it is. Raises ValueError for a mask of another shape: more than 2%
-    wider or higher.
+    A pixel is in the hole if any part of it is. Raises ValueError if the aspect ratio changes by more than
+    2%.
     """
     if mask.shape == tuple(size):
         return mask
@@ -102,7 +102,7 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int], path: str | Path) -> np
 
 
 def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """True if two sizes (h, w) have the same aspect ratio within 2%."""
+    """Return True if two sizes (h, w) have the same aspect ratio within 2%."""
     return 0.98 < (size[1] / size[0]) / (other[1] / other[0]) < 1.02
 
 
@@ -110,7 +110,7 @@ def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 def list_photographs(folder: str | Path, masks: str | Path | None = None) -> list[Path]:
-    """Images below `folder` that are not masks (see without_masks).
+    """List the images below `folder` that are not masks (see without_masks).
 
     Raises FileNotFoundError if there is no photo.
     """
@@ -118,10 +118,10 @@ def list_photographs(folder: str | Path, masks: str | Path | None = None) -> lis
 
 
 def without_masks(paths: list[Path], folder: Path, masks: str | Path | None = None) -> list[Path]:
-    """The photos among `paths`, the images below `folder`.
+    """Return `paths`, the images below `folder`, without the masks.
 
-    Masks are NAME_mask and NAME_mask001 beside an image NAME, and `masks` (a file, or a folder and all below
-    it) if it lies below `folder`. Raises FileNotFoundError if there is no photo.
+    Masks are NAME_mask and NAME_mask001 beside an image NAME, and `masks` (a file, or a folder with all its
+    images) if it lies below `folder`. Raises FileNotFoundError if there is no photo.
     """
     names = {path.with_suffix("") for path in paths}
     inside = _seen_from(folder, masks) if masks else None
@@ -134,10 +134,10 @@ def without_masks(paths: list[Path], folder: Path, masks: str | Path | None = No
 
 
 class MaskFolder:
-    """The masks below a folder, by the names of their photos; the folder is listed once."""
+    """Masks below a folder, found by the names of their photos; the folder is listed only once."""
 
     def __init__(self, folder: str | Path, photographs: str | Path):
-        """`photographs` is the folder of the photos, which may lie beside their masks.
+        """List the masks below `folder`, without the photos if their folder `photographs` lies there too.
 
         Raises FileNotFoundError if there is no mask.
         """
@@ -157,13 +157,13 @@ class MaskFolder:
                 self.marked.setdefault(owner, []).append(path)
 
     def of(self, name: Path) -> list[Path]:
-        """The masks of the photo `name`, its path below the folder of photos: NAME_mask and NAME_mask001, or
-        else NAME; perhaps none."""
+        """Return the masks of a photo, given by its path below the folder of photos: NAME_mask and
+        NAME_mask001, else NAME; [] if there is none."""
         key = name.with_suffix("")
         return self.marked.get(key) or self.named.get(key) or []
 
     def find(self, name: Path) -> Path:
-        """The one mask of the photo `name`.
+        """Return the only mask of the photo `name`.
 
         Raises FileNotFoundError if there is none, ValueError if there are several.
         """
@@ -177,12 +177,12 @@ class MaskFolder:
 
 
 def _without_mark(path: Path) -> Path | None:
-    """The path of the photo whose mask is called so, without a suffix; None if it is no mask's name."""
+    """Return the path, without suffix, of the photo that a mask belongs to; None if `path` is no mask."""
     stem, marks = MARK.subn("", path.stem)
     return path.with_name(stem) if marks and stem else None
 
 
 def _seen_from(folder: Path, other: str | Path) -> Path | None:
-    """`other` as a path in a listing of `folder`, or `folder` itself; None if it lies elsewhere."""
+    """Return `other` as a path that starts with `folder`; None if it is not at or below `folder`."""
     base, place = folder.resolve(), Path(other).resolve()
     return folder / place.relative_to(base) if place.is_relative_to(base) else None

@@ -16,16 +16,16 @@ from ldm.data.pairs import Pair, check_alike
 from ldm.data.stream import Key, item_seed, split_key
 from ldm.modules.image_degradation.blur import BLUR_TYPES, random_blur
 
-BLUR_MARGIN = 32  # pixels around a crop that are blurred with it, so that its borders are true
+BLUR_MARGIN = 32  # pixels around a crop that are blurred with it, so that its borders are correct
 BLUR_NAMES = tuple(BLUR_TYPES)
 LUMA = np.array([0.299, 0.587, 0.114])
-Crops = tuple[np.ndarray, np.ndarray, str, str]  # blurry, sharp, where they come from, blur type
+Crops = tuple[np.ndarray, np.ndarray, str, str]  # blurry, sharp, path or name of their source, blur type
 
 # ---- sources of images: anything with `len`, `source[key]` (uint8 RGB) and `source.name(key)` -----------
 
 
 class ImageFiles:
-    """Images on disk as uint8 RGB (h, w, 3) by key; with `cache` all are decoded once and kept."""
+    """Images on disk as uint8 RGB (h, w, 3) by key; with `cache` all are decoded once and kept in memory."""
 
     def __init__(self, paths: Sequence[Path], cache: bool = False):
         self.paths = list(paths)
@@ -45,12 +45,12 @@ class ImageFiles:
         return read_image(path) if image is None else image
 
     def name(self, key: Key) -> str:
-        """Path of the image."""
+        """Return the path of the image."""
         return str(self.paths[split_key(key)[1]])
 
 
 def _decoded(path: Path) -> np.ndarray | None:
-    """The image, or None for one that cannot be read: that is an error only when it is asked for."""
+    """Read an image, or return None if it cannot be read: the error is raised when the image is used."""
     try:
         return read_image(path)
     except UNREADABLE:
@@ -58,9 +58,9 @@ def _decoded(path: Path) -> np.ndarray | None:
 
 
 class ConcatSource:
-    """Several sources as one, such as ImageFiles and ldm.data.dead_leaves.DeadLeaves.
+    """Concatenation of sources such as ImageFiles and ldm.data.dead_leaves.DeadLeaves.
 
-    `sources` are pairs of a source and how often each of its images comes in an epoch: that is the ratio.
+    `sources` are pairs of a source and the number of times that each of its images appears in an epoch.
     """
 
     def __init__(self, *sources: tuple[Any, int]):
@@ -78,7 +78,7 @@ class ConcatSource:
         return source[epoch, index]
 
     def name(self, key: Key) -> str:
-        """The name that the image has in its own source."""
+        """Return the image's name in its own source."""
         epoch, place = split_key(key)
         source, index = self.places[place]
         return source.name((epoch, index))
@@ -88,13 +88,13 @@ class ConcatSource:
 
 
 class CropDataset(Dataset):
-    """The part that paired and synthesised data share: one crop, one rotation and one colour for both images.
+    """Base class of paired and synthetic data: the same crop, rotation and colour change for both images.
 
     `dataset[(epoch, index)]` (or `dataset[index]`, which is epoch 0) is a dictionary of `blurry` and `sharp`,
-    float32 (3, size, size) in [-1, 1], `path`, `blur_type` and the item's `seed`, on which all that is random
-    depends. Images smaller than `size` are scaled up. Without `augment` the crop is in the middle; with
-    it the crop is anywhere, flipped and rotated by 90 degrees. `color_jitter` (0.1 is mild) varies
-    brightness, contrast, saturation and white balance.
+    float32 (3, size, size) in [-1, 1], `path`, `blur_type` and `seed`, which determines all random choices.
+    Images smaller than `size` are scaled up. The crop is centred, or with `augment` at a random position and
+    randomly flipped and rotated by multiples of 90 degrees. `color_jitter` (0.1 is mild) varies brightness,
+    contrast, saturation and white balance.
     """
 
     def __init__(self, length: int, size: int, seed: int, augment: bool = False, color_jitter: float = 0.0):
@@ -124,16 +124,16 @@ class CropDataset(Dataset):
         return {**images, "path": path, "blur_type": blur_type, "seed": seed}
 
     def _crops(self, key: Key, rng: np.random.Generator) -> Crops:
-        """Blurry and sharp uint8 (size, size, 3), where they come from, and the blur type."""
+        """Return blurry and sharp uint8 (size, size, 3), their source's path or name, and the blur type."""
         raise NotImplementedError
 
     def _crop(self, image: np.ndarray, rng: np.random.Generator, candidates: int = 1) -> Crop:
-        """The crop of an image: with augmentation the sharpest of `candidates` random ones."""
+        """Choose the centred crop of an image, or with `augment` the sharpest of `candidates` random ones."""
         return random_crop(image, self.size, rng if self.augment else None, candidates)
 
 
 class PairedDataset(CropDataset):
-    """Crops of pairs on disk; the two images of a pair must have one size (ValueError names both).
+    """Crops of pairs on disk; the two images of a pair must have the same size (ValueError names both).
 
     `options` are `augment` and `color_jitter` of CropDataset; with `cache` all images are kept in memory.
     With `match_colors` the sharp image gets the mean colour of the blurry one: the two sides of video data
@@ -168,12 +168,12 @@ class PairedDataset(CropDataset):
 
 
 class BlurDataset(CropDataset):
-    """Pairs from sharp images alone: the blur is new in every epoch.
+    """Pairs made from sharp images alone, with new blur in every epoch.
 
     `images` is a list of paths, or a source such as ldm.data.dead_leaves.DeadLeaves. `blur_options` are those
-    of `random_blur` (`scale`, `noise`, `jpeg_probability`), and `field` is the fall-off of lens blur, which a
-    crop of a larger image does not have. Of `candidates` crops the sharpest is taken: in photos of a shallow
-    focus most are blurred.
+    of `random_blur` (`scale`, `noise`, `jpeg_probability`), and `field` sets lens_blur's fall-off of light
+    towards the corners, which a crop of a larger image does not have. The sharpest of `candidates` crops is
+    used: in photos with a shallow focus most crops are blurred.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class BlurDataset(CropDataset):
 
 
 class MixedDataset(CropDataset):
-    """Crops of `dataset`, the fraction `fraction` of them replaced by crops of any item of `pairs`."""
+    """Crops of `dataset`, with the fraction `fraction` replaced by crops of random items of `pairs`."""
 
     def __init__(self, dataset: CropDataset, pairs: CropDataset, fraction: float):
         super().__init__(len(dataset), dataset.size, dataset.seed)
@@ -226,14 +226,14 @@ def blur_crop(
     blur_types: Sequence[str] = BLUR_NAMES,
     **options: float,
 ) -> tuple[np.ndarray, str, dict]:
-    """Blur a crop of an image with its surroundings: the blurred crop, blur type, parameters of the blur."""
+    """Blur a crop with its surroundings; return the blurred crop, the blur type and the blur's parameters."""
     around = crop.grown(BLUR_MARGIN, image.shape)
     blurred, blur_type, parameters = random_blur(around.cut(image), rng, blur_types, **options)
     return crop.inside(around).cut(blurred), blur_type, parameters
 
 
 def color_matrix(rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Random brightness, contrast, saturation and white balance as one affine map (3, 4) of RGB in [0, 1]."""
+    """Sample brightness, contrast, saturation and white balance as one affine map (3, 4) of RGB in [0, 1]."""
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
     balance = rng.uniform(1 - strength / 2, 1 + strength / 2, 3)
     mix = saturation * np.eye(3) + (1 - saturation) * LUMA  # towards each pixel's own grey

@@ -1,4 +1,4 @@
-"""Pairs of a blurry and a sharp image: finding them on disk, checking them, splitting them by scene."""
+"""Pairs of a blurry and a sharp image: find them on disk, check them, split them by scene."""
 
 import os
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ Paths = tuple[Path, Path]  # blurry, sharp
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images of one scene; `group` names the photo or sequence that they come from."""
+    """Two images of one scene; `group` names the photo or sequence they come from."""
 
     blurry: Path
     sharp: Path
     blur_type: str = ""
     group: str = ""
-    caption: str = ""  # that of the pair's line in a list
+    caption: str = ""  # from the pair's line in a list
 
 
 def find_pairs(
@@ -38,20 +38,20 @@ def find_pairs(
 ) -> list[Pair]:
     """Find pairs, in natural order. `source` is one of:
 
-    - a folder, with `sharp_dir` another: files of the same relative path are pairs, whatever their
-      extensions (see match_folders);
+    - a folder, with `sharp_dir` as the second one: files of the same relative path are pairs, regardless of
+      their extensions (see match_folders);
     - a folder made by tool_make_deblur_dataset.py, or its blur_types.json (any .json or .jsonl);
-    - a tree: every folder at or below `source` that holds one folder of blurry and one of sharp images, by
-      words in their names (BLURRY and SHARP in ldm/data/scenes.py);
-    - HIDE: folders of blurry images, and one of all sharp ones in `source` or beside it;
-    - a list file, one pair a line: two paths with a tab between them, or with a space, and then a path that
-      has spaces itself stands in double quotes; lines that are empty or begin with # are skipped. The names
-      tell which column is the sharp one, else the blurry one is first.
+    - a tree: every folder at or below `source` that holds one folder of blurry and one of sharp images,
+      recognised by words in their names (BLURRY and SHARP in ldm/data/scenes.py);
+    - HIDE: folders of blurry images, and one folder of all sharp images in, beside or above `source`;
+    - a list file with one pair per line: two paths separated by a tab, or by a space if paths that contain
+      spaces are in double quotes; empty lines and lines that begin with # are skipped. The file names tell
+      which column is sharp; if they do not, the blurry one is first.
     A list that is not in the current folder is looked for in `data_root`. Paths inside a file are relative to
     `data_root`, else to the file's own folder or the current one.
 
-    Raises FileNotFoundError or ValueError that names the file, the line or the unmatched image, or
-    says that the pairs are reversed (with `blurred`: if names tell nothing, by a sample of the images).
+    Raises FileNotFoundError or ValueError that names the file, the line or the unmatched image, or reports
+    reversed pairs (with `blurred`, and if names do not tell, by comparing the sharpness of a sample).
     """
     source = _located(Path(source), data_root)
     names_tell = True
@@ -78,7 +78,7 @@ def find_pairs(
 
 
 def _located(source: Path, data_root: str | Path | None) -> Path:
-    """`source`, or the list file of that name in `data_root`."""
+    """Return `source`, or if it does not exist the list file of that name in `data_root`."""
     if source.exists() or not data_root:
         return source
     inside = Path(data_root) / source
@@ -88,10 +88,10 @@ def _located(source: Path, data_root: str | Path | None) -> Path:
 
 
 def match_folders(blurry_dir: str | Path, sharp_dir: str | Path) -> list[Paths]:
-    """Pairs of images of one relative path in two folders, but for extensions and words of the sides.
+    """Match the images of two folders by relative path, ignoring extensions and words such as blur and gt.
 
-    So a/blur_1.png and a/gt_1.png form a pair, and so are the only images of two folders (RSBlur). Raises
-    ValueError if the two are one folder, or for images without a counterpart.
+    So a/blur_1.png and a/gt_1.png form a pair, and so do the images of two folders with one image each
+    (RSBlur). Raises ValueError if both are the same folder, or for images without a counterpart.
     """
     check_apart(blurry_dir, sharp_dir)
     blurry, sharp = _by_place(Path(blurry_dir)), _by_place(Path(sharp_dir))
@@ -114,7 +114,7 @@ def _by_place(folder: Path) -> dict[PurePosixPath, Path]:
 
 
 def check_apart(blurry: str | Path, sharp: str | Path) -> None:
-    """Raise ValueError if the folders of blurry and of sharp images are one, perhaps by a link."""
+    """Raise ValueError if the folders of blurry and sharp images are the same one, directly or by a link."""
     if os.path.realpath(blurry) == os.path.realpath(sharp):
         raise ValueError(f"the blurry and the sharp images are one folder, {sharp}: give two")
 
@@ -125,7 +125,7 @@ def _refuse_singles(single: list[Path]) -> None:
 
 
 def _grouped(pairs: Sequence[Paths], root: Path | None = None) -> list[Pair]:
-    """Pairs with their scenes, told by the paths of the sharp images from `root`, or from where all are."""
+    """Add scenes to pairs, from the sharp images' paths relative to `root` or to their common folder."""
     places = [place(sharp.relative_to(root) if root else Path(os.path.abspath(sharp))) for _, sharp in pairs]
     if places and not root:
         common = os.path.commonpath([where.parent for where in places])
@@ -150,7 +150,7 @@ def _json_pairs(file: Path, data_root: str | Path | None) -> list[Pair]:
 
 
 def _tree_pairs(root: Path) -> list[Pair]:
-    """Pairs of all folders at or below `root` that hold a folder of each side; else HIDE's."""
+    """Find the pairs of all folders at or below `root` that hold a folder of each side, else HIDE's."""
     found, lone = _pair_folders(root)
     if found and lone:
         other = "sharp" if side(lone[0].name) == "blurry" else "blurry"
@@ -168,16 +168,16 @@ def _tree_pairs(root: Path) -> list[Pair]:
 
 
 def _pair_folders(root: Path) -> tuple[list[Paths], list[Path]]:
-    """Folders of blurry and of sharp images side by side, at or below `root`, and those of one side alone.
+    """Find adjacent folders of blurry and sharp images at or below `root`, and folders without a counterpart.
 
-    Raises ValueError for several folders of a side.
+    Raises ValueError if there are several folders of a side.
     """
     found = []
     lone = []
     for here, folders, _ in walk(root):
         blurry = [name for name in folders if side(name) == "blurry"]
         sharp = [name for name in folders if side(name) == "sharp"]
-        if not sharp and any(name.lower().startswith("blur") for name in blurry):  # SRN's
+        if not sharp and any(name.lower().startswith("blur") for name in blurry):  # SRN's data
             sharp = [name for name in folders if DEBLURRED.fullmatch(name)]
         if not blurry or not sharp:
             lone += [here / name for name in [*blurry, *sharp] if _holds_images(here / name)]
@@ -191,7 +191,7 @@ def _pair_folders(root: Path) -> tuple[list[Paths], list[Path]]:
 
 
 def _shared_sharp(root: Path) -> list[Paths]:
-    """Pairs of HIDE: one folder of all sharp images in `root`, or beside or above it, matched by name."""
+    """Match HIDE's pairs by name: one folder in, beside or above `root` holds all sharp images."""
     for top in (root, *root.absolute().parents[:2]):
         folders = [path for path in top.iterdir() if side(path.name) == "sharp" and _holds_images(path)]
         if len(folders) != 1 or root.absolute().is_relative_to(folders[0].absolute()):
@@ -210,15 +210,15 @@ def _holds_images(folder: Path) -> bool:
 
 
 def has_pairs(folder: Path) -> bool:
-    """True if a folder holds pairs that `find_pairs` finds without further help."""
+    """Return True if a folder holds blur_types.json or a tree of pairs (see `find_pairs`)."""
     return (folder / JSONL).is_file() or bool(_pair_folders(folder)[0])
 
 
 def sharp_pairs(folder: str | Path | None) -> list[Pair]:
-    """Each sharp image below a folder, paired with itself: it is blurred later.
+    """Pair each sharp image below a folder with itself, to be blurred later.
 
-    In a tree of pairs these are the images in folders of sharp ones, grouped by scene; elsewhere they are all
-    images, each a group of its own, or a sequence where the names tell one. Without a folder: none.
+    In a tree of pairs these are the images in the sharp folders, grouped by scene; elsewhere they are all
+    images, each its own group unless the names form a sequence. Returns [] without a folder.
     """
     if folder is None:
         return []
@@ -258,13 +258,13 @@ def _is_sharper(blurry: Path, sharp: Path) -> bool:
 
 
 def sharpness(image: np.ndarray) -> float:
-    """Mean difference of neighbouring pixels of the grey of uint8 (h, w, 3), after its noise is smoothed."""
+    """Return the mean grey difference of vertical plus horizontal neighbours of smoothed uint8 (h, w, 3)."""
     grey = cv2.GaussianBlur(image.mean(axis=2), (0, 0), 1.0)
     return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
 
 
 def check_sizes(pairs: Sequence[Pair]) -> None:
-    """Read all headers; raises ValueError for a pair of two sizes. Damaged files are left to training."""
+    """Read all headers. Raises ValueError if a pair's sizes differ. Damaged files are left to training."""
     for pair in tqdm(pairs, "checking sizes", leave=False, disable=len(pairs) < 1000):
         try:
             blurry, sharp = image_size(pair.blurry), image_size(pair.sharp)
@@ -283,9 +283,10 @@ def check_alike(blurry: Path, sharp: Path, shape: Sequence[int], sharp_shape: Se
 
 
 def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Training pairs and held-out pairs: `fraction` of the groups (at least one), chosen by `seed`.
+    """Split pairs into training and held-out pairs: `fraction` of the groups, chosen by `seed`.
 
-    No group is on both sides. Raises ValueError if `fraction` is not in [0, 1) or there is only one group.
+    At least one group is held out, unless `fraction` is 0, and no group is on both sides. Raises ValueError
+    if `fraction` is not in [0, 1) or there is only one group.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction must be in [0, 1), got {fraction}")
