@@ -30,7 +30,7 @@ class Movement(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """False if the movement could not be measured."""
+        """True if the movement could be measured."""
         return math.isfinite(self.scale)
 
     def __str__(self) -> str:

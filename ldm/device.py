@@ -1,4 +1,4 @@
-"""Which device computes, why it is not CUDA, and the line that says so when a command starts."""
+"""Choose the device, explain why it is not CUDA, and describe it when a command starts."""
 
 import os
 import re
@@ -11,10 +11,10 @@ INSTALL = "uv pip install --reinstall torch torchvision --torch-backend="
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """The device that `wanted` names: cuda, cpu, or auto, which is CUDA where this torch can use it.
+    """Return the device for `wanted`: cuda, cpu, or auto (CUDA if this torch can use it, else the CPU).
 
-    Apple's MPS is never chosen: nothing here was tested on it. Raises ValueError that says why there is no
-    CUDA if it is wanted.
+    Apple's MPS is never chosen: nothing here was tested on it. Raises ValueError with the reason if cuda is
+    wanted but not usable.
     """
     problem = why_no_cuda() if wanted != "cpu" else ""
     if wanted == "cuda" and problem:
@@ -23,7 +23,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
 
 def why_no_cuda() -> str:
-    """Why this torch cannot compute on CUDA, and what helps; empty if it can."""
+    """Return why this torch cannot compute on CUDA, and a remedy; "" if it can."""
     if torch.cuda.is_available():
         return why_no_kernels()
     if sys.platform == "darwin":
@@ -43,15 +43,14 @@ def why_no_cuda() -> str:
 
 
 def why_no_kernels() -> str:
-    """Why the kernels of this torch do not run on the first CUDA device, and what helps; empty if they do."""
-    if torch.version.cuda is None:  # AMD's
+    """Return why this torch's kernels do not run on the current CUDA device, and a remedy; "" if they do."""
+    if torch.version.cuda is None:  # AMD's ROCm
         return ""
     card, built = torch.cuda.get_device_capability(), []
     for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list())):
         made_for = divmod(int(number), 10)
-        same_major = (
-            kind == "compute" or made_for[0] == card[0]
-        )  # compute_: compiled for newer ones when it loads
+        # compute_ is PTX, which is compiled for newer GPUs when it is loaded
+        same_major = kind == "compute" or made_for[0] == card[0]
         if same_major and made_for <= card:
             return ""
         built.append(made_for)
@@ -65,13 +64,13 @@ def why_no_kernels() -> str:
 
 
 def cpu_computes_in_bf16() -> bool:
-    """Whether this processor has instructions for bfloat16; without them it is slower than float32."""
+    """Return whether the CPU has bfloat16 instructions; without them bfloat16 is slower than float32."""
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def describe_start(device: torch.device, precision: str, wanted: str = "auto") -> str:
-    """The line at the start of a command: device, its memory, precision, threads, torch; why not CUDA."""
-    precision = precision.split("-")[0]  # of Lightning's names
+    """Return the start line of a command: device, memory, precision, threads, torch, and why not CUDA."""
+    precision = precision.split("-")[0]  # Lightning's names, such as 16-mixed
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         name, memory = about.name, about.total_memory
@@ -87,7 +86,7 @@ def describe_start(device: torch.device, precision: str, wanted: str = "auto") -
 
 
 def main_memory() -> int:
-    """Bytes of CPU memory; 0 where the system does not say (Windows)."""
+    """Return the size of the CPU memory in bytes; 0 if the system does not tell (Windows)."""
     if not hasattr(os, "sysconf"):
         return 0
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Fill holes without a model: methods for scratches, and what a model is compared with."""
+"""Fill holes without a model: methods for scratches, and baselines for models."""
 
 from typing import Literal
 
@@ -8,13 +8,13 @@ import numpy as np
 from ldm.tiling import fill_smoothly
 
 CoarseFill = Literal["none", "telea", "biharmonic"]
-RADIUS = 5  # pixels around a pixel that Telea's method looks at
+RADIUS = 5  # neighbourhood of a pixel in Telea's method, in pixels
 
 
 def telea(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """Continue the surroundings from the edge of the hole inwards (Telea 2004, OpenCV).
 
-    At the image's border OpenCV 5.0 also reads what is in the hole, so that is replaced first.
+    At the image's border OpenCV 5.0 also reads pixels inside the hole, so these are replaced first.
     """
     start = np.rint(fill_smoothly(image.astype(np.float32), hole)).astype(np.uint8)
     return cv2.inpaint(start, hole, RADIUS, cv2.INPAINT_TELEA)
@@ -23,9 +23,10 @@ def telea(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
 def biharmonic(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """Solve the biharmonic equation in each hole (Damelin and Hoang 2018, scikit-image).
 
-    Time and memory grow faster than the largest hole. Results are clipped to the range of the known pixels.
+    Time and memory grow faster than linearly with the largest hole. Results are clipped to the range of the
+    known pixels.
     """
-    from skimage.restoration import inpaint_biharmonic  # here: restoring with a model needs none of it
+    from skimage.restoration import inpaint_biharmonic  # here: not needed to restore with a model
 
     filled = inpaint_biharmonic(image / 255, hole, split_into_regions=True, channel_axis=2)
     return np.rint(255 * filled).astype(np.uint8)
@@ -46,9 +47,9 @@ if hasattr(cv2, "xphoto"):
 
 
 def fill_classically(image: np.ndarray, hole: np.ndarray, method: str) -> np.ndarray:
-    """Fill the hole (h, w), where that is not 0, of uint8 (h, w, 3) by one of METHODS.
+    """Fill uint8 (h, w, 3) where `hole` (h, w) is not 0, by one of METHODS.
 
-    Pixels outside the hole come back bit for bit; an image that is all hole becomes grey.
+    Pixels outside the hole are unchanged; an image that is all hole becomes grey.
     """
     hole = (hole > 0).astype(np.uint8)
     if not hole.any():

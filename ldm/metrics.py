@@ -1,4 +1,4 @@
-"""How close a restored image is to the sharp one: PSNR, SSIM, colour shift, spectrum, all of uint8."""
+"""Metrics of restored against sharp uint8 images: PSNR, SSIM, colour shift, spectrum."""
 
 import math
 from collections.abc import Iterable
@@ -21,10 +21,10 @@ def psnr(restored: np.ndarray, sharp: np.ndarray) -> float:
 
 
 def ssim(restored: np.ndarray, sharp: np.ndarray) -> float:
-    """Return the structural similarity of two uint8 (h, w, 3) images in [-1, 1]: the mean over all values.
+    """Return the structural similarity, in [-1, 1], of two uint8 (h, w, 3) images: the mean over all values.
 
     Wang et al. 2004, equation 13, with a gaussian window of sigma 1.5 and population covariances, by
-    scikit-image. The published GoPro tables use a window over the channels too: harness.scores.ssim3d.
+    scikit-image. The published GoPro tables use a window that includes channels: see harness.scores.ssim3d.
     Raises ValueError if shapes differ, an image is not uint8, or a side is shorter than the window (11).
     """
     _check(restored, sharp)
@@ -35,14 +35,14 @@ def ssim(restored: np.ndarray, sharp: np.ndarray) -> float:
 
 
 def rgb_shift(restored: np.ndarray, sharp: np.ndarray) -> tuple[float, float, float]:
-    """Return the mean of restored - sharp in each channel, in steps of 1/255: a colour cast shows here."""
+    """Return the mean of restored - sharp in each channel, in steps of 1/255: the colour cast."""
     _check(restored, sharp)
     red, green, blue = restored.mean((0, 1)) - sharp.mean((0, 1))
     return float(red), float(green), float(blue)
 
 
 def radial_power(image: np.ndarray) -> np.ndarray:
-    """Average the power spectrum of the grey of uint8 (n, n, 3) over circles: (n // 2,), without DC.
+    """Average the power spectrum of the grey values of uint8 (n, n, 3) over circles: (n // 2,), without DC.
 
     Entry k - 1 is the mean power at k cycles per image, under a Hann window, of values in [0, 1].
     Raises ValueError if the image is not square.

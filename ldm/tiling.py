@@ -1,4 +1,4 @@
-"""Images of any size through networks that need multiples: padding, blended tiles, filled hidden colours."""
+"""Run networks on images of any size: padding to multiples, blended tiles, filled hidden colours."""
 
 from collections.abc import Callable
 
@@ -11,21 +11,21 @@ from torch.nn import functional as F
 from ldm.data.image import to_pixels, to_tensor
 from ldm.util import compute_dtype, computing_in
 
-MULTIPLE = 16  # pixels: what tiles are rounded up to, which saves networks their own padding
+MULTIPLE = 16  # pixels: tile sides are rounded up to it, so that networks need no padding of their own
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """Pad (b, c, h, w) at right and bottom, by repeating its edge, until `multiple` divides h and w."""
+    """Pad (b, c, h, w) at the right and bottom by repeating its edge until `multiple` divides h and w."""
     h, w = image.shape[-2:]
     right, bottom = -w % multiple, -h % multiple
     return F.pad(image, (0, right, 0, bottom), mode="replicate") if right or bottom else image
 
 
 def tile_spans(length: int, tile: int, overlap: int, multiple: int = 1) -> list[slice]:
-    """Cut one side into as few equal spans of at most `tile` as cover it; neighbours share `overlap` or more.
+    """Split a side into the fewest equal spans of at most `tile`; neighbours overlap by `overlap` or more.
 
-    Several spans are rounded up to `multiple` where that is no more than `tile`. Raises ValueError if a tile
-    is not larger than its overlap.
+    If there are several, their length is rounded up to `multiple`, but not above `tile`. Raises ValueError if
+    `tile` is not larger than `overlap`.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"tiles need a size above their overlap, not tile {tile} and overlap {overlap}")
@@ -39,7 +39,7 @@ def tile_spans(length: int, tile: int, overlap: int, multiple: int = 1) -> list[
 
 
 def gaussian_window(h: int, w: int, sigma: float = 0.3) -> Tensor:
-    """Weights (h, w) of a tile in the blend: 1 in its centre, a gaussian of deviation `sigma` half-sides."""
+    """Return a tile's weights (h, w): a gaussian of deviation `sigma` half-sides, 1 in the centre."""
     y, x = (torch.linspace(-1, 1, n + 2)[1:-1] for n in (h, w))
     return torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * sigma**2))
 
@@ -54,8 +54,8 @@ def blend_tiles(
 ) -> Tensor:
     """Blend compute(y, x) (b, c, h, w) of every tile, `scale` times as large, with gaussian weights.
 
-    The sum is float32 and lies on `device`, or where the first tile's is. One tile alone comes back as it is.
-    `progress` wraps the list of tiles, as tqdm does.
+    The sum is float32 on `device`, by default the device of the first result. The result of a single tile is
+    returned unchanged. `progress` wraps the list of tiles, as tqdm does.
     """
     tiles = [(y, x) for y in rows for x in columns]
     if len(tiles) == 1:
@@ -74,9 +74,9 @@ def blend_tiles(
 
 
 def self_ensemble(restore: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    """Mean, in float32, of what `restore` makes of 8 flips and rotations of (b, c, h, w), turned back.
+    """Average `restore`, in float32, over 8 flips and rotations of (b, c, h, w), each undone afterwards.
 
-    Errors that differ between the rotations go, and with them some texture (Timofte et al. 2016, sec. 3.4).
+    Errors that differ between rotations cancel, but some texture does too (Timofte et al. 2016, sec. 3.4).
     """
 
     def over_rotations(image: Tensor) -> Tensor:
@@ -96,17 +96,18 @@ def restore_tiled(
 ) -> Tensor:
     """Apply `restore` to overlapping tiles of (b, c, h, w), at most `tile` a side, and blend them.
 
-    The sum is kept where `image` lies (leave it on the CPU if it is large); `restore` may move a tile to
-    another device and returns it `scale` times as large. Raises ValueError if a tile is not above its
-    overlap.
+    The sum is kept on the device of `image` (leave it on the CPU if it is large); `restore` may move a tile
+    to another device and returns it `scale` times as large. Raises ValueError if `tile` is not larger than
+    `overlap`.
     """
     rows, columns = (tile_spans(length, tile, overlap, MULTIPLE) for length in image.shape[-2:])
     return blend_tiles(lambda y, x: restore(image[..., y, x]), rows, columns, scale, image.device, progress)
 
 
 def fill_hidden(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
-    """Replace hidden colours of uint8 or uint16 (h, w, 3), black or white in cut-outs: where `alpha` (h, w)
-    is 0, by those of the visible surroundings. An image that is all hidden stays as it is.
+    """Fill uint8 or uint16 (h, w, 3) where `alpha` (h, w) is 0 with the colours of the visible surroundings.
+
+    These hidden pixels are usually black or white. A completely hidden image is returned unchanged.
     """
     if alpha is None or alpha.all() or not alpha.any():
         return pixels
@@ -116,7 +117,7 @@ def fill_hidden(pixels: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
 
 
 def fill_smoothly(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """Fill the hole of float32 (h, w, c) from around it, coarsely where that is far (pull-push pyramid).
+    """Fill the hole of float32 (h, w, c) from its surroundings, coarser with distance (pull-push pyramid).
 
     An image that is all hole becomes grey (127.5).
     """
@@ -147,12 +148,12 @@ def restore_photo(
     progress: Callable = iter,
     scale: int = 1,
 ) -> np.ndarray:
-    """Restore uint8 or uint16 (h, w, 3); `restore` maps (1, 3, h, w) in [-1, 1] on `device` to the same.
+    """Restore uint8 or uint16 (h, w, 3); `restore` maps (1, 3, h, w) in [-1, 1] on `device` to [-1, 1].
 
-    The result has the image's type; it is `scale` times as large, as what `restore` returns. With `tile`
-    above 0 the image goes through in equal tiles of at most that size, blended over `overlap` pixels or more,
-    so that memory does not grow with it; `progress` wraps the list of tiles, as tqdm does. Precision `auto`
-    is 32 for 16-bit images.
+    The result has the image's dtype and is `scale` times as large, like the output of `restore`. With `tile`
+    above 0 the image is processed in equal tiles of at most that size, blended over `overlap` pixels or more,
+    so that the network's memory does not grow with the image; `progress` wraps the list of tiles, as tqdm
+    does. Precision `auto` is 32 for 16-bit images.
     """
     deep = image.dtype == np.uint16 and precision == "auto"
     dtype = compute_dtype("32" if deep else precision, device)

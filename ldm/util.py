@@ -1,4 +1,4 @@
-"""Objects from yaml (`target` names a class, `params` its arguments), precisions, optimizers."""
+"""Build objects from yaml (`target` names a class, `params` its arguments), precisions and optimizers."""
 
 import importlib
 import math
@@ -29,9 +29,9 @@ def get_obj_from_str(string: str) -> Any:
 
 
 def instantiate_from_config(config: Mapping) -> Any:
-    """Build what `config["target"]` names with `config["params"]`.
+    """Call the class or function that `config["target"]` names with `config["params"]`.
 
-    Raises ValueError if there is no target, or if the params are not such as it takes.
+    Raises ValueError if there is no target, or if it does not accept the params.
     """
     if "target" not in config:
         raise ValueError(f"a configuration needs a `target`, this one has only {sorted(map(str, config))}")
@@ -42,7 +42,7 @@ def instantiate_from_config(config: Mapping) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Content of a yaml file as plain dictionaries and lists. Raises ValueError if it is no yaml."""
+    """Read a yaml file as plain dictionaries and lists. Raises ValueError if it is not valid yaml."""
     try:
         return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except Exception as error:  # yaml and omegaconf raise their own families of errors
@@ -50,14 +50,14 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def listing(names: Iterable, shown: int = 6) -> str:
-    """A few names, and how many more there are."""
+    """Join the first `shown` names, and the number of the others."""
     names = [str(name) for name in names]
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 
 
 def check_package(name: str, what: str) -> None:
-    """Raise ValueError if a package is not installed, without which `what` does not work."""
+    """Raise ValueError if the package `name`, which `what` needs, is not installed."""
     if find_spec(name) is None:
         raise ValueError(f"{what} needs a package: pip install {name}")
 
@@ -65,15 +65,15 @@ def check_package(name: str, what: str) -> None:
 def flush_denormals() -> None:
     """Treat numbers below 1e-38 as 0 on a CPU; call it before the first computation, as threads inherit it.
 
-    Gradients reach such sizes in training, and a processor computes with them many times as slowly.
+    Gradients become that small in training, and CPUs compute many times slower with them.
     """
     torch.set_flush_denormal(True)
 
 
 def settle_precision(precision: str, device: torch.device, older_gpu: str = "32") -> str:
-    """The precision to compute in; `auto` is bf16 where the device has it, else 32, on CUDA `older_gpu`.
+    """Return the precision to use; `auto` is bf16 if the device has it, else `older_gpu` on CUDA or 32.
 
-    Raises ValueError for 16 on a CPU, which computes in it many times slower than in 32.
+    Raises ValueError for 16 on a CPU, where it is many times slower than 32.
     """
     if precision == "auto":
         cuda = device.type == "cuda"
@@ -87,20 +87,20 @@ def settle_precision(precision: str, device: torch.device, older_gpu: str = "32"
 
 
 def half_dtype(precision: str) -> torch.dtype | None:
-    """The 16-bit type that a precision (16, bf16, 32, or Lightning's names) computes in, None for 32."""
+    """Return the 16-bit dtype of a precision (16, bf16, 32, or Lightning's names), None for 32."""
     return {"16": torch.float16, "bf16": torch.bfloat16, "32": None}[precision.split("-")[0]]
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The 16-bit type to restore in on `device`, None for 32 (see `settle_precision`)."""
+    """Return the 16-bit dtype to restore in on `device`, None for 32 (see `settle_precision`)."""
     return half_dtype(settle_precision(precision, device))
 
 
 @contextmanager
 def computing_in(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
-    """Context for restoring images of any size in a 16-bit type, or with None in float32.
+    """Set up restoring images of any size in a 16-bit dtype, or with None in float32, within this context.
 
-    CUDA does not round float32 to TF32 in it.
+    On CUDA float32 is then not rounded to TF32.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
@@ -117,16 +117,16 @@ def computing_in(dtype: torch.dtype | None, device: torch.device) -> Iterator[No
 
 
 def autocast(model: torch.nn.Module) -> AbstractContextManager:
-    """`computing_in` the 16-bit type that some of a model's weights have, or in float32 if none has."""
+    """Return `computing_in` for the 16-bit dtype of any of a model's weights, or float32 if there is none."""
     halves = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
     return computing_in(halves.pop() if halves else None, next(model.parameters()).device)
 
 
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Lay the states of an optimizer out in memory as its parameters are, after they were loaded.
+    """Give the loaded states of an optimizer the same memory layout as its parameters.
 
-    Fused kernels go through a parameter and its states in the order of memory; a file's may be another
-    (channels_last or not, split over processes or not), which mixes up the states without an error on a CPU.
+    Fused kernels traverse a parameter and its states in memory order; the order in a file may differ
+    (channels_last or not, split over processes or not), which on a CPU mixes up the states without an error.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
@@ -137,9 +137,10 @@ def match_layout(optimizer: torch.optim.Optimizer) -> None:
 def make_adamw(
     parameters: Iterable[torch.nn.Parameter], name: str, rate: float, decay: float, fused: bool | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW; "adamw8bit" keeps its states in 8 bits (bitsandbytes, CUDA). ValueError for other names.
+    """Make an AdamW; "adamw8bit" has 8-bit states (bitsandbytes, CUDA). Raises ValueError for other names.
 
-    `fused` None leaves the kernels to torch, which on CUDA are for many tensors at once; False's for one.
+    With `fused` None torch chooses the kernels, on CUDA those for many tensors at once; False forces kernels
+    for single tensors.
     """
     if name == "adamw":
         optimizer = torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=fused)
@@ -153,7 +154,7 @@ def make_adamw(
 
 
 def learning_rate_factor(step: int, steps: int, schedule: str, warmup: int) -> float:
-    """Learning-rate multiplier at step 0, 1, 2, ... of a run of so many `steps`.
+    """Return the learning-rate multiplier at `step` (0, 1, 2, ...) of a run of `steps` steps.
 
     It rises over `warmup` steps; then `schedule` keeps it ("constant") or lowers it to 0 ("linear",
     "cosine").
@@ -169,7 +170,7 @@ def learning_rate_factor(step: int, steps: int, schedule: str, warmup: int) -> f
 
 
 def log_txt_as_img(size: tuple[int, int], texts: Iterable[str]) -> torch.Tensor:
-    """Texts written black on white, wrapped: (b, 3, height, width) in [-1, 1] for size (width, height)."""
+    """Draw texts black on white, wrapped: (b, 3, height, width) in [-1, 1] for size (width, height)."""
     images = []
     for text in texts:
         image = Image.new("RGB", size, "white")

@@ -25,7 +25,7 @@ def blurred_photos(
     blur_scale: float = 1.0,
     **options: float,
 ) -> CropDataset:
-    """Make a data set of crops of photos, each `repeats` times an epoch, and of `dead_leaves` new images.
+    """Make a data set of crops: each photo `repeats` times an epoch, and `dead_leaves` new images an epoch.
 
     The blur is that of RealisticBlurDataset, or with `realistic` off one of BlurDataset's four simple kinds,
     `blur_scale` times as large as usual. The sharpest of `candidates` random crops is used. If `pairs` is

@@ -48,7 +48,7 @@ def leaf_radii(count: int, smallest: float, largest: float, rng: np.random.Gener
 
 
 def _labels(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw the number of the front leaf at each point: int32 (FINE * size, FINE * size), 0 for none."""
+    """Draw leaves and return each point's front leaf: int32 (FINE * size, FINE * size), 0 for none."""
     mean_square = 2 * math.log(LARGEST / SMALLEST) / (SMALLEST**-2 - LARGEST**-2)  # of the radius
     count = math.ceil(COVER / (0.65 * math.pi * mean_square))  # a leaf has about 0.65 of its disk's area
     radius = size * leaf_radii(count, SMALLEST, LARGEST, rng)

@@ -1,4 +1,4 @@
-"""Patches in an HDF5 file, and crops of two sources of images, pairs or not."""
+"""Patches in an HDF5 file, and crops of two sources of images, paired or unpaired."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ def open_patches(path: str | Path) -> h5py.File:
     try:
         file = h5py.File(path, "r")
         names, _ = list(file), dict(file.attrs)
-    except (OSError, KeyError, RuntimeError) as error:  # h5py's, for damage to what names the data
+    except (OSError, KeyError, RuntimeError) as error:  # h5py raises these for damaged metadata
         raise ValueError(f"{path} is damaged or no HDF5 file: {error}") from error
     for key in KEYS:
         data = file.get(key)
@@ -36,9 +36,9 @@ def open_patches(path: str | Path) -> h5py.File:
 
 
 class Patches:
-    """uint8 RGB patches (size, size, 3) of one key of a file, read as they are asked for.
+    """uint8 RGB patches (size, size, 3) under one key of a file, read on demand.
 
-    Every process (a DataLoader's worker too) opens the file once, for itself.
+    Every process, including DataLoader workers, opens the file once for itself.
     """
 
     def __init__(self, path: str | Path, key: str):
@@ -63,7 +63,7 @@ class Patches:
             raise DamagedImage(f"{self.path} is damaged at {self.key}[{index}]: {error}") from error
 
     def name(self, key: Key) -> str:
-        """A name in the place of a path."""
+        """Return a display name, where other sources return a path."""
         return f"{self.path}:{self.key}[{split_key(key)[1]}]"
 
 
@@ -71,17 +71,17 @@ Source = ImageFiles | Patches
 
 
 def is_patches(path: str | Path | None) -> bool:
-    """Return whether the suffix is that of a file of patches."""
+    """Return True if a path has the suffix of a file of patches (SUFFIXES)."""
     return path is not None and Path(path).suffix.lower() in SUFFIXES
 
 
 def open_source(path: str | Path, key: str, cache: bool = False) -> Source:
-    """The images of a folder, or the patches `key` of a file."""
+    """Open the images of a folder, or the patches under `key` of a file."""
     return Patches(path, key) if is_patches(path) else ImageFiles(list_images(path), cache)
 
 
 def check_paired(blurry: Patches, sharp: Patches) -> None:
-    """Raise ValueError if two sources cannot be pairs."""
+    """Raise ValueError if the patches of two sources are marked as unpaired or differ in number."""
     with open_patches(sharp.path) as file:
         if not file.attrs.get("paired", True):
             raise ValueError(f"{sharp.path} is unpaired: its blurry and sharp patches are no pairs")
@@ -90,10 +90,10 @@ def check_paired(blurry: Patches, sharp: Patches) -> None:
 
 
 class SourceDataset(CropDataset):
-    """Crops of two sources: number n with number n if `paired`, else each sharp image with any blurry one.
+    """Crops of two sources: images of the same index if `paired`, else each sharp and a random blurry image.
 
-    Unpaired, the sharp crop is the sharpest of `candidates`. Items and `options` are those of CropDataset.
-    Raises ValueError for pairs of sources of different lengths, and for crops that are larger than the
+    If unpaired, the sharp crop is the sharpest of `candidates`. Items and `options` are those of CropDataset.
+    Raises ValueError if the sources cannot be paired (see check_paired), or if crops are larger than the
     patches of a file.
     """
 

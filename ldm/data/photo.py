@@ -1,4 +1,4 @@
-"""Images with all that a result keeps of them: transparency, 16 bits, EXIF, ICC profile, and a note."""
+"""Read and write photos with their transparency, 16 bits, EXIF and ICC profile, and a note in the result."""
 
 import struct
 import warnings
@@ -16,39 +16,39 @@ from ldm.data.decode import DAMAGED, Decoded, decode, opened, read_exif, tell_fr
 from ldm.data.image import over_white, write_whole
 from ldm.data.tiff import read_16_bits
 
-FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of results, by their ending
-LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # pixels that these formats hold (libjpeg, libwebp)
+FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # of results, by file extension
+LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # limits of libjpeg and libwebp in pixels
 TAGS = ExifTags.Base
-# The EXIF that is still true of a restored image: what it shows, by whom, when, where.
+# EXIF tags that stay true for a restored image (`keep_exif` also keeps those of capture and GPS).
 KEPT = {
     *(TAGS.ImageDescription, TAGS.Make, TAGS.Model, TAGS.Software, TAGS.DateTime, TAGS.Artist),
     *(TAGS.Copyright, TAGS.XResolution, TAGS.YResolution, TAGS.ResolutionUnit),
 }
-NOTE = TAGS.ImageHistory  # where a result says what it was made from
+NOTE = TAGS.ImageHistory  # tag in which a result records what it was made from
 
 
 @dataclass
 class Photo:
-    """A file's pixels, as a network takes them, and what else a result of it keeps."""
+    """Pixels of an image file for a network, and the metadata that the restored image keeps."""
 
-    pixels: np.ndarray  # uint8 or uint16 (h, w, 3), upright; also under what is transparent
+    pixels: np.ndarray  # uint8 or uint16 (h, w, 3), upright; also defined under transparent parts
     alpha: np.ndarray | None = None  # (h, w) of the same type
     exif: Image.Exif | None = None
-    profile: bytes | None = None  # ICC profile of these pixels; None: sRGB, and the file did not say so
+    profile: bytes | None = None  # ICC profile of these pixels; None: the file has none, sRGB is assumed
 
     def with_alpha(self, pixels: np.ndarray) -> np.ndarray:
-        """Return pixels (h, w, 3) with this image's transparency, resized to them; others as they are."""
+        """Add this image's alpha, resized, to pixels (h, w, 3) of the same dtype; return others unchanged."""
         if self.alpha is None or pixels.shape[2] != 3 or pixels.dtype != self.alpha.dtype:
             return pixels
         return np.dstack([pixels, resize_to(self.alpha, pixels)])
 
     def shown(self) -> np.ndarray:
-        """Return uint8 (h, w, 3), transparency over white."""
+        """Return uint8 (h, w, 3) with transparency over white."""
         return over_white(to_8_bit(self.with_alpha(self.pixels)))
 
 
 def resize_to(image: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return uint8 or uint16 (h, w) or (h, w, c) in the size of another image, interpolated linearly."""
+    """Resize uint8 or uint16 (h, w) or (h, w, c) linearly to the size of another image."""
     if image.shape[:2] == other.shape[:2]:
         return image
     return cv2.resize(image, other.shape[1::-1], interpolation=cv2.INTER_LINEAR)
@@ -57,8 +57,8 @@ def resize_to(image: np.ndarray, other: np.ndarray) -> np.ndarray:
 def read_photo(path: str | Path, deep: bool = False, max_megapixels: float | None = None) -> Photo:
     """Read an image with its transparency and EXIF, upright; with `deep` 16-bit PNG and TIFF as uint16.
 
-    8-bit images are converted to sRGB by their ICC profile; 16-bit ones keep their colours and the profile.
-    Raises FileNotFoundError and ValueError as `read_image` does.
+    Results of 8 bits are converted to sRGB by their ICC profile; those of 16 bits keep colours and profile.
+    Raises FileNotFoundError and ValueError like `read_image`.
     """
     with opened(path) as file:
         decoded = decode(file, max_megapixels)
@@ -75,7 +75,7 @@ def read_photo(path: str | Path, deep: bool = False, max_megapixels: float | Non
 
 
 def keep_exif(file: BinaryIO, path: str | Path) -> Image.Exif:
-    """Return that part of a file's EXIF that is true of its restored image; {} if it is damaged."""
+    """Return EXIF tags that stay true for the restored image; if damaged, warn and return an empty Exif."""
     kept = Image.Exif()
     try:
         exif = read_exif(file)
@@ -94,7 +94,7 @@ def keep_exif(file: BinaryIO, path: str | Path) -> Image.Exif:
 
 
 def _deep_values(file: BinaryIO, decoded: Decoded) -> np.ndarray | None:
-    """uint16 (h, w, 3 or 4), upright, of a PNG of 16 bits or a TIFF of more than 8; else None."""
+    """Return uint16 (h, w, 3 or 4), upright, of a 16-bit PNG or a TIFF of more than 8 bits, else None."""
     values = decoded.deep
     file.seek(0)
     start = file.read(25)
@@ -109,7 +109,7 @@ def _deep_values(file: BinaryIO, decoded: Decoded) -> np.ndarray | None:
 
 @lru_cache(maxsize=1)
 def _srgb_profile() -> bytes:
-    """An ICC profile of sRGB, without the date at which it was made."""
+    """Return an ICC profile of sRGB without its creation date."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     profile[24:36] = bytes(12)
     return bytes(profile)
@@ -118,10 +118,10 @@ def _srgb_profile() -> bytes:
 def write_photo(
     path: str | Path, pixels: np.ndarray, source: Photo, note: str = "", quality: int = 95
 ) -> None:
-    """Write uint8 or uint16 (h, w, 3 or 4) as the ending says (FORMATS), with EXIF and profile of `source`.
+    """Write uint8 or uint16 (h, w, 3 or 4) in the format of the extension, with `source`'s EXIF and profile.
 
-    `read_note` reads the note again. 16 bits need PNG; JPEG has no transparency: the image lies over white.
-    Raises OSError that names the file, ValueError for an image that the format cannot hold.
+    `read_note` reads the note. Only PNG keeps 16 bits; JPEG gets transparent images composited over white.
+    Raises an OSError that names the file, or ValueError for an image that the format cannot hold.
     """
     kind = FORMATS[Path(path).suffix[1:]]
     exif = source.exif or Image.Exif()
@@ -144,7 +144,7 @@ def write_photo(
 
 
 def check_fits(path: str | Path, height: int, width: int) -> None:
-    """Raise ValueError if the format of a result, told by its ending, does not hold images of that size."""
+    """Raise ValueError if the format of the file extension cannot hold images of that size."""
     kind = FORMATS[Path(path).suffix[1:]]
     most = LONGEST_SIDE.get(kind)
     if most is not None and max(height, width) > most:
@@ -152,7 +152,7 @@ def check_fits(path: str | Path, height: int, width: int) -> None:
 
 
 def read_note(path: str | Path) -> str:
-    """Return the note that `write_photo` left in a file; empty if there is none, or if it is no image."""
+    """Return the note that `write_photo` stored in a file, "" if there is none or it is not an image."""
     try:
         with opened(path) as file:
             return str(read_exif(file).get(NOTE, ""))
@@ -161,9 +161,9 @@ def read_note(path: str | Path) -> str:
 
 
 def _deep_png(pixels: np.ndarray, profile: bytes | None, exif: bytes) -> bytes:
-    """uint16 (h, w, 3 or 4) as a PNG with an ICC profile and EXIF (PNG specification, 11.3.2).
+    """Encode uint16 (h, w, 3 or 4) as a PNG with an ICC profile and EXIF (PNG specification, 11.3.2).
 
-    Pillow writes no 16-bit colours and OpenCV no profile, so the chunks are put behind the header here.
+    Pillow writes no 16-bit colours and OpenCV no profile, so the chunks are inserted after the header here.
     """
     order = [2, 1, 0, 3][: pixels.shape[2]]
     content = cv2.imencode(".png", pixels[..., order])[1].tobytes()

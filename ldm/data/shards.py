@@ -1,4 +1,4 @@
-"""Work that several processes share, and the notes of what a result was made from."""
+"""Split work between processes, and check the recorded inputs of a result."""
 
 import hashlib
 import re
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def share_of(items: Sequence, shard: str) -> Sequence:
-    """Every n-th item from the i-th on, for a shard `i/n`: n processes have each item exactly once.
+    """Return every n-th item from the i-th for a shard `i/n`, so that n processes get each item exactly once.
 
-    Raises ValueError for anything else than i/n with 1 <= i <= n.
+    Raises ValueError unless the shard is i/n with 1 <= i <= n.
     """
     found = re.fullmatch(r"(\d+)/(\d+)", shard)
     number, count = (int(found[1]), int(found[2])) if found else (0, 0)
@@ -20,12 +20,12 @@ def share_of(items: Sequence, shard: str) -> Sequence:
 
 
 def digest(lines: Iterable[str]) -> str:
-    """A short fingerprint of a list of texts, such as the names of the images that a file is made from."""
+    """Return a short hash of a list of strings, such as the names of the images that a file is made from."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def check_made_from(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError if what is at `path` was made with other values than those of `now`."""
+    """Raise ValueError if the values `before`, with which `path` was made, differ from those in `now`."""
     changed = [
         f"{key} was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value
     ]

@@ -1,4 +1,4 @@
-"""The order of training samples, a pure function of seed and position; substitutes for unreadable ones."""
+"""Order of training samples, a pure function of seed and position; substitutes for unreadable ones."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,17 +15,17 @@ Key = int | tuple[int, int]  # index of a sample, or epoch and index
 
 
 def split_key(key: Key) -> tuple[int, int]:
-    """Epoch and index of a sample; a plain index means epoch 0."""
+    """Return the epoch and index of a sample; a plain index means epoch 0."""
     return key if isinstance(key, tuple) else (0, key)
 
 
 class SampleStream(Sampler):
-    """Keys (epoch, index) of a whole training run: epoch after epoch, each a fresh permutation.
+    """Sampler of the keys (epoch, index) of a whole training run; each epoch is a fresh permutation.
 
     Position p of the stream is sample p % length of epoch p // length; rank r of `world_size` takes every
     p = r (mod world_size). A run that resumes after n samples (over all ranks) passes `start=n` and sees
-    exactly what the uninterrupted run would have seen; more processes see the same joint batches.
-    `total` is where the stream ends (samples over all ranks); None never ends.
+    exactly the samples of the uninterrupted run; joint batches do not depend on the number of processes.
+    The stream ends at position `total` (samples over all ranks), or never if that is None.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class SampleStream(Sampler):
 
 
 class Readable(Dataset):
-    """`dataset`, with other samples in the place of those whose images are damaged or missing.
+    """Wrapper of `dataset` that substitutes other samples for those with damaged or missing images.
 
-    The substitute follows from the key alone, so that a resumed run sees the same samples. Each process
-    reports each file once.
+    The substitute depends on the key alone, so that a resumed run sees the same samples. Each process reports
+    each file once.
     """
 
     def __init__(self, dataset: Dataset):
@@ -73,7 +73,7 @@ class Readable(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> Any:
-        """A sample, or its substitute. Raises ValueError if none that may take its place can be read."""
+        """Return a sample or its substitute. Raises ValueError if no sample of the epoch can be read."""
         problems = []
         for candidate in self._candidates(key):
             try:
@@ -87,7 +87,7 @@ class Readable(Dataset):
         raise ValueError(f"none of {len(problems)} training images can be read; the first: {problems[0]}")
 
     def _candidates(self, key: Key) -> Iterator[Key]:
-        """The key, then all others of its epoch in an order that depends on it alone."""
+        """Yield the key, then all others of its epoch in an order that depends on the key alone."""
         yield key
         epoch, index = split_key(key)
         for other in np.random.default_rng([epoch, index]).permutation(len(self)).tolist():
@@ -96,13 +96,13 @@ class Readable(Dataset):
 
 
 def first_samples(dataset: Dataset, count: int) -> list:
-    """The first `count` samples, or all if there are fewer, with substitutes for unreadable ones."""
+    """Return the first `count` samples, or all if there are fewer, with substitutes for unreadable ones."""
     source = Readable(dataset)
     return [source[index] for index in range(min(count, len(dataset)))]
 
 
 def readable(source: Any, numbers: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """Numbers and items of `source`, without those whose images are damaged or missing."""
+    """Yield `numbers` and their items in `source`, skipping those with damaged or missing images."""
     for number in numbers:
         try:
             yield number, source[number]
@@ -121,13 +121,13 @@ def warn(text: str) -> None:
 
 
 def item_seed(seed: int, key: Key) -> int:
-    """The seed in [0, 2^63) of everything random about one sample."""
+    """Return the seed in [0, 2^63) for all random choices of one sample."""
     epoch, index = split_key(key)
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def item_generator(seed: int) -> torch.Generator:
-    """A CPU generator for the noise of one sample, the same on every device."""
+    """Return a CPU generator for the noise of one sample, so that it is the same on every device."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -136,7 +136,7 @@ PLACE = "the processes would go on after {} steps or samples: all machines must 
 
 
 def check_same(value: int, problem: str) -> None:
-    """Raise ValueError, `problem` with the values of all processes, unless they are the same."""
+    """Raise ValueError unless all processes have the same `value`; `problem` is formatted with all values."""
     if not torch.distributed.is_initialized():
         return
     values = [0] * torch.distributed.get_world_size()

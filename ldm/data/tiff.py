@@ -1,7 +1,8 @@
-"""The first image of a TIFF file as 8 or 16 bits, white as the largest number: tifffile reads, Pillow helps.
+"""Read the first image of a TIFF file as 8 or 16 bits per channel, scaled so that white is the maximum.
 
-tifffile reads planes, tiles, deep numbers and every kind of transparency right, but most compressions only
-with the package imagecodecs. Pillow reads all compressions, but only 8 bits right; OpenCV 16 bits with LZW.
+tifffile reads planes, tiles, deep values and all kinds of transparency correctly, but most compressions only
+with the package imagecodecs. Pillow reads all compressions, but only 8 bits correctly; OpenCV reads 16 bits
+with LZW.
 """
 
 import logging
@@ -16,15 +17,15 @@ if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage  # takes a second to import
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, CMYK = 0, 1, 2, 5  # photometric interpretations (TIFF 6.0, page 37)
-COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, CMYK: 4}  # channels of those that are read here
-ASSOCIATED, UNASSOCIATED = 1, 2  # transparency: with colours multiplied by it, and without
-MOST_SAMPLES = 16  # channels of a pixel, the colours and others
-DENSEST = 2**16  # no compression makes data smaller than by this
+COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, CMYK: 4}  # channels of the supported ones
+ASSOCIATED, UNASSOCIATED = 1, 2  # alpha: with colours premultiplied by it, and without
+MOST_SAMPLES = 16  # channels per pixel, colours and others
+DENSEST = 2**16  # upper bound of the compression ratio
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def is_tiff(file: BinaryIO) -> bool:
-    """True if a file begins as TIFF and BigTIFF do."""
+    """Return True if a file begins with the signature of TIFF or BigTIFF."""
     file.seek(0)
     head = file.read(4)
     file.seek(0)
@@ -32,30 +33,29 @@ def is_tiff(file: BinaryIO) -> bool:
 
 
 def open_tiff(file: BinaryIO) -> "TiffFile":
-    """An open file's TIFF."""
+    """Open a binary file as a TIFF."""
     from tifffile import TiffFile
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it reports private tags that nobody needs
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it warns about irrelevant private tags
     file.seek(0)
     return TiffFile(file)
 
 
 def count_images(tiff: "TiffFile") -> int:
-    """Number of images in a file, without previews and masks of others."""
+    """Count the images in a file, without previews and transparency masks."""
     return max(1, sum(not (page.is_reduced or page.is_mask) for page in tiff.pages))
 
 
 def page_orientation(page: "TiffPage") -> int:
-    """EXIF's orientation, 1 to 8."""
+    """Return the EXIF orientation, 1 to 8."""
     return page.tags.valueof(274, default=1)
 
 
 def read_page(page: "TiffPage", file: BinaryIO) -> tuple[Image.Image | np.ndarray, int]:
-    """The image of a page and the EXIF orientation that it still needs.
+    """Read the image of a page, and the EXIF orientation that is still to be applied.
 
-    Pillow's image where a channel has 8 bits or fewer; uint16 (h, w, 1 to 4), grey or RGB with or without
-    transparency, where it has more. Raises ValueError for a page that cannot be read, or could mean several
-    things.
+    Returns a Pillow image for channels of up to 8 bits and for CMYK, else uint16 (h, w, 1 to 4), grey or RGB
+    with or without transparency. Raises ValueError for a page that cannot be read or is ambiguous.
     """
     colours = COLOURS.get(page.photometric)
     decoder = _has_decoder(page)
@@ -75,7 +75,7 @@ def read_page(page: "TiffPage", file: BinaryIO) -> tuple[Image.Image | np.ndarra
 
 
 def as_image(values: np.ndarray, profile: bytes | None = None, mode: str = "") -> Image.Image:
-    """uint8 (h, w, 1 to 4) as Pillow's image, by default grey or RGB with or without transparency."""
+    """Convert uint8 (h, w, 1 to 4) to a Pillow image, by default grey or RGB with or without transparency."""
     image = Image.frombytes(mode or MODES[values.shape[2]], values.shape[1::-1], values.tobytes())
     if profile:
         image.info["icc_profile"] = profile
@@ -95,7 +95,7 @@ def _form(page: "TiffPage") -> str:
 
 
 def _has_decoder(page: "TiffPage") -> bool:
-    """True if tifffile can unpack a page: most compressions need the package imagecodecs."""
+    """Return True if tifffile can decompress a page: most compressions need the package imagecodecs."""
     from tifffile import TIFF
 
     try:
@@ -105,7 +105,7 @@ def _has_decoder(page: "TiffPage") -> bool:
 
 
 def _decode(page: "TiffPage", file: BinaryIO) -> np.ndarray:
-    """The numbers of a page, (h, w, samples), by tifffile. Raises ValueError for one that is cut off."""
+    """Read the values of a page, (h, w, samples), with tifffile. Raises ValueError if it is truncated."""
     end = file.seek(0, 2)
     parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
     whole = len(parts) == math.prod(page.chunked) and all(n and start + n <= end for start, n in parts)
@@ -119,7 +119,7 @@ def _decode(page: "TiffPage", file: BinaryIO) -> np.ndarray:
 
 
 def _with_pillow(page: "TiffPage", file: BinaryIO) -> Image.Image:
-    """A page of at most 8 bits, upright."""
+    """Read a page of at most 8 bits, upright, with Pillow. Raises ValueError for two separate planes."""
     if page.planarconfig == 2 and page.samplesperpixel == 2:
         raise ValueError(f"{_form(page)} cannot be read: save it with its channels interleaved")
     file.seek(0)
@@ -129,7 +129,7 @@ def _with_pillow(page: "TiffPage", file: BinaryIO) -> Image.Image:
 
 
 def _with_opencv(page: "TiffPage", file: BinaryIO) -> np.ndarray:
-    """The numbers of a page, (h, w, samples). Raises ValueError for other forms than OpenCV reads right."""
+    """Read a page (h, w, samples) with OpenCV. Raises ValueError for formats that it reads incorrectly."""
     shape = (page.imagelength, page.imagewidth, page.samplesperpixel)
     interleaved = page.planarconfig == 1 and page.dtype == np.uint16
     values = read_16_bits(file) if interleaved else None
@@ -141,7 +141,7 @@ def _with_opencv(page: "TiffPage", file: BinaryIO) -> np.ndarray:
 
 
 def read_16_bits(file: BinaryIO) -> np.ndarray | None:
-    """uint16 (h, w, 1, 3 or 4) of a PNG or TIFF, by OpenCV; None if it has other numbers or is damaged."""
+    """Read uint16 (h, w, 1, 3 or 4) of a PNG or TIFF with OpenCV; None if it is not uint16 or damaged."""
     file.seek(0)
     try:
         values = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -157,10 +157,10 @@ def read_16_bits(file: BinaryIO) -> np.ndarray | None:
 
 
 def _interpret(values: np.ndarray, page: "TiffPage") -> np.ndarray:
-    """uint8 or uint16 (h, w, 1 to 4): grey or RGB, with its transparency; or CMYK."""
+    """Convert raw values to uint8 or uint16 (h, w, 1 to 4): grey or RGB with any transparency, or CMYK."""
     colours = COLOURS[page.photometric]
     extra = [int(kind) for kind in page.extrasamples]
-    if not extra and values.shape[2] == colours + 1:  # OpenCV does not say that it is transparency
+    if not extra and values.shape[2] == colours + 1:  # OpenCV does not declare transparency
         extra = [UNASSOCIATED]
     if values.dtype not in (np.uint8, np.uint16):
         values = scale(values)
@@ -181,14 +181,14 @@ def _interpret(values: np.ndarray, page: "TiffPage") -> np.ndarray:
 
 
 def scale(values: np.ndarray) -> np.ndarray:
-    """uint16 from numbers whose type does not tell what white is: the first of 1, 255 and 65535 that fits.
+    """Scale values whose type does not define white to uint16; white is the first of 1, 255, 65535 that fits.
 
-    Floats may go a little beyond it, as sharpening and highlights do: they are clipped. Whole numbers begin
-    at 255 and may not be negative. Raises ValueError where nothing fits.
+    Values may exceed it to some extent (sharpening, highlights) and are clipped. Integers start at 255 and
+    must not be negative. Raises ValueError if nothing fits.
     """
     low, high = values.min(), values.max()
     if values.dtype.kind == "f":
-        limits = [(1, 16), (255, 260), (65535, 66000)]  # white, and the largest number that it allows
+        limits = [(1, 16), (255, 260), (65535, 66000)]  # white, and the largest value accepted for it
     else:
         limits = [(255, 260), (min(65535, np.iinfo(values.dtype).max), 66000)]
     white = next((white for white, most in limits if high <= most), None)

@@ -16,19 +16,19 @@ class DiagonalGaussianDistribution:
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """A sample (b, c, h, w); `noise` is the standard normal to use."""
+        """Return a sample (b, c, h, w), made from the standard normal `noise` if given."""
         noise = torch.randn_like(self.mean) if noise is None else noise
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def mode(self) -> Tensor:
-        """The mean (b, c, h, w)."""
+        """Return the mean (b, c, h, w)."""
         return self.mean
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder, with the 1x1 convolutions around the latent that FLUX does without.
+    """Encoder and decoder, with 1x1 convolutions around the latent unless `use_quant_conv` is False (FLUX).
 
-    `lossconfig`, `monitor` and `image_key` appear in original yaml files and change nothing here.
+    `lossconfig`, `monitor` and `image_key` appear in original yaml files and are ignored.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class AutoencoderKL(nn.Module):
             self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
 
     def encode(self, image: Tensor) -> DiagonalGaussianDistribution:
-        """Image (b, 3, h, w) in [-1, 1] -> distribution of latents (b, embed_dim, h / 8, w / 8)."""
+        """Encode an image (b, 3, h, w) in [-1, 1] to a latent distribution (b, embed_dim, h / 8, w / 8)."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(image)))
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latent (b, embed_dim, h, w) -> image (b, 3, 8h, 8w) near [-1, 1]."""
+        """Decode a latent (b, embed_dim, h, w) to an image (b, 3, 8h, 8w) near [-1, 1]."""
         return self.decoder(self.post_quant_conv(latent))

@@ -1,7 +1,7 @@
-"""FLUX's networks in the folders of diffusers: `transformer/` and `vae/` of a download.
+"""Read FLUX's networks from the folders of diffusers: `transformer/` and `vae/` of a download.
 
-There the tensors have other names and fused linears are stored in parts. Tensors are memory-mapped; parts are
-joined one tensor at a time.
+Their tensors have other names, and fused linear layers are stored in parts. Tensors are memory-mapped; parts
+are joined one tensor at a time.
 """
 
 import json
@@ -17,7 +17,7 @@ from ldm.checkpoint import check_fit
 from ldm.models.prompts import naming, read_config
 from ldm.modules.flux import FluxParams
 
-# Modules of a block: the original's name -> diffusers' names (of a fused linear its parts, in order).
+# Modules of a block: the original's name -> diffusers' names (for a fused linear its parts, in order).
 DOUBLE_BLOCK = {
     "img_mod.lin": ["norm1.linear"],
     "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
@@ -57,7 +57,7 @@ NOT_IN_BLOCKS = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
-# Parts of the autoencoder's names, replaced in this order; the decoder's levels are also counted backwards.
+# Parts of the autoencoder's tensor names, replaced in this order; the decoder's levels are also reversed.
 AUTOENCODER_NAMES = {
     "mid.attn_1.norm.": "mid_block.attentions.0.group_norm.",
     "mid.attn_1.proj_out.": "mid_block.attentions.0.to_out.0.",
@@ -71,7 +71,7 @@ AUTOENCODER_NAMES = {
     ".nin_shortcut.": ".conv_shortcut.",
     ".norm_out.": ".conv_norm_out.",
 }
-# What the code takes for granted of the autoencoder, by the names in its config.json.
+# Values in the autoencoder's config.json that the code assumes.
 AUTOENCODER_FACTS = {
     "scaling_factor": 0.3611,
     "shift_factor": 0.1159,
@@ -84,7 +84,7 @@ INDEX = f"{FILE}.index.json"
 
 
 class Joined:
-    """A tensor stored in parts along its first dimension, joined only where it is used."""
+    """Tensor stored in parts along its first dimension, which are joined by `to`."""
 
     def __init__(self, parts: list[Tensor]):
         self.parts = parts
@@ -97,9 +97,9 @@ class Joined:
 
 
 def list_weights(folder: Path) -> list[str]:
-    """Names of the files that hold a network's tensors: those that its index lists, or the only one.
+    """List the names of a network's weight files: those in its index, or the single one.
 
-    Of shards without their index it is the index, which is missing. Raises ValueError if it is damaged.
+    For shards without an index the missing index is listed. Raises ValueError if the index is damaged.
     """
     if not (folder / INDEX).is_file():
         return [INDEX] if any(folder.glob(f"{Path(FILE).stem}-*")) else [FILE]
@@ -109,7 +109,7 @@ def list_weights(folder: Path) -> list[str]:
 
 
 def read_folder(folder: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of all files of a network, each file read by `read`.
+    """Read the tensors of all files of a network, each file with `read`.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one.
     """
@@ -120,7 +120,7 @@ def read_folder(folder: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
 
 
 def read_sizes(folder: Path, kind: str) -> dict[str, Any]:
-    """The config.json of a network. Raises ValueError if it is damaged or not of diffusers' class `kind`."""
+    """Read a network's config.json. Raises ValueError if it is damaged or not of diffusers' class `kind`."""
     with naming(folder / "config.json"):
         config = read_config(folder)
     if config.get("_class_name") != kind:
@@ -132,7 +132,7 @@ def read_sizes(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def flux_params(folder: Path) -> FluxParams:
-    """The sizes in the config.json of `transformer/`; those that it leaves out are Kontext's.
+    """Read the sizes in the config.json of `transformer/`; missing ones default to Kontext's.
 
     Raises ValueError for a config.json that is damaged or of another network.
     """
@@ -161,7 +161,7 @@ def flux_params(folder: Path) -> FluxParams:
 
 
 def flux_sources(name: str) -> list[str]:
-    """Names in `transformer/` of the tensors that make up one of the original's."""
+    """Return the names in `transformer/` of the tensors that make up the original's tensor `name`."""
     module, _, kind = name.rpartition(".")
     kind = "weight" if kind == "scale" else kind
     if "_blocks." not in module:
@@ -174,7 +174,7 @@ def flux_sources(name: str) -> list[str]:
 def flux_weights(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path
 ) -> dict[str, Tensor | Joined]:
-    """The tensors of `transformer/` under the names of a Flux's state dict `own`.
+    """Return the tensors of `transformer/` under the names of a Flux's state dict `own`.
 
     Raises ValueError, with diffusers' names, if they do not fit.
     """
@@ -184,7 +184,7 @@ def flux_weights(
         sources = flux_sources(name)
         if len(sources) == 1:
             wanted[sources[0]] = value
-        else:  # q, k, v, and of a single block the MLP
+        else:  # q, k, v, and in a single block the MLP
             parts = value.split([width] * 3 + [len(value) - 3 * width] * (len(sources) - 3))
             wanted |= zip(sources, parts, strict=True)
     check_fit(wanted, tensors, folder, "Flux")
@@ -201,9 +201,9 @@ def flux_weights(
 
 
 def autoencoder_sizes(folder: Path) -> dict[str, Any]:
-    """Arguments of Encoder and Decoder from the config.json of `vae/`.
+    """Read the arguments of Encoder and Decoder from the config.json of `vae/`.
 
-    Raises ValueError for a config.json that is damaged, of another network, or of other latents than FLUX's.
+    Raises ValueError if it is damaged, of another network, or of latents other than FLUX's.
     """
     config, path = read_sizes(folder, "AutoencoderKL"), folder / "config.json"
     for name, value in AUTOENCODER_FACTS.items():
@@ -225,7 +225,7 @@ def autoencoder_sizes(folder: Path) -> dict[str, Any]:
 def autoencoder_weights(
     own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
-    """The tensors of `vae/` under the names of a FluxAutoencoder's state dict `own`.
+    """Return the tensors of `vae/` under the names of a FluxAutoencoder's state dict `own`.
 
     Raises ValueError, with diffusers' names, if they do not fit.
     """
@@ -237,7 +237,7 @@ def autoencoder_weights(
             source = source.replace(ours, theirs)
         source = re.sub(r"\.up\.(\d)", lambda level: f".up_blocks.{levels - 1 - int(level[1])}", source)
         sources[name] = source
-        is_linear = "attentions" in source and value.ndim == 4  # ours are convolutions of one pixel
+        is_linear = "attentions" in source and value.ndim == 4  # ours are 1x1 convolutions
         wanted[source] = value[..., 0, 0] if is_linear else value
     check_fit(wanted, tensors, folder, "FluxAutoencoder")
     return {name: tensors[source].view(own[name].shape) for name, source in sources.items()}

@@ -1,6 +1,6 @@
-"""The model folder of FLUX.1 Kontext [dev]: transformer and autoencoder, read from disk.
+"""Load the transformer and autoencoder of FLUX.1 Kontext [dev] from its model folder.
 
-Weights are memory-mapped and go straight into place: nothing is initialised first, nothing is copied twice.
+Weights are memory-mapped and assigned directly: networks are not initialised first, nothing is copied twice.
 """
 
 import json
@@ -39,9 +39,9 @@ AUTOENCODER_CONFIG = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "
 
 
 class FluxAutoencoder(AutoencoderKL):
-    """Image (b, 3, 8h, 8w) in [-1, 1] <-> latent (b, 16, h, w) of about unit variance.
+    """Autoencoder: image (b, 3, 8h, 8w) in [-1, 1] <-> latent (b, 16, h, w) of about unit variance.
 
-    `config` holds the arguments of Encoder and Decoder if they are not FLUX's.
+    `config` holds the arguments of Encoder and Decoder, by default FLUX's.
     """
 
     scale_factor, shift_factor = 0.3611, 0.1159
@@ -63,14 +63,14 @@ class FluxAutoencoder(AutoencoderKL):
 
 
 def own_dtype(device: str | torch.device) -> torch.dtype:
-    """The dtype that FLUX computes in: bfloat16 on CUDA (float16 overflows in it), float32 elsewhere."""
+    """Return the dtype that FLUX computes in: bfloat16 on CUDA (float16 overflows), float32 elsewhere."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def find_network(folder: str | Path, file: str) -> Path:
-    """Find TRANSFORMER or AUTOENCODER in a model folder: the file, or diffusers' folder where it is absent.
+    """Find TRANSFORMER or AUTOENCODER in a model folder: the file, or diffusers' folder if only that exists.
 
-    Without either it is the file, which is missing.
+    If neither exists, the path of the missing file is returned.
     """
     path, theirs = Path(folder) / file, Path(folder) / FOLDERS[file]
     return theirs if (theirs / "config.json").is_file() and not path.is_file() else path
@@ -86,9 +86,9 @@ def check_networks(folder: str | Path) -> Path:
 
 
 def open_flux(path: Path, read: Callable | None = None) -> tuple[Flux, dict[str, Tensor | Joined]]:
-    """A transformer without values, and the weights that fit it, as `read` (read_weights) reads each file.
+    """Return a transformer on the meta device and its weights; `read` (read_weights) reads each file.
 
-    Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    Raises FileNotFoundError, or ValueError for a file that is damaged or of another network.
     """
     read = read or read_weights
     if path.is_dir():
@@ -112,11 +112,11 @@ def load_flux(
 ) -> Flux:
     """Load a frozen transformer; with `fp8` the linears of its blocks are stored in 8 bits.
 
-    `path` is a file or a folder of diffusers. Without a `dtype` it computes in that of `own_dtype`. Sizes are
-    those of the folder's config.json, or Kontext's unless the file's metadata holds "flux_params" (see
-    `save_flux`). `progress` may wrap the list of names in a progress bar. The last `blocks_to_swap` blocks
-    are offloaded to (pinned) CPU memory and fetched when they run.
-    Raises FileNotFoundError, or ValueError for a damaged or foreign file.
+    `path` is a file or a diffusers folder; `dtype` defaults to `own_dtype`. Sizes come from the folder's
+    config.json, or from "flux_params" in the file's metadata (see `save_flux`), by default Kontext's.
+    `progress` may wrap the list of names in a progress bar. The last `blocks_to_swap` blocks are offloaded to
+    (pinned) CPU memory and fetched when they run.
+    Raises FileNotFoundError, or ValueError for a file that is damaged or of another network.
     """
     dtype = dtype or own_dtype(device)
     model, weights = open_flux(Path(path))
@@ -140,12 +140,12 @@ def load_flux(
 
 
 def save_flux(path: str | Path, model: Flux, **facts: str) -> None:
-    """Write a transformer with its sizes, which `load_flux` reads, and `facts` in the metadata."""
+    """Write a transformer with its sizes, for `load_flux`, and `facts` in the metadata."""
     write_weights(path, model.state_dict(), {"flux_params": json.dumps(vars(model.params)), **facts})
 
 
 def open_autoencoder(path: Path, read: Callable | None = None) -> tuple[FluxAutoencoder, dict[str, Tensor]]:
-    """An autoencoder without values, and the weights that fit it; arguments and errors as in `open_flux`."""
+    """Return an autoencoder on the meta device and its weights; arguments and errors as in `open_flux`."""
     read = read or read_weights
     if path.is_dir():
         with torch.device("meta"):
@@ -161,10 +161,10 @@ def open_autoencoder(path: Path, read: Callable | None = None) -> tuple[FluxAuto
 def load_autoencoder(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> FluxAutoencoder:
-    """Load the frozen autoencoder of a file or of diffusers' folder; without a `dtype` in `own_dtype`.
+    """Load the frozen autoencoder from a file or diffusers' folder; `dtype` defaults to `own_dtype`.
 
-    Sizes are those of the folder's config.json, or FLUX's unless the file's metadata holds "ddconfig".
-    Raises what `load_flux` does.
+    Sizes come from the folder's config.json, or from "ddconfig" in the file's metadata, by default FLUX's.
+    Raises the same errors as `load_flux`.
     """
     dtype = dtype or own_dtype(device)
     model, weights = open_autoencoder(Path(path))
@@ -181,11 +181,12 @@ def load_restorer(
     device: str | torch.device = "cpu",
     **storage: Any,
 ) -> Callable[..., np.ndarray]:
-    """Fill in `restore_image`'s model, autoencoder and prompt from a model folder and a LoRA.
+    """Return `restore_image` with its model, autoencoder and prompt set from a model folder and a LoRA.
 
-    The LoRA is a file or the folder of a run. Without `prompt` it is the LoRA's own, whose embedding the run
-    keeps; that of another prompt goes to `prompt_cache`. `storage` is that of the transformer: `fp8`
-    and `blocks_to_swap` of `load_flux`. Raises ValueError if there is no prompt.
+    The LoRA is a file or a run's folder. `prompt` defaults to the one in the LoRA's metadata; its embedding
+    is read from the run's folder, or else from `prompt_cache`, which is written if needed. `storage` holds
+    the options `fp8` and `blocks_to_swap` of `load_flux`. Raises FileNotFoundError if a file is missing, and
+    ValueError if there is no prompt.
     """
     folder = check_networks(folder)
     if lora_path and not lora_file(lora_path).is_file():
@@ -205,7 +206,7 @@ def load_restorer(
 
 
 def lora_prompt(lora_path: str | Path | None) -> str:
-    """The prompt that a LoRA was trained with. Raises ValueError if there is none."""
+    """Return the prompt that a LoRA was trained with. Raises ValueError if there is none."""
     if not lora_path:
         raise ValueError("a prompt is needed: there is no LoRA that could name one")
     path = lora_file(lora_path)

@@ -1,4 +1,4 @@
-"""Prompts of FLUX: encoded by T5 and CLIP from the model folder, once, and kept in the folder of a run."""
+"""Encode FLUX's prompts once with T5 and CLIP from the model folder, and cache them in a run's folder."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ TEXT_FILES = (
     "text_encoder_2/model*.safetensors",
     "tokenizer_2/tokenizer.json",
 )
-LARGEST = 10**6  # number in a config.json
+LARGEST = 10**6  # largest number accepted in a config.json
 ROWS = 4  # prompts that T5 encodes at once
 
 
@@ -43,7 +43,7 @@ def check_folder(folder: str | Path, files: Iterable[str]) -> Path:
 def encode_prompt(folder: str | Path, prompt: str, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Encode a prompt as {"t5": (1, 512, 4096), "pooled": (1, 768)}, bfloat16 on the CPU.
 
-    T5's sizes and its number of tokens (n_positions) are those of its config.json. It sees the padding too
+    T5's sizes and its number of tokens (n_positions) are those of its config.json. It also attends to padding
     (no attention mask), as in the original.
     """
     [embeddings] = encode_prompts(folder, [prompt], device)
@@ -53,7 +53,7 @@ def encode_prompt(folder: str | Path, prompt: str, device: str | torch.device = 
 def encode_prompts(
     folder: str | Path, prompts: Sequence[str], device: str | torch.device = "cpu"
 ) -> Iterator[dict[str, Tensor]]:
-    """Encode several prompts one after the other, each as `encode_prompt` does."""
+    """Yield the encodings of several prompts in order, each like that of `encode_prompt`."""
     folder = check_folder(folder, TEXT_FILES)
     with naming(folder / "text_encoder"):
         pooled = _encode_clip(folder / "text_encoder", prompts, device)
@@ -65,7 +65,7 @@ def encode_prompts(
 
 @contextmanager
 def naming(folder: Path) -> Iterator[None]:
-    """Turn errors of json, tokenizers and transformers, which are of every kind, into one that says where."""
+    """Turn errors of any type (json, tokenizers, transformers) into a ValueError that names the folder."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -77,7 +77,7 @@ def naming(folder: Path) -> Iterator[None]:
 
 @torch.no_grad()
 def _load_t5(folder: Path, prompts: Sequence[str]) -> tuple[nn.Module, Tensor]:
-    """T5 on the CPU and the token ids (prompts, 512). Raises errors of every kind."""
+    """Load T5 on the CPU, and return it with the token ids (prompts, 512). Raises errors of any type."""
     from tokenizers import Tokenizer
     from transformers import T5EncoderModel
 
@@ -102,7 +102,7 @@ def _load_t5(folder: Path, prompts: Sequence[str]) -> tuple[nn.Module, Tensor]:
 
 @torch.no_grad()
 def _encode_clip(here: Path, prompts: Sequence[str], device: str | torch.device) -> list[Tensor]:
-    """CLIP's pooled output (1, 768) of each prompt, bfloat16 on the CPU."""
+    """Return CLIP's pooled output (1, 768) of each prompt, bfloat16 on the CPU."""
     config = read_config(here)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     model = CLIPTextModel(*(config[name] for name in names))
@@ -116,7 +116,7 @@ def _encode_clip(here: Path, prompts: Sequence[str], device: str | torch.device)
 
 
 def read_config(folder: Path) -> dict:
-    """The config.json of a network. Raises ValueError for numbers that would take all memory."""
+    """Read a network's config.json. Raises ValueError for numbers that would exhaust memory."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name, value in config.items():
         if isinstance(value, int) and value > LARGEST:
@@ -125,7 +125,7 @@ def read_config(folder: Path) -> dict:
 
 
 class Fetched(nn.Module):
-    """Run a layer on `device` with a copy of its weights, which stay where they are."""
+    """Layer that runs on `device` with a temporary copy of its weights."""
 
     def __init__(self, layer: nn.Module, device: str | torch.device):
         super().__init__()
@@ -138,9 +138,9 @@ class Fetched(nn.Module):
 
 @torch.no_grad()
 def run_by_layers(model: nn.Module, ids: Tensor, device: str | torch.device) -> Iterator[Tensor]:
-    """Compute the last hidden states of a T5, (1, tokens, dim) in bfloat16 on the CPU, for each row of ids.
+    """Yield the last hidden states of a T5, (1, tokens, dim) in bfloat16 on the CPU, for each row of ids.
 
-    Its 9.5 GB do not fit on every GPU: each layer is on `device` only while it computes a few rows.
+    Its 9.5 GB do not fit on every GPU: each layer is on `device` only while it processes a few rows.
     """
     encoder = model.encoder
     encoder.block = nn.ModuleList(Fetched(block, device) for block in encoder.block)
@@ -153,7 +153,7 @@ def run_by_layers(model: nn.Module, ids: Tensor, device: str | torch.device) -> 
 def cached_prompt(
     cache: str | Path, folder: str | Path, prompt: str, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """Read the embeddings from the file `cache` if it holds this prompt; else encode it and write them."""
+    """Read a prompt's embeddings from the file `cache`, or encode the prompt and write them there."""
     found = _read_cache(Path(cache), prompt, folder)
     if found is None:
         found = encode_prompt(folder, prompt, device)
@@ -162,7 +162,7 @@ def cached_prompt(
 
 
 def _encoders(folder: str | Path) -> str:
-    """An identifier of a folder's text encoders; "" where it has none."""
+    """Return an identifier of a folder's text encoders, "" if it has none."""
     path = Path(folder) / "text_encoder_2" / "config.json"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ""
 
@@ -185,22 +185,22 @@ def _write_cache(cache: Path, prompt: str, folder: str | Path, embeddings: dict[
 
 
 def prompt_file(run: Path, prompt: str) -> Path:
-    """The file in a run's folder that keeps the embedding of a prompt."""
+    """Return the path of the file in a run's folder that caches the embeddings of a prompt."""
     return run / "cache" / f"prompt_{hashlib.sha256(prompt.encode()).hexdigest()[:12]}.safetensors"
 
 
 class Prompts:
-    """The embeddings of several prompts, each encoded once and kept in the folder `run` of a run.
+    """Embeddings of several prompts, each encoded once and cached in the run's folder `run`.
 
     prompts(texts) returns {"t5": (b, tokens, dim), "pooled": (b, dim)} of b texts on the device, b = 1 if all
-    are the same. Raises what `encode_prompt` does.
+    are the same. Raises the same errors as `encode_prompt`.
     """
 
     def __init__(
         self, run: Path, folder: str | Path, texts: Iterable[str], device: str | torch.device = "cpu"
     ):
         self.run, self.device = run, device
-        self.read = lru_cache(maxsize=32)(self._read)  # of FLUX's own 4 MB each
+        self.read = lru_cache(maxsize=32)(self._read)  # 4 MB each for FLUX
         new = [
             text for text in dict.fromkeys(texts) if _read_cache(prompt_file(run, text), text, folder) is None
         ]

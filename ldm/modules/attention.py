@@ -49,7 +49,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width, then back."""
+    """GEGLU to four times the width, then a linear layer back to it."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -105,17 +105,17 @@ class SpatialTransformer(nn.Module):
 
 
 def tokens(x: Tensor) -> Tensor:
-    """(b, c, h, w) -> (b, h * w, c), a view of a channels_last map."""
+    """Reshape (b, c, h, w) to (b, h * w, c), contiguous if x is channels_last."""
     return x.flatten(2).transpose(1, 2)
 
 
 def feature_map(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(b, h * w, c) -> (b, c, h, w), channels_last."""
+    """Reshape (b, h * w, c) to (b, c, h, w), channels_last."""
     return x.transpose(1, 2).unflatten(2, size)
 
 
 def rotary_embedding(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
-    """Angles of rotary position embeddings (Su et al. 2021) for kernels.Rotate, float32.
+    """Compute the rotary position embeddings (Su et al. 2021) for kernels.Rotate, float32.
 
     ids (b, n, axes) -> cosines (b, 1, n, d), each twice in a row, and sines (b, 1, n, d / 2).
     """

@@ -10,8 +10,8 @@ from torch import nn
 class EMA:
     """EMA of the trainable parameters of `module`, kept in float32 on their device.
 
-    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the average is useful from the start. A
-    decay of 0 is no average: it equals the parameters.
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the average is useful from the start.
+    With a decay of 0 it equals the parameters.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.9999):
@@ -19,7 +19,7 @@ class EMA:
             raise ValueError(f"ema_decay must lie in [0, 1), not {decay}")
         self.decay = decay
         self.updates = 0
-        self._module: nn.Module | None = None  # the last one that was averaged, and its parameters
+        self._module: nn.Module | None = None  # module of the last update, and its parameters
         self._parameters: list[nn.Parameter] = []  # found once: modules are deep trees
         self.average = {
             name: parameter.detach().float().clone()
@@ -40,7 +40,7 @@ class EMA:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Give `module` the EMA weights within this context; afterwards it has its own again."""
+        """Give `module` the EMA weights within this context, and restore its own afterwards."""
         parameters = dict(module.named_parameters())
         own = {name: parameters[name].detach().clone() for name in self.average}
         self._copy(self.average, parameters)

@@ -2,8 +2,8 @@
 
 Parameters are named as in flux1-kontext-dev.safetensors (Black Forest Labs, 2025: "FLUX.1 Kontext: Flow
 Matching for In-Context Image Generation and Editing in Latent Space"). In reading order: embeddings,
-attention, blocks, the network, and the functions that feed it. It is sampled in ldm/models/diffusion/flow.py;
-autoencoder, text encoders and files are in ldm/models/kontext.py.
+attention, blocks, the network, and functions for its inputs. Sampling is in ldm/models/diffusion/flow.py,
+autoencoder and files in ldm/models/kontext.py, text encoders in ldm/models/prompts.py.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class FluxParams:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Self-attention over all tokens, each q, k, v (b, heads, n, d) -> (b, n, heads * d)."""
+    """Compute self-attention over all tokens: q, k, v (b, heads, n, d) each -> (b, n, heads * d)."""
     q, k = Rotate.apply(q, *rotation), Rotate.apply(k, *rotation)
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
@@ -82,7 +82,7 @@ class QKNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The parameters of one stream's attention; the attention itself spans both streams."""
+    """Attention parameters of one stream; `attention` itself spans both streams."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
@@ -108,12 +108,12 @@ class Modulation(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without its own parameters, then the given scale and shift."""
+    """Apply layer norm without its own parameters, then the given scale and shift."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class DoubleStreamBlock(nn.Module):
-    """Text and image tokens have their own weights and meet in the attention."""
+    """Block with separate weights for text and image tokens and a joint attention."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool):
         super().__init__()
@@ -140,7 +140,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """All tokens share weights; attention and MLP run side by side from one fused linear into another."""
+    """Block with shared weights for all tokens: attention and MLP in parallel between two fused linears."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -170,7 +170,7 @@ class LastLayer(nn.Module):
 
 
 class Flux(nn.Module):
-    """The transformer. `checkpointing` recomputes each block in the backward pass instead of keeping it."""
+    """FLUX's transformer; with `checkpointing` blocks are recomputed in the backward pass to save memory."""
 
     def __init__(self, params: FluxParams):
         super().__init__()
@@ -200,7 +200,7 @@ class Flux(nn.Module):
         y: Tensor,
         guidance: Tensor,
     ) -> Tensor:
-        """Velocity of every image token, (b, n, out_channels) in the dtype of the weights.
+        """Predict the velocity of every image token, (b, n, out_channels) in the dtype of the weights.
 
         img (b, n, in_channels), txt (b, m, context_in_dim), ids (b, n | m, 3), timesteps (b,) in [0, 1],
         y (b, vec_in_dim) the pooled CLIP embedding, guidance (b,).
@@ -232,18 +232,21 @@ class Flux(nn.Module):
 
 
 def pack(latent: Tensor) -> Tensor:
-    """Each 2x2 square of latent pixels becomes one token."""
+    """Turn each 2x2 square of latent pixels into one token: (b, c, h, w) -> (b, h * w / 4, 4 * c)."""
     return rearrange(latent, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Undo of `pack` for a latent of height x width."""
+    """Undo `pack` for a latent of height x width."""
     h, w = height // 2, width // 2
     return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=h, w=w, ph=2, pw=2)
 
 
 def token_ids(latent: Tensor, image_number: int) -> Tensor:
-    """(image number, y, x) of each token of a latent (b, c, h, w), float32 (b, n, 3); targets are image 0."""
+    """Return (image number, y, x) of each latent token, float32 (b, n, 3), for a latent (b, c, h, w).
+
+    The image number of targets is 0.
+    """
     b, _, h, w = latent.shape
     places = (torch.arange(side // 2, device=latent.device) for side in (h, w))
     y, x = torch.meshgrid(*places, indexing="ij")
@@ -260,10 +263,10 @@ def predict_velocity(
     timesteps: Tensor,
     guidance: float | Tensor,
 ) -> Tensor:
-    """Estimate of noise - clean for latents (b, 16, h, w) at `timesteps` (b,), given the control latents.
+    """Predict noise - clean for latents (b, 16, h, w) at `timesteps` (b,), given the control latents.
 
-    The control tokens follow the target tokens and their part of the output is cut off. t5 (1 or b, m, dim)
-    and pooled (1 or b, dim) are the prompt. Float32, the shape of `latent`.
+    The control tokens follow the target tokens, and their part of the output is dropped. t5 (1 or b, m, dim)
+    and pooled (1 or b, dim) are the prompt. Returns float32 in the shape of `latent`.
     """
     b, _, h, w = latent.shape
     tokens = pack(latent)

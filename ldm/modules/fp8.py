@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class Fp8Linear(nn.Module):
-    """A frozen linear layer in float8 e4m3 with one scale, computed in the input's dtype.
+    """Frozen linear layer stored in float8 e4m3 with one scale, computed in the input's dtype.
 
-    Converting to bfloat16 is exact, and the scale is a power of two that the product applies: only storage
-    rounds. The converted weight is kept for the gradient of the input; with activation checkpointing those of
-    one block at a time.
+    Converting to bfloat16 is exact, and the scale is a power of two that is applied to the product, so only
+    storing rounds. The converted weight is kept for the gradient of the input; with activation checkpointing
+    only the weights of one block at a time are kept.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
@@ -31,7 +31,7 @@ class Fp8Linear(nn.Module):
 def quantize(weight: Tensor) -> tuple[Tensor, float]:
     """Round (out, in) to float8 e4m3 (out, in) and a power of two, so that weight is about float8 * scale.
 
-    Three bits of mantissa are kept down to 2^-14 of the largest value: scales of rows would gain nothing.
+    Three bits of mantissa are kept down to 2^-14 of the largest value, so one scale per row has no benefit.
     """
     limit = torch.finfo(torch.float8_e4m3fn).max
     largest = weight.abs().amax().float().clamp(min=1e-30)
@@ -40,7 +40,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, float]:
 
 
 def store_in_fp8(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, Fp8Linear]:
-    """Replace the linears, given by name, with empty `Fp8Linear` ones; return them by weight name."""
+    """Replace the linears, given by name, by empty `Fp8Linear` layers; return these by weight name."""
     stored = {}
     for name, linear in linears.items():
         stored[f"{name}.weight"] = Fp8Linear(linear.in_features, linear.out_features, linear.bias is not None)

@@ -1,6 +1,6 @@
-"""Deblurring networks by other authors, by name, and images of any size through such a network.
+"""Deblurring networks by name, most by other authors, and restoring images of any size with them.
 
-All are called as network(blurry (b, 3, h, w) in [0, 1]), h and w multiples of its `multiple`, and return the
+Each is called as network(blurry (b, 3, h, w) in [0, 1]), h and w multiples of its `multiple`, and returns the
 restored image, not clamped; a network of several stages returns a list of images, the best one first.
 """
 
@@ -25,7 +25,7 @@ from ldm.util import check_package, settle_precision
 if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor
 
-Made = Tensor | list[Tensor]  # output of a network of one stage, or of several
+Made = Tensor | list[Tensor]  # output of a network with one stage, or with several
 
 
 class ResidualBlock(nn.Module):
@@ -66,7 +66,7 @@ class SRResNet(nn.Module):
 
 
 class DeblurGANGenerator(nn.Module):
-    """DeblurGAN's (Kupyn et al. 2018, section 3): blocks at quarter resolution; resized, not deconvolved."""
+    """DeblurGAN's generator (Kupyn et al. 2018, section 3): blocks at quarter size, upsampled by resizing."""
 
     multiple = 4
 
@@ -122,7 +122,7 @@ OTHERS: dict[str, Callable[[int, int], nn.Module]] = {  # by width and number of
 
 
 def authors_form(shapes: dict[str, torch.Size]) -> dict:
-    """Name, width and blocks of an MPRNet or NAFNet of its authors, by its parameters; {} for others."""
+    """Identify an authors' MPRNet or NAFNet by its parameters: name, width and blocks; {} for others."""
     if "stage3_orsnet.orb1.body.0.body.0.weight" in shapes and "shallow_feat1.0.weight" in shapes:
         blocks = sum(name.startswith("stage3_orsnet.orb1.body.") for name in shapes) // 5
         return {"generator": "mprnet", "width": shapes["shallow_feat1.0.weight"][0], "blocks": blocks}
@@ -133,14 +133,14 @@ def authors_form(shapes: dict[str, torch.Size]) -> dict:
 
 
 def final(made: Made) -> Tensor:
-    """The restored image of a network's output: of several stages the first in the list."""
+    """Return the restored image of a network's output: the first in the list if it has several stages."""
     return made[0] if isinstance(made, list) else made
 
 
 def content_loss(made: Made, real: Tensor, kind: PixelLoss, fft_weight: float = 0.0) -> Tensor:
-    """Distance of the pixels, and of the Fourier transforms if they have a weight.
+    """Compute the pixel loss, plus the weighted Fourier loss if `fft_weight` is not 0.
 
-    Of several stages it is the sum, with the distances of their edges (MPRNet's equation 1).
+    For several stages it is the sum over them, plus their weighted edge losses (MPRNet's equation 1).
     """
     if not isinstance(made, list):
         return restoration_loss(made, real, kind, fft_weight)
@@ -155,16 +155,17 @@ def to_unit(image: Tensor) -> Tensor:
 def restore_image(
     network: nn.Module, image: np.ndarray, noise: Tensor | None = None, **options: Any
 ) -> np.ndarray:
-    """Restore a uint8 image (h, w, 3) of any size in eval mode; train_dbgan's BGAN blurs it with a `noise`.
+    """Restore a uint8 image (h, w, 3) of any size in eval mode.
 
-    `options` are those of ldm.tiling.restore_photo.
+    `noise` is the second input of train_dbgan's BGAN, which blurs images. `options` are those of
+    ldm.tiling.restore_photo.
     """
 
     def run(part: Tensor) -> Tensor:
         h, w = part.shape[2:]
         padded = pad_to_multiple(to_unit(part), network.multiple)
         inputs = [padded] if noise is None else [padded, noise.to(padded)]
-        restored = final(network.forward(*inputs))  # not compiled: sizes vary
+        restored = final(network.forward(*inputs))  # not the compiled network: sizes vary
         return restored[..., :h, :w].clamp(0, 1) * 2 - 1
 
     training = network.training
@@ -184,17 +185,17 @@ OTHER_PURPOSES = {
 
 
 def load_foreign(path: str | Path) -> "ImageModelDescriptor":
-    """Load a file of NAFNet, SwinIR, Real-ESRGAN or any network that spandrel finds by the names of weights.
+    """Load NAFNet, SwinIR, Real-ESRGAN or another network that spandrel recognises by its weight names.
 
-    It takes RGB (1, 3, h, w) in [0, 1] of any size, which it pads as needed, and returns (1, 3, scale h,
-    scale w), clamped. Raises FileNotFoundError, and ValueError without the package, for a file that holds
-    code or no such network, and for a network with another purpose or other channels.
+    The network takes RGB (1, 3, h, w) in [0, 1] of any size, pads it as needed, and returns (1, 3, scale * h,
+    scale * w), clamped. Raises FileNotFoundError, and ValueError if spandrel is not installed, if the file
+    holds code or no known network, or if the network has another purpose or other channels.
     """
     weights, _ = read_trained(path)
     check_package("spandrel", f"{path}, a network of other authors,")
     import spandrel
 
-    if find_spec("spandrel_extra_arches"):  # Restormer and others whose licences are restrictive
+    if find_spec("spandrel_extra_arches"):  # Restormer and others with restrictive licences
         import spandrel_extra_arches
 
         spandrel_extra_arches.install(ignore_duplicates=True)
@@ -205,7 +206,7 @@ def load_foreign(path: str | Path) -> "ImageModelDescriptor":
             f"{path} holds no network that spandrel {spandrel.__version__} recognises (spandrel_extra_arches "
             f"has more): its first key is {next(iter(weights))}"
         ) from error
-    except Exception as error:  # names as of a known network, but not its weights: anything may go wrong
+    except Exception as error:  # known names but unexpected weights: any error may occur
         raise ValueError(f"{path} does not fit the network that its names are of: {error}") from error
     name = network.architecture.name
     if network.purpose in OTHER_PURPOSES:
@@ -219,9 +220,9 @@ def load_foreign(path: str | Path) -> "ImageModelDescriptor":
 
 
 def check_precision(network: "ImageModelDescriptor", precision: str) -> str:
-    """Return the precision for `restore_foreign`: 32 instead of `auto` where the network supports no other.
+    """Return the precision for `restore_foreign`: `auto` becomes 32 if its 16-bit type is not supported.
 
-    Raises ValueError for any other that it does not support.
+    Raises ValueError for any other precision that the network does not support.
     """
     settled = settle_precision(precision, network.device)
     supported = {"16": network.supports_half, "bf16": network.supports_bfloat16}
@@ -233,13 +234,13 @@ def check_precision(network: "ImageModelDescriptor", precision: str) -> str:
 
 
 def restore_foreign(network: "ImageModelDescriptor", image: np.ndarray, **options: Any) -> np.ndarray:
-    """Restore a uint8 or uint16 image (h, w, 3) of any size, `network.scale` times as large.
+    """Restore a uint8 or uint16 image (h, w, 3) of any size; the result is `network.scale` times as large.
 
     `options` are those of ldm.tiling.restore_photo.
     """
 
     def run(part: Tensor) -> Tensor:
-        restored = network(to_unit(part).contiguous())  # others' code may need the plain layout in memory
+        restored = network(to_unit(part).contiguous())  # third-party code may need this memory format
         return restored.float() * 2 - 1
 
     return restore_photo(image, run, network.device, scale=network.scale, **options)

@@ -1,18 +1,18 @@
-"""A pool of earlier generated images for discriminators (Shrivastava et al. 2017)."""
+"""A pool of previously generated images for discriminators (Shrivastava et al. 2017)."""
 
 import torch
 from torch import Tensor
 
 
 class ImagePool:
-    """Up to `size` earlier fakes; half of what a full pool returns is from before."""
+    """Pool of up to `size` earlier fakes; once full, it replaces half of its inputs by earlier ones."""
 
     def __init__(self, size: int):
         self.size = size
         self.images: list[Tensor] = []
 
     def __call__(self, fakes: Tensor) -> Tensor:
-        """Take (b, 3, h, w) in, give as many out; draws from torch's random numbers."""
+        """Return fakes (b, 3, h, w), some replaced by earlier ones; uses torch's global random generator."""
         chosen = []
         for fake in fakes.detach():
             if len(self.images) < self.size:

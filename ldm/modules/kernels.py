@@ -2,13 +2,13 @@
 
 Memory traffic limits these operations, not arithmetic, and autograd alone would read and write more:
 
-- GatedGELU writes both halves of its gradient where they belong; autograd makes them apart and joins them.
-- SiLUChannelsLast gives a map its channels_last layout back: CUDA's group_norm returns NCHW for a
+- GatedGELU writes both halves of its gradient into one tensor; autograd computes them apart and joins them.
+- SiLUChannelsLast restores the channels_last layout of a map: CUDA's group_norm returns NCHW for a
   channels_last input, and every convolution after it would convert it, forward and backward.
 - CastTogether casts all weights of a network in one kernel; autocast launches one for each weight.
-- Rotate reads the values three times in all; slices that are stacked again would make copies.
+- Rotate reads the values three times in all; slicing and stacking would make copies.
 
-While `torch.compile` traces them, GEGLU and GroupNormSiLU take the plain formula: a compiler fuses by itself.
+While `torch.compile` traces them, GEGLU and GroupNormSiLU use the plain formula, which the compiler fuses.
 
 Known problem of PyTorch 2.13 on a CPU: the backward pass of group_norm ends in a segmentation fault if its
 input is channels_last and needs no gradient while the norm's weights do. A trained norm must therefore follow
@@ -42,7 +42,7 @@ class GatedGELU(torch.autograd.Function):
 
 
 class SiLUChannelsLast(torch.autograd.Function):
-    """SiLU of an NCHW tensor as channels_last; the gradient goes back as NCHW."""
+    """SiLU of an NCHW tensor, returned as channels_last; its gradient is NCHW."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class SiLUChannelsLast(torch.autograd.Function):
 
 
 class CastTogether(torch.autograd.Function):
-    """Weights in another type; their gradients come back as float32."""
+    """Cast of weights to another dtype; their gradients are float32."""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -76,7 +76,7 @@ class CastTogether(torch.autograd.Function):
 
 
 class Rotate(torch.autograd.Function):
-    """Neighbours (x0, x1) become (x0 cos - x1 sin, x1 cos + x0 sin); see attention.rotary_embedding."""
+    """Rotation of neighbours (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin): attention.rotary_embedding."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -89,4 +89,4 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return Rotate.apply(gradient, cos, -sin), None, None  # turned back
+        return Rotate.apply(gradient, cos, -sin), None, None  # rotated back

@@ -1,6 +1,6 @@
 """LoRA: small trained additions to frozen linear layers (Hu et al. 2021), and their files.
 
-A file has the names of the kohya scripts, lora_unet_double_blocks_0_img_attn_qkv.{lora_down.weight,
+Files use the names of the kohya scripts, lora_unet_double_blocks_0_img_attn_qkv.{lora_down.weight,
 lora_up.weight, alpha}, which diffusers, ComfyUI and Forge read for FLUX.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import check_fit, fill, read_metadata, read_weights, write_weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
-# What Forge and other file browsers show (Stability AI's ModelSpec 1.0.0).
+# Metadata that Forge and other file browsers show (Stability AI's ModelSpec 1.0.0).
 MODELSPEC = {
     "modelspec.sai_model_spec": "1.0.0",
     "modelspec.architecture": "flux-1-dev/lora",
@@ -23,14 +23,14 @@ MODELSPEC = {
 }
 KEY = re.compile(r"lora_unet_(double|single)_blocks_\d+_\w+\.(lora_down\.weight|lora_up\.weight|alpha)")
 
-# Fused linears by name. A single block's linear1 holds q, k, v and half of its MLP, linear2 the other halves.
+# Fused linears by name. A single block's linear1 is q, k, v and the first MLP layer, linear2 the outputs.
 ATTENTION = r"_attn\.(qkv|proj)$|\.linear[12]$"
 MLP, MODULATION = r"_mlp\.[02]$", r"\.(\w+_mod|modulation)\.lin$"
 TARGETS = {"attn": ATTENTION, "attn_mlp": f"{ATTENTION}|{MLP}", "all": f"{ATTENTION}|{MLP}|{MODULATION}"}
 
 
 class LoRA(nn.Module):
-    """The low-rank part of one linear layer; named and stored as in kohya's files, float32."""
+    """Low-rank part of one linear layer in float32, with the parameter names of kohya's files."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, alpha: float):
         super().__init__()
@@ -38,20 +38,20 @@ class LoRA(nn.Module):
             raise ValueError(f"rank must lie in 1 ... {min(in_features, out_features)}, not {rank}")
         self.lora_down = nn.Linear(in_features, rank, bias=False)
         self.lora_up = nn.Linear(rank, out_features, bias=False)
-        nn.init.zeros_(self.lora_up.weight)  # at the start nothing changes
+        nn.init.zeros_(self.lora_up.weight)  # no effect at the start
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.scale = alpha / rank
         self.strength = 1.0
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + scale * up(down(x)) in the dtype of x, the sum fused into the last product (Hu et al. 2021)."""
+        """Return y + strength * scale * up(down(x)) in x's dtype, the sum fused in (Hu et al. 2021)."""
         h = F.linear(x, self.lora_down.weight.to(x.dtype)).flatten(0, -2)  # (tokens, rank)
         up = self.lora_up.weight.to(x.dtype).T
         return torch.addmm(y.flatten(0, -2), h, up, alpha=self.strength * self.scale).view_as(y)
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its LoRA."""
+    """Frozen linear layer and its LoRA."""
 
     def __init__(self, base: nn.Module, lora: LoRA):
         super().__init__()
@@ -66,12 +66,12 @@ def kohya_name(name: str) -> str:
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of the blocks by name."""
+    """Return the linear layers of the blocks by name."""
     return {n: m for n, m in model.named_modules() if "_blocks." in n and hasattr(m, "in_features")}
 
 
 def add_lora(model: nn.Module, ranks: dict[str, tuple[int, float]]) -> nn.ModuleDict:
-    """Wrap the linears that `ranks` names (rank, alpha); return the LoRAs, whose state dict is a file's."""
+    """Wrap the linears in `ranks`, name -> (rank, alpha); return the LoRAs, with a file's state dict keys."""
     adapter, linears = nn.ModuleDict(), block_linears(model)
     for name, (rank, alpha) in ranks.items():
         base = linears[name]
@@ -98,12 +98,12 @@ def save_lora(path: Path, lora: nn.ModuleDict, metadata: dict, dtype: torch.dtyp
 
 
 def lora_file(path: str | Path) -> Path:
-    """The LoRA in a folder; anything but a folder stays as it is."""
+    """Return the path of the LoRA in a folder; any other path is returned unchanged."""
     return Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
 
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights and metadata of a LoRA file, or of the one in the folder of a run.
+    """Read the weights and metadata of a LoRA file, or of the one in a run's folder.
 
     Raises ValueError if it is not a LoRA of FLUX with kohya's names.
     """
@@ -123,9 +123,9 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_lora(model: nn.Module, path: Path, strength: float = 1.0) -> tuple[nn.ModuleDict, dict[str, str]]:
-    """Add the LoRA of a file, whatever its targets, ranks and alphas; return it and its metadata.
+    """Add the LoRA of a file, with any targets, ranks and alphas; return it and its metadata.
 
-    Raises ValueError if it is not complete, or belongs to a network of other sizes.
+    Raises ValueError if it is incomplete, or belongs to a network of other sizes.
     """
     weights, metadata = read_lora(path)
     names = {kohya_name(name): name for name in block_linears(model)}
@@ -149,7 +149,7 @@ def start_from(adapter: nn.ModuleDict, path: Path) -> None:
     weights = read_lora(path)[0]
     check_fit(adapter.state_dict(), weights, path, "the LoRA of this run")
     for stem, lora in adapter.items():
-        # alpha may differ: the up matrix takes the factor, so that the change of the weight stays the same
+        # alpha may differ: the up matrix is scaled so that the weight update stays the same
         factor = weights[f"{stem}.alpha"].item() / lora.alpha.item()
         weights[f"{stem}.lora_up.weight"] = weights[f"{stem}.lora_up.weight"].float() * factor
         weights[f"{stem}.alpha"] = lora.alpha

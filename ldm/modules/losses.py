@@ -1,4 +1,4 @@
-"""Distances of a restored image from the sharp one, which restoration networks are trained by."""
+"""Losses between restored and sharp images, for training restoration networks."""
 
 from typing import Literal
 
@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PixelLoss = Literal["mse", "l1", "charbonnier", "psnr"]
-EPSILON = 1e-3  # of Charbonnier's distance, in the unit of the images
+EPSILON = 1e-3  # of the Charbonnier loss, in the units of the images
 
 
 def pixel_loss(restored: Tensor, sharp: Tensor, kind: PixelLoss = "mse") -> Tensor:
-    """Mean distance of pixels: square, absolute, or sqrt(difference^2 + EPSILON^2) (Charbonnier 1994).
+    """Return the mean squared error, absolute error or sqrt(difference^2 + EPSILON^2) (Charbonnier 1994).
 
-    `psnr` is the mean over the images of log(mean square + 4 EPSILON^2): all gain alike, however strong their
-    blur is (NAFNet's PSNR loss, Chen et al. 2022, without its factor).
+    `psnr` is the mean over the images of log(mean squared error + 4 EPSILON^2), in which images count equally
+    however strong their blur is (NAFNet's PSNR loss, Chen et al. 2022, without its factor).
     """
     restored = restored.float()
     if kind == "psnr":
@@ -30,7 +30,7 @@ def pixel_loss(restored: Tensor, sharp: Tensor, kind: PixelLoss = "mse") -> Tens
 def restoration_loss(
     restored: Tensor, sharp: Tensor, kind: PixelLoss = "mse", fft_weight: float = 0.0
 ) -> Tensor:
-    """Distance of pixels, plus `fft_weight` times that of the Fourier transforms."""
+    """Return the pixel loss plus `fft_weight` times the loss of the Fourier transforms."""
     loss = pixel_loss(restored, sharp, kind)
     if fft_weight:
         loss = loss + fft_weight * fft_loss(restored, sharp)
@@ -38,9 +38,9 @@ def restoration_loss(
 
 
 def fft_loss(restored: Tensor, sharp: Tensor) -> Tensor:
-    """Mean absolute difference of the two-dimensional Fourier transforms, real and imaginary parts apart.
+    """Return the mean absolute difference of 2D Fourier transforms, real and imaginary parts separately.
 
-    (b, c, h, w) both; the transform is not normalised (Cho et al., MIMO-UNet, ICCV 2021, equation 6).
+    Both are (b, c, h, w); the transform is not normalised (Cho et al., MIMO-UNet, ICCV 2021, equation 6).
     """
     difference = torch.fft.rfft2(restored.float() - sharp)
     return torch.view_as_real(difference).abs().mean()

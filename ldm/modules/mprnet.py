@@ -1,7 +1,7 @@
-"""MPRNet: three stages that restore quarters, halves and the whole image, each helped by the one before.
+"""MPRNet: three stages that restore quarters, halves and the whole image, each with features of the previous.
 
 Zamir, Arora, Khan, Hayat, Khan, Yang, Shao: Multi-Stage Progressive Image Restoration, CVPR 2021. Parameters
-bear the authors' names: their files load.
+have the authors' names, so that their files load.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ def conv(enter: int, leave: int, kernel: int = 3) -> nn.Conv2d:
 
 
 class ChannelAttention(nn.Module):
-    """Each channel times a number in (0, 1) that the means of all channels decide on."""
+    """Channel attention: each channel is scaled by a number in (0, 1), computed from all channel means."""
 
     def __init__(self, width: int, reduction: int):
         super().__init__()
@@ -43,7 +43,7 @@ class CAB(nn.Module):
 
 
 class Resize(nn.Module):
-    """Bilinear resize by `factor`, then a 1x1 convolution; `name` is the authors' for the two."""
+    """Bilinear resize by `factor`, then a 1x1 convolution, under the authors' module name `name`."""
 
     def __init__(self, name: str, factor: float, enter: int, leave: int):
         super().__init__()
@@ -56,7 +56,7 @@ class Resize(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Two blocks at each of three sizes; the second stage's adds what the first stage saw and made."""
+    """Two blocks at each of three sizes; with `fusion` features of the previous stage are added (stage 2)."""
 
     def __init__(self, widths: Sequence[int], block: Callable[[int], CAB], fusion: bool):
         super().__init__()
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way back up, over a block of attention from each size of the encoder."""
+    """Decoder of three sizes, with channel attention blocks on the skip connections."""
 
     def __init__(self, widths: Sequence[int], block: Callable[[int], CAB]):
         super().__init__()
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
 
 
 class ORB(nn.Module):
-    """x + conv(blocks(x)) at full resolution."""
+    """Original-resolution block: x + conv(blocks(x))."""
 
     def __init__(self, width: int, count: int, block: Callable[[int], CAB]):
         super().__init__()
@@ -110,7 +110,7 @@ class ORB(nn.Module):
 
 
 class ORSNet(nn.Module):
-    """The third stage: no change of resolution; each part adds one size of what the second saw and made."""
+    """Third stage, at full resolution; after each ORB the second stage's features of one size are added."""
 
     def __init__(self, widths: Sequence[int], width: int, count: int, block: Callable[[int], CAB]):
         super().__init__()
@@ -136,7 +136,7 @@ class ORSNet(nn.Module):
 
 
 class SAM(nn.Module):
-    """Supervised attention: a stage's restored image, and its features weighted by it (figure 4)."""
+    """Supervised attention: a stage's features weighted by its restored image, and that image (figure 4)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -164,7 +164,7 @@ class MPRNet(nn.Module):
         reduction: int = 4,
     ):
         super().__init__()
-        activation = nn.PReLU()  # one, which all blocks share
+        activation = nn.PReLU()  # shared by all blocks
 
         def block(width: int) -> CAB:
             return CAB(width, reduction, activation)
@@ -209,7 +209,7 @@ class MPRNet(nn.Module):
 
 
 def share_activation(network: nn.Module, weights: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """The one activation has many names in a file, of which an average of the parameters knows the first."""
+    """Copy the shared activation to all of its names in a file: EMA weights update only the first one."""
     own = [name for name, value in network.named_parameters(remove_duplicate=False) if value.shape == (1,)]
     for name in own[1:]:
         if f"{prefix}{own[0]}" in weights and f"{prefix}{name}" in weights:
@@ -217,7 +217,7 @@ def share_activation(network: nn.Module, weights: dict[str, Tensor], prefix: str
 
 
 def edge_loss(restored: Tensor, sharp: Tensor) -> Tensor:
-    """Charbonnier distance of the Laplacians (equation 3) of two (b, 3, h, w)."""
+    """Return the Charbonnier distance of the Laplacians of two (b, 3, h, w) (equation 3)."""
     kernel = restored.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3)
     difference = F.conv2d((restored - sharp), kernel, groups=3)
     return (difference.square() + EPSILON**2).sqrt().mean()

@@ -1,7 +1,7 @@
-"""NAFNet: a U-Net of blocks without activation functions; what is non-linear are products and norms.
+"""NAFNet: a U-Net of blocks without activation functions; only products and norms are non-linear.
 
-Chen, Chu, Zhang, Sun: Simple Baselines for Image Restoration, ECCV 2022. Parameters bear the authors' names:
-their files load.
+Chen, Chu, Zhang, Sun: Simple Baselines for Image Restoration, ECCV 2022. Parameters have the authors' names,
+so that their files load.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def gate(x: Tensor) -> Tensor:
-    """One half of the channels times the other: (b, 2c, h, w) -> (b, c, h, w) (paper, equation 4)."""
+    """Multiply one half of the channels by the other: (b, 2c, h, w) -> (b, c, h, w) (paper, equation 4)."""
     first, second = x.chunk(2, dim=1)
     return first * second
 
 
 class NAFBlock(nn.Module):
-    """Two residuals: a gated depthwise convolution with channel attention, and a gated product of pixels."""
+    """Two residual branches: a gated depthwise convolution with channel attention, and a gated 1x1 one."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -53,7 +53,7 @@ def blocks(width: int, count: int) -> nn.Sequential:
 class NAFNet(nn.Module):
     """forward(blurry): (b, 3, h, w), any size and range -> restored, the same size, not clamped.
 
-    The image is padded with zeros to multiples of `multiple` and cut back. The paper's networks for
+    The image is padded with zeros to multiples of `multiple` and cropped back. The paper's networks for
     deblurring have encoder blocks 1, 1, 1, 28, one in the middle, and decoder blocks 1, 1, 1, 1.
     """
 

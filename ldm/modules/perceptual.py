@@ -1,4 +1,4 @@
-"""Perceptual distance: how far apart two images are in the features of a VGG-19 (Johnson et al. 2016)."""
+"""Perceptual loss: the distance of two images in the features of a VGG-19 (Johnson et al. 2016)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ RELU1_2, RELU2_2, RELU3_3 = 3, 8, 15  # positions in torchvision's `features`
 
 
 class PerceptualLoss(nn.Module):
-    """Mean square distance of VGG-19 features, summed over `layers`: one number for each item.
+    """Mean squared distance of VGG-19 features, summed over `layers`: one value per item.
 
     forward(restored, sharp): both (b, 3, h, w) in [-1, 1] -> (b,) (Johnson et al. 2016, eq. 2).
     The weights come from `models/vgg19-dcbb9e9d.pth` if it is there, else torchvision downloads them once,
-    with a progress bar. Raises FileNotFoundError if there is neither file nor network.
+    with a progress bar. Raises FileNotFoundError if there is no file and the download fails.
     """
 
     def __init__(self, layers: Sequence[int] = (RELU1_2, RELU2_2, RELU3_3), file: Path = FILE):
@@ -28,7 +28,7 @@ class PerceptualLoss(nn.Module):
         features = _read_features(file).features[: max(layers) + 1]
         for layer in features:
             if isinstance(layer, nn.ReLU):
-                layer.inplace = False  # a feature that is compared must survive the next layer
+                layer.inplace = False  # the next layer must not overwrite a compared feature
         self.features = features.requires_grad_(False).eval()
         self.register_buffer("mean", torch.tensor(MEAN).reshape(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).reshape(1, 3, 1, 1))
@@ -53,7 +53,7 @@ class PerceptualLoss(nn.Module):
 
 
 def _read_features(file: Path) -> nn.Module:
-    from torchvision.models import VGG19_Weights, vgg19  # here: restoring an image needs none of it
+    from torchvision.models import VGG19_Weights, vgg19  # here: not needed to restore images
 
     if Path(file).is_file():
         return fill(vgg19(), read_weights(file), file)

@@ -1,7 +1,7 @@
-"""SFTNet: a residual trunk whose features are scaled and shifted by what a small network says of the blur.
+"""SFTNet: a residual trunk whose features are scaled and shifted by conditions from a small network.
 
 Wang, Yu, Dong, Loy: Recovering Realistic Texture in Image Super-Resolution by Deep Spatial Feature Transform,
-CVPR 2018. There the conditions come from a segmentation; here they are made from the blurry image. The
+CVPR 2018. There the conditions come from a segmentation; here they are computed from the blurry image. The
 trunk is SRResNet's (Ledig et al. 2017) without normalisation and upsampling, with a residual to the input.
 """
 
@@ -12,7 +12,7 @@ CONDITIONS = 32  # channels of the conditions
 
 
 class SFT(nn.Module):
-    """x * (1 + scale) + shift, both made from the conditions of each pixel (equation 4)."""
+    """x * (1 + scale) + shift, with scale and shift computed from each pixel's conditions (equation 4)."""
 
     def __init__(self, width: int):
         super().__init__()

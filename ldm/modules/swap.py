@@ -8,12 +8,12 @@ from torch.func import functional_call
 
 
 class BlockSwap:
-    """Run blocks one after another, the last `count` of them on weights fetched from CPU memory.
+    """Runner of consecutive blocks, the last `count` of them with weights fetched from CPU memory.
 
-    A block is fetched on a CUDA stream of its own while the block before it runs. Its copy is freed when
-    nothing needs it: after a forward pass, or after the block's backward pass. The weights are frozen, so
-    they are copied to the device only; trained parameters stay there. The backward pass must recompute the
-    blocks (activation checkpointing), else it keeps the copies of all. Copies are allocated on the computing
+    A block is fetched on a separate CUDA stream while the block before it runs. Its copy is freed after its
+    forward pass, or after its backward pass. The weights are frozen, so they are copied only to the device
+    and never back; trained parameters stay on the device. The backward pass must recompute the blocks
+    (activation checkpointing), or the copies of all blocks are kept. Copies are allocated on the computing
     stream, and a fetch waits for the kernels queued before it: at most two copies exist at a time.
     Raises ValueError for a count outside 0 ... len(blocks).
     """
@@ -23,12 +23,12 @@ class BlockSwap:
             raise ValueError(f"blocks_to_swap must lie in 0 ... {len(blocks)} (all blocks), not {count}")
         self.blocks = list(blocks)[len(blocks) - count :]
         self.places = {block: place for place, block in enumerate(self.blocks)}
-        self._ready: dict[int, dict[str, Tensor]] = {}  # copies that are on their way, by place
+        self._ready: dict[int, dict[str, Tensor]] = {}  # copies being fetched, by place
         self._stream: torch.cuda.Stream | None = None
         self._direction = 1  # of the next block: 1 in a forward pass, -1 in a backward pass
 
     def parameter_names(self, model: nn.Module) -> set[str]:
-        """Names of the swapped blocks' parameters in `model`."""
+        """Return the names of the swapped blocks' parameters in `model`."""
         swapped = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         return {name for name, parameter in model.named_parameters() if id(parameter) in swapped}
 
@@ -36,13 +36,13 @@ class BlockSwap:
         """Prepare for a forward pass on `device`."""
         if device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(device)
-            torch.cuda.current_stream(device).wait_stream(self._stream)  # of copies that were never used
+            torch.cuda.current_stream(device).wait_stream(self._stream)  # fetches that were never used
         self._direction = 1
         self._ready.clear()
         self._fetch(0, device)
 
     def run(self, block: nn.Module, *inputs: Tensor):
-        """Return block(*inputs), on fetched weights if the block is swapped."""
+        """Return block(*inputs), with fetched weights if the block is swapped."""
         place, device = self.places.get(block), inputs[0].device
         if place is None:
             return block(*inputs)
@@ -68,5 +68,5 @@ class BlockSwap:
 
     @staticmethod
     def room(weight: Tensor, device: torch.device) -> Tensor:
-        """An empty tensor on the device for a swapped weight."""
+        """Return an empty tensor on the device for a swapped weight."""
         return torch.empty_like(weight, device=device)

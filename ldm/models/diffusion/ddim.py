@@ -1,4 +1,4 @@
-"""DDIMSampler, the class that scripts for Stable Diffusion expect, around the functions in `samplers`."""
+"""DDIMSampler, the class that Stable Diffusion scripts expect, wraps the functions in `samplers`."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,7 +10,7 @@ from ldm.models.diffusion.samplers import Step
 
 
 class DDIMSampler:
-    """Samples latents from a LatentDiffusion model (Song et al. 2021); eta 0 is DDIM, 1 is DDPM."""
+    """Sampler of latents from a LatentDiffusion model (Song et al. 2021); eta 0 is DDIM, 1 is DDPM."""
 
     def __init__(self, model):
         self.model = model
@@ -34,12 +34,12 @@ class DDIMSampler:
         progress: Callable = iter,
         verbose: bool = False,
     ) -> tuple[Tensor, dict]:
-        """Sample latents (batch_size, *shape) in S steps; also return a dict with the start and the end.
+        """Sample latents (batch_size, *shape) in S steps; also return a dict with the first and last latents.
 
-        With strength < 1 sampling starts from `x0`, noised by so much. Where `mask` is 1, `x0` (noised) is
-        put back before every step. `progress` wraps the list of steps, for a progress bar. `generator` is a
-        CPU generator: the same on every device. Raises ValueError for an unknown `method`,
-        and for strength < 1 or a mask without `x0`.
+        With strength < 1 sampling starts from `x0`, noised to that fraction of the steps. Where `mask` is 1,
+        the noised `x0` is restored before every step. `progress` wraps the list of steps, for a progress bar.
+        `generator` is a CPU generator, so that the noise is the same on every device. Raises ValueError for
+        an unknown `method`, and for strength < 1 or a mask without `x0`.
         """
         if method not in samplers.METHODS:
             raise ValueError(f"scheduler must be one of {', '.join(samplers.METHODS)}, not {method!r}")
@@ -72,7 +72,7 @@ class DDIMSampler:
         return latents, {"x_inter": [x, latents]}
 
     def _eps(self, x: Tensor, t: Tensor, cond: Mapping, uncond: Mapping | None, scale: float) -> Tensor:
-        """Noise with classifier-free guidance (Ho & Salimans 2022, eq. 6): two calls, so hints may differ."""
+        """Apply classifier-free guidance (Ho & Salimans 2022, eq. 6), in two calls as hints may differ."""
         output = self.model.apply_model(x, t, cond).float()
         if uncond is not None and scale != 1.0:
             unconditional = self.model.apply_model(x, t, uncond).float()

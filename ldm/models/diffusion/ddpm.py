@@ -14,7 +14,7 @@ from ldm.models.autoencoder import DiagonalGaussianDistribution
 from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
 from ldm.util import instantiate_from_config
 
-# Arguments of original yaml files that change nothing here.
+# Arguments of original yaml files that are ignored here.
 UNUSED = {
     *("channels", "cond_stage_trainable", "conditioning_key", "image_size"),
     *("log_every_t", "monitor", "num_timesteps_cond", "use_ema"),
@@ -24,7 +24,7 @@ Loss = tuple[Tensor, dict[str, Tensor]]  # the loss, and its parts by name for t
 
 
 class DiffusionWrapper(nn.Module):
-    """Holds the UNet under the name that the files use: `model.diffusion_model`."""
+    """Container that gives the UNet its name in checkpoint files: `model.diffusion_model`."""
 
     def __init__(self, unet_config: Mapping):
         super().__init__()
@@ -32,13 +32,13 @@ class DiffusionWrapper(nn.Module):
 
 
 class LatentDiffusion(pl.LightningModule):
-    """A UNet that denoises the latents of a frozen autoencoder, guided by a frozen text tower.
+    """UNet that denoises the latents of a frozen autoencoder, guided by a frozen text tower.
 
     Batches are dict(jpg, txt, ...): images (b, h, w, 3) float in [-1, 1] and a list of prompts; an optional
-    `seed` (b,) makes everything random about an item repeatable. `parameterization` is the UNet's output,
+    `seed` (b,) makes all random choices of an item repeatable. `parameterization` is the UNet's output,
     "eps" or "v" (Salimans & Ho 2022). Without `cond_stage_config` prompts must be embeddings.
     `timestep_spacing` places the sampling steps, "leading" or "trailing" (see make_ddim_timesteps).
-    Raises ValueError for another of these words, and TypeError for unknown arguments.
+    Raises ValueError for other values of these strings, and TypeError for unknown arguments.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class LatentDiffusion(pl.LightningModule):
     def register_schedule(self, timesteps: int, linear_start: float, linear_end: float) -> None:
         """Compute the schedule's tables in float64 and keep them as float32 buffers (timesteps,).
 
-        Nothing here uses the posterior's and `logvar`: they are in the original files.
+        The posterior tables and `logvar` are unused here, but the original files contain them.
         """
         betas = make_beta_schedule(timesteps, linear_start, linear_end)
         alphas = 1.0 - betas
@@ -105,7 +105,7 @@ class LatentDiffusion(pl.LightningModule):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
 
     def train(self, mode: bool = True) -> "LatentDiffusion":
-        """Training mode for everything but the frozen autoencoder and text tower."""
+        """Set training mode for everything but the frozen autoencoder and text tower."""
         super().train(mode)
         for frozen in (self.first_stage_model, self.cond_stage_model):
             if frozen is not None:
@@ -115,7 +115,7 @@ class LatentDiffusion(pl.LightningModule):
     # ---- pixels, latents, texts
 
     def _autoencoder_precision(self) -> AbstractContextManager:
-        """Context of the autoencoder: float16 overflows in it, it computes in its weights' type instead."""
+        """Return the autoencoder's autocast context: its weights' dtype, as float16 overflows."""
         kind = self.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
             in_bf16 = self.first_stage_model.decoder.conv_in.weight.dtype == torch.bfloat16
@@ -124,24 +124,24 @@ class LatentDiffusion(pl.LightningModule):
 
     @torch.no_grad()
     def encode_first_stage(self, image: Tensor) -> DiagonalGaussianDistribution:
-        """Image (b, 3, h, w) in [-1, 1] -> distribution of unscaled latents (b, 4, h / 8, w / 8)."""
+        """Encode an image (b, 3, h, w) in [-1, 1] to an unscaled latent distribution (b, 4, h / 8, w / 8)."""
         with self._autoencoder_precision():
             return self.first_stage_model.encode(image)
 
     def get_first_stage_encoding(
         self, posterior: DiagonalGaussianDistribution, noise: Tensor | None = None
     ) -> Tensor:
-        """A sample of the latent, scaled to unit variance; `noise` is the standard normal to use."""
+        """Sample a latent, scaled to unit variance, from the standard normal `noise` if given."""
         return self.scale_factor * posterior.sample(noise).float()
 
     def decode_first_stage(self, latent: Tensor) -> Tensor:
-        """Scaled latent (b, 4, h, w) -> image (b, 3, 8h, 8w) near [-1, 1], with gradients."""
+        """Decode a scaled latent (b, 4, h, w) to an image (b, 3, 8h, 8w) near [-1, 1], with gradients."""
         with self._autoencoder_precision():
             return self.first_stage_model.decode(latent.float() / self.scale_factor)
 
     @torch.no_grad()
     def get_learned_conditioning(self, prompts: Sequence[str] | Tensor) -> Tensor:
-        """Prompts -> embeddings (b, 77, d); embeddings pass through. Each distinct prompt is computed once.
+        """Encode prompts to embeddings (b, 77, d), each distinct one once; embeddings pass through unchanged.
 
         Raises ValueError for prompts given to a model without a text tower.
         """
@@ -164,42 +164,42 @@ class LatentDiffusion(pl.LightningModule):
     # ---- forward process and predictions
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Noisy latents at timesteps t (b,) (Ho et al. 2020, eq. 4)."""
+        """Compute noisy latents at timesteps t (b,) (Ho et al. 2020, eq. 4)."""
         signal = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.ndim)
         deviation = extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.ndim)
         return signal * x_start + deviation * noise
 
     def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The velocity sqrt(abar) noise - sqrt(1 - abar) x (Salimans & Ho 2022, sec. 4)."""
+        """Compute the velocity sqrt(abar) noise - sqrt(1 - abar) x (Salimans & Ho 2022, sec. 4)."""
         return self.q_sample(noise, t, -x)
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Clean latents that follow from noisy ones and their noise."""
+        """Compute clean latents from noisy latents and their noise."""
         recip = extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.ndim)
         return recip * x_t - extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.ndim) * noise
 
     def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Clean latents that follow from noisy ones and their velocity."""
+        """Compute clean latents from noisy latents and their velocity."""
         return self.q_sample(x_t, t, -v)
 
     def predict_eps_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Noise that follows from noisy latents and their velocity."""
+        """Compute the noise from noisy latents and their velocity."""
         return self.q_sample(v, t, x_t)
 
     def predict_start(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """Clean latents that follow from noisy ones and the UNet's output."""
+        """Compute clean latents from noisy latents and the UNet's output."""
         if self.parameterization == "v":
             return self.predict_start_from_v(x_t, t, output)
         return self.predict_start_from_noise(x_t, t, output)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Mapping) -> Tensor:
-        """The UNet's output for noisy latents (b, 4, h, w); cond["c_crossattn"] is a list of embeddings."""
+        """Run the UNet on noisy latents (b, 4, h, w); cond["c_crossattn"] is a list of embeddings."""
         return self.model.diffusion_model(x_noisy, t, torch.cat(cond["c_crossattn"], dim=1))
 
     # ---- training
 
     def get_input(self, batch: Mapping) -> tuple[Tensor, dict]:
-        """Scaled latents (b, 4, h, w) and conditioning of a batch, which may hold `moments` for images."""
+        """Return scaled latents (b, 4, h, w) and conditioning of a batch of images or encoded `moments`."""
         if "moments" in batch:
             posterior = DiagonalGaussianDistribution(batch["moments"])
         else:
@@ -209,7 +209,7 @@ class LatentDiffusion(pl.LightningModule):
         return self.get_first_stage_encoding(posterior, noise), cond
 
     def noise_of(self, batch: Mapping, like: Tensor, salt: int) -> Tensor:
-        """Standard normal noise shaped like `like`: the batch's own, or from its items' `seed`."""
+        """Return standard normal noise shaped like `like`: stored in the batch, or from its `seed` if any."""
         if f"noise_{salt}" in batch:
             return batch[f"noise_{salt}"]
         if "seed" not in batch:
@@ -219,7 +219,7 @@ class LatentDiffusion(pl.LightningModule):
         return torch.stack(samples).to(like.device)
 
     def timesteps_of(self, batch: Mapping, count: int) -> Tensor:
-        """Uniform timesteps (count,): the batch's own, or from its items' `seed`."""
+        """Return uniform timesteps (count,): stored in the batch, or from its `seed` if any."""
         if "timestep" in batch:
             return batch["timestep"]
         if "seed" not in batch:
@@ -229,7 +229,7 @@ class LatentDiffusion(pl.LightningModule):
         return torch.stack(samples).to(self.device)
 
     def shared_step(self, batch: Mapping) -> Loss:
-        """Loss of a batch, and its parts by name."""
+        """Return the loss of a batch, and its parts by name."""
         x_start, cond = self.get_input(batch)
         t = self.timesteps_of(batch, len(x_start))
         return self.p_losses(x_start, cond, t, self.noise_of(batch, x_start, salt=1), batch)
@@ -237,7 +237,7 @@ class LatentDiffusion(pl.LightningModule):
     def p_losses(
         self, x_start: Tensor, cond: Mapping, t: Tensor, noise: Tensor, batch: Mapping | None = None
     ) -> Loss:
-        """Loss of latents at timesteps t (b,), with `extra_losses` of their batch where it is given."""
+        """Return the loss of latents at timesteps t (b,), with the `extra_losses` of `batch` if given."""
         x_noisy = self.q_sample(x_start, t, noise)
         output = self.apply_model(x_noisy, t, cond)
         loss = self.diffusion_loss(output, x_start, t, noise)
@@ -250,14 +250,14 @@ class LatentDiffusion(pl.LightningModule):
         return loss, {**values, "loss": loss}
 
     def diffusion_loss(self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Mean square error of the UNet's output (Ho et al. 2020, eq. 14)."""
+        """Return the mean squared error of the UNet's output (Ho et al. 2020, eq. 14)."""
         target = self.get_v(x_start, noise, t) if self.parameterization == "v" else noise
         return F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3)).mean()
 
     def extra_losses(
         self, batch: Mapping, x_noisy: Tensor, t: Tensor, output: Tensor
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """Weighted sum of the losses that a subclass adds to the diffusion loss, and its parts by name."""
+        """Return the weighted sum of a subclass's additional losses, and its parts by name."""
         return 0.0, {}
 
     def transfer_batch_to_device(self, batch: Mapping, device: torch.device, index: int) -> dict:
@@ -280,5 +280,5 @@ class LatentDiffusion(pl.LightningModule):
 
 
 def image_of(batch: Mapping, key: str) -> Tensor:
-    """batch[key] (b, h, w, c) -> (b, c, h, w), a view in channels_last."""
+    """Return batch[key] (b, h, w, c) as (b, c, h, w), a channels_last view."""
     return batch[key].permute(0, 3, 1, 2)

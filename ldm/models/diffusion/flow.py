@@ -1,4 +1,4 @@
-"""Flow matching: timesteps, Euler's method, and restoring images with it, in tiles if they are large."""
+"""Flow matching: timesteps, Euler's method, and image restoration, in tiles for large images."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,11 +13,11 @@ from ldm.data.image import to_tensor, to_uint8
 from ldm.modules.flux import predict_velocity
 from ldm.tiling import blend_tiles, tile_spans
 
-TOKEN = 16  # pixels along a side
+TOKEN = 16  # side in pixels
 
 
 def shift_timesteps(timesteps: Tensor, num_tokens: int) -> Tensor:
-    """Move timesteps towards noise, further for larger images; `num_tokens` counts target tokens alone.
+    """Shift timesteps towards noise, further for larger images; `num_tokens` counts only target tokens.
 
     t' = e^mu / (e^mu + 1/t - 1) with mu on the line through (256 tokens, 0.5) and (4096 tokens, 1.15).
     """
@@ -26,7 +26,7 @@ def shift_timesteps(timesteps: Tensor, num_tokens: int) -> Tensor:
 
 
 def schedule(steps: int, num_tokens: int) -> Tensor:
-    """The steps + 1 timesteps of a sampling run, from 1 to 0, float64."""
+    """Return the steps + 1 timesteps of a sampling run, from 1 to 0, float64."""
     return shift_timesteps(torch.linspace(1, 0, steps + 1, dtype=torch.float64), num_tokens)
 
 
@@ -37,7 +37,7 @@ def sample(
     timesteps: Iterable[float],
     progress: Callable[[list], Iterable] = iter,
 ) -> Tensor:
-    """Euler's method along `timesteps` (1 ... 0) from noise (b, c, h, w) to a clean latent.
+    """Integrate by Euler's method along `timesteps` (1 ... 0) from noise (b, c, h, w) to a clean latent.
 
     velocity(latent, timesteps (b,)) has the shape of the latent. `progress` may wrap the list of steps in a
     progress bar.
@@ -63,12 +63,12 @@ def restore_image(
     tile: int = 0,
     overlap: int = 128,
 ) -> np.ndarray:
-    """Restore a uint8 image (h, w, 3) of any size: the output has the same size, aligned to the pixel.
+    """Restore a uint8 image (h, w, 3) of any size; the output has the same size, aligned to the pixel.
 
-    Images of more than resolution^2 pixels are restored at that many and scaled back, or at full size in
-    tiles of at most `tile` pixels, whose velocities are blended at every step. Sides are padded to multiples
-    of 16 by reflection, which is cropped off again: nothing is stretched and nothing is lost.
-    Raises ValueError for fewer than 1 step, a resolution below 16, tiles that are no multiples of 16.
+    Images of more than resolution^2 pixels are restored at that size and scaled back, or at full size in
+    tiles of at most `tile` pixels a side, whose velocities are blended at every step. Sides are padded to
+    multiples of 16 by reflection and cropped again at the end, so that nothing is stretched or lost.
+    Raises ValueError for fewer than 1 step, a resolution below 16, or tiles that are no multiples of 16.
     """
     if steps < 1 or resolution < TOKEN:
         raise ValueError(f"restoring needs at least 1 step and a resolution of 16, not {steps}, {resolution}")
@@ -88,7 +88,7 @@ def restore_image(
     grid = [tile_spans(n // TOKEN, tile_tokens, overlap_tokens) for n in padded.shape[:2]]
 
     def blend(compute: Callable[[tuple], Tensor], inside: int, outside: int) -> Tensor:
-        """Blend compute(place) of all tiles. A token is `inside` input points and `outside` output points."""
+        """Blend compute(place) of all tiles. Token sides are `inside` input and `outside` output points."""
 
         def part(rows: slice, columns: slice) -> Tensor:
             rows = slice(rows.start * inside, rows.stop * inside)

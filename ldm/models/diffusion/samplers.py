@@ -1,8 +1,8 @@
-"""Samplers: each is one function that goes from noise to clean latents through a list of steps.
+"""Samplers: each is one function from noise to clean latents through a list of steps.
 
 A sampler takes `denoise(x, t) -> (x0, eps)`, the starting latents x (b, c, h, w), the `steps` and `noise(x)`,
 which returns standard normal noise; `before(x, step)` may change the latents before each step (inpainting).
-They are deterministic but for `noise`, and never clip x0.
+Samplers are deterministic except for `noise`, and never clip x0.
 """
 
 import math
@@ -20,7 +20,7 @@ Noise = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One step from timestep t, where alpha_bar is `alpha`, to the alpha_bar `alpha_next` of less noise."""
+    """Sampling step from timestep t with alpha_bar `alpha` to the less noisy alpha_bar `alpha_next`."""
 
     t: int
     alpha: float
@@ -31,9 +31,9 @@ class Step:
 def make_steps(
     alphas_cumprod: np.ndarray, count: int, strength: float = 1.0, spacing: str = "leading"
 ) -> list[Step]:
-    """The last `strength` part of `count` evenly spaced steps, noisiest first; none if that part is empty.
+    """Return the last fraction `strength` of `count` evenly spaced steps, noisiest first; it may be empty.
 
-    `spacing` says where they lie: see make_ddim_timesteps.
+    For `spacing` see make_ddim_timesteps.
 
     Raises ValueError for a strength outside [0, 1] or a count outside 1..len(alphas_cumprod).
     """
@@ -46,7 +46,7 @@ def make_steps(
 
 
 def keep(x: Tensor, step: Step) -> Tensor:
-    """Default for `before`: change nothing."""
+    """Return x unchanged: the default for `before`."""
     return x
 
 
@@ -58,7 +58,7 @@ def ddim(
     before: Callable[[Tensor, Step], Tensor] = keep,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, eq. 12 and 16); eta 1 is ancestral sampling, DDPM on respaced timesteps."""
+    """Sample by DDIM (Song et al. 2021, eq. 12 and 16); eta 1 is ancestral, DDPM on respaced timesteps."""
     for step in steps:
         x = before(x, step)
         x0, eps = denoise(x, step.t)
@@ -70,12 +70,12 @@ def ddim(
 
 
 def ddpm(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before=keep) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020) on respaced timesteps: DDIM with eta 1."""
+    """Sample ancestrally (Ho et al. 2020) on respaced timesteps: DDIM with eta 1."""
     return ddim(denoise, x, steps, noise, before, eta=1.0)
 
 
 def euler_a(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before=keep) -> Tensor:
-    """Euler's method with ancestral noise, on x / sqrt(alpha_bar) and sigma (Karras et al. 2022, eq. 1)."""
+    """Sample by Euler's method, ancestral, on x / sqrt(alpha_bar) and sigma (Karras et al. 2022, eq. 1)."""
     for step in steps:
         x = before(x, step)
         x0, eps = denoise(x, step.t)
@@ -89,7 +89,7 @@ def euler_a(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before=keep) -> Tensor:
-    """DPM-Solver++ of order 2, multistep (Lu et al. 2022, algorithm 2); the last step ends in x0."""
+    """Sample by DPM-Solver++ of order 2, multistep (Lu et al. 2022, algorithm 2); the last step gives x0."""
     last_x0 = last_h = None
     for step in steps:
         x = before(x, step)
@@ -104,9 +104,9 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, befor
 
 
 def unipc(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before=keep) -> Tensor:
-    """UniPC of order 2 with B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2); ends in x0.
+    """Sample by UniPC of order 2, B(h) = exp(h) - 1 (Zhao et al. 2023, algorithms 1 and 2); ends in x0.
 
-    After each call of the network the step before it is corrected, then the next one is predicted.
+    After each call of the network the previous step is corrected, then the next one is predicted.
     """
     history: list[tuple[float, Tensor]] = []  # half log SNR and x0 of the last two points
     start = order = previous = None
@@ -129,7 +129,7 @@ def unipc(denoise: Denoise, x: Tensor, steps: list[Step], noise: Noise, before=k
 
 
 def unipc_correct(x: Tensor, step: Step, history: list[tuple[float, Tensor]], x0_next: Tensor) -> Tensor:
-    """The end of `step` from x, now that x0 at its end is known (Zhao et al. 2023, eq. 3 and theorem 3.1)."""
+    """Correct the end of `step` from x, given x0 at its end (Zhao et al. 2023, eq. 3 and theorem 3.1)."""
     here, x0 = history[-1]
     h = half_log_snr(step.alpha_next) - here
     ratios = [(level - here) / h for level, _ in history[:-1]] + [1.0]
@@ -147,23 +147,23 @@ def unipc_correct(x: Tensor, step: Step, history: list[tuple[float, Tensor]], x0
 
 
 def first_order(x: Tensor, step: Step, x0: Tensor) -> Tensor:
-    """Exact solution over `step` if x0 did not change: DDIM in terms of x0 (Lu et al. 2022, eq. 4.1)."""
+    """Solve `step` exactly for a constant x0: DDIM in terms of x0 (Lu et al. 2022, eq. 4.1)."""
     ratio = ((1 - step.alpha_next) / (1 - step.alpha)) ** 0.5
     return ratio * x + (step.alpha_next**0.5 - ratio * step.alpha**0.5) * x0
 
 
 def ddim_sigma(step: Step) -> float:
-    """Deviation of the noise that DDIM adds at eta 1 (Song et al. 2021, eq. 16)."""
+    """Return the standard deviation of the noise that DDIM adds at eta 1 (Song et al. 2021, eq. 16)."""
     return ((1 - step.alpha_next) / (1 - step.alpha) * (1 - step.alpha / step.alpha_next)) ** 0.5
 
 
 def sigma_of(alpha: float) -> float:
-    """Noise level relative to the signal, sqrt((1 - alpha_bar) / alpha_bar)."""
+    """Return the noise level relative to the signal, sqrt((1 - alpha_bar) / alpha_bar)."""
     return ((1 - alpha) / alpha) ** 0.5
 
 
 def half_log_snr(alpha: float) -> float:
-    """Half the logarithm of the signal-to-noise ratio, called lambda in the papers."""
+    """Return half the logarithm of the signal-to-noise ratio, called lambda in the papers."""
     return -math.log(sigma_of(alpha))
 
 

@@ -40,15 +40,13 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         projected = (tokens(project(h)) for project in (self.q, self.k, self.v))
-        q, k, v = (
-            x.contiguous()[:, None] for x in projected
-        )  # (b, 1, h * w, c), as fused attention wants it
+        q, k, v = (x.contiguous()[:, None] for x in projected)  # (b, 1, h * w, c) for fused attention
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x + self.proj_out(feature_map(h, x.shape[-2:]))
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided convolution that is padded below and to the right."""
+    """Downsampling by 2 with a strided convolution, padded at the bottom and right."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -59,7 +57,7 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution; `downsample` or `upsample` follows where the size changes."""
+    """Residual blocks of one resolution, followed by `downsample` or `upsample` if the size changes."""
 
     def __init__(self, channels: int, out_channels: int, num_blocks: int):
         super().__init__()
@@ -82,7 +80,7 @@ class Middle(nn.Module):
 
 @dataclass
 class Sizes:
-    """Arguments of Encoder and Decoder, as yaml files have them; `resolution` and `dropout` change nothing.
+    """Arguments of Encoder and Decoder, as in yaml files; `resolution` and `dropout` are ignored.
 
     Raises ValueError for `attn_resolutions`, which neither Stable Diffusion nor FLUX uses.
     """

@@ -28,7 +28,7 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
             GroupNormSiLU(out_channels),
-            nn.Identity(),  # in the originals SiLU has this number
+            nn.Identity(),  # in the originals SiLU has this index
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
@@ -41,7 +41,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided convolution."""
+    """Downsampling by 2 with a strided convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -52,7 +52,7 @@ class Downsample(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """A sequence whose members get, besides x, the timestep embedding or the context if they want it."""
+    """Sequence that passes the timestep embedding to ResBlocks and the context to transformers."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in self:
@@ -66,10 +66,10 @@ class TimestepEmbedSequential(nn.Sequential):
 
 
 class UNetEncoder(nn.Module):
-    """Input and middle blocks: what UNetModel and ControlNet have in common.
+    """Input and middle blocks, shared by UNetModel and ControlNet.
 
-    Of the arguments found in original yaml files `image_size`, `use_fp16` and `legacy` change nothing here.
-    Raises ValueError for models without text context (`use_spatial_transformer: false`).
+    `image_size`, `use_fp16` and `legacy` appear in original yaml files and are ignored. Raises ValueError for
+    models without text context (`use_spatial_transformer: false`).
     """
 
     def __init__(
@@ -140,16 +140,16 @@ class UNetEncoder(nn.Module):
         return layers
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """block(*inputs), activations recomputed in the backward pass if `use_checkpoint`."""
+        """Return block(*inputs); with `use_checkpoint` activations are recomputed in the backward pass."""
         return checkpoint(block, *inputs, enabled=self.use_checkpoint)
 
     def encode(
         self, x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor | float = 0.0
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Outputs of the input blocks, output of the middle block, time embedding (b, 4 * model_channels).
+        """Return the input blocks' outputs, the middle block's, the time embedding (b, 4 * model_channels).
 
         x (b, in_channels, h, w) noisy latents; timesteps (b,); context (b, m, context_dim); `hint` is added
-        to the first block's output. Raises ValueError if h or w cannot be halved as often as needed.
+        to the first block's output. Raises ValueError if h or w is not divisible by the downsampling factor.
         """
         multiple = self.skips[-1][1]
         if x.shape[-2] % multiple or x.shape[-1] % multiple:
@@ -189,13 +189,13 @@ class UNetModel(UNetEncoder):
         )
 
     def decode(self, h: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
-        """Output blocks: from the middle's h and the input blocks' outputs to (b, out_channels, h, w)."""
+        """Run the output blocks on the middle block's h and the skips; return (b, out_channels, h, w)."""
         context = context.to(emb.dtype)
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
             h = self.run(block, torch.cat([h, skip], dim=1), emb, context)
         return self.out(h)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """x (b, in_channels, h, w), timesteps (b,), context (b, m, d) -> (b, out_channels, h, w)."""
+        """Map x (b, in_channels, h, w), timesteps (b,), context (b, m, d) to (b, out_channels, h, w)."""
         skips, h, emb = self.encode(x, timesteps, context)
         return self.decode(h, skips, emb, context)

@@ -16,14 +16,14 @@ START, END = 49406, 49407  # the begin and end tokens of CLIP's vocabulary
 
 @cache
 def load_tokenizer() -> Any:
-    """CLIP's tokenizer; its vocabulary is in the package: nothing is downloaded."""
-    import open_clip  # takes seconds, and cached prompts do without it
+    """Load CLIP's tokenizer; its vocabulary is in the package, so nothing is downloaded."""
+    import open_clip  # takes seconds, and cached prompts do not need it
 
     return open_clip.SimpleTokenizer()
 
 
 def tokenize(prompts: Sequence[str], max_length: int = 77, padding: int = END) -> Tensor:
-    """Prompts -> int64 tokens (b, max_length); one that is too long is cut, with a warning."""
+    """Convert prompts to int64 tokens (b, max_length); longer prompts are truncated, with a warning."""
     tokenizer = load_tokenizer()
     ids = torch.full((len(prompts), max_length), padding)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -79,7 +79,7 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPEmbeddings(nn.Module):
-    """Token and position embeddings; `position_ids` is in the files, so it is here too."""
+    """Token and position embeddings; `position_ids` is a buffer because weight files contain it."""
 
     def __init__(self, width: int, max_length: int, vocabulary: int):
         super().__init__()
@@ -123,9 +123,9 @@ class CLIPTextModel(nn.Module):
 
 
 class FrozenCLIPEmbedder(nn.Module):
-    """Prompts -> last hidden state (b, 77, 768) of CLIP ViT-L/14, for Stable Diffusion 1.
+    """Text tower of Stable Diffusion 1: prompts -> last hidden state (b, 77, 768) of CLIP ViT-L/14.
 
-    The size arguments are for small configurations; the weights come with the checkpoint.
+    The size arguments are for small configurations; the weights are in the model's checkpoint.
     """
 
     def __init__(self, max_length: int = 77, **sizes: int):
@@ -143,9 +143,9 @@ class FrozenCLIPEmbedder(nn.Module):
 
 
 class FrozenOpenCLIPEmbedder(nn.Module):
-    """Prompts -> hidden state (b, 77, width) of an OpenCLIP text tower, for Stable Diffusion 2 (ViT-H-14).
+    """Text tower of Stable Diffusion 2 (OpenCLIP ViT-H-14): prompts -> hidden state (b, 77, width).
 
-    layer "penultimate" leaves out the last transformer block, "last" does not; the final norm follows either.
+    `layer` "penultimate" skips the last transformer block, "last" does not; the final norm follows either.
     The size arguments are for small configurations. Raises ValueError for another layer.
     """
 

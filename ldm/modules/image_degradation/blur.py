@@ -1,7 +1,7 @@
 """Camera blur for training pairs: motion, gaussian, defocus and lens blur, as a sensor would record them.
 
-Light adds up on the sensor, not in the file, so every blur undoes the sRGB curve, convolves linear light with
-a kernel that sums to 1 and has its centroid in the middle, adds the sensor's noise, and applies the curve.
+Light is linear on the sensor but not in the file, so every blur undoes the sRGB curve, convolves linear light
+with a kernel that sums to 1 and has its centroid in the middle, adds sensor noise, and applies the curve.
 """
 
 import math
@@ -17,7 +17,7 @@ Parameters = dict[str, float | int]
 Range = tuple[float, float]  # lowest and highest value of a random parameter
 
 LEVELS = 65535  # steps of linear light in the look-up table back to sRGB
-DARK_SIGNAL = 0.002  # what the sensor counts without light, as a fraction of full scale
+DARK_SIGNAL = 0.002  # signal of the sensor without light, as a fraction of full scale
 
 
 # ---- light -----------------------------------------------------------------------------------------------
@@ -25,7 +25,7 @@ DARK_SIGNAL = 0.002  # what the sensor counts without light, as a fraction of fu
 
 @cache
 def _srgb_tables() -> tuple[np.ndarray, np.ndarray]:
-    """The sRGB curve (IEC 61966-2-1) as tables: 256 levels to light, LEVELS + 1 steps of light to levels."""
+    """Tabulate the sRGB curve (IEC 61966-2-1): 256 levels to light, LEVELS + 1 steps of light to levels."""
     encoded = np.arange(256) / 255
     to_linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     light = np.arange(LEVELS + 1) / LEVELS
@@ -34,12 +34,12 @@ def _srgb_tables() -> tuple[np.ndarray, np.ndarray]:
 
 
 def srgb_to_linear(image: np.ndarray) -> np.ndarray:
-    """uint8 sRGB of any shape -> float32 linear light in [0, 1]."""
+    """Convert uint8 sRGB of any shape to float32 linear light in [0, 1]."""
     return cv2.LUT(image, _srgb_tables()[0])
 
 
 def linear_to_srgb(light: np.ndarray) -> np.ndarray:
-    """float32 linear light (clipped to [0, 1]) -> uint8 sRGB; exact inverse of `srgb_to_linear`."""
+    """Convert float32 linear light (clipped to [0, 1]) to uint8 sRGB; exact inverse of `srgb_to_linear`."""
     steps = np.clip(light, 0, 1)
     steps *= np.float32(LEVELS)
     steps += np.float32(0.5)
@@ -52,7 +52,7 @@ def _gaussian_table() -> np.ndarray:
 
 
 def add_sensor_noise(light: np.ndarray, rng: Generator, gain: float) -> np.ndarray:
-    """Shot noise and dark noise: variance `gain * (light + DARK_SIGNAL)` in linear light."""
+    """Add shot noise and dark noise of variance `gain * (light + DARK_SIGNAL)` in linear light."""
     noise = cv2.LUT(rng.integers(0, 65536, light.shape, dtype=np.uint16), _gaussian_table())
     deviation = np.maximum(light, 0)
     deviation += np.float32(DARK_SIGNAL)
@@ -63,7 +63,7 @@ def add_sensor_noise(light: np.ndarray, rng: Generator, gain: float) -> np.ndarr
 
 
 def compress_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """uint8 RGB (h, w, 3) as it comes back from a JPEG file of this quality (1..100)."""
+    """Compress uint8 RGB (h, w, 3) to a JPEG of this quality (1..100) and decode it again."""
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
     return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
@@ -73,12 +73,12 @@ def compress_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 
 
 def motion_path(rng: Generator, length: float, shake: float) -> np.ndarray:
-    """Path of the scene over the sensor during one exposure: (steps, 2) points x, y in pixels, mean (0, 0).
+    """Sample a path of the scene over the sensor in one exposure: (steps, 2) points x, y in pixels, mean 0.
 
     A random walk at constant speed (Boracchi & Foi, Modeling the Performance of Image Restoration from
-    Motion Blur, IEEE TIP 2012): the velocity keeps its direction (inertia) but for gaussian tremor, a pull
+    Motion Blur, IEEE TIP 2012): the velocity keeps its direction (inertia) except for gaussian tremor, a pull
     back to the start, and rare impulses that reverse it. `shake` 0 is a straight line, 1 a tangle; `length`
-    in pixels is that of the whole path.
+    is the length of the whole path in pixels.
     """
     steps = max(64, math.ceil(4 * length))
     time = 1 / (steps - 1)  # the exposure lasts 1, the speed is 1 path length per exposure
@@ -96,7 +96,7 @@ def motion_path(rng: Generator, length: float, shake: float) -> np.ndarray:
 
 
 def motion_kernel(path: np.ndarray) -> np.ndarray:
-    """Kernel of equal exposure at each point (n, 2) of a path with mean 0, shared by four pixels each."""
+    """Return the kernel of a path (n, 2) with mean 0: each point is spread bilinearly over four pixels."""
     radius = math.ceil(np.abs(path).max()) + 1
     size = 2 * radius + 1
     corner = np.floor(path).astype(int)
@@ -108,17 +108,18 @@ def motion_kernel(path: np.ndarray) -> np.ndarray:
 
 
 def gaussian_kernel(sigma: float) -> np.ndarray:
-    """One-dimensional gaussian (k,) that reaches 3.5 sigma; its outer product is the blur kernel."""
+    """Return a one-dimensional gaussian (k,) up to 3.5 sigma; its outer product is the blur kernel."""
     return cv2.getGaussianKernel(2 * math.ceil(3.5 * sigma) + 1, sigma, cv2.CV_32F)[:, 0]
 
 
 def aperture_kernel(radius: float, blades: int = 0, angle: float = 0.0) -> np.ndarray:
-    """Image of a point out of focus: a uniform disk, or a regular polygon of `blades` sides, antialiased.
+    """Return the image of a point out of focus: a uniform disk, or a regular polygon of `blades` sides.
 
-    `radius` in pixels is that of the disk or of the circle through the corners; `angle` in radians turns
-    the polygon. A pixel is the mean of 4 x 4 points, each counted by its distance to the rim.
+    `radius` is the radius in pixels of the disk or of the circle through the corners; `angle` in radians
+    rotates the polygon. For antialiasing a pixel is the mean of 4 x 4 points, weighted by their distance to
+    the edge.
     """
-    radius = max(radius, 0.25)  # a smaller spot would miss all points, and is one pixel as well
+    radius = max(radius, 0.25)  # a smaller spot would miss all points, and covers one pixel anyway
     reach = math.ceil(radius + 0.5)
     fine = (np.arange(4 * (2 * reach + 1)) + 0.5) / 4 - reach - 0.5
     x, y = fine[None, :], fine[:, None]
@@ -149,7 +150,7 @@ def motion_blur(
     scale: float = 1.0,
     **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
-    """Camera shake along a path of `scale * length` pixels; `shake` 0 is a straight pan, 1 a tangle."""
+    """Blur by camera shake on a path of `scale * length` pixels; `shake` 0 is a straight pan, 1 a tangle."""
     length = scale * rng.uniform(*length)
     shake = rng.uniform(*shake)
     path = motion_path(rng, length, shake)
@@ -162,7 +163,7 @@ def motion_blur(
 def gaussian_blur(
     image: np.ndarray, rng: Generator, sigma: Range = (1.0, 5.0), scale: float = 1.0, **camera: float
 ) -> tuple[np.ndarray, Parameters]:
-    """Isotropic gaussian of deviation `scale * sigma` pixels: haze, a soft lens, a rescaled image."""
+    """Blur with a gaussian of deviation `scale * sigma` pixels: haze, a soft lens, a rescaled image."""
     sigma = scale * rng.uniform(*sigma)
     kernel = gaussian_kernel(sigma)
     light = cv2.sepFilter2D(_light(image), -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
@@ -172,7 +173,7 @@ def gaussian_blur(
 def defocus_blur(
     image: np.ndarray, rng: Generator, radius: Range = (2.0, 8.0), scale: float = 1.0, **camera: float
 ) -> tuple[np.ndarray, Parameters]:
-    """Out of focus with the aperture wide open: a disk (circle of confusion) of `scale * radius` pixels."""
+    """Defocus with the aperture wide open: a disk (circle of confusion) of `scale * radius` pixels."""
     radius = scale * rng.uniform(*radius)
     return record(convolve(_light(image), aperture_kernel(radius)), rng, {"radius": radius}, **camera)
 
@@ -187,7 +188,7 @@ def lens_blur(
     scale: float = 1.0,
     **camera: float,
 ) -> tuple[np.ndarray, Parameters]:
-    """Out of focus with the aperture stopped down: a turned polygon of `blades` sides and `scale * radius`.
+    """Defocus with the aperture stopped down: a rotated polygon of `blades` sides, radius `scale * radius`.
 
     Red is spread by the factor 1 + `aberration` and blue by 1 - `aberration` (axial chromatic aberration),
     and light falls off as cos^4 of the angle to the axis, which is `field` degrees in the corners.
@@ -208,7 +209,7 @@ def lens_blur(
 
 
 def vignette(height: int, width: int, field: float) -> np.ndarray:
-    """cos^4 fall-off of light (height, width): 1 in the middle, cos(`field` degrees)^4 in the corners."""
+    """Return the cos^4 fall-off of light (height, width) for an angle of `field` degrees in the corners."""
     y = np.arange(height) - (height - 1) / 2
     x = np.arange(width) - (width - 1) / 2
     scale = math.tan(math.radians(field)) / max(math.hypot(x[0], y[0]), 1)
@@ -259,11 +260,11 @@ BLUR_TYPES: dict[str, Callable[..., tuple[np.ndarray, Parameters]]] = {
 def random_blur(
     image: np.ndarray, rng: Generator, blur_types: Sequence[str] = tuple(BLUR_TYPES), **options: float
 ) -> tuple[np.ndarray, str, Parameters]:
-    """Blur uint8 (h, w, 3) by one of `blur_types`, all equally likely: image, blur type, parameters.
+    """Blur uint8 (h, w, 3) by a random one of `blur_types`; return the image, blur type and parameters.
 
-    `options` are those that all blurs share: `scale` (of all sizes in pixels) and those of `record`.
+    `options` are common to all blurs: `scale` (of all sizes in pixels) and those of `record`.
 
-    Raises ValueError for a blur type that does not exist, or an empty choice.
+    Raises ValueError for an unknown blur type, or if `blur_types` is empty.
     """
     check_blur_types(blur_types)
     blur_type = blur_types[rng.integers(len(blur_types))]
@@ -272,7 +273,7 @@ def random_blur(
 
 
 def check_blur_types(blur_types: Sequence[str]) -> None:
-    """Raise ValueError if there is none, or one that does not exist."""
+    """Raise ValueError if `blur_types` is empty or holds an unknown name."""
     unknown = [name for name in blur_types if name not in BLUR_TYPES]
     if unknown or not blur_types:
         given = ", ".join(map(repr, unknown)) or "none given"

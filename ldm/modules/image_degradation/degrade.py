@@ -1,7 +1,7 @@
 """Degradation of photographs: one small function for each kind, and chains of them.
 
-A kind takes and returns float32 RGB (h, w, 3) in [0, 255]. The four of DEGRADATIONS have values of their own;
-the others have a strength: 0 is hardly visible, 1 as bad as such photographs get.
+A kind takes and returns float32 RGB (h, w, 3) in [0, 255]. The four in DEGRADATIONS have parameters of their
+own; the others have a strength from 0 (hardly visible) to 1 (as bad as such photographs get).
 """
 
 import math
@@ -13,12 +13,12 @@ from PIL import Image
 
 from ldm.modules.image_degradation import blur as camera
 
-DEGRADATIONS = ("downsample", "noise", "blur", "jpeg")  # the usual ones
-Value = float | tuple[float, float]  # a number, or the range from which it is drawn for every image
+DEGRADATIONS = ("downsample", "noise", "blur", "jpeg")  # the default ones
+Value = float | tuple[float, float]  # a number, or the range to sample it from for every image
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:
-    """Float in [0, 255] -> uint8, clipped and rounded."""
+    """Convert floats in [0, 255] to uint8, clipped and rounded."""
     return np.rint(values.clip(0, 255)).astype(np.uint8)
 
 
@@ -31,12 +31,12 @@ def downsample(values: np.ndarray, rng: np.random.Generator, lr_scale: float) ->
 
 
 def noise(values: np.ndarray, rng: np.random.Generator, noise_level: float) -> np.ndarray:
-    """White Gaussian noise of standard deviation `noise_level`, 1 = white."""
+    """Add white Gaussian noise with a standard deviation of `noise_level` * 255."""
     return values + rng.standard_normal(values.shape, dtype=np.float32) * (255 * noise_level)
 
 
 def blur(values: np.ndarray, rng: np.random.Generator, blur_radius: float) -> np.ndarray:
-    """Gaussian blur of standard deviation `blur_radius` in pixels."""
+    """Apply a Gaussian blur of standard deviation `blur_radius` in pixels."""
     if blur_radius <= 0:
         return values
     return cv2.GaussianBlur(values, (0, 0), blur_radius, borderType=cv2.BORDER_REFLECT)
@@ -48,7 +48,7 @@ def jpeg(values: np.ndarray, rng: np.random.Generator, jpeg_quality: float) -> n
 
 
 def motion_blur(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Camera shake in linear light: a path of 2 to 40 pixels for 512 (Boracchi & Foi 2012, as in blur.py)."""
+    """Add camera shake in linear light: 2 to 40 pixels per 512 (Boracchi & Foi 2012, as in blur.py)."""
     length = (2 + 38 * strength) * min(values.shape[:2]) / 512
     kernel = camera.motion_kernel(camera.motion_path(rng, length, rng.uniform(0, 0.7)))
     light = camera.convolve(camera.srgb_to_linear(to_bytes(values)), kernel)
@@ -56,8 +56,8 @@ def motion_blur(values: np.ndarray, rng: np.random.Generator, strength: float) -
 
 
 def film_grain(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Grains of 2 pixels, the same in all channels. Their deviation is proportional to sqrt(u (1 - u)) of the
-    brightness u (the Boolean model of Newson et al. 2017), up to 0.08 in the middle."""
+    """Add grains of 2 pixels, the same in all channels. Their deviation is proportional to sqrt(u (1 - u)) at
+    brightness u (the Boolean model of Newson et al. 2017), up to 0.08 at u = 0.5."""
     brightness = values.mean(axis=2, keepdims=True).clip(0, 255) / 255
     grain = rng.standard_normal((*values.shape[:2], 1), dtype=np.float32)
     grain = cv2.GaussianBlur(grain, (0, 0), 0.8)[..., None]
@@ -66,7 +66,7 @@ def film_grain(values: np.ndarray, rng: np.random.Generator, strength: float) ->
 
 
 def scratches(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Up to 12 scratches, mostly upright, and 60 grains of dust, white or black (Wan et al. 2020)."""
+    """Draw upright scratches and dust, white or black: about 12 and 60 at strength 1 (Wan et al. 2020)."""
     height, width = values.shape[:2]
     for shade in (255.0, 0.0):
         cover = np.zeros((height, width), np.uint8)
@@ -85,8 +85,8 @@ def scratches(values: np.ndarray, rng: np.random.Generator, strength: float) -> 
 
 
 def fading(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Faded dyes (Wilhelm & Brower 1993): blacks rise by up to 0.3, whites fall by 0.1, half of the colour
-    goes, and a cast stays because each dye fades at its own pace."""
+    """Fade the dyes (Wilhelm & Brower 1993): blacks rise by up to 0.3, whites fall by 0.1, half of the
+    saturation is lost, and a colour cast remains because each dye fades at its own rate."""
     grey = values.mean(axis=2, keepdims=True)
     pale = grey + (1 - 0.5 * strength) * (values - grey)
     pace = np.exp(strength * rng.uniform(-0.35, 0.35, 3)).astype(np.float32)  # gamma of each channel
@@ -95,7 +95,7 @@ def fading(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.
 
 
 def low_light(values: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Up to 4 stops too dark, with the shot noise of so little light (Foi et al. 2008), in linear light."""
+    """Darken by up to 4 stops in linear light, with the shot noise of so little light (Foi et al. 2008)."""
     light = camera.srgb_to_linear(to_bytes(values)) * np.float32(2 ** (-4 * strength))
     return camera.linear_to_srgb(camera.add_sensor_noise(light, rng, 0.002 * strength)).astype(np.float32)
 
@@ -103,9 +103,9 @@ def low_light(values: np.ndarray, rng: np.random.Generator, strength: float) -> 
 # In the order of a photograph's life: taken, developed, kept, scanned.
 LIFE = (low_light, motion_blur, downsample, noise, film_grain, blur, fading, scratches, jpeg)
 KINDS = {kind.__name__: kind for kind in LIFE}
-# The value that each of DEGRADATIONS takes, and the limits of all values.
+# The parameter of each kind in DEGRADATIONS, and the limits of all parameters.
 VALUES = {"downsample": "lr_scale", "noise": "noise_level", "blur": "blur_radius", "jpeg": "jpeg_quality"}
-STRENGTH = "degradation_strength"  # that of all other kinds
+STRENGTH = "degradation_strength"  # parameter of all other kinds
 LIMITS = {
     "lr_scale": (1, 64),
     "noise_level": (0, 1),
@@ -125,7 +125,7 @@ def degrade(
     jpeg_quality: Value = 75,
     degradation_strength: Value = (0.2, 0.8),
 ) -> np.ndarray:
-    """Degrade uint8 RGB (h, w, 3) by the kinds that `types` names, in the order of KINDS."""
+    """Degrade uint8 RGB (h, w, 3) by the kinds in `types`, in the order of KINDS."""
     given = {
         "lr_scale": lr_scale,
         "noise_level": noise_level,
@@ -145,7 +145,7 @@ def degrade(
 
 
 def check_degradation(types: Sequence[str], values: dict[str, Value]) -> None:
-    """Raise ValueError for a kind that does not exist, a value outside its limits or a reversed range."""
+    """Raise ValueError for an unknown kind, a value outside its limits or a reversed range."""
     unknown = [name for name in types if name not in KINDS]
     if unknown:
         known = ", ".join([*DEGRADATIONS, *(name for name in KINDS if name not in DEGRADATIONS)])

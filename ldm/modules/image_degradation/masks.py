@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 
 MASK_KINDS = ("rectangle", "irregular", "mixed")
-ASPECT = 2.5  # rectangles are at most that much wider than high, or the other way round
-STROKE = (20 / 512, 200 / 512)  # width of a brush, in parts of the shorter side
-TRIES = 60  # strokes of one hole
-RETRIES = 5  # holes that are drawn before one is grown or shrunk into the limits
+ASPECT = 2.5  # largest ratio of a rectangle's longer to its shorter side
+STROKE = (20 / 512, 200 / 512)  # width of a brush as a fraction of the shorter side
+TRIES = 60  # largest number of strokes that are tried for one hole
+RETRIES = 5  # holes that are drawn before the last one is grown or shrunk into the limits
 
 Ratio = tuple[float, float]
 
@@ -20,10 +20,10 @@ Ratio = tuple[float, float]
 def random_mask(
     height: int, width: int, rng: np.random.Generator, kind: str = "mixed", ratio: Ratio = (0.1, 0.3)
 ) -> np.ndarray:
-    """A hole that covers between ratio[0] and ratio[1] of the image, drawn with `rng`; never empty.
+    """Draw a random hole that covers between ratio[0] and ratio[1] of the image; it is never empty.
 
     "rectangle" is one rectangle, "irregular" are strokes of a brush (after Suvorov et al. 2022, sec. 2.3),
-    "mixed" is one of these or both together. Raises ValueError for another kind or ratios that cannot be.
+    "mixed" is one of these or both together. Raises ValueError for another kind or impossible ratios.
     """
     if kind not in MASK_KINDS:
         raise ValueError(f"mask kind must be one of {', '.join(MASK_KINDS)}, not {kind!r}")
@@ -40,7 +40,7 @@ def random_mask(
 def draw_hole(
     height: int, width: int, rng: np.random.Generator, kind: str, target: int, least: int, most: int
 ) -> np.ndarray:
-    """A hole of about `target` pixels, rarely fewer than `least` or more than `most`."""
+    """Draw a hole of about `target` pixels, rarely fewer than `least` or more than `most`."""
     if kind == "mixed":
         kind = ("rectangle", "irregular", "both")[rng.integers(3)]
     mask = np.zeros((height, width), np.uint8)
@@ -53,7 +53,7 @@ def draw_hole(
 
 
 def pixel_limits(height: int, width: int, ratio: Ratio) -> tuple[int, int]:
-    """Fewest (at least 1) and most pixels of a hole; ValueError if no number of pixels is in between."""
+    """Return the fewest (at least 1) and most pixels of a hole. Raises ValueError for impossible ratios."""
     if len(ratio) != 2 or not 0 <= ratio[0] <= ratio[1] <= 1:
         raise ValueError(f"mask ratio must be two numbers with 0 <= low <= high <= 1, not {tuple(ratio)}")
     area = height * width
@@ -82,7 +82,7 @@ def draw_strokes(mask: np.ndarray, target: int, most: int, rng: np.random.Genera
     for _ in range(TRIES):
         if area >= target:
             return
-        room = min(1.1 * target, most + 1) - area  # what this stroke may cover
+        room = min(1.1 * target, most + 1) - area  # pixels that this stroke may cover
         thickness = min(rng.uniform(*STROKE) * side, 0.7 * math.sqrt(room))
         length = max(0.0, room - math.pi / 4 * thickness**2) / thickness
         trial = mask.copy()
@@ -94,7 +94,7 @@ def draw_strokes(mask: np.ndarray, target: int, most: int, rng: np.random.Genera
 
 
 def stroke(shape: tuple[int, int], length: float, rng: np.random.Generator) -> np.ndarray:
-    """Straight pieces with random turns, inside the image: int32 (n, 1, 2), x first."""
+    """Return a polyline with random turns inside the image: int32 (n, 1, 2), x first."""
     height, width = shape
     pieces = int(rng.integers(2, 9))
     at = rng.uniform(0, [width - 1, height - 1])
@@ -111,9 +111,9 @@ def stroke(shape: tuple[int, int], length: float, rng: np.random.Generator) -> n
 
 
 def fit_area(mask: np.ndarray, ratio: Ratio) -> np.ndarray:
-    """The hole grown or shrunk evenly until its area is within the limits; unchanged if it is already.
+    """Grow or shrink a hole evenly until its area is within the limits; it is unchanged if it already is.
 
-    Raises ValueError for an empty mask, and for ratios that cannot be.
+    Raises ValueError for an empty mask, and for impossible ratios.
     """
     least, most = pixel_limits(*mask.shape, ratio)
     area = cv2.countNonZero(mask)

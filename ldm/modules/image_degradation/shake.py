@@ -1,7 +1,7 @@
 """Camera shake that varies over the image: an exposure as the average of many warped frames.
 
-A hand moves, turns and rolls the camera, so a real kernel differs from place to place (Whyte, Sivic,
-Zisserman, Ponce: Non-uniform Deblurring for Shaken Images, CVPR 2010). An object may move on its own. The
+A hand moves, turns and rolls the camera, so a real kernel varies over the image (Whyte, Sivic, Zisserman,
+Ponce: Non-uniform Deblurring for Shaken Images, CVPR 2010). An object may move independently. The
 sharp image is the frame in the middle of the exposure, as in the GoPro data set.
 """
 
@@ -21,7 +21,7 @@ from ldm.modules.image_degradation.blur import (
 )
 
 FEWEST_FRAMES, MOST_FRAMES = 9, 41  # odd, so that one frame is in the middle
-CLIPPED = 0.99  # linear light from which on (254 of 255 levels) a file has clipped what the sensor saw
+CLIPPED = 0.99  # linear light above which (254 of 255 levels) values are assumed to be clipped
 
 
 def camera_shake(
@@ -33,12 +33,12 @@ def camera_shake(
     moving_object: float = 0.25,
     **camera: float | Range,
 ) -> tuple[np.ndarray, Parameters]:
-    """Blur uint8 RGB (h, w, 3) by a shaking camera; returns the blurred image and the parameters drawn.
+    """Blur uint8 RGB (h, w, 3) by a shaking camera; return the blurred image and the sampled parameters.
 
-    The mean path of the image's points is `scale * length` pixels long, drawn log-uniformly; `shake` is that
-    of `motion_path`. On the fraction `moving_object` of the images a soft-edged region moves on its own. One
-    half of the images is averaged in linear light, with clipped highlights restored so that lights leave
-    streaks; the other half in sRGB, as GoPro's `blur` folder. `camera` are the options of `record`.
+    The mean path of the image's points is `scale * length` pixels long, sampled log-uniformly; for `shake`
+    see `motion_path`. In the fraction `moving_object` of the images a soft-edged region moves independently.
+    Half of the images are averaged in linear light, with clipped highlights raised so that lights leave
+    streaks, the other half in sRGB, as in GoPro's `blur` folder. `camera` are the options of `record`.
     """
     check_image(image)
     pixels = scale * float(np.exp(rng.uniform(*np.log(length))))
@@ -65,11 +65,11 @@ def camera_shake(
 def shake_views(
     rng: Generator, length: float, shake: float, size: tuple[int, int], count: int | None = None
 ) -> np.ndarray:
-    """Affine maps (n, 2, 3) from the middle frame's pixels to each frame's; n is odd.
+    """Sample affine maps (n, 2, 3) from the middle frame's pixels to each frame's; n is odd.
 
-    Each is a shift, a rotation and a zoom about a random point of the neighbourhood. They are scaled so that
-    the mean path of the corners and the centre is `length` pixels long. `count` fixes n, else longer paths
-    get more frames.
+    Each is a shift, a rotation and a zoom about a random point in or near the image. They are scaled so that
+    the mean path of the corners and the centre is `length` pixels long. `count` sets n; by default longer
+    paths get more frames.
     """
     height, width = size
     if count is None:
@@ -87,7 +87,7 @@ def shake_views(
 
 
 def _centred(path: np.ndarray, count: int) -> np.ndarray:
-    """`count` points of a path at equal times, the one in the middle at the origin."""
+    """Return `count` points of a path at equal times, shifted so that the middle one is at the origin."""
     chosen = path[np.rint(np.linspace(0, len(path) - 1, count)).astype(int)]
     return chosen - chosen[count // 2]
 
@@ -98,7 +98,7 @@ def _views(shifts: np.ndarray, turns: np.ndarray, zooms: np.ndarray, axis: np.nd
 
 
 def _affine(shift: np.ndarray, turn: float, zoom: float, axis: np.ndarray) -> np.ndarray:
-    """A rotation by `turn` radians and a zoom by 1 + `zoom` about `axis`, then a shift: (2, 3)."""
+    """Return a rotation by `turn` radians and a zoom by 1 + `zoom` about `axis`, then a shift: (2, 3)."""
     cos = (1 + zoom) * math.cos(turn)
     sin = (1 + zoom) * math.sin(turn)
     linear = np.array([[cos, -sin], [sin, cos]])
@@ -110,7 +110,7 @@ def _homogeneous(points: np.ndarray) -> np.ndarray:
 
 
 def expose(light: np.ndarray, views: np.ndarray) -> np.ndarray:
-    """Mean of float32 `light` (h, w, c) seen through each of `views` (n, 2, 3), borders reflected."""
+    """Average float32 `light` (h, w, c) warped by each of `views` (n, 2, 3), borders reflected."""
     total = np.zeros_like(light)
     for view in views:
         cv2.accumulate(_warp(light, view), total)
@@ -120,7 +120,7 @@ def expose(light: np.ndarray, views: np.ndarray) -> np.ndarray:
 def expose_object(
     light: np.ndarray, views: np.ndarray, object_views: np.ndarray, mask: np.ndarray
 ) -> np.ndarray:
-    """As `expose`, but the part of the image under `mask` (h, w) in [0, 1] moves by `object_views`."""
+    """Average like `expose`, but move the part under `mask` (h, w) in [0, 1] by `object_views`."""
     total = np.zeros_like(light)
     layer = np.dstack([light, mask])
     for view, object_view in zip(views, object_views, strict=True):
@@ -138,7 +138,7 @@ def _warp(light: np.ndarray, view: np.ndarray) -> np.ndarray:
 
 
 def soft_mask(rng: Generator, size: tuple[int, int]) -> np.ndarray:
-    """A random blob with a soft edge: float32 (h, w) in [0, 1] that covers about a quarter to a half."""
+    """Sample a blob with a soft edge: float32 (h, w) in [0, 1] that covers about a quarter to a half."""
     height, width = size
     cells = int(rng.integers(3, 6))
     field = cv2.resize(
@@ -150,5 +150,5 @@ def soft_mask(rng: Generator, size: tuple[int, int]) -> np.ndarray:
 
 
 def restore_highlights(light: np.ndarray, gain: float) -> np.ndarray:
-    """Linear light whose clipped values are raised to `gain`: a file cannot hold more than 1."""
+    """Raise clipped values of linear light to `gain`, since files clip highlights at 1."""
     return np.where(light >= CLIPPED, np.float32(gain), light)
