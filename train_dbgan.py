@@ -53,7 +53,7 @@ from ldm.modules.losses import PixelLoss
 from ldm.modules.perceptual import PerceptualLoss
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric  # seconds to import, which restoring an image does not need
+    from lightning_fabric import Fabric  # slow to import, and not needed to restore an image
 
 # ---- settings: edit here, or override on the command line --------------------------------------------------
 
@@ -99,7 +99,7 @@ class Settings:
     learning_rate: flags.Weight = 1e-4  # peak learning rate of all networks
     schedule: Literal["cosine", "constant"] = "cosine"  # learning-rate schedule of each phase, after warmup
     warmup_steps: flags.Whole = 0  # number of steps in which the learning rate rises from 0
-    max_grad_norm: flags.Weight = 0.0  # highest norm of all gradients together; 0 = not clipped
+    max_grad_norm: flags.Weight = 0.0  # largest global norm of the gradients, 0 for no clipping
     content_loss: PixelLoss = "l1"  # pixel loss that the content loss consists of
     fft_loss_weight: flags.Weight = 0.0  # weight of the L1 distance of Fourier transforms in the content loss
     # weight of the VGG-19 perceptual loss; with 0 the content loss gets weight 1 and VGG-19 is not needed
@@ -169,7 +169,7 @@ MAY_CHANGE = "mode devices batch_size num_workers log_epoch cache compile val_cr
 
 
 def initialise(network: nn.Module, width: int) -> None:
-    """Draw weights from a normal distribution: deviation 0.01 as in the paper, more for narrow networks."""
+    """Initialise weights from a normal distribution: std 0.01 as in the paper, more for narrow networks."""
     std = 0.01 if width >= 64 else 0.08
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -226,7 +226,7 @@ class BGANGenerator(DBGANGenerator):
 
 
 def draw_noise(sharp: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Noise for BGAN, drawn on the CPU: the same on every device."""
+    """Sample the noise of BGAN on the CPU, so that it is the same on every device."""
     return torch.randn(len(sharp), NOISE, 1, 1, generator=generator).to(sharp)
 
 
@@ -260,9 +260,9 @@ GENERATORS: dict[str, Callable[[int, int], nn.Module]] = {"dbgan": DBGANGenerato
 
 
 def load_generator(path: str | Path, kind: Literal["blur", "deblur"]) -> nn.Module:
-    """Load a generator from a file of this script, or a deblurring one of MPRNet's or NAFNet's authors.
+    """Load a generator from a file of this script, or a file of MPRNet's or NAFNet's authors.
 
-    Raises FileNotFoundError if there is no file, and ValueError if it holds no such generator.
+    Raises FileNotFoundError if the file is missing, and ValueError if it holds no such generator.
     """
     weights, content = read_trained(path)
     form = content["settings"]
@@ -281,7 +281,7 @@ def load_generator(path: str | Path, kind: Literal["blur", "deblur"]) -> nn.Modu
 
 
 def export(generators: nn.ModuleDict, settings: Settings, folder: Path, suffix: str = "") -> None:
-    """Write each generator in half precision, with what `load_generator` must know: bgan, dbgan + suffix."""
+    """Write bgan and dbgan + `suffix` in half precision, with the metadata that `load_generator` reads."""
     form = {"generator": settings.generator, "width": settings.width, "blocks": settings.blocks}
     for kind, network in generators.items():
         weights = {f"{kind}.{name}": value for name, value in network.state_dict().items()}
@@ -302,7 +302,7 @@ def blur_image(network: nn.Module, image: np.ndarray, seed: int, **options: Any)
 # Discriminators: "blur" judges blurry images, "sharp" judges sharp ones: real or generated.
 @dataclass
 class StageModels:
-    """The networks that a stage trains, and what its losses need besides."""
+    """The networks that a stage trains, and what else its losses need."""
 
     generators: nn.ModuleDict
     discriminators: nn.ModuleDict
@@ -313,7 +313,7 @@ class StageModels:
 
 
 def judge(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (b,) of real and of fake images by the discriminator.
+    """Return the discriminator's scores (b,) of real and of fake images.
 
     Both go through in one batch: in separate batches BatchNorm would normalise away the difference between
     them.
@@ -324,7 +324,7 @@ def judge(discriminator: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor,
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Pass gradients through the network to its input, without gradients of its own weights."""
+    """Context in which the network passes gradients to its input, but gets none for its own weights."""
     network.requires_grad_(False)
     try:
         yield
@@ -333,7 +333,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 def relativistic_d_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Loss of the discriminator: real images look more real than fake ones do on average.
+    """Loss of the discriminator: real images score higher than the average fake, and fakes lower.
 
     Scores (b,): C(real) - mean C(fake) against the label 1, C(fake) - mean C(real) against 0, by the mean of
     their cross-entropies (relativistic average GAN, Jolicoeur-Martineau 2019; the paper's RBL and RDBL).
@@ -342,7 +342,7 @@ def relativistic_d_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def relativistic_g_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Loss of the generator, through `fake`: both probabilities are 0.5, real and fake look alike."""
+    """Loss of the generator, through `fake`: both probabilities become 0.5, real and fake score alike."""
     return (bce(real - fake.mean(), 0.5) + bce(fake - real.mean(), 0.5)) / 2
 
 
@@ -357,7 +357,7 @@ def least_squares(scores: Tensor, label: float) -> Tensor:
 def relativistic_losses(
     models: StageModels, name: str, made: Made, real: Tensor, alpha: float, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """Losses of a discriminator and of the generator that `made` comes from (paper, section 3).
+    """Return the losses of a discriminator and of the generator that made `made` (paper, section 3).
 
     The generator's is perceptual + alpha * content + beta * relativistic. Both can be minimised in one
     backward: `made` is detached for the first, the discriminator frozen for the second.
@@ -382,14 +382,14 @@ Terms = Iterator[dict[str, Tensor]]
 
 
 def content_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
-    """Content-loss pretraining of DBGAN."""
+    """Yield the loss of DBGAN's pretraining: the content loss."""
     blurry = replace_some(models.blurrer, settings.generated_fraction, blurry, sharp)
     restored = models.generators["deblur"](blurry)
     yield {"total_loss": content_loss(restored, sharp, settings.content_loss, settings.fft_loss_weight)}
 
 
 def deblur_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
-    """DBGAN against its discriminator (paper, equations of RDBL)."""
+    """Yield the losses of DBGAN against its discriminator (paper, equations of RDBL)."""
     blurry = replace_some(models.blurrer, settings.generated_fraction, blurry, sharp)
     restored = models.generators["deblur"](blurry)
     loss_d, loss_g = relativistic_losses(models, "sharp", restored, sharp, models.weights.content, settings)
@@ -397,7 +397,7 @@ def deblur_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp
 
 
 def paired_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
-    """Both networks on pairs; some of DBGAN's inputs are made by BGAN."""
+    """Yield the losses of both networks on pairs; BGAN makes some of DBGAN's inputs."""
     made = blurred(models.generators["blur"], sharp)
     # BGAN's loss in the paper has no content loss; without VGG-19 that takes the perceptual loss's place.
     alpha = 0.0 if models.perceptual else models.weights.content
@@ -409,7 +409,7 @@ def paired_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp
 
 
 def unpaired_losses(models: StageModels, settings: Settings, blurry: Tensor, sharp: Tensor) -> Terms:
-    """BGAN and a network back, without pairs: least-squares GAN, cycles, identity (Zhu et al. 2017)."""
+    """Yield the losses of BGAN and DBGAN without pairs: LSGAN, cycle, identity (Zhu et al. 2017)."""
     blur = partial(blurred, models.generators["blur"])
 
     def deblur(image: Tensor) -> Tensor:
@@ -430,9 +430,9 @@ def cycle_losses(
     source: Tensor,
     real: Tensor,
 ) -> dict[str, Tensor]:
-    """Losses of one direction: of discriminator `name`, and of the generators.
+    """Return the losses of one direction: of discriminator `name`, and of the generators.
 
-    `forward` makes an image like `real` from `source`, `backward` makes `source` from it again.
+    `forward` turns `source` into an image like `real`, `backward` turns that into `source` again.
     """
     discriminator = models.discriminators[name]
     made = forward(source)
@@ -446,12 +446,12 @@ def cycle_losses(
 
 
 def blurred(blurrer: nn.Module, sharp: Tensor) -> Tensor:
-    """Sharp images blurred by BGAN, with new noise."""
+    """Blur sharp images by BGAN with new noise."""
     return blurrer(sharp, draw_noise(sharp))
 
 
 def replace_some(blurrer: nn.Module | None, fraction: float, blurry: Tensor, sharp: Tensor) -> Tensor:
-    """The blurry images, some of them replaced at random by what BGAN makes of the sharp ones."""
+    """Replace random blurry images by sharp ones that BGAN blurred."""
     if blurrer is None:
         return blurry
     with torch.no_grad():
@@ -460,7 +460,7 @@ def replace_some(blurrer: nn.Module | None, fraction: float, blurry: Tensor, sha
 
 
 def mix(made: Tensor, real: Tensor, fraction: float) -> Tensor:
-    """Take each image from `made` with this probability, else from `real`."""
+    """Take each image from `made` with probability `fraction`, else from `real`."""
     chosen = torch.rand(len(real), 1, 1, 1) < fraction
     return torch.where(chosen.to(real.device), made.to(real), real)
 
@@ -476,7 +476,7 @@ def train_step(
     losses: Callable[[Tensor, Tensor], Terms],
     max_grad_norm: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Take one step of all networks on the mean gradient of `parts` equal parts of a batch; mean losses."""
+    """Take a step of all networks on the mean gradient of `parts` equal parts of a batch; return losses."""
     optimizer.zero_grad()
     sums: dict[str, Tensor] = {}
     blurry_parts = to_unit(batch["blurry"]).chunk(parts)
@@ -501,10 +501,10 @@ def train_step(
 
 
 def learning_rate_factor(step: int, phases: list[int], settings: Settings) -> float:
-    """Learning-rate multiplier after `step` steps of a stage whose phases have these numbers of steps.
+    """Return the learning-rate multiplier after `step` steps of a stage whose phases have these lengths.
 
-    It rises linearly at the start of the stage, for `warmup_steps` alone. Then it follows, in each phase, a
-    cosine from 1 down to that of LAST_LEARNING_RATE, or stays 1.
+    It rises linearly during the first `warmup_steps` of the stage. Then it follows, in each phase, a cosine
+    from 1 down to LAST_LEARNING_RATE, or stays 1.
     """
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
@@ -538,7 +538,7 @@ def check(settings: Settings) -> None:
 
 
 def open_data(settings: Settings, stage: str) -> tuple[CropDataset, HeldOut]:
-    """Training set of a stage, and validation set.
+    """Return the training set of a stage, and the validation set.
 
     stage            given                    blurry images                   sharp images
     blur             --sharp_dir              blur_data                       sharp_dir
@@ -585,7 +585,7 @@ def open_data(settings: Settings, stage: str) -> tuple[CropDataset, HeldOut]:
 
 
 def open_unpaired(settings: Settings, photos: list[Path]) -> tuple[Source, Source]:
-    """Real blurred images, and sharp ones: of --sharp_dir, else of the pairs, else of an .h5 file."""
+    """Return real blurred images, and sharp ones: of --sharp_dir, else of the pairs, else of an .h5 file."""
     for other in (settings.data, settings.sharp_dir):
         if other and not is_patches(other):  # a file has both sides
             check_apart(settings.blur_data, other)
@@ -606,7 +606,7 @@ def open_unpaired(settings: Settings, photos: list[Path]) -> tuple[Source, Sourc
 
 
 class Stage(NamedTuple):
-    """What a stage trains, by which losses (one for each phase), and the settings that it does not read."""
+    """A stage: the networks it trains, its losses (one for each phase), and the settings it ignores."""
 
     generators: list[str]
     discriminators: list[str]
@@ -623,9 +623,9 @@ STAGES = {
 
 
 def first_generator(kind: str, settings: Settings, stage: str) -> nn.Module:
-    """A generator with its initial weights; those of a file are not read where the stage is resumed.
+    """Make a generator with its initial weights; --init_weights is not read if the stage is resumed.
 
-    Raises what `load_generator` does, and ValueError if the file holds another network.
+    Raises the errors of `load_generator`, and ValueError if the file holds another network.
     """
     if kind == "blur":
         return BGANGenerator(settings.width, max(1, settings.blocks * 9 // 16))
@@ -646,7 +646,7 @@ def first_generator(kind: str, settings: Settings, stage: str) -> nn.Module:
 def make_models(
     settings: Settings, stage: str, perceptual: PerceptualLoss | None, device: torch.device
 ) -> StageModels:
-    """The networks of a stage, on their device."""
+    """Make the networks of a stage on their device."""
     discriminator_names = STAGES[stage].discriminators
     weights = Weights() if settings.perceptual_loss_weight else WITHOUT_VGG
     models = StageModels(
@@ -672,9 +672,9 @@ def bgan_path(settings: Settings) -> Path:
 
 
 def may_change(settings: Settings, stage: str) -> list[str]:
-    """Settings that may differ when a stage is resumed.
+    """Return the settings that may differ when a stage is resumed.
 
-    With a constant learning rate that includes the length, unless a second phase would begin elsewhere.
+    With a constant learning rate these include the length, unless a second phase would begin elsewhere.
     """
     names = MAY_CHANGE + STAGES[stage].unused
     if settings.schedule == "constant":
@@ -686,7 +686,7 @@ def may_change(settings: Settings, stage: str) -> list[str]:
 
 
 def phase_lengths(settings: Settings, stage: str, steps_per_epoch: int) -> list[int]:
-    """Number of steps of each phase of a stage."""
+    """Return the number of steps of each phase of a stage."""
     length = settings.max_steps if settings.max_steps > 0 else settings.epochs * steps_per_epoch
     if stage != "deblur":
         return [length]
@@ -696,7 +696,7 @@ def phase_lengths(settings: Settings, stage: str, steps_per_epoch: int) -> list[
 def validate(
     run: Run, networks: nn.ModuleDict, held_out: HeldOut, spectra: Spectra | None, precision: str
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores of the deblurring network, and distances of BGAN's spectra if it is trained; writes grids."""
+    """Return the scores of DBGAN and, if BGAN is trained, its spectral distances; write grids."""
     restore = partial(restore_image, networks["deblur"], precision=precision)
     scores, image = held_out.evaluate(restore, run)
     run.log_image("deblurred", image)
@@ -711,7 +711,7 @@ def main(settings: Settings) -> None:
     check(settings)
     stages = ["blur", "deblur"] if settings.mode == "all" else [settings.mode]
 
-    # What would fail later fails now: data, initial weights, BGAN, VGG-19
+    # Fail now rather than later: data, initial weights, BGAN, VGG-19
     fabric = start_fabric(settings.devices, settings.precision, settings.seed)
     if settings.demo:
         write_demo(DEMO_DATA, (settings.data, settings.val_data, settings.blur_data))

@@ -15,7 +15,7 @@ from ldm.modules.image_degradation.shake import camera_shake
 
 @dataclass(frozen=True)
 class RealisticBlur:
-    """How photos are degraded to train for real cameras; fractions of the samples, sizes in pixels.
+    """Recipe that degrades photos as real cameras do: fractions of the samples, sizes in pixels.
 
     The choices follow what Rim et al. measured (Realistic Blur Synthesis for Learning Image Deblurring, ECCV
     2022): noise matters most, then the sRGB curve, saturated highlights and the camera's processing.
@@ -87,7 +87,7 @@ class RealisticBlurDataset(CropDataset):
     def _surroundings(
         self, image: np.ndarray, size: int, scale: float, rng: np.random.Generator
     ) -> tuple[np.ndarray, Crop]:
-        """A part of the image at `scale`, and the crop of `size` pixels in it, with a margin around."""
+        """Return a part of the image at `scale`: a crop of `size` pixels with a margin around it."""
         side = min(int(np.ceil(size / scale)), *image.shape[:2])
         crop = random_crop(image, side, rng, self.candidates)
         around = crop.grown(int(BLUR_MARGIN / scale), image.shape)
@@ -102,7 +102,7 @@ class RealisticBlurDataset(CropDataset):
         return part, Crop(top, left, size, size)
 
     def _degrade(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        """Blur by a type drawn from the recipe's fractions; the image and the type ("" = left sharp)."""
+        """Blur by a type sampled from the recipe; return the image and the type ("" = left sharp)."""
         recipe = self.recipe
         noise = {"noise": recipe.noise}
         longest = max(2.0, min(recipe.longest_path, self.size / 4))
@@ -134,12 +134,12 @@ class RealisticBlurDataset(CropDataset):
 
 
 def blur_options(blur_type: str) -> dict[str, Any]:
-    """Options of a blur of a crop: light falls off towards the corners of a photo, not of a crop."""
+    """Return options for blurring a crop: light falls off towards the corners of a photo, not of a crop."""
     return {"field": (0.0, 0.0)} if blur_type == "lens_blur" else {}
 
 
 def tone_curve(strength: float) -> np.ndarray:
-    """A camera's tone curve as a table of 256 levels: an S-curve, or with strength < 0 its opposite."""
+    """Return a camera's tone curve as a table of 256 levels: an S-curve, or its inverse if strength < 0."""
     level = np.arange(256) / 255
     curve = level + strength * np.sin(2 * np.pi * (level - 0.5)) / (2 * np.pi)
     return np.rint(curve.clip(0, 1) * 255).astype(np.uint8)

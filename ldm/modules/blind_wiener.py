@@ -25,7 +25,7 @@ RINGS = 30  # radii of the spectra
 
 
 def transfer_functions() -> Tensor:
-    """Fourier transforms of the bank's kernels: (n, FFT, FFT // 2 + 1), real since they are symmetric.
+    """Return Fourier transforms of the bank's kernels: (n, FFT, FFT // 2 + 1), real since they are symmetric.
 
     First motion by length and angle, then disks, then Gaussians.
     """
@@ -46,7 +46,7 @@ def transfer_functions() -> Tensor:
 
 
 def filter_bank() -> Tensor:
-    """Identity, then Wiener filters of all kernels for each noise level: (k, FFT * (FFT // 2 + 1)).
+    """Return the identity, then Wiener filters of all kernels by noise level: (k, FFT * (FFT // 2 + 1)).
 
     The prior is a natural image's spectrum, which falls with the square of the frequency.
     """
@@ -62,12 +62,12 @@ def filter_bank() -> Tensor:
 
 
 def ring_radii() -> Tensor:
-    """Radii of the circles in a patch's spectrum, in frequency bins: (RINGS,)."""
+    """Return the radii of the circles in a patch's spectrum, in frequency bins: (RINGS,)."""
     return torch.linspace(1.5, PATCH / 2 - 1.5, RINGS)
 
 
 def polar_matrix() -> Tensor:
-    """Bilinear sampling of a patch's half spectrum on circles: (RINGS * ANGLES, PATCH * (PATCH // 2 + 1))."""
+    """Return a matrix that samples a half spectrum on circles: (RINGS * ANGLES, PATCH * (PATCH // 2 + 1))."""
     columns = PATCH // 2 + 1
     matrix = torch.zeros(RINGS, ANGLES, PATCH, columns)
     for ring, radius in enumerate(ring_radii().tolist()):
@@ -123,9 +123,9 @@ class BlurEstimator(nn.Module):
 
 
 class BlindWiener(nn.Module):
-    """forward(blurry): (b, 3, h, w) in [0, 1] -> what sharpens its luma, to be added: (b, 1, h, w).
+    """forward(blurry): (b, 3, h, w) in [0, 1] -> a correction of its luma, to be added: (b, 1, h, w).
 
-    Colour has little detail and much noise: it is not filtered.
+    Chroma is not filtered: it has little detail and much noise.
     """
 
     def __init__(self, width: int = 64):
@@ -148,15 +148,15 @@ class BlindWiener(nn.Module):
             return self.apply_filters(gray, weights @ self.bank, rows, columns) - gray
 
     def scores(self, gray: Tensor, rows: int, columns: int) -> Tensor:
-        """Scores of the filters of windows around the multiples of HOP: (b * rows * columns, k)."""
+        """Return the filters' scores for windows around multiples of HOP pixels: (b * rows * columns, k)."""
         y = HOP * torch.arange(rows, device=gray.device)
         x = HOP * torch.arange(columns, device=gray.device)
         return self.estimator(self.spectra(gray, y, x).flatten(0, 2))
 
     def spectra(self, gray: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        """Polar log power spectra around the positions y and x (pixels): (b, y, x, 2 * RINGS, ANGLES).
+        """Return polar log power spectra around the positions y and x (pixels): (b, y, x, 2 * RINGS, ANGLES).
 
-        The patches around a position within 192 pixels are averaged, and those within 384.
+        Each is averaged over patches in a square of 192 pixels around the position, and one of 384.
         """
         gray = F.pad(gray, (0, max(0, PATCH - gray.shape[3]), 0, max(0, PATCH - gray.shape[2])), "replicate")
         patches = gray[:, 0].unfold(1, PATCH, STRIDE).unfold(2, PATCH, STRIDE)  # (b, y, x, PATCH, PATCH)
@@ -176,7 +176,7 @@ class BlindWiener(nn.Module):
 
     @staticmethod
     def _nearest(centers: Tensor, patches: int) -> Tensor:
-        """Index of the patch that is centred nearest to each position; one patch was added at either side."""
+        """Return the index of the patch nearest to each position; one patch was added at either side."""
         return (torch.round((centers - PATCH // 2) / STRIDE).long() + 1).clamp(0, patches - 1)
 
     def apply_filters(self, image: Tensor, filters: Tensor, rows: int, columns: int) -> Tensor:
