@@ -131,6 +131,7 @@ def test_training_step_runs_and_resumes_on_cuda(name, precision):
     check_step(make, replace(settings, precision=precision))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_training_step_variants_run_and_resume_on_cuda(name):
     check_step(*FORMS[name])
@@ -213,7 +214,9 @@ def test_feed_forward_networks_restore_on_cuda(tmp_path, precision, tile):
 TILED = {"tile": 64, "overlap": 0, "strength": 0.5, "guidance_scale": 2.0}
 
 
-@pytest.mark.parametrize(("precision", "how"), [("bf16", {}), ("16", TILED)])
+@pytest.mark.parametrize(
+    ("precision", "how"), [pytest.param("bf16", {}, marks=pytest.mark.slow), ("16", TILED)]
+)
 def test_deblurring_controlnet_restores_on_cuda(tmp_path, precision, how):
     how = {"input": tmp_path, "precision": precision, "num_inference_steps": 2, **how}
     with (

@@ -616,6 +616,7 @@ def test_auto_precision_follows_the_device(tmp_path, monkeypatch, given, cuda, b
     assert choose_precision(given, tmp_path / "last.ckpt") == expected
 
 
+@pytest.mark.slow
 def test_auto_precision_keeps_that_of_the_resumed_run(settings):
     settings = replace(settings, precision="bf16", val_fraction=0.0, gradient_checkpointing=True)
     main(replace(settings, max_steps=1))
@@ -764,6 +765,7 @@ def test_two_processes_equal_one(settings, tmp_path):
     assert [row["step"] for row in rows(two)] == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_demo_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = replace(tutorial_train_deblur.DEMO_DATA, num_samples=12)

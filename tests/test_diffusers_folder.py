@@ -117,6 +117,7 @@ def test_only_fused_layers_are_joined_lazily(model_folder):
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in joined} == {"qkv", "linear1", "1"}
 
 
+@pytest.mark.slow
 def test_cpu_memory_stays_below_twice_the_folder_size(tmp_path):
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(

@@ -106,6 +106,7 @@ def test_failed_case_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.count("| srn |") == 4
 
 
+@pytest.mark.slow
 def test_crashed_or_hanging_stage_is_reported():
     assert gpu.in_process(partial(os._exit, 7), 60) == "ended with exit code 7"
     assert gpu.in_process(partial(gpu.time.sleep, 60), 0.1) == "stopped after 0 s"

@@ -804,6 +804,7 @@ def test_errors_are_clear_messages(driver, server, tmp_path):
     visitor.told("DBGAN has no weights yet: it needs .*dbgan.safetensors.* train_dbgan.py")
 
 
+@pytest.mark.slow
 @in_browser
 def test_compare_tab_shows_all_available_systems(driver, server, tmp_path):
     write_image(tmp_path / "both.png", photograph(64, 64))

@@ -227,7 +227,7 @@ def test_masks_beside_photos_are_not_training_images(settings, place, tmp_path):
         assert len(train) == 6 and len(train.masks) == bool(mask_dir)
 
 
-@pytest.mark.parametrize("captions", [False, True])
+@pytest.mark.parametrize("captions", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_cached_latents_give_same_losses(settings, place, captions):
     settings = replace(settings, use_augmentation=False, max_steps=1, val_steps=1)
     settings = replace(settings, captions_file=str(place / "captions.json") if captions else "")
@@ -241,6 +241,7 @@ def test_cached_latents_give_same_losses(settings, place, captions):
         main(replace(cached, use_augmentation=True, output_dir=settings.output_dir + "d"))
 
 
+@pytest.mark.slow
 def test_coarse_fill_is_trained_cached_saved_and_used(settings, tmp_path):
     """The ControlNet's hint is the image filled by Telea's method, with the mask, and their latent."""
     settings = replace(settings, coarse_fill="telea", use_augmentation=False, val_steps=1)

@@ -131,6 +131,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_cpu_memory_stays_below_twice_the_file_size(tmp_path):
     from ldm.modules.flux import Flux, FluxParams
 

@@ -149,6 +149,7 @@ def workplace(tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "about"), COMMANDS, ids=[f"{line[:40]} {about}" for line, about in COMMANDS]
 )

@@ -95,6 +95,7 @@ def step_of(folder: Path) -> int:
     return state.get("global_step", state.get("step"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", SHORT)
 def test_two_nodes_equal_one_process(place, tmp_path, trainer):
     """One process with twice the batch size sees the same joint batches."""

@@ -106,6 +106,7 @@ def backbones(tmp_path, monkeypatch):
     scores.deep_metric.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lpips", "dists"])
 def test_deep_distances_grow_with_blur(name, backbones):
     near, far = (scores.SCORES[name](blurred(sigma), CHELSEA)[name] for sigma in (0.8, 4))

@@ -84,6 +84,7 @@ def trained(tmp_path_factory) -> Settings:
     return settings
 
 
+@pytest.mark.slow
 def test_exported_files_load_like_the_original_models(trained):
     config = read_config(CONFIG)
     weights = load_state_dict(trained.models / "small_diffusion.safetensors")
@@ -97,6 +98,7 @@ def test_exported_files_load_like_the_original_models(trained):
     assert restore(image, steps=1).shape == image.shape
 
 
+@pytest.mark.slow
 def test_both_exported_autoencoders_are_equal(trained, pictures):
     """Stable Diffusion's 1x1 convolutions and scale are equivalent to FLUX's shift and scale."""
     model = base_model()
@@ -132,6 +134,7 @@ def test_training_continues_from_weights_and_keeps_autoencoder(trained, tmp_path
         main(replace(settings, init_weights=tmp_path / "torn.safetensors", output_dir=tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_stage_resumes(trained, capsys):
     main(replace(trained, stage="unet"))
     assert "resuming" in capsys.readouterr().out
