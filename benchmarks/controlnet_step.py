@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 
-from benchmarks.head import begin, in_turn, ratio, seconds, wake
+from benchmarks.head import begin, in_turn, randomize_zero_weights, ratio, seconds
 from cldm.cldm import ControlledUnetModel, ControlNet
 
 CUDA = torch.cuda.is_available()
@@ -39,7 +39,7 @@ class Settings:
     compile: bool = False  # compile our two networks, not those of diffusers
 
 
-def like_the_scripts() -> None:
+def set_backend_flags() -> None:
     """Enable TF32 and cuDNN benchmarking, as the ControlNet trainer does (cldm/training.py)."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = torch.cuda.is_available()
@@ -57,7 +57,9 @@ def our_networks(settings: Settings, device: str) -> tuple[nn.Module, nn.Module]
         "context_dim": 768,
     }
     with torch.device(device):
-        return wake(ControlledUnetModel(**sizes)).requires_grad_(False), wake(ControlNet(**sizes))
+        unet = randomize_zero_weights(ControlledUnetModel(**sizes))
+        control_net = randomize_zero_weights(ControlNet(**sizes))
+    return unet.requires_grad_(False), control_net
 
 
 def our_step(unet: nn.Module, control: nn.Module, settings: Settings, device: str) -> Step:
@@ -159,7 +161,7 @@ def make_pair(settings: Settings, device: str) -> dict[str, Callable[[], torch.T
 def main(settings: Settings) -> None:
     """Print a table and the ratio."""
     begin()
-    like_the_scripts()
+    set_backend_flags()
     print(settings)
     works = make_pair(settings, "cuda" if CUDA else "cpu")
     if settings.compile:

@@ -22,7 +22,7 @@ import train_srn
 import tutorial_train_deblur
 import tutorial_train_inpaint
 from benchmarks import kontext_step, plan
-from benchmarks.head import Case, Row, wake
+from benchmarks.head import Case, Row, randomize_zero_weights
 from cldm.model import open_control_model
 from harness.run import start_fabric
 from harness.validation import middle
@@ -116,7 +116,7 @@ def kontext(device: str, side: int, compiled: str = "", **storage) -> System:
     model = load_flux(path, device, torch.float32, **storage)
     model.checkpointing = True
     torch.manual_seed(0)
-    adapter = wake(make_lora(model, "attn_mlp", 4, 4)).to(device)
+    adapter = randomize_zero_weights(make_lora(model, "attn_mlp", 4, 4)).to(device)
     data = kontext_step.inputs(model.params, side, 16, "cpu")
     target, control, prompt, sigma, noise = data
     prompt = {name: value.to(device) for name, value in prompt.items()}
@@ -206,7 +206,7 @@ def resumed(name: str, make: Callable[[], plan.Work]) -> list[Row]:
     for _ in range(2):
         second.step()
     apart = (weights(second) - weights(whole)).norm() / (weights(whole) - start).norm()
-    return [Row(name, apart.item(), "of the way gone", 0.02)]
+    return [Row(name, apart.item(), "of the distance trained", 0.02)]
 
 
 def resumptions(device: str) -> Iterator[Case]:

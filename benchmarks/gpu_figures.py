@@ -64,7 +64,7 @@ def compared(
 
 def controlnet(tiny: bool, device: str) -> Iterator[Case]:
     """Yield cases of the deblurring ControlNet without pixel losses: ratio to diffusers, speed, memory."""
-    controlnet_step.like_the_scripts()
+    controlnet_step.set_backend_flags()
     few = tutorial_train_deblur.Settings(
         precision="bf16", cache_latents=True, deblur_loss_weight=0, batch_size=4
     )

@@ -52,7 +52,7 @@ def begin() -> None:
     print(f"torch {torch.__version__}, load before the start {load:.2f}")
     if load > BUSY:
         print(
-            f"WARNING: a load above {BUSY} means that other programs run: these times are no figures to keep"
+            f"WARNING: a load above {BUSY} means that other programs are running: do not publish these times"
         )
 
 
@@ -85,7 +85,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
     return f"{middle:.3f} ({low:.3f} to {high:.3f}, {len(ratios)} pairs)"
 
 
-def wake(network: torch.nn.Module) -> torch.nn.Module:
+def randomize_zero_weights(network: torch.nn.Module) -> torch.nn.Module:
     """Replace zero-initialized weights by small random values: a GPU multiplies zeros faster."""
     with torch.no_grad():
         for parameter in network.parameters():

@@ -30,7 +30,7 @@ import train_srn
 import tutorial_train_deblur
 import tutorial_train_inpaint
 from benchmarks.fake_cuda import Count, fake_tensors, is_fake, to_fake
-from benchmarks.head import wake
+from benchmarks.head import randomize_zero_weights
 from cldm.cache import drop_encoders
 from cldm.cldm import ControlLDM
 from cldm.model import add_hint_latent, read_config
@@ -129,7 +129,7 @@ def control_model(settings: Any, device: str) -> ControlLDM:
         config, _ = add_hint_latent(config, {})
     with torch.device("meta" if is_fake() else device):
         model = instantiate_from_config(config)
-    model = to_fake(model, device) if is_fake() else wake(model)
+    model = to_fake(model, device) if is_fake() else randomize_zero_weights(model)
     if config["params"].get("perceptual_loss_weight") and config["params"]["deblur_loss_weight"]:
         model.load_perceptual()
     if settings.cache_latents:

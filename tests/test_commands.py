@@ -195,7 +195,7 @@ def workplace(tmp_path_factory):
     """Create a folder with tiny versions of all files that the commands name."""
     folder = tmp_path_factory.mktemp("commands")
     place = folder / "place"
-    tiny_runs.make_place(place)
+    tiny_runs.make_test_files(place)
     copies = {"gopro": "gopro/train gopro/test training/GOPRO_Large/train training/GOPRO_Large/test PAIRS"}
     copies |= {
         "photos": "PHOTOS HELD_OUT photos photos/train photos/held_out my_photos sharp_photos clean damaged",

@@ -48,7 +48,7 @@ CONFIG = "models/cldm_tiny_deblur.yaml"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    return make_place(tmp_path_factory.mktemp("deblur"))
+    return make_test_files(tmp_path_factory.mktemp("deblur"))
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def stopped(settings, first_step) -> Settings:
     return settings
 
 
-def make_place(folder: Path) -> Path:
+def make_test_files(folder: Path) -> Path:
     """Write a small data set and initial weights."""
     make_dataset(MakeSettings(output_dir=str(folder / "data"), num_samples=8, image_size=64, workers=1))
     checkpoint.write_weights(folder / "start.safetensors", fill(create_model(CONFIG)).state_dict())

@@ -11,7 +11,15 @@ from tqdm import tqdm
 from ldm import checkpoint
 from tests.faults import __main__ as faults
 from tests.faults import bad_inputs, damage, input_slots
-from tests.faults.tiny_runs import Result, command, make_place, must, prepare_output, run, script
+from tests.faults.tiny_runs import (
+    Result,
+    command,
+    make_test_files,
+    prepare_output,
+    require_success,
+    run,
+    script,
+)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked: no CUDA")
 # Names in SLOTS of fast cases, for every kind of input file.
@@ -38,7 +46,7 @@ IN_TRAINING += ("dbgan paired --data", "kontext --hr_root")
 def place(tmp_path_factory) -> Path:
     """Create the inputs of tiny runs in a separate process, so that this one starts no threads."""
     folder = tmp_path_factory.mktemp("faults")
-    must(run(partial(make_place, folder / "place"), folder / "log"))
+    require_success(run(partial(make_test_files, folder / "place"), folder / "log"))
     return folder / "place"
 
 
@@ -80,7 +88,7 @@ def test_malformed_inputs_are_read_or_give_one_error_line(ready, tmp_path, numbe
 def test_training_skips_damaged_image_with_one_warning(ready, tmp_path, name):
     case = next(slot for slot in input_slots.SLOTS if slot.name == name).build(tmp_path, ready)
     damage.truncated(case.victim, np.random.default_rng(0))
-    result = must(run(script(case.arguments), tmp_path / "log"))
+    result = require_success(run(script(case.arguments), tmp_path / "log"))
     told = [line for line in result.err.splitlines() if line.startswith("warning: cannot read image")]
     assert len({*told}) == 1 and f" {case.victim}: " in told[0], result.err
 
@@ -90,8 +98,8 @@ def test_training_skips_damaged_image_with_one_warning(ready, tmp_path, name):
 
 def test_checks_detect_differences_and_lost_progress(place, tmp_path):
     prepare_output("srn", place, tmp_path / "a")
-    must(run(script(command("srn", place, tmp_path / "a")), tmp_path / "log"))
-    must(run(script(command("srn", place, tmp_path / "b", learning_rate=2e-4)), tmp_path / "log"))
+    require_success(run(script(command("srn", place, tmp_path / "a")), tmp_path / "log"))
+    require_success(run(script(command("srn", place, tmp_path / "b", learning_rate=2e-4)), tmp_path / "log"))
     with pytest.raises(ValueError, match="checkpoints/best.ckpt differs in state_dict"):
         faults.check_equal(tmp_path / "a", tmp_path / "b")
     steps = tmp_path / "steps"

@@ -68,7 +68,7 @@ def test_every_figure_runs_on_fake_cuda_tensors(monkeypatch, section):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(gpu_figures, "start_fabric", lambda: None)
-    monkeypatch.setattr(gpu_figures.controlnet_step, "like_the_scripts", lambda: None)
+    monkeypatch.setattr(gpu_figures.controlnet_step, "set_backend_flags", lambda: None)
     with fake_tensors():
         rows = [row for case in section(True, "cuda") for row in case.rows()]
     assert len(rows) >= 2 and all(row.value == 5.0 for row in rows if row.unit == "GB")

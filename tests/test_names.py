@@ -125,7 +125,7 @@ def ours(line: str, about: str) -> tuple[str, list[str]]:
 def workplace(tmp_path_factory):
     """Create tiny versions of the documents' data."""
     place = tmp_path_factory.mktemp("names") / "place"
-    tiny_runs.make_place(place)
+    tiny_runs.make_test_files(place)
     write_tiny_folder(place / "flux", place, PROMPT)
     images, objects = [], []
     for number, path in enumerate(list_images(place / "photos")):

@@ -15,7 +15,7 @@ from harness.run import average_gradients, rank_zero_first, start_fabric
 from harness.settings import is_lost_peer
 from ldm import checkpoint
 from tests.faults import tiny_runs
-from tests.faults.tiny_runs import command, make_place, must, prepare_output, run, script
+from tests.faults.tiny_runs import command, make_test_files, prepare_output, require_success, run, script
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked: no CUDA")
 # Flags of the tiny runs: LONG ones are killed during training, SHORT ones take a few steps.
@@ -35,7 +35,7 @@ SHORT = {
 def place(tmp_path_factory) -> Path:
     """Create the inputs of tiny runs in a separate process, so that this one starts no threads."""
     folder = tmp_path_factory.mktemp("processes")
-    must(run(partial(make_place, folder / "place"), folder / "log"))
+    require_success(run(partial(make_test_files, folder / "place"), folder / "log"))
     return folder / "place"
 
 
@@ -103,7 +103,9 @@ def test_two_nodes_equal_one_process(place, tmp_path, trainer):
     for folder in folders:
         prepare_output(trainer, place, folder)
     batch = "train_batch_size" if trainer == "kontext" else "batch_size"
-    must(run(script(command(trainer, place, folders[0], **SHORT[trainer], **{batch: 4})), tmp_path / "log"))
+    require_success(
+        run(script(command(trainer, place, folders[0], **SHORT[trainer], **{batch: 4})), tmp_path / "log")
+    )
     two_machines(command(trainer, place, folders[1], **SHORT[trainer]), tmp_path / "log")
     one, two = (last(folder) for folder in folders)
     for name, value in one["state_dict"].items():
@@ -155,7 +157,9 @@ def test_separate_output_folders_raise(place, tmp_path, trainer):
     """Otherwise one node would resume and the other start again."""
     before, after = {"srn": ({"batch_size": 4}, {}), "deblur": ({}, {"max_steps": 6})}[trainer]
     folders = [tmp_path / "run", tmp_path / "elsewhere"]
-    must(run(script(command(trainer, place, folders[0], **SHORT[trainer] | before)), tmp_path / "log"))
+    require_success(
+        run(script(command(trainer, place, folders[0], **SHORT[trainer] | before)), tmp_path / "log")
+    )
     flags = SHORT[trainer] | after
     works = [script(command(trainer, place, folder, **flags)) for folder in folders]
     for code, said in end_both(start_both(works, tmp_path / "log"), tmp_path / "log"):

@@ -42,9 +42,9 @@ from tests.faults.tiny_runs import (  # imported early: it limits torch to one t
     Result,
     command,
     kill,
-    make_place,
-    must,
+    make_test_files,
     prepare_output,
+    require_success,
     run,
     script,
     start,
@@ -216,7 +216,7 @@ def kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar: tqd
     whole, log, tally = work / "whole", work / "log", Counter()
     prepare_output(trainer, place, whole)
     begin = time.monotonic()
-    must(run(script(command(trainer, place, whole)), log))
+    require_success(run(script(command(trainer, place, whole)), log))
     seconds = time.monotonic() - begin
     moments, rng = plan(seed, trainer), np.random.default_rng([seed, RUNS.index(trainer), 1])
     while tally["kills"] < count:
@@ -228,15 +228,15 @@ def kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar: tqd
             moment, before = next(moments), half_written(folder)
             pid = start(script(command(trainer, place, folder, moment.workers)), log)
             if not await_moment(pid, folder, moment, seconds):
-                must(Result(wait(pid, 1), "", log.with_suffix(".err").read_text()))
+                require_success(Result(wait(pid, 1), "", log.with_suffix(".err").read_text()))
                 break  # it finished first: compare
             if kill(pid) == -9:
                 tally["kills"] += 1
                 tally["while writing a file"] += bool(half_written(folder, before))
                 bar.update()
-            must(run(partial(check_progress, folder, work / f"steps{tally['runs']}"), log))
-        must(run(script(command(trainer, place, folder, int(rng.integers(2)))), log))
-        must(run(partial(check_equal, whole, folder), log))
+            require_success(run(partial(check_progress, folder, work / f"steps{tally['runs']}"), log))
+        require_success(run(script(command(trainer, place, folder, int(rng.integers(2)))), log))
+        require_success(run(partial(check_equal, whole, folder), log))
         tally["runs"] += 1
         shutil.rmtree(folder)
     return tally
@@ -259,7 +259,7 @@ def begin_both(trainer: str, place: Path, folder: Path, log: Path, workers: int 
 
 def finish_both(pids: list[int], log: Path) -> None:
     for code, text in end_both(pids, log):
-        must(Result(code, "", text))
+        require_success(Result(code, "", text))
 
 
 def check_survivor(pid: int, said: Path, folder: Path, steps: list[int]) -> None:
@@ -299,9 +299,9 @@ def rank_kills(trainer: str, place: Path, work: Path, seed: int, count: int, bar
                 bar.update()
             other = 1 - victim
             check_survivor(pids[other], log.with_name(f"log{other}.err"), folder, steps)
-            must(run(partial(check_progress, folder, work / f"steps{tally['runs']}"), log))
+            require_success(run(partial(check_progress, folder, work / f"steps{tally['runs']}"), log))
         finish_both(begin_both(trainer, place, folder, log, int(rng.integers(2))), log)
-        must(run(partial(check_equal, whole, folder), log))
+        require_success(run(partial(check_equal, whole, folder), log))
         tally["runs"] += 1
         shutil.rmtree(folder)
     return tally
@@ -370,7 +370,7 @@ def fill_disk(trainer: str, place: Path, work: Path, part: float, nth: int) -> s
     log, whole = work / "log", work / "whole"
     if not whole.exists():
         prepare_output(trainer, place, whole)
-        must(run(script(command(trainer, place, whole)), log))
+        require_success(run(script(command(trainer, place, whole)), log))
     with small_disk(work / "disk") as mounted:
         folder = work / "disk" / "run"
         go = script(command(trainer, place, folder))
@@ -382,7 +382,7 @@ def fill_disk(trainer: str, place: Path, work: Path, part: float, nth: int) -> s
             begun = await_moment(pid, folder, Kill(None, nth, 0.05, 0), 0)
             kill(pid)
             nth = max(1, nth - 2)
-        must(run(partial(check_progress, folder, work / "steps"), log))
+        require_success(run(partial(check_progress, folder, work / "steps"), log))
         for leftover in half_written(folder):
             os.unlink(leftover)
         size = max((path.stat().st_size for path in whole.rglob("*.ckpt")), default=0)
@@ -394,9 +394,9 @@ def fill_disk(trainer: str, place: Path, work: Path, part: float, nth: int) -> s
         if problem or result.code != 1 and not finished:
             raise RuntimeError(f"on a full disk: exit code {result.code}, {problem}: {result.err[-3000:]}")
         (work / "disk" / "filler").unlink(missing_ok=True)
-        must(run(partial(check_progress, folder, work / "steps"), log))
-        must(run(go, log))
-        must(run(partial(check_equal, whole, folder), log))
+        require_success(run(partial(check_progress, folder, work / "steps"), log))
+        require_success(run(go, log))
+        require_success(run(partial(check_equal, whole, folder), log))
     shutil.rmtree(work / "disk")
     (work / "steps").unlink()
     return "nothing: there was space enough" if finished else result.err.strip().splitlines()[-1]
@@ -429,7 +429,7 @@ def main(settings: Settings) -> None:
         work = settings.folder or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         if settings.what != "page":
-            must(run(partial(make_place, work / "place"), work / "log"))
+            require_success(run(partial(make_test_files, work / "place"), work / "log"))
         fine = True
         if settings.what in ("kills", "all"):
             fine &= run_kills(settings, work / "place", work / "kills")

@@ -19,7 +19,7 @@ from ldm import checkpoint
 from ldm.data.image import read_image
 from tests.faults.damage import MARKER
 from tests.faults.input_slots import SLOTS, Case, make_ready
-from tests.faults.tiny_runs import Result, must, run, script
+from tests.faults.tiny_runs import Result, require_success, run, script
 
 SECONDS = 180  # until a script counts as hanging
 
@@ -69,7 +69,7 @@ def read_any(path: Path) -> None:
         h5py.File(path).close()
 
 
-def judge(case: Case, verdict: str, result: Result) -> str:
+def find_problem(case: Case, verdict: str, result: Result) -> str:
     """Return what is wrong with the end of a case; "" if nothing is."""
     problem = complaint(result)
     if problem or verdict == "either":
@@ -104,11 +104,11 @@ def try_one(number: int, seed: int, place: Path, work: Path) -> tuple[str, str, 
     folder = work / f"{number:04d}"
     folder.mkdir(parents=True)
     case = chosen.build(folder, place)
-    must(run(lambda: harm(case.victim, rng), work / "harm"))
+    require_success(run(lambda: harm(case.victim, rng), work / "harm"))
     if harm.__name__ in case.ignores:
         verdict = "either"
     result = run(script(case.arguments), work / f"{number:04d}_log", SECONDS)
-    problem = judge(case, verdict, result)
+    problem = find_problem(case, verdict, result)
     if not problem:
         checked = run(lambda: print(half_done(folder, case.victim)), work / "check")
         problem = checked.out.strip() or checked.err
@@ -121,7 +121,7 @@ def campaign(place: Path, work: Path, seed: int, count: int) -> bool:
     tally, problems = Counter(), 0
     for number in tqdm(range(count), unit="case", disable=None):
         name, problem, result = try_one(number, seed, place, work)
-        tally[{0: "read or skipped", 1: "refused in one sentence"}.get(result.code, "other")] += not problem
+        tally[{0: "read or skipped", 1: "one clear error"}.get(result.code, "other")] += not problem
         problems += bool(problem)
         if problem:
             end = " | ".join(result.err.strip().splitlines()[-3:])[-600:]

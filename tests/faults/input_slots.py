@@ -40,8 +40,8 @@ from tests.faults.tiny_runs import (
     TRAINERS,
     command,
     in_place,
-    must,
     prepare_output,
+    require_success,
     run,
     script,
 )
@@ -88,9 +88,11 @@ def make_ready(place: Path, work: Path, names: Iterable[str] = (*TRAINERS, "base
     for name in names:
         trainer, options = ("deblur", {"cache_latents": True}) if name == "cached" else (name, {})
         if not (place / "runs" / name).exists():
-            must(run(script(short(trainer, place, place / "runs" / name, **options)), work / "ready"))
+            require_success(
+                run(script(short(trainer, place, place / "runs" / name, **options)), work / "ready")
+            )
     if not (place / "coco").exists():
-        must(run(partial(_make_more, place), work / "ready"))
+        require_success(run(partial(_make_more, place), work / "ready"))
 
 
 def _make_more(place: Path) -> None:
@@ -223,7 +225,7 @@ def mixed_with_pairs(name: str) -> Build:
 
 def annotations_cached(folder: Path, place: Path) -> Case:
     copy = copied(place / "coco", folder / "coco") / "instances.json"
-    must(run(lambda: CocoRecords(copy, "objects"), folder / "log"))
+    require_success(run(lambda: CocoRecords(copy, "objects"), folder / "log"))
     arguments = short("inpaint", place, folder / "out", ann_file=copy)
     return Case(arguments, copy.with_name("instances.objects.safetensors"), remade=True)
 
@@ -343,7 +345,7 @@ def pairs_made(victim: str) -> Build:
         arguments = ["tool_make_deblur_dataset.py", "--source_dir", folder / "photos", "--image_size", 32]
         arguments += ["--output_dir", folder / "out", "--num_samples", 6, "--workers", 1]
         if victim != "source":
-            must(run(script(arguments), folder / "log"))
+            require_success(run(script(arguments), folder / "log"))
             made_again = ("line_missing", "line_long", "line_surrogate", "dangling_link", "empty")
             return Case(arguments, folder / "out" / victim, ignores=made_again)
         return Case(arguments, folder / "photos" / "001.png", skips="sources were not used")

@@ -165,7 +165,7 @@ def run(work: Callable[[], None], log: Path, seconds: float = PATIENCE) -> Resul
     return Result(code, *texts)
 
 
-def must(result: Result) -> Result:
+def require_success(result: Result) -> Result:
     """Return `result`; raise RuntimeError unless the process succeeded."""
     if result.code != 0:
         raise RuntimeError(f"exit code {result.code}: {result.err[-2000:]}")
@@ -175,7 +175,7 @@ def must(result: Result) -> Result:
 # ---- data and commands -----------------------------------------------------------------------------------
 
 
-def make_place(place: Path) -> None:
+def make_test_files(place: Path) -> None:
     """Write all inputs of the tiny runs below `place`."""
     place.mkdir(parents=True, exist_ok=True)
     make_dataset(PairSettings(output_dir=str(place / "pairs"), num_samples=8, image_size=64, workers=1))
