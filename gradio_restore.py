@@ -38,7 +38,7 @@ class Settings:
     precision: Literal["auto", "32", "16", "bf16"] = "auto"
 
     # ---- weights; None takes those of a run in outputs/ if there is one, else the included ones in models/
-    srn_path: Path = Path("models/srn_deblur.safetensors")  # weights file of SRN-DeblurNet, from train_srn.py
+    srn_path: Path | None = None  # weights file of SRN-DeblurNet, from train_srn.py
     dbgan_path: Path | None = None  # weights of DBGAN's deblurring generator
     bgan_path: Path | None = None  # weights of BGAN's blurring generator
     deblur_path: Path | None = None  # weights of the deblurring ControlNet
@@ -62,12 +62,13 @@ def list_systems(settings: Settings) -> dict[str, System]:
     places = {"input": settings.output_dir, "output_dir": settings.output_dir, "device": settings.device}
     common = {**places, "precision": settings.precision}
     on_base = {**common, "base_path": settings.base_path}
+    srn = choose(settings.srn_path, "srn/srn_deblur.safetensors", "srn_deblur")
     dbgan = choose(settings.dbgan_path, "dbgan/deblur/dbgan.safetensors", "dbgan")
     deblur = choose(settings.deblur_path, "deblur/checkpoints/best.ckpt", "small_deblur")
     inpaint = choose(settings.inpaint_path, INPAINT_RUNS, "small_inpaint")
     bgan = choose(settings.bgan_path, "dbgan/blur/bgan.safetensors", "bgan")
     systems = {
-        "srn": System("SRN", infer.SRN(**common, checkpoint_path=settings.srn_path), ("self_ensemble",)),
+        "srn": System("SRN", infer.SRN(**common, checkpoint_path=srn), ("self_ensemble",)),
         "dbgan": System("DBGAN", infer.DBGAN(**common, checkpoint_path=dbgan), ()),
         "deblur": System("ControlNet", infer.Deblur(**on_base, checkpoint_path=deblur), DEBLUR),
         "inpaint": System("Inpaint", infer.Inpaint(**on_base, checkpoint_path=inpaint), INPAINT),

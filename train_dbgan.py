@@ -71,7 +71,7 @@ class Settings:
     blur_data: Path | None = None  # real blurred photos: a folder, or an unpaired .h5 file of both sides
     sharp_dir: Path | None = None  # folder of sharp photos for `blur`; without --data also for `deblur`
     val_data: Path | None = None  # pairs to validate on, in any form of --data
-    crop_size: int = 128  # side of the training crops in pixels, a multiple of 16
+    crop_size: int = 128  # side of the training crops in pixels, a multiple of 16 (unet: 64)
     dead_leaves: flags.Whole = 0  # number of generated dead-leaves images in an epoch; not with --data
     # blur on the fly as cameras do (shake, noise, JPEG), a third of the crops simply; off: simple blur only
     realistic_blur: bool = True
@@ -717,7 +717,12 @@ def main(settings: Settings) -> None:
         write_demo(DEMO_DATA, (settings.data, settings.val_data, settings.blur_data))
     data = {stage: open_data(settings, stage) for stage in stages}
     for stage in stages:
-        first_generator("deblur", settings, stage)
+        multiple = first_generator("deblur", settings, stage).multiple
+        if settings.crop_size % multiple:
+            raise ValueError(
+                f"--generator {settings.generator} needs a crop_size that is a multiple of {multiple}, "
+                f"not {settings.crop_size}"
+            )
     if settings.mode == "deblur" and settings.generated_fraction and not bgan_path(settings).is_file():
         raise FileNotFoundError(
             f"BGAN not found: {bgan_path(settings)}; train it with `blur`, copy one there "

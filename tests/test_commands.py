@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import infer
 import tutorial_train_deblur
 from harness.settings import read_settings
 from ldm import checkpoint
@@ -94,7 +95,8 @@ def split(line):
     """Return script and arguments; add infer.py's subcommand where the checkpoint would determine it."""
     script, *words = shlex.split(line[line.rindex("python ") :], comments=True)[1:]
     if script == "infer.py" and words not in NO_WORK and words[0].startswith("--"):
-        words = ["inpaint" if "--input_mask" in words else "srn", *words]
+        given = "srn" if "--checkpoint_path" in words else infer.BEST
+        words = ["inpaint" if "--input_mask" in words else given, *words]
     return (words[0], words[1:]) if script == "-m" else (script, words)
 
 
@@ -153,7 +155,7 @@ FEW = "--batch_size 2 --num_workers 0 --precision 32"
 CONTROL = (
     f"{FEW} --image_size 64 --max_steps 2 --save_steps 2 --val_samples 2 --val_steps 2 --val_ddim_steps 1"
 )
-PLAIN = f"{FEW} --max_steps 1 --crop_size 32 --val_crop 32 --no_compile"
+PLAIN = f"{FEW} --max_steps 1 --crop_size 64 --val_crop 32 --no_compile"
 SMALL = {
     "tutorial_train_deblur.py": f"{CONTROL} --config_path {TINY} --val_fraction 0.3 "
     "--perceptual_loss_weight 0",

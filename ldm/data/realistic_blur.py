@@ -33,7 +33,7 @@ class RealisticBlur:
     jpeg: float = 0.35
     jpeg_quality: tuple[int, int] = (50, 98)
     shortest_path: float = 4.0
-    longest_path: float = 45.0  # and no longer than a quarter of the crop: a crop must show the path
+    longest_path: float = 60.0  # and no longer than a quarter of the crop: a crop must show the path
 
 
 class RealisticBlurDataset(CropDataset):

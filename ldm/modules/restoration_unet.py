@@ -1,8 +1,11 @@
-"""A U-Net of dense 3x3 residual blocks on 2x2-unshuffled pixels: fast on CPUs and GPUs, any image size.
+"""A U-Net of dense 3x3 residual blocks on 2x2-unshuffled pixels, applied at three scales.
 
 The layout is DRUNet's (Zhang, Li, Zuo, Zhang, Van Gool, Timofte: Plug-and-Play Image Restoration with Deep
 Denoiser Prior, TPAMI 2021), with GELU, unshuffled pixels and a residual to the input. It has no normalisation
-and no global pooling: a tile is restored as the whole image would be.
+and no global pooling: a tile is restored as the whole image would be. The scales are those of SRN (Tao, Gao,
+Shen, Wang, Jia, CVPR 2018) and share their weights: the image is restored at a quarter of its size, then at
+half, then at full size, each time with the correction of the coarser scale as input. A blur of 40 pixels is
+one of 10 pixels at the coarsest scale.
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ from torch.nn import functional as F
 from ldm.modules.blind_wiener import BlindWiener
 
 SIDE = 2  # pixels along each side of the squares that become channels
+SCALES = 3  # full size, half, quarter
 
 
 class ResBlock(nn.Module):
@@ -35,9 +39,9 @@ def blocks(width: int, count: int) -> nn.Sequential:
 class RestorationUNet(nn.Module):
     """forward(blurry): (b, 3, h, w), h and w multiples of `multiple`, [0, 1] -> restored, not clamped.
 
-    `width` is that of the first of four levels, each of which doubles it. The last convolution starts at
-    zero: an untrained network returns its input. With `wiener` it corrects the result of a blind Wiener
-    filter, which is frozen: it is trained before, by itself (BlindWiener).
+    `width` is the number of channels at the first of four levels; each level doubles it. The last convolution
+    starts at zero: an untrained network returns its input. With `wiener` the U-Net corrects the result of a
+    blind Wiener filter, which is frozen and trained beforehand (BlindWiener).
     """
 
     def __init__(
@@ -50,9 +54,10 @@ class RestorationUNet(nn.Module):
     ):
         super().__init__()
         widths = [width * 2**level for level in range(len(encoder_blocks) + 1)]
-        self.multiple = SIDE * 2 ** len(encoder_blocks)
+        self.multiple = SIDE * 2 ** len(encoder_blocks) * 2 ** (SCALES - 1)
         self.wiener = BlindWiener().requires_grad_(False) if wiener else None
-        self.first = nn.Conv2d((4 if wiener else 3) * SIDE**2, width, 3, padding=1)
+        channels = 7 if wiener else 6  # the image, the coarser scale's correction, the filter's correction
+        self.first = nn.Conv2d(channels * SIDE**2, width, 3, padding=1)
         self.encoders = nn.ModuleList()
         self.downs = nn.ModuleList()
         self.ups = nn.ModuleList()
@@ -68,13 +73,25 @@ class RestorationUNet(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, blurry: Tensor) -> Tensor:
-        if self.wiener is None:
-            return blurry + self.correction(blurry)
-        sharper = self.wiener(blurry)
-        return blurry + sharper + self.correction(torch.cat([blurry, sharper], dim=1))
+        images = [blurry]
+        for _ in range(SCALES - 1):
+            images.append(F.avg_pool2d(images[-1], 2))
+        correction = torch.zeros_like(images[-1])
+        for image in reversed(images):  # from the coarsest to the finest
+            if correction.shape != image.shape:
+                correction = F.interpolate(correction, scale_factor=2, mode="bilinear")
+            correction = self.correct(image, correction)
+        return blurry + correction
 
-    def correction(self, x: Tensor) -> Tensor:
-        """The U-Net: (b, 3 or 4, h, w) -> (b, 3, h, w)."""
+    def correct(self, image: Tensor, coarser: Tensor) -> Tensor:
+        """Return the correction of one scale: (b, 3, h, w), given the coarser scale's at the same size."""
+        if self.wiener is None:
+            return self.unet(torch.cat([image, coarser], dim=1))
+        sharper = self.wiener(image)  # (b, 1, h, w)
+        return sharper + self.unet(torch.cat([image, sharper, coarser], dim=1))
+
+    def unet(self, x: Tensor) -> Tensor:
+        """The U-Net: (b, 6 or 7, h, w) -> (b, 3, h, w)."""
         x = self.first(F.pixel_unshuffle(x, SIDE))  # (b, width, h/2, w/2)
         skips = []
         for encoder, down in zip(self.encoders, self.downs, strict=True):
