@@ -436,17 +436,6 @@ def test_lens_vignetting_of_a_crop_can_be_disabled(monkeypatch):
     assert darkest(field=(0.0, 0.0)) == pytest.approx(level, abs=0.01) and darkest() < level - 0.02
 
 
-def test_match_colors_removes_the_mean_colour_shift(tmp_path):
-    sharp = np.random.default_rng(0).integers(60, 190, (40, 40, 3), dtype=np.uint8)
-    write_image(tmp_path / "sharp.png", sharp)
-    write_image(tmp_path / "blur.png", cv2.blur(sharp, (3, 3)) + np.uint8([9, 0, 4]))
-    pairs = [Pair(tmp_path / "blur.png", tmp_path / "sharp.png")]
-    for match, expected in ((False, [9, 0, 4]), (True, [0, 0, 0])):
-        item = PairedDataset(pairs, 40, seed=0, match_colors=match)[0]
-        shift = (item["blurry"] - item["sharp"]).mean(dim=(1, 2)) * 127.5
-        assert shift.tolist() == pytest.approx(expected, abs=0.3)
-
-
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
 def test_real_pairs_are_mixed_in_by_fraction(same_pairs, fraction):
     photos = BlurDataset([Path(path) for path in photographs()] * 50, 16, seed=0)

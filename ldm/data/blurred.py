@@ -45,5 +45,5 @@ def blurred_photos(
         return dataset
     found = find_pairs(pairs)
     check_sizes(found)
-    real = PairedDataset(found, size, seed, cache=cache, match_colors=True, **options)
+    real = PairedDataset(found, size, seed, cache=cache, **options)
     return MixedDataset(dataset, real, pairs_fraction)

@@ -136,8 +136,6 @@ class PairedDataset(CropDataset):
     """Crops of pairs on disk; the two images of a pair must have the same size (ValueError names both).
 
     `options` are `augment` and `color_jitter` of CropDataset; with `cache` all images are kept in memory.
-    With `match_colors` the sharp image gets the mean colour of the blurry one: the two sides of video data
-    sets are averaged differently, and a network would learn that difference as a colour cast.
     """
 
     def __init__(
@@ -146,11 +144,10 @@ class PairedDataset(CropDataset):
         size: int,
         seed: int,
         cache: bool = False,
-        match_colors: bool = False,
         **options: float,
     ):
         super().__init__(len(pairs), size, seed, **options)
-        self.pairs, self.match_colors = list(pairs), match_colors
+        self.pairs = list(pairs)
         self.blurry = ImageFiles([pair.blurry for pair in pairs], cache)
         self.sharp = ImageFiles([pair.sharp for pair in pairs], cache)
 
@@ -160,11 +157,7 @@ class PairedDataset(CropDataset):
         check_alike(pair.blurry, pair.sharp, blurry.shape, sharp.shape)
         blurry, sharp = at_least(blurry, self.size), at_least(sharp, self.size)
         crop = self._crop(blurry, rng)
-        target = crop.cut(sharp)
-        if self.match_colors:
-            shift = blurry.mean(axis=(0, 1)) - sharp.mean(axis=(0, 1))
-            target = np.rint((target + shift).clip(0, 255)).astype(np.uint8)
-        return crop.cut(blurry), target, str(pair.blurry), pair.blur_type
+        return crop.cut(blurry), crop.cut(sharp), str(pair.blurry), pair.blur_type
 
 
 class BlurDataset(CropDataset):
