@@ -1,7 +1,7 @@
 """Score a folder of restored images against the sharp ones, with the blurry ones as the baseline.
 
     python evaluate.py --restored restored --sharp photos/sharp --blurry photos/blur --prefix deblurred_ \\
-        --output report.json --html report.html
+        --output report.json
 
 PSNR and SSIM are computed on uint8 RGB images (data range 255), per image, then averaged (ldm/metrics.py);
 flags add the metrics of other papers (harness/scores.py). Images are matched by their path in the folder
@@ -9,8 +9,6 @@ without extension; in a tree (GoPro, RealBlur, HIDE, input/target) by scene and 
 tool_make_deblur_dataset.py by number.
 """
 
-import base64
-import html
 import json
 import math
 from collections.abc import Callable
@@ -19,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -27,12 +24,11 @@ from harness.logs import as_csv
 from harness.scores import ABOUT, BACKBONES, SCORES, Values, deep_metric, plain
 from harness.settings import run_main
 from ldm.checkpoint import write_atomically
-from ldm.data.image import list_images, read_image, side_by_side
+from ldm.data.image import list_images, read_image
 from ldm.data.scenes import place, side
 from ldm.metrics import known_mean, rgb_shift
 
-WORST = 5  # images shown in the page
-KINDS = ("blurry", "restored", "sharp")
+WORST = 5  # number of images that are named as the worst
 
 
 @dataclass
@@ -51,7 +47,6 @@ class Settings:
     lpips: bool = False  # also compute LPIPS (AlexNet): torchvision downloads the network, 233 MB
     dists: bool = False  # also compute DISTS (VGG-16): torchvision downloads the network, 528 MB
     output: Path | None = None  # .json file to write all numbers to, with a .csv of each image beside it
-    html: Path | None = None  # .html file to write, with the worst five images
 
 
 def index_folder(folder: Path, kind: str, prefix: str = "", suffix: str = "") -> dict[str, Path]:
@@ -184,27 +179,6 @@ def as_text(report: dict) -> str:
     return "\n".join(lines)
 
 
-def as_html(report: dict, rows: list[dict], files: dict[str, dict[str, Path]]) -> str:
-    """Format a self-contained HTML page: the report, and the worst images as blurry, restored, sharp."""
-    parts = []
-    for row in rows[:WORST]:
-        paths = files[row["name"]]
-        kinds = [kind for kind in KINDS if kind in paths]
-        strip = side_by_side([read_image(paths[kind]) for kind in kinds])
-        scale = min(1, 1800 / strip.shape[1])
-        strip = cv2.resize(strip, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        _, data = cv2.imencode(".jpg", strip[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
-        source = base64.b64encode(data.tobytes()).decode()
-        scores = f"{row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}"
-        title = f"{html.escape(row['name'])}: {scores} ({', '.join(kinds)})"
-        parts.append(f'<h2>{title}</h2><img src="data:image/jpeg;base64,{source}" style="max-width:100%">')
-    return (
-        '<!DOCTYPE html><html><head><meta charset="utf-8"><title>Restored images</title></head>'
-        '<body style="font-family:sans-serif;margin:2em"><h1>Restored images</h1>'
-        f"<pre>{html.escape(as_text(report))}</pre>{''.join(parts)}</body></html>\n"
-    )
-
-
 def as_json(report: dict) -> str:
     """Format the report as JSON; the infinite PSNR of equal images, which JSON lacks, becomes a string."""
     finite = {
@@ -215,9 +189,8 @@ def as_json(report: dict) -> str:
 
 
 def main(settings: Settings) -> None:
-    for path in (settings.output, settings.html):
-        if path and not path.parent.is_dir():
-            raise FileNotFoundError(f"folder not found: {path.parent}")
+    if settings.output and not settings.output.parent.is_dir():
+        raise FileNotFoundError(f"folder not found: {settings.output.parent}")
     if settings.output and settings.output.suffix != ".json":
         raise ValueError(f"--output is a .json file (a .csv is written beside it), not {settings.output}")
     report, rows, files = evaluate(settings)
@@ -227,8 +200,6 @@ def main(settings: Settings) -> None:
         by_name = sorted(rows, key=lambda row: row["name"])
         outputs[settings.output] = as_json(report)
         outputs[settings.output.with_suffix(".csv")] = as_csv([*rows[0]], by_name)
-    if settings.html:
-        outputs[settings.html] = as_html(report, rows, files)
     for path, text in outputs.items():
         write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
         print(f"written   {path}")

@@ -254,7 +254,6 @@ class Deblur(ControlNet):
     guidance_scale: float = 1.0  # guidance scale; above 1 follows the prompt more, in twice the time
     strength: Fraction = 1.0  # noise level to start from; below 1 starts from the blurry image
     self_ensemble: bool = False  # mean over 8 flips and rotations: truer, less texture, 8 times slower
-    cleaner: Path | None = None  # weights of SRN, DBGAN or a network that restores the image first
     seed: int = 0  # random seed; the same seed gives the same image
     prompt: str | None = None  # text that describes the image; None takes the training prompt
     tile: Whole = 0  # tile side in pixels for large images (768, say); 0 restores in one piece
@@ -263,14 +262,10 @@ class Deblur(ControlNet):
     KIND = "deblur"
     LESS_MEMORY = "give a --tile of 768 or less"
 
-    def inputs(self) -> list[Path]:
-        return super().inputs() + ([self.cleaner] if self.cleaner else [])
-
     def restorer(self) -> Restorer:
         from cldm.restore import Sampling, deblur_image
 
         model = self.open()
-        clean = self.open_cleaner() if self.cleaner else None
 
         def restore(image: np.ndarray, path: Path, progress: Callable = show_steps) -> np.ndarray:
             sampling = self.options_for(Sampling)
@@ -279,25 +274,9 @@ class Deblur(ControlNet):
             if self.prompt is None:
                 sampling.prompt = model.prompt.replace("{blur_type}", "blur")
             with autocast(model):
-                cleaned = clean(image, path) if clean else image
-                return deblur_image(model, cleaned, sampling, progress)
+                return deblur_image(model, image, sampling, progress)
 
         return restore
-
-    def open_cleaner(self) -> Restorer:
-        """Load the network of --cleaner. Raises ValueError for other systems and networks that enlarge."""
-        kind = system_of(self.cleaner)
-        if kind not in ("srn", "dbgan", "network"):
-            raise ValueError(
-                f"--cleaner takes weights of SRN, DBGAN or a network, {self.cleaner} is of {kind}"
-            )
-        command = COMMANDS[kind](input=self.input, checkpoint_path=self.cleaner, device=self.device)
-        clean = command.restorer()
-        if command.result_size(1, 1) != (1, 1):
-            raise ValueError(
-                f"--cleaner takes a network of scale 1, {self.cleaner} has scale {command.scale}"
-            )
-        return clean
 
 
 @dataclass(kw_only=True)

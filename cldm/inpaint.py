@@ -51,20 +51,17 @@ class InpaintControlNet(ControlLDM):
         }
 
     def validation_step(self, batch: Mapping, batch_idx: int) -> None:
-        """Log `val/loss` and means over the images: `val/psnr` and `val/ssim` of the composites as uint8; the
-        L1 distance of result and ground truth in the hole, outside and around its boundary (`val/l1_*`); and
+        """Log `val/loss` and means over the images: `val/psnr` and `val/ssim` of the composites as uint8, and
         the `hole_scores` of the composites and of OpenCV's Telea method (`val/*_telea`)."""
         super().validation_step(batch, batch_idx)
-        images, pairs = self.compare(batch, batch_idx, "composite", "truth")
+        _, pairs = self.compare(batch, batch_idx, "composite", "truth")
         masks = image_of(batch, "mask")
-        errors = region_errors(images["result"], images["truth"], masks)
-        values = {f"val/l1_{name}": error.mean() for name, error in errors.items()}
         scores = []
         for (composite, truth), hole in zip(pairs, (masks[:, 0] > 0.5).cpu().numpy(), strict=True):
             telea = hole_scores(fill_classically(truth, hole, "telea"), truth, hole)
             ours = hole_scores(composite, truth, hole)
             scores.append(ours | {f"{name}_telea": value for name, value in telea.items()})
-        values |= {f"val/{name}": float(np.mean([each[name] for each in scores])) for name in scores[0]}
+        values = {f"val/{name}": float(np.mean([each[name] for each in scores])) for name in scores[0]}
         self.log_dict(values, batch_size=len(pairs), sync_dist=True)
 
 
@@ -87,22 +84,6 @@ def gradient_energy(image: np.ndarray) -> np.ndarray:
     """Compute the squared gradient magnitude (h, w) of the grey values of uint8 (h, w, 3)."""
     dy, dx = np.gradient(image.mean(axis=2))
     return dy**2 + dx**2
-
-
-def region_errors(result: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Compute the mean absolute difference of images (b, 3, h, w) in [-1, 1] in three regions.
-
-    mask (b, 1, h, w) is 1 in the hole. Returns `hole`, `outside` and `ring` (up to 8 pixels on either side of
-    the hole's boundary), each (b,), scaled to [0, 1], and 0 if an image has no such region.
-    """
-    hole = (mask > 0.5).float()
-    near = [F.max_pool2d(region, 2 * RING + 1, 1, RING) for region in (hole, 1 - hole)]
-    difference = (result - truth).abs().mean(dim=1, keepdim=True) / 2
-    regions = {"hole": hole, "outside": 1 - hole, "ring": near[0] * near[1]}
-    return {
-        name: (difference * region).sum(dim=(1, 2, 3)) / region.sum(dim=(1, 2, 3)).clamp(min=1)
-        for name, region in regions.items()
-    }
 
 
 # ---- whole photographs -------------------------------------------------------------------------------------

@@ -165,17 +165,3 @@ def test_unsupported_precision_raises_and_auto_falls_back(monkeypatch):
         check_precision(network, "bf16")
     network.supports_bfloat16 = True
     assert [check_precision(network, precision) for precision in ("auto", "bf16")] == ["auto", "bf16"]
-
-
-def test_cleaner_must_have_scale_1(files, tmp_path):
-    write_image(tmp_path / "a.png", photograph(32, 32))
-
-    def open_cleaner(name):
-        options = {"input": tmp_path / "a.png", "checkpoint_path": tmp_path / "none.ckpt", "device": "cpu"}
-        return infer.Deblur(**options, cleaner=files / name).open_cleaner()
-
-    cleaned = open_cleaner("nafnet.pth")(photograph(32, 32), tmp_path / "a.png")
-    expected = 255 * own_output(files / "nafnet.pth", photograph(32, 32))
-    assert np.abs(cleaned - expected).max() <= 0.51
-    with pytest.raises(ValueError, match="--cleaner takes a network of scale 1, .*x2.pth has scale 2"):
-        open_cleaner("x2.pth")

@@ -19,7 +19,6 @@ from cldm.inpaint import (
     hole_scores,
     inpaint_image,
     match_border,
-    region_errors,
     regions_of,
 )
 from cldm.model import create_model, read_config, widen_input
@@ -199,18 +198,6 @@ def test_match_border_removes_a_colour_cast():
     before, after = (np.abs(a.astype(float) - image)[hole > 0].mean() for a in (cast, fixed))
     assert after < 0.4 * before
     assert np.abs(match_border(image, image, hole).astype(int) - image).max() == 0
-
-
-def test_region_errors_of_hole_ring_and_outside():
-    truth, mask = torch.zeros(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
-    mask[:, :, 16:48, 16:48] = 1
-    result = torch.where(mask > 0, 0.5, 0.1).expand(2, 3, 64, 64)
-    errors = region_errors(result, truth, mask)
-    assert errors["hole"] == pytest.approx([0.25, 0.25]) and errors["outside"] == pytest.approx([0.05, 0.05])
-    inside, around = 32 * 32 - 16 * 16, 48 * 48 - 32 * 32
-    ring = (0.25 * inside + 0.05 * around) / (inside + around)
-    assert errors["ring"] == pytest.approx([ring, ring])
-    assert region_errors(result, truth, torch.ones_like(mask))["outside"].tolist() == [0, 0]
 
 
 def test_widened_hint_input_gives_same_output_at_start(model):

@@ -99,7 +99,7 @@ def test_resumed_run_equals_uninterrupted_run(settings, place, tmp_path):
     for part in ("state_dict", "optimizer_states", "ema", "random"):
         assert same(whole[part], resumed[part]), part
     assert rows(settings) == rows(stopped)
-    names = ["psnr", "ssim", "loss", "l1_hole", "l1_outside", "l1_ring"]
+    names = ["psnr", "ssim", "loss", "psnr_hole", "gradients_hole", "gradients_hole_telea"]
     values = [float(rows(settings)[2][f"val/{name}"]) for name in names]
     assert all(np.isfinite(values)) and min(values) > 0
     folder = Path(settings.output_dir)

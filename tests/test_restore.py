@@ -32,7 +32,6 @@ from ldm.util import instantiate_from_config
 from tests.fill import fill
 from tool_export_control import Settings as ExportSettings
 from tool_export_control import main as export
-from train_srn import SRNDeblurNet, restore_image
 
 CONFIG = "models/cldm_tiny_deblur.yaml"
 
@@ -278,27 +277,6 @@ def test_published_keys_and_shapes_fit_at_full_size():
     with torch.device("meta"):
         own = instantiate_from_config(read_config("models/cldm_v15.yaml")).state_dict()
     check_weights(own, weights, "v1-5-pruned.ckpt")
-
-
-def test_cleaner_is_applied_before_the_controlnet(files, tmp_path):
-    torch.manual_seed(0)
-    network = SRNDeblurNet(2, residual=True)
-    torch.nn.init.normal_(network.outblock.conv[0].weight, std=0.1)
-    path = tmp_path / "srn.safetensors"
-    checkpoint.write_weights(path, network.state_dict(), {"settings": '{"residual": true}'})
-    write_image(tmp_path / "a.png", photograph(64, 64))
-    settings = {"input": tmp_path / "a.png", "checkpoint_path": files / "ours.ckpt", "device": "cpu"}
-    settings |= {"num_inference_steps": 1, "output_dir": tmp_path}
-    restore = infer.Deblur(**settings, cleaner=path).restorer()
-    cleaned = restore_image(network.eval(), photograph(64, 64), tile=1536, overlap=128)
-    plain = infer.Deblur(**settings).restorer()
-    result = restore(photograph(64, 64), tmp_path / "a.png")
-    assert np.abs(result.astype(int) - plain(cleaned, tmp_path / "a.png")).max() <= 1
-    assert not np.array_equal(result, plain(photograph(64, 64), tmp_path / "a.png"))
-    with pytest.raises(
-        ValueError, match="--cleaner takes weights of SRN, DBGAN or a network, .*ours.* of deblur"
-    ):
-        infer.Deblur(**settings, cleaner=files / "ours.ckpt").restorer()
 
 
 def test_included_small_model_is_the_default(tmp_path, monkeypatch, capsys):

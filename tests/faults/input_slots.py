@@ -286,15 +286,6 @@ def filled_classically(victim: str) -> Build:
     return build
 
 
-def cleaned_first(folder: Path, place: Path) -> Case:
-    """Build infer.py deblur with a damaged --cleaner."""
-    photo = copied(place / "photos" / "001.png", folder / "photo.png")
-    cleaner = copied(place / "nafnet.pth", folder / "nafnet.pth")
-    arguments = ["infer.py", "deblur", "--input", photo, "--output_dir", folder / "out", "--cleaner", cleaner]
-    arguments += ["--checkpoint_path", place / WEIGHTS_OF["deblur"], "--num_inference_steps", 1]
-    return Case(arguments, cleaner)
-
-
 def pairs_checked(side: str) -> Build:
     """Build tool_check_pairs.py, which must report the unreadable file."""
 
@@ -330,7 +321,7 @@ def scored(kind: str) -> Build:
                 copied(source, folder / name / source.name)
             arguments += [f"--{name}", folder / name]
         (folder / "out").mkdir()
-        arguments += ["--output", folder / "out" / "report.json", "--html", folder / "out" / "report.html"]
+        arguments += ["--output", folder / "out" / "report.json"]
         return Case(arguments, folder / kind / "001.png", skips="1 skipped")
 
     return build
@@ -527,7 +518,6 @@ SLOTS = [
     Slot("infer network picture", PICTURE, restoring("network", "picture", "x2.pth")),
     Slot("infer network weights", WEIGHTS, restoring("network", "weights", "x2.pth")),
     Slot("infer network NAFNet", WEIGHTS, restoring("network", "weights", "nafnet.pth")),
-    Slot("infer deblur --cleaner", WEIGHTS, cleaned_first),
     *(
         Slot(f"infer kontext diffusers {name}", kind, restoring("kontext", name, model="diffusers"))
         for name, kind in DIFFUSERS.items()
