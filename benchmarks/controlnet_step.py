@@ -31,7 +31,7 @@ Step = Callable[[Batch], torch.Tensor]
 
 @dataclass
 class Settings:
-    batch_size: int = 16 if CUDA else 2
+    batch_size: int = 16 if CUDA else 2  # images per step
     image_size: int = 512 if CUDA else 256  # pixels
     width: int = 320 if CUDA else 64  # channels at the finest level; 320 is SD 1.5
     precision: str = "32"  # 32, bf16 or 16; bf16 and 16 also store the frozen UNet in this precision

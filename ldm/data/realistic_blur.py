@@ -21,18 +21,18 @@ class RealisticBlur:
     2022): noise matters most, then the sRGB curve, saturated highlights and the camera's processing.
     """
 
-    shake: float = 0.6  # varying camera shake
+    shake: float = 0.65  # varying camera shake
     motion: float = 0.05  # one motion kernel for the whole crop
-    optical: float = 0.2  # defocus, lens or gaussian blur
+    optical: float = 0.15  # defocus, lens or gaussian blur
     both: float = 0.05  # defocus or lens blur at half size, then shake; the rest stays sharp
-    simple: float = 0.35  # of all samples: only one of BLUR_TYPES, without noise, tone curve or JPEG
+    simple: float = 0.25  # of all samples: only one of BLUR_TYPES, without noise, tone curve or JPEG
     photo_scales: tuple[float, ...] = (1.0, 0.6, 0.36)  # photos are shrunk before they are blurred
     shrink_after: float = 0.3  # the blurred image is scaled down by 0.5 to 0.9
     noise: tuple[float, float] = (1e-6, 2e-3)  # gain of the sensor's noise, log-uniform
     tone_curve: float = 0.25  # strongest change of contrast by the camera's tone curve
     jpeg: float = 0.35
     jpeg_quality: tuple[int, int] = (50, 98)
-    shortest_path: float = 4.0
+    shortest_path: float = 6.0
     longest_path: float = 60.0  # and no longer than a quarter of the crop: a crop must show the path
 
 

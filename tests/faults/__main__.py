@@ -62,8 +62,10 @@ PARTS = "state_dict discriminators optimizer optimizer_states scheduler ema rand
 class Settings:
     """Run fault tests."""
 
-    what: tyro.conf.Positional[Literal["kills", "ranks", "disk", "inputs", "page", "all"]] = "all"
-    seed: int = 0
+    what: tyro.conf.Positional[Literal["kills", "ranks", "disk", "inputs", "page", "all"]] = (
+        "all"  # campaign to run
+    )
+    seed: int = 0  # random seed of the campaign
     count: int = 0  # number of kills, kills of one rank, inputs or uploads; 0 = 200, 30, 500 or 50
     trainers: tuple[str, ...] = ()  # for kills, ranks and disk; default: all, for ranks those in TOGETHER
     folder: Path | None = None  # keep all files in this folder; None = temporary folder
