@@ -62,9 +62,8 @@ PARTS = "state_dict discriminators optimizer optimizer_states scheduler ema rand
 class Settings:
     """Run fault tests."""
 
-    what: tyro.conf.Positional[Literal["kills", "ranks", "disk", "inputs", "page", "all"]] = (
-        "all"  # campaign to run
-    )
+    # campaign to run
+    what: tyro.conf.Positional[Literal["kills", "ranks", "disk", "inputs", "page", "all"]] = "all"
     seed: int = 0  # random seed of the campaign
     count: int = 0  # number of kills, kills of one rank, inputs or uploads; 0 = 200, 30, 500 or 50
     trainers: tuple[str, ...] = ()  # for kills, ranks and disk; default: all, for ranks those in TOGETHER
