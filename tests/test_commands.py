@@ -172,7 +172,7 @@ SMALL = {
     "tool_export_control.py": "--overwrite",
     "infer.py": "--overwrite",
     "tool_make_deblur_dataset.py": "--num_samples 8 --image_size 64 --workers 1 --blur_scale 0.3",
-    "tool_make_dbgan_dataset.py": "--patch_size 32",
+    "tool_make_dbgan_dataset.py": "--patch_size 64",
 }
 FEW_STEPS = f"{FEW} --max_steps 2 --save_steps 2 --val_steps 2 --val_samples 2"
 SHORT = {  # commands on the included small models

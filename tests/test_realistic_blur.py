@@ -92,7 +92,7 @@ def test_shake_length_is_limited_by_crop_size(monkeypatch):
     monkeypatch.setattr(realistic_blur, "camera_shake", note)
     items(3, 32, shake=1.0)
     items(3, 256, shake=1.0)
-    assert lengths[0] == (4.0, 8.0) and lengths[-1] == (4.0, 45.0)
+    assert lengths[0] == (4.0, 8.0) and lengths[-1] == (6.0, 60.0)
 
 
 def test_tone_curve_keeps_black_white_and_middle_grey():
