@@ -31,7 +31,7 @@ NETWORK = (
 PHOTOS = "training/photos"  # sharp photos; used if the folder exists, like PAIRS
 PAIRS = "training/pairs"
 SMALLER = (
-    "--generator unet --width 4 --blocks 1 --crop_size 32 --batch_size 2 --dead_leaves 4 "
+    "--generator unet --width 4 --blocks 1 --crop_size 64 --batch_size 2 --dead_leaves 4 "
     "--precision 32 --num_workers 0 --val_crop 32"
 )
 

@@ -155,7 +155,7 @@ FEW = "--batch_size 2 --num_workers 0 --precision 32"
 CONTROL = (
     f"{FEW} --image_size 64 --max_steps 2 --save_steps 2 --val_samples 2 --val_steps 2 --val_ddim_steps 1"
 )
-PLAIN = f"{FEW} --max_steps 1 --crop_size 64 --val_crop 32 --no_compile"
+PLAIN = f"{FEW} --max_steps 1 --crop_size 32 --val_crop 32 --no_compile"
 SMALL = {
     "tutorial_train_deblur.py": f"{CONTROL} --config_path {TINY} --val_fraction 0.3 "
     "--perceptual_loss_weight 0",
@@ -172,7 +172,7 @@ SMALL = {
     "tool_export_control.py": "--overwrite",
     "infer.py": "--overwrite",
     "tool_make_deblur_dataset.py": "--num_samples 8 --image_size 64 --workers 1 --blur_scale 0.3",
-    "tool_make_dbgan_dataset.py": "--patch_size 64",
+    "tool_make_dbgan_dataset.py": "--patch_size 32",
 }
 FEW_STEPS = f"{FEW} --max_steps 2 --save_steps 2 --val_steps 2 --val_samples 2"
 SHORT = {  # commands on the included small models
@@ -276,6 +276,8 @@ def test_every_command_runs(line, workplace, monkeypatch, capsys):
     main = module.restore_files if script == "infer.py" else module.main
     real = "small_" in line or ("--demo" in words and script.startswith("tutorial"))
     words += (SHORT if real else SMALL).get(script, SMALL.get(script, "")).split()
+    if "unet" in line:
+        words += ["--crop_size", "64"]
     settings = read_settings(settings_of(script), getattr(module, "DEMO", None), words)
     if script.startswith(("train_", "tutorial_")):  # the pages show several runs with one output folder
         for part in ("checkpoints", "blur", "deblur"):
