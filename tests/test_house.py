@@ -105,6 +105,15 @@ def test_files_named_in_the_docs_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_tables_are_whole(page):
+    """A table begins with a header and a rule; an empty line among its rows would end it."""
+    lines = ["", *page.read_text(encoding="utf-8").split("\n"), ""]
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        if line.startswith("|") and not before.startswith("|"):
+            assert after.startswith("|--"), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_modules_named_in_the_docs_exist(page):
     """The attribute named after the module must occur in its source."""
     text = page.read_text(encoding="utf-8")
