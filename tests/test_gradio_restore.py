@@ -405,7 +405,7 @@ def server(weights, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = vars(make_settings(weights, folder / "out")) | {"port": port}
+    settings = vars(make_settings(weights, folder / "out")) | {"port": port, "precision": "32"}
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value)) if value != ""]
     with open(folder / "errors.txt", "w") as errors:
         process = subprocess.Popen(
