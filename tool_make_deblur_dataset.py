@@ -24,7 +24,6 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 import torch
-import tyro
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -65,8 +64,7 @@ class Settings:
     jpeg_probability: Fraction = 0.0  # fraction of the blurry images that are JPEGs of quality 60 to 95
 
     # ---- processes
-    # number of worker processes on this machine, 0 for one on each processor core
-    workers: Annotated[Whole, tyro.conf.arg(aliases=["--num_workers"])] = 0
+    num_workers: Whole = 0  # number of worker processes on this machine, 0 for one on each processor core
 
 
 @dataclass
@@ -136,7 +134,7 @@ def source_name(path: Path, settings: Settings) -> str:
 
 def load(todo: list[int], settings: Settings, paths: list[Path]) -> DataLoader:
     """Return a loader of the samples `todo`, in this order, with the number of workers in the settings."""
-    workers = min(settings.workers or os.cpu_count() or 1, max(1, len(todo)))
+    workers = min(settings.num_workers or os.cpu_count() or 1, max(1, len(todo)))
     return DataLoader(
         Maker(settings, paths),
         batch_size=None,

@@ -75,9 +75,9 @@ class Settings:
     """Train a ControlNet to fill holes."""
 
     # ---- data
+    ann_file: str = ""  # COCO's instances_*.json, for holes in the shape of objects
     # folder of photographs, whose subfolders are searched too
     image_dir: Annotated[str, tyro.conf.arg(aliases=["--data_root"])] = "./training/coco/train2017"
-    ann_file: str = ""  # COCO's instances_*.json, for holes in the shape of objects
     mask_dir: str = ""  # folder of masks of your own, white where the hole is
     # kind of holes; None: object with ann_file, folder with mask_dir, else mixed
     mask_type: MaskType | None = None
@@ -118,8 +118,7 @@ class Settings:
     compile: bool = False  # use torch.compile: minutes at the start, then faster steps
 
     # ---- logging
-    # folder of the run, resumed if there is one; empty: outputs/controlnet_inpainting_TIME
-    output_dir: str = ""
+    output_dir: str = ""  # folder of the run, to resume it; empty: outputs/controlnet_inpainting_TIME
     log_steps: Count = 50  # number of optimizer steps between rows of metrics
     save_steps: Count = 1000  # number of optimizer steps between checkpoints
     val_steps: Count = 1000  # number of optimizer steps between validations, and between image grids

@@ -72,9 +72,9 @@ class Settings:
     blurred: flags.Fraction = 0.2  # fraction of the photographs that are blurred, with a caption that says so
 
     # ---- training
+    batch_size: flags.Count = 16  # batch size of each device
     # small_diffusion.safetensors to continue from: its autoencoder is kept, its UNet is trained further
     init_weights: Path | None = None
-    batch_size: flags.Count = 16  # batch size of each device
     autoencoder_steps: flags.Count = 6000  # number of steps of the decoder, on crops of 64 pixels
     unet_steps: flags.Count = 12000  # number of steps of the UNet
     flux_steps: flags.Count = 8000  # number of steps of the transformer

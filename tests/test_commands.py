@@ -123,8 +123,8 @@ def flags_of(settings):
 
 
 OTHERS = """python torch-backend no-project allow-existing logdir nodes ntasks-per-node gpus-per-node nnodes
-nproc_per_node node_rank master_addr master_port collect-only check cov""".split()
-# flags of uv, tensorboard, srun, torchrun, pytest and ruff
+nproc_per_node node_rank master_addr master_port local-dir collect-only check cov""".split()
+# flags of uv, tensorboard, srun, torchrun, hf, pytest and ruff
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -171,7 +171,7 @@ SMALL = {
     "tool_add_control.py": f"--config {TINY} --overwrite",
     "tool_export_control.py": "--overwrite",
     "infer.py": "--overwrite",
-    "tool_make_deblur_dataset.py": "--num_samples 8 --image_size 64 --workers 1 --blur_scale 0.3",
+    "tool_make_deblur_dataset.py": "--num_samples 8 --image_size 64 --num_workers 1 --blur_scale 0.3",
     "tool_make_dbgan_dataset.py": "--patch_size 32",
 }
 FEW_STEPS = f"{FEW} --max_steps 2 --save_steps 2 --val_steps 2 --val_samples 2"
@@ -270,7 +270,7 @@ def test_every_command_runs(line, workplace, monkeypatch, capsys):
         words += ["--output_dir", "RUN"]
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(demo, "LEAVES", 20)
-    few = replace(tutorial_train_deblur.DEMO_DATA, num_samples=12, workers=1)
+    few = replace(tutorial_train_deblur.DEMO_DATA, num_samples=12, num_workers=1)
     monkeypatch.setattr(tutorial_train_deblur, "DEMO_DATA", few)
     module = module_of(script)
     main = module.restore_files if script == "infer.py" else module.main

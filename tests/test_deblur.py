@@ -73,7 +73,7 @@ def stopped(settings, first_step) -> Settings:
 
 def make_test_files(folder: Path) -> Path:
     """Write a small data set and initial weights."""
-    make_dataset(MakeSettings(output_dir=str(folder / "data"), num_samples=8, image_size=64, workers=1))
+    make_dataset(MakeSettings(output_dir=str(folder / "data"), num_samples=8, image_size=64, num_workers=1))
     checkpoint.write_weights(folder / "start.safetensors", fill(create_model(CONFIG)).state_dict())
     return folder
 

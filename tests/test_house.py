@@ -143,9 +143,9 @@ def help_lines(path: Path) -> list[tuple[str, str]]:
         for setting in node.body:
             if not isinstance(setting, ast.AnnAssign):
                 continue
-            _, _, comment = lines[setting.end_lineno - 1].partition("  # ")
+            _, behind, comment = lines[setting.end_lineno - 1].partition("  # ")
             above = setting.lineno - 2
-            while not comment and lines[above].lstrip().startswith("# "):
+            while not behind and lines[above].lstrip().startswith("# "):
                 comment = f"{lines[above].strip()[2:]} {comment}".strip()
                 above -= 1
             found.append((setting.target.id, comment))
@@ -161,6 +161,7 @@ def test_help_lines_are_unique_and_self_contained(path):
     found = help_lines(path)
     for name, comment in found:
         words = comment.split()
+        assert words[:1] != ["----"], f"{name}: its help would begin with the group's name"
         assert len(words) >= 4, f"{name}: {comment!r} is too short to be understood alone"
         assert words[0] not in "a an the of to in on at by for with from as".split(), f"{name}: {comment}"
     repeated = Counter(comment for name, comment in found if path.name != "infer.py")

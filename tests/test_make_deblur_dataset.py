@@ -17,7 +17,7 @@ from tool_make_deblur_dataset import Settings, main, make_dataset, make_pair
 
 
 def settings(folder: Path, **changes) -> Settings:
-    small = Settings(output_dir=str(folder), num_samples=8, image_size=48, blur_scale=0.2, workers=1)
+    small = Settings(output_dir=str(folder), num_samples=8, image_size=48, blur_scale=0.2, num_workers=1)
     return replace(small, **changes)
 
 
@@ -66,7 +66,7 @@ def test_layout_records_and_images(tmp_path):
 
 def test_output_depends_on_seed_but_not_on_number_of_workers(tmp_path):
     make_dataset(settings(tmp_path / "one", jpeg_probability=0.5))
-    make_dataset(settings(tmp_path / "two", jpeg_probability=0.5, workers=2))
+    make_dataset(settings(tmp_path / "two", jpeg_probability=0.5, num_workers=2))
     one = content(tmp_path / "one")
     assert one == content(tmp_path / "two") and len(one) == 2 * 8 + 2
     make_dataset(settings(tmp_path / "other", jpeg_probability=0.5, seed=1))

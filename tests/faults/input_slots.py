@@ -334,7 +334,7 @@ def pairs_made(victim: str) -> Build:
         for number in range(3):
             copied(place / "photos" / f"{number:03d}.png", folder / "photos" / f"{number:03d}.png")
         arguments = ["tool_make_deblur_dataset.py", "--source_dir", folder / "photos", "--image_size", 32]
-        arguments += ["--output_dir", folder / "out", "--num_samples", 6, "--workers", 1]
+        arguments += ["--output_dir", folder / "out", "--num_samples", 6, "--num_workers", 1]
         if victim != "source":
             require_success(run(script(arguments), folder / "log"))
             made_again = ("line_missing", "line_long", "line_surrogate", "dangling_link", "empty")

@@ -178,7 +178,7 @@ def require_success(result: Result) -> Result:
 def make_test_files(place: Path) -> None:
     """Write all inputs of the tiny runs below `place`."""
     place.mkdir(parents=True, exist_ok=True)
-    make_dataset(PairSettings(output_dir=str(place / "pairs"), num_samples=8, image_size=64, workers=1))
+    make_dataset(PairSettings(output_dir=str(place / "pairs"), num_samples=8, image_size=64, num_workers=1))
     cut_photographs(place / "photos", 8)
     cut_photographs(place / "real", 6)
     for kind in ("deblur", "inpaint"):
