@@ -300,7 +300,7 @@ def without_files(make: Callable[..., Work], *arguments: Any) -> Work:
         mock.patch("ldm.modules.perceptual._read_features", lambda file: vgg19()),
         mock.patch("ldm.models.kontext.read_weights", _weights_of),
         mock.patch("ldm.models.kontext.read_settings", lambda *arguments: {}),
-        mock.patch("train_kontext_lora.tqdm", lambda values, **look: values),
+        mock.patch("train_kontext_lora.tqdm", lambda values, **options: values),
     ):
         return make(*arguments)
 

@@ -1,11 +1,14 @@
-"""benchmarks.quality: scores by scene, colour shift, weights of both scripts."""
+"""benchmarks.quality and record_scores: scores by scene, colour shift; the included weights reach theirs."""
 
 import numpy as np
 import pytest
 
 from benchmarks import quality
+from benchmarks.record_scores import score_file
+from ldm.checkpoint import read_metadata, read_settings
 from ldm.data.image import photographs, read_image, write_image
 from ldm.metrics import psnr
+from ldm.modules.image_degradation.blur import BLUR_TYPES
 
 
 def test_score_line_has_gain_and_largest_colour_shift():
@@ -42,3 +45,21 @@ def test_synthetic_rows_are_four_blur_types_of_six_photos():
     rows = quality.synthetic_rows(0)
     assert set(rows) == {"motion_blur", "gaussian_blur", "defocus_blur", "lens_blur"}
     assert all(len(images) == len(photographs()) for images in rows.values())
+
+
+@pytest.mark.parametrize("name", ["srn_deblur", "dbgan", "bgan"])
+def test_included_weights_reach_their_recorded_scores(name):
+    """On two photos outside the training set, as recorded in the file's metadata."""
+    path = quality.Path("models") / f"{name}.safetensors"
+    assert read_metadata(path).keys() >= {"command", "commit", "data"}
+    assert path.stat().st_size < 16e6
+    recorded = read_settings(path, "scores")
+    found = score_file(path, ("chelsea.png", "coffee.png"))
+    for photograph, row in found.items():
+        assert row == pytest.approx(recorded[photograph], abs=0.05)
+        if name == "bgan":
+            continue
+        assert np.mean([row[blur] for blur in BLUR_TYPES]) > 1 and row["sharp"] > 38
+        assert row["color_shift"] < 0.5
+    if name == "bgan":
+        assert max(row["psnr"] for row in recorded.values()) < 40  # the images are visibly blurred
